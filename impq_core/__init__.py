@@ -1,0 +1,1 @@
+"""impq: mixed precision with a plan that knows how layers interact."""

@@ -1,0 +1,80 @@
+"""How much memory a plan may take: ``3.0bits``, ``3.25bpw``, ``60MB``, ``60%``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from impq_core.errors import UsageError
+from impq_core.types import SearchSpace
+
+_BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_FORM = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(bits|bpw|%|[kmg]i?b|b)\s*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """An amount and its unit; bytes are those of the quantizable weights, scales and zeros included.
+
+    ``bits`` is the paper's nominal average, ``B(b) = B_low + (b - low)/(high - low) (B_high - B_low)`` (IMPQ, section
+    on allocation); ``bpw`` the true stored bits per quantizable weight; ``%`` a share of the all-high footprint.
+    """
+
+    amount: float
+    unit: str
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Raises UsageError where the text is no budget."""
+        match = _FORM.fullmatch(text)
+        if not match or float(match[1]) <= 0:
+            raise UsageError(f"budget '{text}' is not understood: write 3.0bits, 3.25bpw, 60MB, 4GiB or 60%")
+        return cls(float(match[1]), match[2].lower() if match[2].lower() in ("bits", "bpw", "%") else match[2].upper())
+
+    def __str__(self) -> str:
+        return f"{self.amount:g}{self.unit}"
+
+    def check_menu(self, bits: Iterable[float]) -> None:
+        """Refuse what no model could meet with these widths, before any model is read.
+
+        Raises:
+            UsageError: the budget lies outside what the widths can reach.
+        """
+        low, high = min(bits), max(bits)
+        if self.unit == "bits" and not low <= self.amount <= high:
+            raise UsageError(f"budget {self} is outside what --bits {low:g} to {high:g} can reach: "
+                             f"{low:g}bits to {high:g}bits")
+        if self.unit == "%" and self.amount > 100:
+            raise UsageError(f"budget {self} is more than 100% of the all-high footprint")
+
+    def resolve(self, space: SearchSpace) -> int:
+        """The budget in bytes.
+
+        Raises:
+            UsageError: below the smallest plan or above the largest; the reachable range is in the message.
+        """
+        low, high = space.low_bytes, space.high_bytes
+        self.check_menu([choice.bits for choice in space.choices])
+        if self.unit == "bits":
+            span = space.choices[0].bits - space.choices[-1].bits
+            share = (self.amount - space.choices[-1].bits) / span if span else 1.0
+            return round(low + share * (high - low))
+        if self.unit == "bpw":
+            nbytes = self.amount * space.parameters / 8
+        elif self.unit == "%":
+            nbytes = self.amount * high / 100
+        else:
+            nbytes = self.amount * _BYTES[self.unit]
+        if not low <= nbytes <= high * (1 + 1e-9):
+            raise UsageError(
+                f"budget {self} is outside what these widths can reach: {self._show(low, space)} to "
+                f"{self._show(high, space)} ({low / 1e6:.1f}MB to {high / 1e6:.1f}MB)")
+        return min(int(nbytes), high)
+
+    def _show(self, nbytes: int, space: SearchSpace) -> str:
+        if self.unit == "bpw":
+            return f"{space.bits_per_weight(nbytes):.3f}bpw"
+        if self.unit == "%":
+            return f"{100 * nbytes / space.high_bytes:.1f}%"
+        return f"{nbytes / _BYTES[self.unit]:.6g}{self.unit}"

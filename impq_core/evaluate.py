@@ -1,0 +1,197 @@
+"""What a plan costs on held-out text, beside what knows nothing of the layers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.nn import functional
+
+from impq_core.bank import Assignment, Bank
+from impq_core.blockwise import BlockwiseModel
+from impq_core.files import write_text
+from impq_core.references import first_last_high, random_plan
+from impq_core.text import Windows
+from impq_core.types import Choice, FloatArray, Plan, SearchSpace
+
+RANDOM_PLANS = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """Held-out quality of one allocation.
+
+    Args:
+        window_nll: float64 (windows,), mean nats per token of each window.
+        kl: mean KL divergence from the unquantized model's next-token distribution, nats per token.
+        top1: share of tokens whose most likely successor is the unquantized model's.
+    """
+
+    window_nll: FloatArray
+    kl: float
+    top1: float
+
+    @property
+    def nll(self) -> float:
+        """Nats per token."""
+        return float(self.window_nll.mean())
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of ``nll`` over windows."""
+        return _stderr(self.window_nll)
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.nll, 700.0))
+
+    @property
+    def perplexity_stderr(self) -> float:
+        """By the delta method: perplexity times the standard error of the NLL."""
+        return self.perplexity * self.stderr
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A line of the evaluation table: an allocation, its size, and its score (or, on a line between two uniform
+    models, an interpolated NLL)."""
+
+    name: str
+    nbytes: int | None
+    score: Score | None = None
+    interpolated_nll: float | None = None
+
+    @property
+    def nll(self) -> float:
+        if self.score is not None:
+            return self.score.nll
+        assert self.interpolated_nll is not None
+        return self.interpolated_nll
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """The plan and its references on one held-out text; the first row is the plan."""
+
+    rows: tuple[Row, ...]
+    space: SearchSpace
+    text: str
+    tokens: int
+
+    def row(self, name: str) -> Row:
+        """The row of that name; KeyError where there is none."""
+        return {row.name: row for row in self.rows}[name]
+
+    @property
+    def plan(self) -> Score:
+        score = self.rows[0].score
+        assert score is not None
+        return score
+
+    def against_plan(self, row: Row) -> tuple[float, float] | None:
+        """A row's NLL minus the plan's, and the standard error of that difference paired over windows."""
+        if row is self.rows[0]:
+            return None
+        if row.score is None:
+            return row.nll - self.plan.nll, math.nan
+        difference = row.score.window_nll - self.plan.window_nll
+        return float(difference.mean()), _stderr(difference)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; what is not a number is null."""
+        rows = []
+        for row in self.rows:
+            entry: dict[str, Any] = {"name": row.name, "bytes": row.nbytes, "nll": row.nll}
+            if row.nbytes is not None:
+                entry |= {"bits_nominal": self.space.nominal_bits(row.nbytes),
+                          "bits_stored": self.space.bits_per_weight(row.nbytes)}
+            if row.score is not None:
+                entry |= {"nll_stderr": row.score.stderr, "perplexity": row.score.perplexity,
+                          "perplexity_stderr": row.score.perplexity_stderr, "kl": row.score.kl,
+                          "top1_agreement": row.score.top1, "window_nll": row.score.window_nll.tolist()}
+            if (difference := self.against_plan(row)) is not None:
+                entry |= {"minus_plan": difference[0], "minus_plan_stderr": difference[1]}
+            rows.append({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()})
+        return {"text": self.text, "tokens": self.tokens, "rows": rows}
+
+    def save(self, path: Path) -> None:
+        write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
+
+
+class Evaluator:
+    """Scores allocations of a bank's layers on held-out windows, against the unquantized model."""
+
+    def __init__(self, runner: BlockwiseModel, bank: Bank, windows: Windows) -> None:
+        self._runner, self._bank, self._ids = runner, bank, windows.ids
+        self._embedded = runner.embed(windows.ids)
+        self._layers_of_block = [[i for i, layer in enumerate(bank.layers) if layer.block == b]
+                                 for b in range(len(runner))]
+        self._reference = self._run([None] * len(bank.layers))
+
+    def _run(self, assignment: Assignment) -> list[Any]:
+        def switch(block: int) -> None:
+            for layer in self._layers_of_block[block]:
+                self._bank.switch(layer, assignment[layer])
+        return self._runner.run_all(self._embedded, switch)
+
+    def score(self, assignment: Assignment) -> Score:
+        """Score an allocation; the reference's logits are made again from its last hidden states, which cost
+        thousands of times less memory than the logits would."""
+        hidden = self._run(assignment)
+        windows, length = self._ids.shape
+        nll = np.empty(windows * (length - 1))
+        kl = np.empty_like(nll)
+        agree = np.empty_like(nll)
+        for where, (logits, reference), targets in self._runner.scored(hidden, self._ids, self._reference):
+            ours, theirs = functional.log_softmax(logits, dim=-1), functional.log_softmax(reference, dim=-1)
+            nll[where] = -ours.gather(1, targets[:, None])[:, 0].double().numpy()
+            kl[where] = functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(dim=1).double().numpy()
+            agree[where] = (logits.argmax(dim=1) == reference.argmax(dim=1)).double().numpy()
+        return Score(nll.reshape(windows, -1).mean(axis=1), float(kl.mean()), float(agree.mean()))
+
+
+def evaluate_plan(evaluator: Evaluator, plan: Plan, between: Sequence[tuple[Choice, int]], windows: Windows, seed: int,
+                  progress: Callable[[int, int], None]) -> Evaluation:
+    """Score a plan beside the unquantized model, every uniform width, first/last-high, random plans, and the straight
+    lines between uniform models at the plan's bytes.
+
+    Args:
+        evaluator: holds the model.
+        plan: the plan.
+        between: choices that lie between the plan's widest and narrowest without being on its menu, with the bytes of
+            a model that is uniformly so.
+        windows: what the evaluator scores on.
+        seed: of the random plans.
+        progress: told (allocations scored, allocations).
+    """
+    space = plan.space
+    menu = [space.choices[k] for k in plan.pick]
+    todo: list[tuple[str, int | None, Assignment]] = [("plan", plan.nbytes, menu)]
+    todo.append(("unquantized", None, [None] * len(space)))
+    uniform = [(choice, space.bytes_of(space.uniform(k))) for k, choice in enumerate(space.choices)]
+    uniform = sorted([*uniform, *between], reverse=True)
+    todo += [(f"uniform {choice}", nbytes, [choice] * len(space)) for choice, nbytes in uniform]
+    references = [("first/last high", first_last_high(space, plan.budget_bytes))]
+    references += [(f"random {i + 1}", random_plan(space, plan.budget_bytes, np.random.default_rng([seed, i])))
+                   for i in range(RANDOM_PLANS)]
+    todo += [(name, space.bytes_of(pick), [space.choices[k] for k in pick]) for name, pick in references]
+    progress(0, len(todo))
+    rows = []
+    for name, nbytes, assignment in todo:
+        rows.append(Row(name, nbytes, evaluator.score(assignment)))
+        progress(len(rows), len(todo))
+    points = sorted((row.nbytes, row.nll) for row in rows if row.name.startswith("uniform") and row.nbytes)
+    sizes, losses = np.array(points).T
+    rows.append(Row("line low-high", plan.nbytes, None, float(np.interp(plan.nbytes, sizes[[0, -1]], losses[[0, -1]]))))
+    if len(points) > 2:
+        rows.append(Row("line of uniforms", plan.nbytes, None, float(np.interp(plan.nbytes, sizes, losses))))
+    return Evaluation(tuple(rows), space, str(windows), windows.scored_tokens)
+
+
+def _stderr(values: FloatArray) -> float:
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan

@@ -1,0 +1,187 @@
+"""The game on a real model: the loss of a pick, at the price of the blocks behind its first difference."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from impq_core.bank import Bank
+from impq_core.blockwise import BlockwiseModel, Hidden
+from impq_core.errors import ImpqError
+from impq_core.text import Windows
+from impq_core.types import FloatArray, IntArray, SearchSpace
+
+Watcher = Callable[[IntArray, FloatArray, float], None]
+"""Called with picks, losses and forwards so far, when the losses are on disk."""
+
+
+class MeasurementLog:
+    """Measured losses, a JSON line each, in a file that is only ever appended to.
+
+    Args:
+        path: the file; created with ``header`` as its first line. It must not exist.
+        header: what the losses were measured on.
+    """
+
+    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
+        self._file = path.open("x", encoding="utf-8")
+        self._write({"format": "impq-measurements/1", **header})
+        self.sync()
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def append(self, pick: IntArray, loss: float) -> None:
+        """Add an absolute loss (nats per token). It survives the death of the process at once, and that of the machine
+        after ``sync``."""
+        self._write({"pick": pick.tolist(), "loss": loss})
+
+    def sync(self) -> None:
+        """Wait until everything appended is on the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self.sync()
+        self._file.close()
+
+    @staticmethod
+    def read(path: Path) -> tuple[dict[str, Any], list[tuple[tuple[int, ...], float]]]:
+        """Header and (pick, absolute loss) rows; a torn last line is left out.
+
+        Raises:
+            ImpqError: the file is no measurement log, or is damaged before its last line.
+        """
+        lines = path.read_text(encoding="utf-8").split("\n")
+        rows: list[dict[str, Any]] = []
+        for number, line in enumerate(lines):
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                if number < len(lines) - 1:
+                    raise ImpqError(f"{path}, line {number + 1}: not a measurement") from error
+        if not rows or rows[0].get("format") != "impq-measurements/1":
+            raise ImpqError(f"{path} is not a measurement log")
+        return rows[0], [(tuple(row["pick"]), float(row["loss"])) for row in rows[1:]]
+
+
+class ModelGame:
+    """Implements ``impq_core.interfaces.Game`` on a model whose variants are in a bank.
+
+    Hidden states in front of every block are kept for the pick evaluated last, so the next one runs only the blocks
+    behind its first difference. Losses are memoised. Nothing is quantized here.
+
+    Args:
+        space: the choices on play.
+        bank: the variants; its layers are the space's.
+        runner: the model.
+        windows: calibration windows that the loss is the mean over.
+        log: where measured losses go before they are returned.
+        watch: told of new losses once they are on disk.
+        progress: told (evaluations done, evaluations expected) after each.
+    """
+
+    def __init__(self, space: SearchSpace, bank: Bank, runner: BlockwiseModel, windows: Windows,
+                 log: MeasurementLog | None = None, watch: Watcher = lambda *facts: None,
+                 progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        self.space = space
+        self._bank, self._runner, self._ids = bank, runner, windows.ids
+        self._log, self._watch, self._progress = log, watch, progress
+        self._expected = 0
+        self._blocks = np.array([layer.block for layer in space.layers])
+        self._inputs: list[Hidden] = [runner.embed(windows.ids)]
+        self._standing: IntArray | None = None
+        self._memo: dict[bytes, float] = {}
+        self.block_forwards = 0
+        self.tokens = windows.scored_tokens
+
+    @property
+    def forwards(self) -> float:
+        """Cost so far in full-model forwards: block forwards over blocks."""
+        return self.block_forwards / len(self._runner)
+
+    @property
+    def evaluations(self) -> int:
+        """Distinct picks measured, the reference included."""
+        return len(self._memo)
+
+    @property
+    def reference_loss(self) -> float:
+        """Absolute loss of the all-reference model, nats per token.
+
+        Raises:
+            ImpqError: it is not finite.
+        """
+        loss = self._absolute(self.space.uniform(0))
+        if not math.isfinite(loss):
+            raise ImpqError("the loss of the all-high model is not finite: try --dtype float32")
+        return loss
+
+    def expect(self, evaluations: int) -> None:
+        """Tell whoever watches how many evaluations there will have been in all."""
+        self._expected = evaluations
+        self._progress(self.evaluations, evaluations)
+
+    def loss(self, pick: IntArray) -> float:
+        """Nats per token above the reference."""
+        return float(self.losses(np.asarray(pick)[None])[0])
+
+    def losses(self, picks: IntArray) -> FloatArray:
+        """Nats per token above the reference (N,) of picks (N, n), in whichever order costs fewer block forwards."""
+        picks = np.stack([self.space.check_pick(pick) for pick in picks])
+        reference = self.reference_loss
+        out = np.empty(len(picks))
+        for row in self._cheaper_order(picks):
+            out[row] = self._absolute(picks[row]) - reference
+        if self._log:
+            self._log.sync()
+        self._watch(picks, out, self.forwards)
+        return out
+
+    def _first_difference(self, a: IntArray, b: IntArray) -> int:
+        """First block in which two picks differ; the number of blocks where they do not."""
+        where = self._blocks[a != b]
+        return int(where.min()) if len(where) else len(self._runner)
+
+    def _cheaper_order(self, picks: IntArray) -> IntArray:
+        """The order as given, or sorted block by block so that neighbours share prefixes, whichever runs less."""
+        by_block = np.lexsort(picks[:, np.argsort(self._blocks, kind="stable")].T[::-1])
+
+        def price(order: IntArray) -> int:
+            chain = [self._standing, *picks[order]] if self._standing is not None else list(picks[order])
+            return sum(len(self._runner) - self._first_difference(a, b)
+                       for a, b in zip(chain[:-1], chain[1:], strict=True) if b.tobytes() not in self._memo)
+
+        given = np.arange(len(picks))
+        return min((given, by_block, by_block[::-1]), key=price)
+
+    def _absolute(self, pick: IntArray) -> float:
+        key = pick.tobytes()
+        if key not in self._memo:
+            loss = self._measure(pick)
+            if self._log:
+                self._log.append(pick, loss)
+            self._memo[key] = loss
+            self._progress(self.evaluations, max(self._expected, self.evaluations))
+        return self._memo[key]
+
+    def _measure(self, pick: IntArray) -> float:
+        first = 0 if self._standing is None else self._first_difference(self._standing, pick)
+        first = min(first, len(self._inputs) - 1)
+        self._standing = None  # an interruption below must not leave a pick that the model does not stand at
+        del self._inputs[first + 1:]
+        for layer in np.flatnonzero(self._blocks >= first):
+            self._bank.switch(int(layer), self.space.choices[pick[layer]])
+        hidden = self._inputs[first]
+        for block in range(first, len(self._runner)):
+            hidden = self._runner.run(block, hidden)
+            self.block_forwards += 1
+            self._inputs.append(hidden)
+        self._standing = pick.copy()
+        return float(self._runner.nll(hidden, self._ids).mean())

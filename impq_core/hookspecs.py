@@ -1,0 +1,96 @@
+"""What a plugin may offer and what it may watch.
+
+Offers return cheap descriptions and import nothing heavy. Moments watch a run, return None, and cannot change it; an
+observer that raises is reported and the run goes on (but ``impq_run_started`` may raise ImpqError to stop a run that
+has not begun).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import click
+
+    from impq_core.config import RunConfig
+    from impq_core.pipeline import RunResult
+    from impq_core.plugins import Component
+    from impq_core.types import FloatArray, IntArray, Measurements, Plan, SearchSpace, SensitivityEstimate
+
+hookspec = pluggy.HookspecMarker("impq")
+hookimpl = pluggy.HookimplMarker("impq")
+
+# Offers ---------------------------------------------------------------------------------------------------------
+
+
+@hookspec
+def impq_estimators() -> Iterable[Component]:
+    """Estimators and samplers, chosen by ``--estimator``."""
+
+
+@hookspec
+def impq_surrogates() -> Iterable[Component]:
+    """Surrogates, chosen by ``--surrogate``."""
+
+
+@hookspec
+def impq_allocators() -> Iterable[Component]:
+    """Allocators, chosen by ``--allocator``."""
+
+
+@hookspec
+def impq_backends() -> Iterable[Component]:
+    """Backends, chosen by ``--backend``."""
+
+
+@hookspec
+def impq_commands() -> Iterable[click.Command]:
+    """Further commands of the ``impq`` command line."""
+
+
+# Moments --------------------------------------------------------------------------------------------------------
+
+
+@hookspec
+def impq_run_started(config: RunConfig, space: SearchSpace, folder: Path) -> None:
+    """Everything is checked and the folder exists; the model's weights are not loaded yet."""
+
+
+@hookspec
+def impq_progress(stage: str, done: int, total: int) -> None:
+    """``done`` of ``total`` units of a stage are finished; a stage starts with ``done`` = 0."""
+
+
+@hookspec
+def impq_variants_ready(nbytes: int, seconds: float) -> None:
+    """Every layer is stored at every width, in ``nbytes`` bytes."""
+
+
+@hookspec
+def impq_measured(picks: IntArray, losses: FloatArray, forwards: float) -> None:
+    """New losses are on disk; ``forwards`` is the cost so far."""
+
+
+@hookspec
+def impq_estimate_ready(estimate: SensitivityEstimate, measurements: Measurements | None) -> None:
+    """The estimate is on disk."""
+
+
+@hookspec
+def impq_plan_ready(plan: Plan) -> None:
+    """The plan is on disk."""
+
+
+@hookspec
+def impq_run_finished(result: RunResult) -> None:
+    """The run has come to its end; everything is in ``result.folder``."""
+
+
+@hookspec
+def impq_run_failed(error: BaseException) -> None:
+    """The run ended early; KeyboardInterrupt means that somebody stopped it."""

@@ -1,0 +1,162 @@
+"""The seams: what an estimator, a surrogate, an allocator and a backend must be. Imports no torch.
+
+A plugin's class derives from one of these, carries its options as a frozen dataclass named ``Options`` (whose fields
+become ``-o name=value`` and whose ``__post_init__`` raises ValueError where a value makes no sense), and imports
+heavy libraries inside its methods, so that a typo is answered before they load.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import numpy as np
+
+from impq_core.types import (
+    Choice, FloatArray, IntArray, LinearSpec, Measurements, Plan, SearchSpace, SensitivityEstimate,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """A part without options."""
+
+
+class Part:
+    """What every pluggable part shares: options."""
+
+    Options: ClassVar[type] = NoOptions
+
+    def __init__(self, options: Any = None) -> None:
+        self.options = self.Options() if options is None else options
+
+
+class Game(Protocol):
+    """The cooperative game of an estimator: a model seen only through the loss of a pick."""
+
+    space: SearchSpace
+
+    @property
+    def tokens(self) -> int:
+        """Scored tokens behind each loss."""
+
+    @property
+    def reference_loss(self) -> float:
+        """Absolute loss of the all-reference model, nats per token (measured on first use)."""
+
+    @property
+    def forwards(self) -> float:
+        """Cost so far, in full-model forwards of the calibration windows."""
+
+    def expect(self, evaluations: int) -> None:
+        """Tell whoever watches how many evaluations will have been asked for in all."""
+
+    def loss(self, pick: IntArray) -> float:
+        """Loss of one pick (n,), nats per token above the reference."""
+
+    def losses(self, picks: IntArray) -> FloatArray:
+        """Losses (N,) of picks (N, n), nats per token above the reference; all on disk when it returns."""
+
+
+class Estimator(Part, ABC):
+    """Scores layers. ``needs`` names what it uses besides the game: ``text``, ``model``, ``activations``."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"text"})
+
+    @abstractmethod
+    def estimate(self, game: Game, rng: np.random.Generator) -> SensitivityEstimate:
+        """The estimate for ``game.space``; every random draw comes from ``rng``."""
+
+
+class Sampler(Part, ABC):
+    """An estimator that only measures; the surrogate the user names turns measurements into an estimate."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"text"})
+
+    @abstractmethod
+    def sample(self, game: Game, rng: np.random.Generator) -> Measurements:
+        """Play the game; every random draw comes from ``rng``."""
+
+
+class Surrogate(Part, ABC):
+    """Fits measured losses."""
+
+    @abstractmethod
+    def fit(self, measurements: Measurements) -> SensitivityEstimate:
+        """The fitted estimate; raises ImpqError where the measurements cannot carry it."""
+
+
+class Allocator(Part, ABC):
+    """Turns an estimate into a plan; numpy in, numpy out."""
+
+    @abstractmethod
+    def allocate(self, estimate: SensitivityEstimate, budget_bytes: int) -> Plan:
+        """The plan of least predicted loss found within the budget.
+
+        Raises:
+            ImpqError: the budget is below the smallest pick.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """What a linear's inputs looked like over the calibration text.
+
+    Args:
+        gram: float32 (columns, columns), the sum of x xT over tokens.
+        tokens: how many inputs x were summed.
+    """
+
+    gram: torch.Tensor
+    tokens: int
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """One linear at one width, packed: tensors exactly as stored, and what a backend wants to tell of the making."""
+
+    choice: Choice
+    tensors: Mapping[str, torch.Tensor]
+    record: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored tensors."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+
+class Backend(Part, ABC):
+    """Quantizes linears; the library it wraps does the work.
+
+    Class attributes:
+        default_bits: the menu played where the user names none.
+        needs: ``activations`` where ``quantize`` wants Statistics.
+    """
+
+    default_bits: ClassVar[tuple[float, ...]]
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    @abstractmethod
+    def choices(self) -> tuple[Choice, ...]:
+        """Every width on offer under these options, widest first."""
+
+    @abstractmethod
+    def check(self, linear: LinearSpec, choice: Choice) -> None:
+        """Raises ImpqError, naming the linear, where its shape cannot be stored at this width."""
+
+    @abstractmethod
+    def nbytes(self, linear: LinearSpec, choice: Choice) -> int:
+        """Exact bytes of the variant that ``quantize`` will return, scales and zeros included."""
+
+    @abstractmethod
+    def quantize(self, weight: torch.Tensor, choice: Choice, statistics: Statistics | None) -> Variant:
+        """Quantize a weight (rows, columns), which is left untouched."""
+
+    @abstractmethod
+    def dequantize(self, variant: Variant) -> torch.Tensor:
+        """The weight (rows, columns) in float32 that the variant stands for."""

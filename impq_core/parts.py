@@ -1,0 +1,130 @@
+"""The four parts of a run, built by name from a configuration before anything heavy is imported."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from impq_core.budget import Budget
+from impq_core.config import RunConfig
+from impq_core.errors import ImpqError, UsageError, nearest
+from impq_core.interfaces import Allocator, Backend, Estimator, Game, Sampler, Surrogate
+from impq_core.plugins import ROLES, Plugins, build_options, option_names
+from impq_core.types import Choice, Measurements, SensitivityEstimate
+
+_BASES: Mapping[str, Any] = {"estimator": (Estimator, Sampler), "surrogate": Surrogate, "allocator": Allocator,
+                             "backend": Backend}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Built parts, the menu of widths (widest first) and the budget as asked for (None: not asked)."""
+
+    estimator: Estimator | Sampler
+    surrogate: Surrogate
+    allocator: Allocator
+    backend: Backend
+    menu: tuple[Choice, ...]
+    budget: Budget | None
+
+    @classmethod
+    def build(cls, config: RunConfig, plugins: Plugins) -> Parts:
+        """Raises UsageError for a wrong name, option, width or budget; ImpqError for a missing library."""
+        for role in config.options:
+            if role not in ROLES:
+                raise UsageError(f"options are given for '{role}', which is no role{nearest(role, ROLES)}")
+        built = {role: _build(config, plugins, role) for role in ROLES}
+        menu = _menu(config, built["backend"])
+        budget = Budget.parse(config.budget) if config.budget else None
+        if budget:
+            budget.check_menu([choice.bits for choice in menu])
+        return cls(**built, menu=menu, budget=budget)
+
+    def options(self) -> dict[str, dict[str, Any]]:
+        """Every option of every part, defaults included, as the configuration file writes them."""
+        every = {role: asdict(getattr(self, role).options) for role in ROLES}
+        return {role: options for role, options in every.items() if options}
+
+    def estimate(self, game: Game, rng: np.random.Generator) -> tuple[SensitivityEstimate, Measurements | None]:
+        """Let the estimator play, and the surrogate fit what it measured where it only measures."""
+        if isinstance(self.estimator, Estimator):
+            return self.estimator.estimate(game, rng), None
+        measurements = self.estimator.sample(game, rng)
+        return self.surrogate.fit(measurements), measurements
+
+
+def assign_options(config: RunConfig, plugins: Plugins, pairs: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Sort ``-o name=value`` pairs under the roles of the parts that know them, over the configuration's options.
+
+    ``role.name`` names the role outright; a bare name must belong to one of the chosen parts alone.
+
+    Raises:
+        UsageError: nobody has the option, or several have.
+    """
+    classes = {role: plugins.load(role, getattr(config, role), _BASES[role]) for role in ROLES}
+    result = {role: dict(options) for role, options in config.options.items()}
+    for key, value in pairs.items():
+        role, dot, name = key.rpartition(".")
+        owners = [role] if dot else [r for r, part in classes.items() if name in option_names(part)]
+        if dot and role not in ROLES:
+            raise UsageError(f"option {key}: '{role}' is no role{nearest(role, ROLES)}")
+        if not owners:
+            every = {n for part in classes.values() for n in option_names(part)}
+            raise UsageError(f"none of the chosen parts has an option '{name}'{nearest(name, every)}")
+        if len(owners) > 1:
+            raise UsageError(f"several parts have an option '{name}': write "
+                             + " or ".join(f"{owner}.{name}" for owner in owners))
+        result.setdefault(owners[0], {})[name] = value
+    return result
+
+
+def _build(config: RunConfig, plugins: Plugins, role: str) -> Any:
+    name = getattr(config, role)
+    part = plugins.load(role, name, _BASES[role])
+    return part(build_options(part, role, name, config.options.get(role, {})))
+
+
+def _menu(config: RunConfig, backend: Backend) -> tuple[Choice, ...]:
+    offered = {choice.bits: choice for choice in backend.choices()}
+    wanted = config.bits or backend.default_bits
+    for bits in wanted:
+        if bits not in offered:
+            raise UsageError(f"backend '{config.backend}' has no {bits:g} bits (it has: "
+                             f"{', '.join(f'{b:g}' for b in sorted(offered))})")
+    if len(wanted) < 2:
+        raise UsageError("--bits needs at least two widths to choose between")
+    return tuple(sorted((offered[bits] for bits in wanted), reverse=True))
+
+
+def describe_options(plugins: Plugins, role: str, name: str) -> list[str]:
+    """A line ``name=default  what it does`` for each option of a part; nothing where it cannot be loaded."""
+    try:
+        part = plugins.load(role, name, _BASES[role])
+    except ImpqError:
+        return []
+    told = _told_arguments(part.Options.__doc__ or "")
+    return [f"{field.name}={_shown(field.default)}  {told.get(field.name, '')}".rstrip()
+            for field in fields(part.Options)]
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _told_arguments(docstring: str) -> dict[str, str]:
+    """What the Args section of a docstring says of each name, on one line."""
+    _, _, section = inspect.cleandoc(docstring).partition("Args:\n")
+    told: dict[str, str] = {}
+    last = ""
+    for line in section.splitlines():
+        if match := re.match(r" {4}(\w+): (.*)", line):
+            last = match[1]
+            told[last] = match[2]
+        elif last and line.strip():
+            told[last] += " " + line.strip()
+    return told

@@ -1,0 +1,219 @@
+"""One run, in the order of things; no other file knows it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import secrets
+import shutil
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from impq_core.bank import Bank, fill_bank
+from impq_core.blockwise import BlockwiseModel
+from impq_core.budget import Budget
+from impq_core.config import RunConfig
+from impq_core.errors import ImpqError
+from impq_core.evaluate import Evaluation, Evaluator, evaluate_plan
+from impq_core.files import write_text
+from impq_core.game import MeasurementLog, ModelGame
+from impq_core.model import ModelSource, layers_of, locate_model, resolve_dtype, search_space
+from impq_core.parts import Parts
+from impq_core.plugins import Plugins
+from impq_core.text import Windows, check_source, draw_windows, refuse_overlap
+from impq_core.types import Choice, Measurements, Plan, SearchSpace, SensitivityEstimate
+
+
+@dataclass(frozen=True, eq=False)
+class RunResult:
+    """What a run leaves behind; the same things are files in ``folder``.
+
+    ``measured_loss`` is the plan's loss on the game's own windows, nats per token above the reference, to hold
+    against ``plan.predicted_loss``; ``forwards`` the cost of the search in full-model forwards; ``seconds`` by stage.
+    """
+
+    folder: Path
+    config: RunConfig
+    plan: Plan
+    evaluation: Evaluation
+    estimate: SensitivityEstimate | None
+    measurements: Measurements | None
+    measured_loss: float
+    forwards: float
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A run of which everything that can be checked without the weights has been checked.
+
+    ``between`` are the backend's widths between the menu's that uniform references are made of, each with its bytes.
+    """
+
+    config: RunConfig
+    parts: Parts
+    source: ModelSource
+    space: SearchSpace
+    between: tuple[tuple[Choice, int], ...]
+    budget_bytes: int
+    plan: Plan | None
+    calibration: Windows
+    evaluation: Windows
+
+
+def prepare(config: RunConfig, plugins: Plugins) -> Prepared:
+    """Resolve and check a configuration: names, options, files, sizes, budget, texts. Loads no weights, writes
+    nothing.
+
+    Raises:
+        ImpqError: whatever is wrong, in one line.
+    """
+    parts = Parts.build(config, plugins)
+    for text in (config.calibration, config.evaluation):
+        check_source(text.source)
+    source = locate_model(config.model, config.trust_remote_code)
+    skeleton = source.skeleton()
+    layers = layers_of(skeleton, config.granularity)
+    space = search_space(layers, parts.backend, parts.menu)
+    between = [choice for choice in parts.backend.choices()
+               if parts.menu[-1] < choice < parts.menu[0] and choice not in parts.menu]
+    wide = search_space(layers, parts.backend, tuple(sorted([*parts.menu, *between], reverse=True)))
+    sizes = {choice: int(wide.nbytes[:, k].sum()) for k, choice in enumerate(wide.choices)}
+    budget = parts.budget or Budget((parts.menu[0].bits + parts.menu[-1].bits) / 2, "bits")
+    budget_bytes = budget.resolve(space)
+    plan = Plan.load(Path(config.plan), space) if config.plan else None
+    tokenizer, vocabulary = source.tokenizer(), skeleton.get_input_embeddings().num_embeddings
+    calibration = draw_windows(config.calibration, "calibration", tokenizer, vocabulary)
+    evaluation = draw_windows(config.evaluation, "evaluation", tokenizer, vocabulary)
+    refuse_overlap(calibration, evaluation)
+    dtype = str(resolve_dtype(config.dtype)).removeprefix("torch.")
+    resolved = replace(config, bits=tuple(choice.bits for choice in parts.menu), budget=str(budget), dtype=dtype,
+                       options=parts.options())
+    return Prepared(resolved, parts, source, space, tuple((choice, sizes[choice]) for choice in between), budget_bytes,
+                    plan, calibration, evaluation)
+
+
+def run(config: RunConfig, plugins: Plugins | None = None) -> RunResult:
+    """Estimate, allocate, quantize and evaluate as configured.
+
+    Args:
+        config: what to do.
+        plugins: who can do it, and who watches; the installed plugins by default.
+
+    Raises:
+        ImpqError: anything the user can mend.
+    """
+    plugins = plugins or Plugins()
+    prepared = prepare(config, plugins)
+    folder = _make_folder(Path(config.output))
+    try:
+        write_text(folder / "impq.toml", prepared.config.to_toml())
+        plugins.notify("impq_run_started", config=prepared.config, space=prepared.space, folder=folder)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    try:
+        result = _carry_out(prepared, plugins, folder)
+    except BaseException as error:
+        write_text(folder / "error.txt", "".join(traceback.format_exception(error)))
+        plugins.notify("impq_run_failed", error=error)
+        raise
+    plugins.notify("impq_run_finished", result=result)
+    return result
+
+
+def _carry_out(prepared: Prepared, plugins: Plugins, folder: Path) -> RunResult:
+    config, parts, space = prepared.config, prepared.parts, prepared.space
+    clock = _Clock()
+
+    def progress(stage: str) -> Any:
+        return lambda done, total: plugins.notify("impq_progress", stage=stage, done=done, total=total)
+
+    with clock.stage("load"):
+        dtype = resolve_dtype(config.dtype)
+        model = prepared.source.load(dtype)
+        runner = BlockwiseModel(model)
+    with clock.stage("quantize"):
+        bank = Bank(model, space.layers, parts.backend, dtype)
+        choices = sorted([*space.choices, *(choice for choice, _ in prepared.between)], reverse=True)
+        seconds = fill_bank(bank, runner, runner.embed(prepared.calibration.ids), choices, progress("quantize"))
+        bank.save_record(folder / "variants.json")
+        plugins.notify("impq_variants_ready", nbytes=bank.nbytes, seconds=seconds)
+    windows = prepared.calibration.first(config.game_windows)
+    log = MeasurementLog(folder / "measurements.jsonl", _provenance(prepared, windows))
+    try:
+        game = ModelGame(
+            space, bank, runner, windows, log, progress=progress("estimate"),
+            watch=lambda picks, losses, forwards: plugins.notify(
+                "impq_measured", picks=picks, losses=losses, forwards=forwards))
+        plan, estimate, measurements = prepared.plan, None, None
+        if plan is None:
+            with clock.stage("estimate"):
+                estimate, measurements = parts.estimate(game, np.random.default_rng(config.seed))
+                if measurements is not None:
+                    measurements.save(folder / "measurements.npz")
+                estimate.save(folder / "estimate.npz")
+                plugins.notify("impq_estimate_ready", estimate=estimate, measurements=measurements)
+            forwards = game.forwards
+            with clock.stage("allocate"):
+                plan = replace(parts.allocator.allocate(estimate, prepared.budget_bytes),
+                               provenance={**_provenance(prepared, windows), "estimate": estimate.method})
+        else:
+            forwards = 0.0
+        plan.save(folder / "plan.json")
+        plugins.notify("impq_plan_ready", plan=plan)
+        measured = game.loss(plan.pick)
+    finally:
+        log.close()
+    with clock.stage("evaluate"):
+        evaluator = Evaluator(runner, bank, prepared.evaluation)
+        evaluation = evaluate_plan(evaluator, plan, prepared.between, prepared.evaluation, config.seed,
+                                   progress("evaluate"))
+        evaluation.save(folder / "evaluation.json")
+    result = RunResult(folder, config, plan, evaluation, estimate, measurements, measured, forwards, clock.seconds)
+    write_text(folder / "cost.json", json.dumps({"forwards": forwards, "seconds": clock.seconds}, indent=1) + "\n")
+    return result
+
+
+def _provenance(prepared: Prepared, windows: Windows) -> dict[str, Any]:
+    """What a loss was measured on: enough to tell whether another one may be held against it."""
+    names = ("impq", "torch", "transformers")
+    return {"space": prepared.space.fingerprint, "model": prepared.source.name, "backend": prepared.config.backend,
+            "backend_options": asdict(prepared.parts.backend.options), "dtype": prepared.config.dtype,
+            "calibration": str(prepared.calibration), "calibration_digest": prepared.calibration.digest,
+            "game_digest": windows.digest, "game_tokens": windows.scored_tokens, "seed": prepared.config.seed,
+            "versions": {name: importlib.metadata.version(name) for name in names}}
+
+
+class _Clock:
+    """Seconds by stage, for the curious: costs are counted in forwards."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - began, 2)
+
+
+def _make_folder(parent: Path) -> Path:
+    name = f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = (parent / name).absolute()
+        folder.mkdir()
+    except OSError as error:
+        raise ImpqError(f"the output folder {parent} cannot be written: {error.strerror}") from error
+    return folder
+
+

@@ -1,0 +1,260 @@
+"""Who offers what: discovery of plugins, their components, and the building of a part by its name.
+
+Choosing by name is not a broadcast, so hooks only describe; ``Plugins.load`` and ``build_options`` do the choosing.
+A plugin that cannot be used is dropped with its reason, and the tool goes on without it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import sys
+import typing
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pluggy
+
+from impq_core import hookspecs
+from impq_core.errors import ImpqError, UsageError, nearest
+
+GROUP = "impq"
+ROLES = ("estimator", "surrogate", "allocator", "backend")
+
+
+@dataclass(frozen=True)
+class Component:
+    """A part on offer.
+
+    Args:
+        name: what the user types.
+        target: ``package.module:Class``, imported only when chosen.
+        summary: one line for ``impq plugins``.
+        needs: import names of libraries it cannot work without.
+        extra: the extra of the impq distribution that brings them, if one does.
+        notice: one line said when it is chosen.
+    """
+
+    name: str
+    target: str
+    summary: str = ""
+    needs: tuple[str, ...] = ()
+    extra: str = ""
+    notice: str = ""
+
+    def missing(self) -> list[str]:
+        """Needed libraries that are not installed (found without importing them)."""
+        return [name for name in self.needs if importlib.util.find_spec(name) is None]
+
+    def remedy(self) -> str:
+        """``needs hqq (pip install 'impq[hqq]')``, or nothing when all is there."""
+        missing = self.missing()
+        if not missing:
+            return ""
+        what = f"impq[{self.extra}]" if self.extra else " ".join(missing)
+        return f"needs {', '.join(missing)} (pip install '{what}')"
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A component and the plugin it came from."""
+
+    role: str
+    component: Component
+    origin: str
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A plugin, or one of its components, that is not used, and why."""
+
+    what: str
+    reason: str
+
+
+class Plugins:
+    """The plugins found on this machine.
+
+    Args:
+        files: Python files to load as further plugins (``--plugin ./mine.py``).
+        entry_points: what to discover; the entry points of group ``impq`` by default.
+
+    Raises:
+        UsageError: a file is missing or cannot be loaded (a broken installed plugin is dropped instead).
+    """
+
+    def __init__(self, files: Iterable[Path] = (),
+                 entry_points: Iterable[importlib.metadata.EntryPoint] | None = None) -> None:
+        self.offers: dict[tuple[str, str], Offer] = {}
+        self.dropped: list[Dropped] = []
+        self._manager = pluggy.PluginManager("impq")
+        self._manager.add_hookspecs(hookspecs)
+        found = importlib.metadata.entry_points(group=GROUP) if entry_points is None else entry_points
+        # First-party plugins first, so that nobody can take a name from them; then by name, so that order is stable.
+        for entry in sorted(found, key=lambda e: (_distribution(e) != "impq", _distribution(e), e.name)):
+            origin = f"{_distribution(entry)}:{entry.name}"
+            try:
+                self._add(entry.load(), origin)
+            except (Exception, SystemExit) as error:
+                self.dropped.append(Dropped(origin, _one_line(error)))
+        for file in files:
+            try:
+                self._add(_load_file(Path(file)), str(file))
+            except (Exception, SystemExit) as error:
+                raise UsageError(f"plugin file {file} cannot be loaded: {_one_line(error)}") from error
+
+    def _add(self, plugin: Any, origin: str) -> None:
+        """Register a plugin and collect its offers; whatever it does wrong raises and leaves nothing behind."""
+        if self._manager.is_registered(plugin):
+            return
+        self._manager.register(plugin, origin)
+        try:
+            known = [name for name in vars(hookspecs) if name.startswith("impq_")]
+            for caller in self._manager.get_hookcallers(plugin) or []:
+                if caller.name not in known:
+                    raise ImpqError(f"unknown hook '{caller.name}'{nearest(caller.name, known)}")
+            offers = [offer for role in ROLES for offer in self._offers_of(plugin, origin, role)]
+        except BaseException:
+            self._manager.unregister(plugin)
+            raise
+        for offer in offers:
+            key = (offer.role, offer.component.name)
+            if key in self.offers:
+                self.dropped.append(Dropped(f"{offer.role} '{offer.component.name}' of {origin}",
+                                            f"the name is taken by {self.offers[key].origin}"))
+            else:
+                self.offers[key] = offer
+
+    def _offers_of(self, plugin: Any, origin: str, role: str) -> list[Offer]:
+        hook = f"impq_{role}s"
+        results = self._only(hook, plugin)()
+        offers = []
+        for result in results:
+            if isinstance(result, (str, Component)) or not isinstance(result, Iterable):
+                raise ImpqError(f"{hook} returned {type(result).__name__}, not a list of Components")
+            for component in result:
+                if not isinstance(component, Component) or component.target.count(":") != 1:
+                    raise ImpqError(f"{hook} offered {component!r}, which is no Component with a 'module:Class' target")
+                offers.append(Offer(role, component, origin))
+        return offers
+
+    def _only(self, hook: str, plugin: Any) -> Callable[..., list[Any]]:
+        others = [other for other in self._manager.get_plugins() if other is not plugin]
+        return self._manager.subset_hook_caller(hook, others)
+
+    def watch(self, observer: object) -> None:
+        """Register an object with hook methods for the moments of a run."""
+        self._add(observer, type(observer).__name__)
+
+    def notify(self, moment: str, **facts: Any) -> None:
+        """Tell observers. One that fails is reported and the work goes on.
+
+        Raises:
+            ImpqError: an observer refused the start of a run.
+        """
+        for plugin in self._manager.get_plugins():
+            try:
+                self._only(moment, plugin)(**facts)
+            except Exception as error:
+                if moment == "impq_run_started" and isinstance(error, ImpqError):
+                    raise
+                name = self._manager.get_name(plugin)
+                warnings.warn(f"observer {name} failed in {moment}: {_one_line(error)}", RuntimeWarning, stacklevel=2)
+
+    def commands(self) -> dict[str, Any]:
+        """Further commands by name."""
+        return {command.name: command for plugin in self._manager.get_plugins()
+                for commands in self._only("impq_commands", plugin)() for command in commands}
+
+    def names(self, role: str) -> list[str]:
+        """Names on offer for a role."""
+        return [name for known, name in self.offers if known == role]
+
+    def find(self, role: str, name: str) -> Component:
+        """The component of that name.
+
+        Raises:
+            UsageError: nobody offers it; the nearest name is in the message.
+        """
+        if (role, name) not in self.offers:
+            raise UsageError(f"unknown {role} '{name}'{nearest(name, self.names(role))}")
+        return self.offers[role, name].component
+
+    def load(self, role: str, name: str, base: type | tuple[type, ...]) -> type[Any]:
+        """The class behind a name; raises ImpqError where its libraries or itself are missing or of another kind."""
+        component = self.find(role, name)
+        if remedy := component.remedy():
+            raise ImpqError(f"{role} '{name}' {remedy}")
+        module, _, attribute = component.target.partition(":")
+        try:
+            target = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ImpqError(f"{role} '{name}' of {self.offers[role, name].origin} cannot be loaded: "
+                            f"{_one_line(error)}") from error
+        if not (isinstance(target, type) and issubclass(target, base)):
+            raise ImpqError(f"{role} '{name}' of {self.offers[role, name].origin}: {component.target} is not "
+                            f"{'an' if role[0] in 'ae' else 'a'} {role}")
+        return target
+
+
+def option_names(part: type[Any]) -> list[str]:
+    """Names of a part's options."""
+    return [field.name for field in fields(part.Options)]
+
+
+def build_options(part: type[Any], role: str, name: str, given: Mapping[str, Any]) -> Any:
+    """A part's ``Options`` from text or typed values.
+
+    Raises:
+        UsageError: an unknown option (with the nearest), a value of the wrong type, or one the part refuses.
+    """
+    types = typing.get_type_hints(part.Options)
+    values = {}
+    for key, value in given.items():
+        if key not in types:
+            raise UsageError(f"{role} '{name}' has no option '{key}'{nearest(key, types)}")
+        values[key] = _convert(value, types[key], f"option {key} of {role} '{name}'")
+    try:
+        return part.Options(**values)
+    except ValueError as error:
+        raise UsageError(f"{role} '{name}': {error}") from error
+
+
+def _convert(value: Any, kind: type[Any], what: str) -> Any:
+    if kind is bool:
+        word = str(value).lower()
+        if word in ("true", "yes", "on", "1", "false", "no", "off", "0"):
+            return word in ("true", "yes", "on", "1")
+    else:
+        try:
+            if not (kind is int and isinstance(value, (bool, float))):
+                return kind(value)
+        except (TypeError, ValueError):
+            pass
+    raise UsageError(f"{what} takes {kind.__name__}, not '{value}'")
+
+
+def _distribution(entry: importlib.metadata.EntryPoint) -> str:
+    return entry.dist.name if entry.dist else "?"
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ImpqError) and text else f"{type(error).__name__}: {text}"
+
+
+def _load_file(path: Path) -> Any:
+    if not path.is_file():
+        raise ImpqError("no such file")
+    name = f"impq_file_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImpqError("not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # so that "impq_file_mine:Class" targets resolve
+    spec.loader.exec_module(module)
+    return module

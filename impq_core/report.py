@@ -1,0 +1,154 @@
+"""What a run says in the terminal."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from impq_core.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from impq_core.config import RunConfig
+    from impq_core.evaluate import Evaluation
+    from impq_core.pipeline import RunResult
+    from impq_core.types import Plan, SearchSpace
+
+PLAIN_SECONDS = 15.0
+"""Least time between two plain progress lines, so that logs stay short."""
+
+
+class ConsoleReporter:
+    """Progress and results on a console: bars on a terminal, plain lines elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars: Progress | None = None
+        self._tasks: dict[str, Any] = {}
+        self._began: dict[str, tuple[float, int]] = {}
+        self._last = 0.0
+
+    @hookimpl
+    def impq_run_started(self, config: RunConfig, space: SearchSpace, folder: Path) -> None:
+        """Say what is about to happen."""
+        menu = "/".join(map(str, space.choices))
+        self._say(f"{config.model}: {len(space)} layers ({config.granularity}), {space.parameters / 1e6:.1f} M weights, "
+                  f"{menu} bits with {config.backend}, budget {config.budget}")
+        self._say(f"run folder {folder}")
+
+    @hookimpl
+    def impq_progress(self, stage: str, done: int, total: int) -> None:
+        """Move the bar of a stage, or write a line now and then."""
+        if self._console.is_terminal:
+            if self._bars is None:
+                self._bars = Progress(TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(),
+                                      TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+                                      console=self._console)
+                self._bars.start()
+            if stage not in self._tasks:
+                self._tasks[stage] = self._bars.add_task(stage, total=total)
+            self._bars.update(self._tasks[stage], completed=done, total=total)
+            return
+        now = time.monotonic()
+        if stage not in self._began or done < self._began[stage][1]:
+            self._began[stage] = (now, done)
+        if now - self._last >= PLAIN_SECONDS or done in (0, total):
+            began, first = self._began[stage]
+            left = (now - began) / (done - first) * (total - done) if done > first else math.nan
+            tail = "" if math.isnan(left) or done == total else f", about {left:.0f} s left"
+            self._say(f"{stage}: {done} of {total}{tail}")
+            self._last = now
+
+    @hookimpl
+    def impq_plan_ready(self, plan: Plan) -> None:
+        """Say how good the program thinks its plan is."""
+        gap = "" if plan.gap is None or plan.predicted_loss is None else f", proven within {plan.gap:.2g}"
+        if plan.predicted_loss is not None:
+            self._say(f"plan by {plan.method}: predicted cost {plan.predicted_loss:.4f} nats per token{gap}")
+
+    @hookimpl
+    def impq_run_finished(self, result: RunResult) -> None:
+        """Print the table."""
+        self._stop()
+        for line in summary(result):
+            self._say(line)
+        self._console.print(evaluation_table(result.evaluation))
+
+    @hookimpl
+    def impq_run_failed(self, error: BaseException) -> None:
+        """Leave the terminal as it was."""
+        self._stop()
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def _stop(self) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+
+def summary(result: RunResult) -> list[str]:
+    """The run in a few lines: the plan, the cost of the search, the texts."""
+    plan, space = result.plan, result.plan.space
+    counts = ", ".join(f"{int((plan.pick == k).sum())} at {choice}" for k, choice in enumerate(space.choices))
+    lines = [f"plan: {counts} bits; {plan.nbytes / 1e6:.2f} MB = {space.nominal_bits(plan.nbytes):.3f} bits nominal, "
+             f"{space.bits_per_weight(plan.nbytes):.3f} stored"]
+    if result.measurements is not None:
+        m = result.measurements
+        lines.append(f"search: {len(m)} losses on {m.tokens} tokens of {result.config.calibration.source} calibration "
+                     f"text, {result.forwards:.1f} full-model forwards")
+    if result.estimate is not None and result.estimate.stderr is not None:
+        error = result.estimate.stderr[:, 1:].mean()
+        spread = result.estimate.linear[:, -1].std()
+        lines.append(f"estimate {result.estimate.method}: standard error {error:.4f} on average, "
+                     f"spread over layers {spread:.4f} nats per token")
+    lines.append("seconds: " + ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in result.seconds.items()))
+    lines.append(f"held-out text: {result.evaluation.text}, {result.evaluation.tokens} scored tokens; every width "
+                 "quantized behind a prefix at the widest")
+    return lines
+
+
+def evaluation_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the evaluation table, for the terminal and for Markdown alike."""
+    header = ["allocation", "bits", "stored", "MB", "NLL", "minus plan", "perplexity", "KL", "top-1"]
+    cells = []
+    for row in evaluation.rows:
+        sizes = ["", "", ""]
+        if row.nbytes is not None:
+            sizes = [f"{evaluation.space.nominal_bits(row.nbytes):.2f}",
+                     f"{evaluation.space.bits_per_weight(row.nbytes):.3f}", f"{row.nbytes / 1e6:.2f}"]
+        difference = evaluation.against_plan(row)
+        minus = ""
+        if difference is not None:
+            minus = f"{difference[0]:+.3f}" + ("" if math.isnan(difference[1]) else f" ± {difference[1]:.3f}")
+        if row.score is None:
+            cells.append([row.name, *sizes, f"{row.nll:.3f}", minus, f"{math.exp(row.nll):.4g}", "", ""])
+        else:
+            s = row.score
+            cells.append([row.name, *sizes, f"{s.nll:.3f} ± {s.stderr:.3f}", minus,
+                          f"{s.perplexity:.4g} ± {s.perplexity_stderr:.2g}", f"{s.kl:.3f}", f"{100 * s.top1:.1f}%"])
+    return header, cells
+
+
+def evaluation_table(evaluation: Evaluation) -> Table:
+    """The table of a run for the terminal."""
+    header, cells = evaluation_rows(evaluation)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for number, name in enumerate(header):
+        table.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
+    for row in cells:
+        table.add_row(*row, style="bold" if row[0] == "plan" else None)
+    return table
+
+
+def make_console() -> Console:
+    """Standard output; wide enough for the table where it is not a terminal."""
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 130)

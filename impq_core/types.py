@@ -1,0 +1,386 @@
+"""The nouns every part shares: numpy and plain data, checked on construction, written without pickle.
+
+One index system: layers ``i, j`` in ``range(n)``, choices ``k`` in ``range(m)``. Choice 0 is the widest and the
+reference. A *pick* is an int array of shape (n,), one choice a layer. Losses are nats per token above the
+all-reference model unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from impq_core.errors import ImpqError, nearest
+from impq_core.files import write_npz, write_text
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True, order=True)
+class Choice:
+    """A width a backend can store a linear at: ``bits`` a weight in groups of ``group_size`` weights."""
+
+    bits: float
+    group_size: int
+
+    def __str__(self) -> str:
+        return f"{self.bits:g}"
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """One linear: its module name and its shape, ``rows`` outputs by ``columns`` inputs."""
+
+    name: str
+    rows: int
+    columns: int
+
+    @property
+    def parameters(self) -> int:
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """A player of the game: linears of one block that share a width."""
+
+    name: str
+    block: int
+    linears: tuple[LinearSpec, ...]
+
+    @property
+    def parameters(self) -> int:
+        return sum(linear.parameters for linear in self.linears)
+
+
+def _frozen(array: NDArray[Any]) -> NDArray[Any]:
+    array = array.copy()
+    array.flags.writeable = False
+    return array
+
+
+@dataclass(frozen=True, eq=False)
+class SearchSpace:
+    """Which layers may take which choices, and what each costs.
+
+    Args:
+        layers: n players.
+        choices: m widths, widest first.
+        nbytes: int64 (n, m), bytes as the backend stores them, scales and zeros included.
+
+    Raises:
+        ImpqError: the shapes disagree, a name repeats, or a narrower choice is larger than a wider one.
+    """
+
+    layers: tuple[LayerSpec, ...]
+    choices: tuple[Choice, ...]
+    nbytes: IntArray
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "nbytes", _frozen(np.asarray(self.nbytes, dtype=np.int64)))
+        if self.nbytes.shape != (len(self.layers), len(self.choices)) or not self.layers or not self.choices:
+            raise ImpqError(f"a space of {len(self.layers)} layers and {len(self.choices)} choices cannot have sizes "
+                            f"of shape {self.nbytes.shape}")
+        if list(self.choices) != sorted(self.choices, reverse=True) or len(set(self.choices)) != len(self.choices):
+            raise ImpqError("choices must be distinct and ordered from the widest to the narrowest")
+        if len({layer.name for layer in self.layers}) != len(self.layers):
+            raise ImpqError("two layers of a search space share a name")
+        if (self.nbytes <= 0).any() or (np.diff(self.nbytes, axis=1) > 0).any():
+            raise ImpqError("a narrower width must not take more bytes than a wider one")
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @property
+    def parameters(self) -> int:
+        """Quantizable weights."""
+        return sum(layer.parameters for layer in self.layers)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex digest of layers, choices and sizes: an estimate of another space is refused by it."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def uniform(self, choice: int) -> IntArray:
+        """The pick (n,) that gives every layer the same choice."""
+        return np.full(len(self), choice, dtype=np.int64)
+
+    def bytes_of(self, pick: IntArray) -> int:
+        """Stored bytes of a pick."""
+        return int(self.nbytes[np.arange(len(self)), pick].sum())
+
+    @property
+    def low_bytes(self) -> int:
+        return int(self.nbytes[:, -1].sum())
+
+    @property
+    def high_bytes(self) -> int:
+        return int(self.nbytes[:, 0].sum())
+
+    def nominal_bits(self, nbytes: float) -> float:
+        """Place of a size on the paper's line, on which all-low and all-high are their nominal widths."""
+        low, high = self.choices[-1].bits, self.choices[0].bits
+        if self.high_bytes == self.low_bytes:
+            return float(low)
+        return low + (high - low) * (nbytes - self.low_bytes) / (self.high_bytes - self.low_bytes)
+
+    def bits_per_weight(self, nbytes: float) -> float:
+        """True stored bits per quantizable weight."""
+        return 8.0 * nbytes / self.parameters
+
+    def check_pick(self, pick: IntArray) -> IntArray:
+        """The pick as int64 (n,); raises ImpqError where it does not fit this space."""
+        pick = np.asarray(pick, dtype=np.int64)
+        if pick.shape != (len(self),) or (pick < 0).any() or (pick >= len(self.choices)).any():
+            raise ImpqError(f"a pick for this space is {len(self)} numbers in 0..{len(self.choices) - 1}")
+        return pick
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"layers": [asdict(layer) for layer in self.layers], "choices": [asdict(c) for c in self.choices],
+                "nbytes": self.nbytes.tolist()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SearchSpace:
+        layers = tuple(LayerSpec(d["name"], d["block"], tuple(LinearSpec(**one) for one in d["linears"]))
+                       for d in data["layers"])
+        return cls(layers, tuple(Choice(**c) for c in data["choices"]), np.array(data["nbytes"], dtype=np.int64))
+
+
+@dataclass(frozen=True, eq=False)
+class Measurements:
+    """Every loss an estimator measured, kept whole so that any surrogate can be fitted later without the model.
+
+    Args:
+        space: the space the picks belong to.
+        picks: int64 (N, n).
+        losses: float64 (N,), nats per token above the reference.
+        path: int64 (N,), the permutation a measurement belongs to.
+        step: int64 (N,), its place in the permutation; step 0 is the path's start.
+        replicate: int64 (N,), the independent draw: paths of one replicate (antithetic pairs) depend on each other.
+        tokens: scored tokens behind each loss.
+        reference_loss: absolute loss of the all-reference model, nats per token.
+        forwards: cost of the measurements in full-model forwards.
+    """
+
+    space: SearchSpace
+    picks: IntArray
+    losses: FloatArray
+    path: IntArray
+    step: IntArray
+    replicate: IntArray
+    tokens: int
+    reference_loss: float
+    forwards: float
+
+    def __post_init__(self) -> None:
+        for name in ("picks", "path", "step", "replicate"):
+            object.__setattr__(self, name, _frozen(np.asarray(getattr(self, name), dtype=np.int64)))
+        object.__setattr__(self, "losses", _frozen(np.asarray(self.losses, dtype=np.float64)))
+        count = len(self.losses)
+        if self.picks.shape != (count, len(self.space)):
+            raise ImpqError(f"{count} losses need picks of shape ({count}, {len(self.space)}), got {self.picks.shape}")
+        if any(len(a) != count for a in (self.path, self.step, self.replicate)):
+            raise ImpqError("path, step and replicate must be as long as the losses")
+
+    def __len__(self) -> int:
+        return len(self.losses)
+
+    def require_finite(self) -> None:
+        """Raises ImpqError that names the first measurement whose loss is not a number."""
+        bad = np.flatnonzero(~np.isfinite(self.losses))
+        if len(bad):
+            first = bad[0]
+            raise ImpqError(f"{len(bad)} of {len(self)} measured losses are not finite (first: permutation "
+                            f"{self.path[first]}, step {self.step[first]}): the model overflows at these widths; "
+                            "try --dtype float32 or wider --bits")
+
+    def marginals(self) -> tuple[FloatArray, IntArray]:
+        """Marginal cost of each demotion step, and the replicate of each path.
+
+        Returns:
+            (M, n, m-1) nats per token: ``[p, i, k]`` is the loss after minus before layer i went from choice k to
+            k+1 in path p (NaN where the path never did); and (M,) replicates.
+        """
+        self.require_finite()
+        paths = np.unique(self.path)
+        table = np.full((len(paths), len(self.space), len(self.space.choices) - 1), np.nan)
+        replicates = np.empty(len(paths), dtype=np.int64)
+        for row, path in enumerate(paths):
+            where = np.flatnonzero(self.path == path)
+            where = where[np.argsort(self.step[where])]
+            replicates[row] = self.replicate[where[0]]
+            for before, after in zip(where[:-1], where[1:], strict=True):
+                moved = np.flatnonzero(self.picks[before] != self.picks[after])
+                if len(moved) != 1 or self.picks[after, moved[0]] != self.picks[before, moved[0]] + 1:
+                    raise ImpqError(f"step {self.step[after]} of permutation {path} is not a single demotion")
+                table[row, moved[0], self.picks[before, moved[0]]] = self.losses[after] - self.losses[before]
+        return table, replicates
+
+    def save(self, path: Path) -> None:
+        write_npz(path, space=np.array(json.dumps(self.space.to_dict())), picks=self.picks, losses=self.losses,
+                  path=self.path, step=self.step, replicate=self.replicate, tokens=np.array(self.tokens),
+                  reference_loss=np.array(self.reference_loss), forwards=np.array(self.forwards))
+
+    @classmethod
+    def load(cls, path: Path) -> Measurements:
+        with np.load(path, allow_pickle=False) as data:
+            return cls(SearchSpace.from_dict(json.loads(str(data["space"]))), data["picks"], data["losses"],
+                       data["path"], data["step"], data["replicate"], int(data["tokens"]),
+                       float(data["reference_loss"]), float(data["forwards"]))
+
+
+@dataclass(frozen=True, eq=False)
+class SensitivityEstimate:
+    """What an allocator reads: the predicted cost of every choice, alone and in pairs.
+
+    ``predict(q) = sum_i linear[i, q_i] + sum_{i<j} pairwise[i, q_i, j, q_j]``, nats per token.
+
+    Args:
+        space: the space it is an estimate of.
+        linear: float64 (n, m); column 0 is 0.
+        pairwise: float64 (n, m, n, m), symmetric, 0 within a layer and at choice 0; None for an additive estimate.
+        stderr: float64 (n, m), standard error of ``linear``'s measured part; None where it is not known.
+        method: who made it, such as ``spqe + covariance``.
+        forwards: what it cost, in full-model forwards.
+    """
+
+    space: SearchSpace
+    linear: FloatArray
+    pairwise: FloatArray | None = None
+    stderr: FloatArray | None = None
+    method: str = ""
+    forwards: float = 0.0
+
+    def __post_init__(self) -> None:
+        n, m = self.space.nbytes.shape
+        for name, shape in (("linear", (n, m)), ("stderr", (n, m)), ("pairwise", (n, m, n, m))):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            value = _frozen(np.asarray(value, dtype=np.float64))
+            if value.shape != shape:
+                raise ImpqError(f"{name} of an estimate of this space has shape {shape}, not {value.shape}")
+            if name != "stderr" and not np.isfinite(value).all():
+                raise ImpqError(f"the estimate's {name} terms are not all finite")
+            object.__setattr__(self, name, value)
+        if np.abs(self.linear[:, 0]).max() > 1e-12:
+            raise ImpqError("an estimate's first column is the reference and must be 0")
+        if self.pairwise is not None:
+            if not np.allclose(self.pairwise, self.pairwise.transpose(2, 3, 0, 1), atol=1e-9):
+                raise ImpqError("an estimate's pairwise terms must be symmetric")
+            if np.abs(self.pairwise[np.arange(n), :, np.arange(n)]).max() > 1e-12:
+                raise ImpqError("an estimate's pairwise terms within one layer must be 0: they belong to linear")
+            if np.abs(self.pairwise[:, 0]).max() > 1e-12:
+                raise ImpqError("an estimate's pairwise terms at choice 0 must be 0: it is the reference")
+
+    def predict(self, picks: IntArray) -> FloatArray:
+        """Predicted losses (N,) of picks (N, n), nats per token above the reference."""
+        picks = np.atleast_2d(picks)
+        index = np.arange(len(self.space))
+        losses: FloatArray = self.linear[index, picks].sum(axis=1)
+        if self.pairwise is not None:
+            onehot = np.eye(len(self.space.choices))[picks].reshape(len(picks), -1)
+            flat = self.pairwise.reshape(onehot.shape[1], -1)
+            losses = losses + 0.5 * np.einsum("na,ab,nb->n", onehot, flat, onehot)
+        return losses
+
+    def save(self, path: Path) -> None:
+        optional = {k: v for k, v in (("pairwise", self.pairwise), ("stderr", self.stderr)) if v is not None}
+        write_npz(path, space=np.array(json.dumps(self.space.to_dict())), linear=self.linear,
+                  method=np.array(self.method), forwards=np.array(self.forwards), **optional)
+
+    @classmethod
+    def load(cls, path: Path) -> SensitivityEstimate:
+        with np.load(path, allow_pickle=False) as data:
+            return cls(SearchSpace.from_dict(json.loads(str(data["space"]))), data["linear"],
+                       data["pairwise"] if "pairwise" in data else None, data["stderr"] if "stderr" in data else None,
+                       str(data["method"]), float(data["forwards"]))
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A width for every layer, and how sure the program is of it.
+
+    Args:
+        space: the space the pick belongs to.
+        pick: int64 (n,).
+        budget_bytes: what it had to fit in.
+        predicted_loss: the estimate's prediction (its objective), nats per token above the reference.
+        bound: proven lower bound of that prediction over all picks in the budget; None where nothing was proven.
+        method: who made it, such as ``qp``.
+        provenance: names and digests that tell where it came from.
+    """
+
+    space: SearchSpace
+    pick: IntArray
+    budget_bytes: int
+    predicted_loss: float | None = None
+    bound: float | None = None
+    method: str = ""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pick", _frozen(self.space.check_pick(self.pick)))
+        if self.nbytes > self.budget_bytes:
+            raise ImpqError(f"the plan takes {self.nbytes} bytes, more than its budget of {self.budget_bytes}")
+
+    @property
+    def nbytes(self) -> int:
+        return self.space.bytes_of(self.pick)
+
+    @property
+    def gap(self) -> float | None:
+        """Predicted loss minus its proven bound, nats per token; 0 is optimal."""
+        if self.bound is None or self.predicted_loss is None:
+            return None
+        return max(0.0, self.predicted_loss - self.bound)
+
+    def save(self, path: Path) -> None:
+        """Write plan.json: a map from layer name to width and group size, to read, edit and apply again."""
+        layers = {layer.name: asdict(self.space.choices[k])
+                  for layer, k in zip(self.space.layers, self.pick, strict=True)}
+        write_text(path, json.dumps({
+            "format": "impq-plan/1", "bytes": self.nbytes, "budget_bytes": self.budget_bytes,
+            "bits_nominal": round(self.space.nominal_bits(self.nbytes), 4),
+            "bits_stored": round(self.space.bits_per_weight(self.nbytes), 4),
+            "predicted_loss": self.predicted_loss, "bound": self.bound, "method": self.method,
+            "provenance": dict(self.provenance), "layers": layers}, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path, space: SearchSpace) -> Plan:
+        """Read a plan for a space.
+
+        Raises:
+            ImpqError: the file is missing, is no plan, names a layer or a width the space lacks, or leaves one out.
+        """
+        try:
+            data = json.loads(Path(path).read_text())
+            stored = {name: Choice(float(c["bits"]), int(c["group_size"])) for name, c in data["layers"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ImpqError(f"cannot read a plan from {path}: {type(error).__name__}: {error}") from error
+        names = [layer.name for layer in space.layers]
+        for name in stored:
+            if name not in names:
+                raise ImpqError(f"plan {path} names layer '{name}', which the model lacks"
+                                + nearest(name, names if len(names) < 9 else [n for n in names if n[:4] == name[:4]]))
+        pick = []
+        for name in names:
+            if name not in stored:
+                raise ImpqError(f"plan {path} gives no width for layer '{name}'")
+            if stored[name] not in space.choices:
+                menu = ", ".join(map(str, space.choices))
+                raise ImpqError(f"plan {path} gives '{name}' {stored[name]} bits in groups of "
+                                f"{stored[name].group_size}; the widths asked for are {menu} in groups of "
+                                f"{space.choices[0].group_size}")
+            pick.append(space.choices.index(stored[name]))
+        picked = np.array(pick, dtype=np.int64)
+        return cls(space, picked, space.bytes_of(picked), method=f"plan file {Path(path).name}")

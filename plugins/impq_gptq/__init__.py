@@ -1,0 +1,17 @@
+"""GPTQ (arXiv 2210.17323) as an impq backend, on the layer API of gptqmodel."""
+
+from impq_core.hookspecs import hookimpl
+from impq_core.plugins import Component
+
+_GPTQ = {"target": "impq_gptq.backend:Gptq", "needs": ("gptqmodel",), "extra": "gptq"}
+
+
+@hookimpl
+def impq_backends() -> list[Component]:
+    """``gptq``, and ``auto-gptq`` for those who ask for the library by its former name."""
+    return [
+        Component("gptq", summary="GPTQ by gptqmodel: 2, 3, 4 or 8 bits from one Hessian", **_GPTQ),
+        Component("auto-gptq", summary="the same as gptq", **_GPTQ,
+                  notice="auto-gptq is archived and works with no current transformers; gptqmodel, its maintained "
+                         "continuation with the same file format, does the work (backend gptq)"),
+    ]

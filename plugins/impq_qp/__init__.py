@@ -1,0 +1,11 @@
+"""The quadratic program of IMPQ / CoopQ (arXiv 2509.15455), solved by Pyomo and HiGHS."""
+
+from impq_core.hookspecs import hookimpl
+from impq_core.plugins import Component
+
+
+@hookimpl
+def impq_allocators() -> list[Component]:
+    """``qp``."""
+    return [Component("qp", "impq_qp.program:QuadraticProgram", "local search, then a proof by Pyomo and HiGHS",
+                      needs=("pyomo", "highspy"))]

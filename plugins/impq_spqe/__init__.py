@@ -1,0 +1,10 @@
+"""SPQE, the Shapley-based progressive quantization estimation of IMPQ / CoopQ (arXiv 2509.15455)."""
+
+from impq_core.hookspecs import hookimpl
+from impq_core.plugins import Component
+
+
+@hookimpl
+def impq_estimators() -> list[Component]:
+    """``spqe``."""
+    return [Component("spqe", "impq_spqe.sampler:Spqe", "progressive demotion in random orders (IMPQ, CoopQ)")]

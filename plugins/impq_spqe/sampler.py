@@ -1,0 +1,104 @@
+"""Demote layers one at a time in random orders and measure the loss after each step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from impq_core.interfaces import Game, Sampler
+from impq_core.types import FloatArray, IntArray, Measurements, SearchSpace
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of SPQE.
+
+    Args:
+        permutations: at most this many random orders (the paper: 100, with 50 as good).
+        antithetic: play each order also backwards, which counts as one of the permutations; false is the paper.
+        tolerance: stop early once the mean standard error of the Shapley values is below this share of their spread
+            (standard deviation over layers); 0 never stops early.
+    """
+
+    permutations: int = 10
+    antithetic: bool = True
+    tolerance: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.permutations < 1:
+            raise ValueError("permutations must be at least 1")
+        if self.antithetic and self.permutations % 2:
+            raise ValueError("permutations must be even with antithetic pairs (or say antithetic=false)")
+        if self.tolerance < 0:
+            raise ValueError("tolerance must not be negative")
+
+
+class Spqe(Sampler):
+    """Progressive demotion (IMPQ section 3, SPQE): every path starts with all layers at the widest choice and demotes
+    one layer by one step until all are at the narrowest, in random order; the loss is measured after every step.
+
+    With two widths this is the paper's game. With more, the players are (layer, width step) pairs, as in SMPQ
+    (arXiv 2508.03002): an order is a shuffle in which every layer occurs once for each of its steps.
+
+    Cost: n (m-1) evaluations a permutation, about half a forward each because prefixes are shared.
+    """
+
+    Options = Options
+
+    def sample(self, game: Game, rng: np.random.Generator) -> Measurements:
+        """Play up to ``permutations`` orders; losses are on disk after each."""
+        space, options = game.space, self.options
+        steps = len(space) * (len(space.choices) - 1)
+        game.expect(1 + options.permutations * steps)
+        picks: list[IntArray] = []
+        losses: list[FloatArray] = []
+        replicates: list[int] = []
+        for order, replicate in self._orders(space, rng):
+            path = demotions(space, order)
+            picks.append(path)
+            losses.append(game.losses(path))
+            replicates.append(replicate)
+            pair_is_whole = not options.antithetic or len(replicates) % 2 == 0
+            if options.tolerance and pair_is_whole and self._settled(_gather(game, picks, losses, replicates)):
+                break
+        return _gather(game, picks, losses, replicates)
+
+    def _orders(self, space: SearchSpace, rng: np.random.Generator) -> Iterator[tuple[IntArray, int]]:
+        """Orders of demotion, each with the number of its independent draw."""
+        tickets = np.repeat(np.arange(len(space)), len(space.choices) - 1)
+        replicate = -1
+        for count in range(self.options.permutations):
+            if self.options.antithetic and count % 2:
+                order = order[::-1]
+            else:
+                order = rng.permutation(tickets)
+                replicate += 1
+            yield order, replicate
+
+    def _settled(self, measurements: Measurements) -> bool:
+        values, replicates = measurements.marginals()
+        draws = np.stack([values[replicates == r].mean(axis=0) for r in np.unique(replicates)])
+        if len(draws) < 3:
+            return False  # a standard error of two draws is no ground to stop on
+        stderr = draws.std(axis=0, ddof=1).mean() / np.sqrt(len(draws))
+        return bool(stderr <= self.options.tolerance * draws.mean(axis=0).std())
+
+
+def demotions(space: SearchSpace, order: IntArray) -> IntArray:
+    """The picks (len(order) + 1, n) from all-high, demoting the layers of ``order`` one step each in turn."""
+    path = np.zeros((len(order) + 1, len(space)), dtype=np.int64)
+    for step, layer in enumerate(order, start=1):
+        path[step] = path[step - 1]
+        path[step, layer] += 1
+    return path
+
+
+def _gather(game: Game, picks: list[IntArray], losses: list[FloatArray], replicates: list[int]) -> Measurements:
+    lengths = [len(path) for path in picks]
+    return Measurements(
+        game.space, np.concatenate(picks), np.concatenate(losses),
+        path=np.repeat(np.arange(len(picks)), lengths), step=np.concatenate([np.arange(n) for n in lengths]),
+        replicate=np.repeat(replicates, lengths), tokens=game.tokens, reference_loss=game.reference_loss,
+        forwards=game.forwards)

@@ -1,0 +1,14 @@
+"""Surrogates: what measured losses say about picks that were not measured."""
+
+from impq_core.hookspecs import hookimpl
+from impq_core.plugins import Component
+
+
+@hookimpl
+def impq_surrogates() -> list[Component]:
+    """``covariance`` and ``additive``."""
+    return [
+        Component("covariance", "impq_surrogates.shapley:Covariance",
+                  "Shapley values and the shrunk covariance of marginals (the paper)"),
+        Component("additive", "impq_surrogates.shapley:Additive", "Shapley values alone"),
+    ]

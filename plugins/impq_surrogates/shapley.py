@@ -1,0 +1,114 @@
+"""Surrogates made of permutation marginals: Shapley values, with or without the paper's covariance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from impq_core.errors import ImpqError
+from impq_core.interfaces import Surrogate
+from impq_core.types import FloatArray, IntArray, Measurements, SearchSpace, SensitivityEstimate
+
+
+class Additive(Surrogate):
+    """Shapley values: ``phi = mean over permutations of the marginal costs`` (IMPQ, SPQE), summed over width steps."""
+
+    def fit(self, measurements: Measurements) -> SensitivityEstimate:
+        """The additive estimate; its standard errors are over independent replicates (NaN with one)."""
+        marginals, replicates = _complete(measurements)
+        return SensitivityEstimate(
+            measurements.space, _from_steps(marginals.mean(axis=0)), stderr=_stderr(marginals, replicates),
+            method="additive", forwards=measurements.forwards)
+
+
+@dataclass(frozen=True)
+class CovarianceOptions:
+    """Options of the covariance surrogate.
+
+    Args:
+        alpha: shrinkage of the covariance towards its diagonal, 0 to 1 (the paper: 0.5); 1 is an additive model.
+    """
+
+    alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha must lie between 0 and 1, not {self.alpha}")
+
+
+class Covariance(Surrogate):
+    """The paper's quadratic form: ``K = (1-alpha) C + alpha diag C``, ``a_i = phi_i - sum_{j!=i} K_ij``, objective
+    ``a'q + q'Kq`` (IMPQ, section on allocation), with C the covariance of the permutation marginals.
+
+    The players are width steps: q_(i,k) is 1 where layer i stands at choice k or narrower, so with two widths this is
+    the paper's formula to the letter. The rows of C sum to zero, hence the objective equals
+    ``(phi + diag C)'q + (1-alpha) q'Cq``, a mean-plus-variance rule; and a covariance of marginals is not an
+    interaction: for two players it is negative whatever the sign of their joint effect.
+    """
+
+    Options = CovarianceOptions
+
+    def fit(self, measurements: Measurements) -> SensitivityEstimate:
+        """The quadratic estimate; needs at least two permutations."""
+        space = measurements.space
+        marginals, replicates = _complete(measurements)
+        paths, n, steps = marginals.shape
+        if paths < 2:
+            raise ImpqError("surrogate 'covariance' needs at least 2 permutations: a covariance of one is zero")
+        values = marginals.reshape(paths, n * steps)
+        phi = values.mean(axis=0)
+        linear, quadratic = paper_form(phi, covariance(values), self.options.alpha)
+        return SensitivityEstimate(space, *_from_quadratic(space, linear, quadratic),
+                                   stderr=_stderr(marginals, replicates),
+                                   method=f"covariance(alpha={self.options.alpha:g})", forwards=measurements.forwards)
+
+
+def covariance(values: FloatArray) -> FloatArray:
+    """``C = (DV - phi)'(DV - phi) / M`` of marginals DV (M, players)."""
+    centred = values - values.mean(axis=0)
+    result: FloatArray = centred.T @ centred / len(values)
+    return result
+
+
+def paper_form(phi: FloatArray, c: FloatArray, alpha: float) -> tuple[FloatArray, FloatArray]:
+    """``(a, K)`` of the paper from Shapley values (players,) and covariance (players, players)."""
+    diagonal = np.diag(np.diag(c))
+    k = (1 - alpha) * c + alpha * diagonal
+    return phi - (k.sum(axis=1) - np.diag(k)), k
+
+
+def _from_quadratic(space: SearchSpace, linear: FloatArray, k: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """``a'q + q'Kq`` over step indicators, as the linear (n, m) and pairwise (n, m, n, m) terms of an estimate."""
+    n, m = space.nbytes.shape
+    steps = m - 1
+    blocks = k.reshape(n, steps, n, steps)
+    # Choice k of a layer means that its first k steps are taken: sums over steps are cumulative sums.
+    pairs = np.zeros((n, m, n, m))
+    pairs[:, 1:, :, 1:] = blocks.cumsum(axis=1).cumsum(axis=3)
+    own = np.stack([np.diag(pairs[i, :, i]) for i in range(n)])
+    pairs[np.arange(n), :, np.arange(n)] = 0.0
+    return _from_steps(linear.reshape(n, steps)) + own, pairs + pairs.transpose(2, 3, 0, 1)
+
+
+def _from_steps(values: FloatArray) -> FloatArray:
+    """Costs of steps (n, m-1) as costs of choices (n, m)."""
+    return np.concatenate([np.zeros((len(values), 1)), values.cumsum(axis=1)], axis=1)
+
+
+def _complete(measurements: Measurements) -> tuple[FloatArray, IntArray]:
+    marginals, replicates = measurements.marginals()
+    if np.isnan(marginals).any():
+        raise ImpqError("Shapley values need permutations that demote every layer to the narrowest width; "
+                        "these were cut short")
+    return marginals, replicates
+
+
+def _stderr(marginals: FloatArray, replicates: IntArray) -> FloatArray:
+    """Standard error (n, m) of the summed step means, over independent replicates; NaN with one."""
+    costs = np.concatenate([np.zeros((*marginals.shape[:2], 1)), marginals.cumsum(axis=2)], axis=2)
+    draws = np.stack([costs[replicates == r].mean(axis=0) for r in np.unique(replicates)])
+    if len(draws) < 2:
+        return np.full(draws.shape[1:], np.nan)
+    result: FloatArray = draws.std(axis=0, ddof=1) / np.sqrt(len(draws))
+    return result
