@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,7 +32,7 @@ def write_text(path: Path, text: str) -> None:
     _replace(Path(path), lambda file: file.write(text.encode()))
 
 
-def write_npz(path: Path, **arrays: Any) -> None:
+def write_npz(path: Path, arrays: Mapping[str, Any]) -> None:
     """Write numpy arrays to ``path``, whole or not at all, without pickle."""
     for name, array in arrays.items():
         if np.asarray(array).dtype.hasobject:

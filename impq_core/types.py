@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -226,9 +226,8 @@ class Measurements:
         return table, replicates
 
     def save(self, path: Path) -> None:
-        write_npz(path, space=np.array(json.dumps(self.space.to_dict())), picks=self.picks, losses=self.losses,
-                  path=self.path, step=self.step, replicate=self.replicate, tokens=np.array(self.tokens),
-                  reference_loss=np.array(self.reference_loss), forwards=np.array(self.forwards))
+        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "space"}
+        write_npz(path, {"space": json.dumps(self.space.to_dict()), **arrays})
 
     @classmethod
     def load(cls, path: Path) -> Measurements:
@@ -294,9 +293,9 @@ class SensitivityEstimate:
         return losses
 
     def save(self, path: Path) -> None:
-        optional = {k: v for k, v in (("pairwise", self.pairwise), ("stderr", self.stderr)) if v is not None}
-        write_npz(path, space=np.array(json.dumps(self.space.to_dict())), linear=self.linear,
-                  method=np.array(self.method), forwards=np.array(self.forwards), **optional)
+        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "space"}
+        write_npz(path, {"space": json.dumps(self.space.to_dict()),
+                         **{name: array for name, array in arrays.items() if array is not None}})
 
     @classmethod
     def load(cls, path: Path) -> SensitivityEstimate:

@@ -1,0 +1,50 @@
+"""Games whose answers are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from impq_core.types import Choice, FloatArray, IntArray, LayerSpec, LinearSpec, SearchSpace
+
+
+def planted_space(layers: int, bits: Sequence[float] = (4, 2), columns: int = 64) -> SearchSpace:
+    """A space of ``layers`` single-linear layers, each twice as large as its even neighbour, without overhead bytes."""
+    specs = tuple(LayerSpec(f"blocks.{i}", i, (LinearSpec(f"blocks.{i}.linear", 64 * (1 + i % 2), columns),))
+                  for i in range(layers))
+    choices = tuple(Choice(float(b), 64) for b in sorted(bits, reverse=True))
+    return SearchSpace(specs, choices, np.array([[int(s.parameters * c.bits / 8) for c in choices] for s in specs]))
+
+
+class PlantedGame:
+    """Implements ``Game`` with a function of the pick in place of a model.
+
+    Args:
+        space: the space.
+        function: absolute loss of a pick (n,), nats per token.
+    """
+
+    def __init__(self, space: SearchSpace, function: Callable[[IntArray], float]) -> None:
+        self.space = space
+        self._function = function
+        self.evaluations = 0
+        self.tokens = 1000
+
+    @property
+    def forwards(self) -> float:
+        return float(self.evaluations)
+
+    @property
+    def reference_loss(self) -> float:
+        return self._function(self.space.uniform(0))
+
+    def expect(self, evaluations: int) -> None:
+        """Nobody watches."""
+
+    def loss(self, pick: IntArray) -> float:
+        return float(self.losses(pick[None])[0])
+
+    def losses(self, picks: IntArray) -> FloatArray:
+        self.evaluations += len(picks)
+        return np.array([self._function(pick) for pick in picks]) - self.reference_loss

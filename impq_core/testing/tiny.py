@@ -1,0 +1,67 @@
+"""Tiny random models of real architectures, saved as a user's model folder would be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
+
+
+def tiny_model(folder: Path, architecture: str = "llama", blocks: int = 3, seed: int = 0) -> Path:
+    """Write a random causal language model with a byte tokenizer to ``folder``.
+
+    Hidden width 64, feed-forward 128, vocabulary 259; the weights are larger than an initialisation's, so that
+    quantizing them changes the loss. Gemma's tokenizer adds a beginning-of-sequence token, as its real one does.
+
+    Args:
+        folder: created.
+        architecture: one of ``ARCHITECTURES``.
+        blocks: how many.
+        seed: of the weights.
+
+    Returns:
+        the folder.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+
+    special: dict[str, Any] = {}
+    if architecture.startswith("gemma"):
+        special = {"head_dim": 16, "sliding_window": 16, "query_pre_attn_scalar": 16}
+    elif architecture == "qwen3":
+        special = {"head_dim": 16}
+    kind = "gemma3_text" if architecture == "gemma3" else architecture
+    config = CONFIG_MAPPING[kind](
+        vocab_size=259, hidden_size=64, intermediate_size=128, num_hidden_layers=blocks, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=256, eos_token_id=257, pad_token_id=258,
+        **special)
+    state = torch.random.get_rng_state()
+    try:
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 2:
+                    parameter.normal_(0.0, 0.1)
+    finally:
+        torch.random.set_rng_state(state)
+    model.save_pretrained(folder)
+    byte_tokenizer(adds_start=architecture.startswith("gemma")).save_pretrained(folder)
+    return folder
+
+
+def byte_tokenizer(adds_start: bool = False) -> Any:
+    """A tokenizer whose 256 first tokens are bytes, with or without the habit of adding a start token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>", "<pad>"])
+    if adds_start:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 256)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
