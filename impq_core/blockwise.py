@@ -57,7 +57,7 @@ class BlockwiseModel:
     def embed(self, ids: IntArray) -> Hidden:
         """The first block's input for windows of token ids (windows, length)."""
         per_batch = max(1, BATCH_TOKENS // ids.shape[1])
-        return [self._embed_batch(batch) for batch in torch.from_numpy(np.asarray(ids)).split(per_batch)]
+        return [self._embed_batch(batch) for batch in torch.split(torch.from_numpy(np.asarray(ids)), per_batch)]
 
     @torch.inference_mode()
     def _embed_batch(self, ids: torch.Tensor) -> torch.Tensor:
@@ -97,7 +97,8 @@ class BlockwiseModel:
     def run_batch(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """Output of block ``index`` for one batch of its input."""
         out = self.blocks[index](hidden, **self._calls[hidden.shape[0], hidden.shape[1]][index])
-        return out[0] if isinstance(out, tuple) else out
+        result: torch.Tensor = out[0] if isinstance(out, tuple) else out
+        return result
 
     def run(self, index: int, hidden: Hidden) -> Hidden:
         """Output of block ``index`` for its input."""

@@ -69,7 +69,8 @@ class Budget:
         if not low <= nbytes <= high * (1 + 1e-9):
             raise UsageError(
                 f"budget {self} is outside what these widths can reach: {self._show(low, space)} to "
-                f"{self._show(high, space)} ({low / 1e6:.1f}MB to {high / 1e6:.1f}MB)")
+                f"{self._show(high, space)} ({space.choices[-1]}bits to {space.choices[0]}bits, "
+                f"{low / 1e6:.4g}MB to {high / 1e6:.4g}MB)")
         return min(int(nbytes), high)
 
     def _show(self, nbytes: int, space: SearchSpace) -> str:

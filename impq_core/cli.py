@@ -89,6 +89,8 @@ def run(config_file: Path | None, options: tuple[str, ...], plugin_files: tuple[
         time_limit: float | None, **given: Any) -> None:
     """Estimate, allocate, quantize and evaluate: one tracked run."""
     from impq_core.parts import Parts, assign_options
+    from impq_core.source import locate_model
+    from impq_core.text import check_source
 
     plugins = Plugins(plugin_files)
     config = read_toml(config_file) if config_file else RunConfig()
@@ -99,7 +101,11 @@ def run(config_file: Path | None, options: tuple[str, ...], plugin_files: tuple[
     if time_limit is not None:
         pairs["allocator.time_limit"] = str(time_limit)
     config = override(config, options=assign_options(config, plugins, pairs))
-    Parts.build(config, plugins)  # every name and option is checked before anything heavy is imported
+    # Every name, option and file is checked before anything heavy is imported; the pipeline checks the rest.
+    Parts.build(config, plugins)
+    locate_model(config.model)
+    for text in (config.calibration, config.evaluation):
+        check_source(text.source)
     for role in ROLES:
         if notice := plugins.find(role, getattr(config, role)).notice:
             click.echo(f"note: {notice}", err=True)
@@ -190,6 +196,7 @@ def _quiet_libraries() -> None:
     import logging
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     for name in ("torchao", "torch.utils._pytree"):

@@ -106,7 +106,8 @@ def read_toml(path: Path) -> RunConfig:
         data = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"cannot read {path}: {error}") from error
-    return _build(RunConfig, data, str(path))
+    config: RunConfig = _build(RunConfig, data, str(path))
+    return config
 
 
 def override(config: RunConfig, **given: Any) -> RunConfig:

@@ -48,6 +48,7 @@ class Score:
 
     @property
     def perplexity(self) -> float:
+        """exp of ``nll``."""
         return math.exp(min(self.nll, 700.0))
 
     @property
@@ -68,6 +69,7 @@ class Row:
 
     @property
     def nll(self) -> float:
+        """Nats per token, measured or interpolated."""
         if self.score is not None:
             return self.score.nll
         assert self.interpolated_nll is not None
@@ -89,6 +91,7 @@ class Evaluation:
 
     @property
     def plan(self) -> Score:
+        """The plan's score."""
         score = self.rows[0].score
         assert score is not None
         return score
@@ -120,6 +123,7 @@ class Evaluation:
         return {"text": self.text, "tokens": self.tokens, "rows": rows}
 
     def save(self, path: Path) -> None:
+        """Write evaluation.json."""
         write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
 

@@ -35,18 +35,16 @@ def draw_figures(result: RunResult, folder: Path) -> list[Path]:
 
 
 def _loss(result: RunResult, axes: Any) -> None:
-    sized = [row for row in result.evaluation.rows if row.nbytes is not None and row.score is not None]
-    uniform = sorted((row for row in sized if row.name.startswith("uniform")), key=lambda row: row.nbytes or 0)
-    axes.plot([row.nbytes / 1e6 for row in uniform], [row.nll for row in uniform], "o-", color=GREY, label="uniform")
-    for row in uniform:
-        axes.annotate(row.name, (row.nbytes / 1e6, row.nll), textcoords="offset points", xytext=(6, 4), fontsize=8)
-    others = [row for row in sized if row not in uniform and row.name != "plan"]
-    axes.errorbar([row.nbytes / 1e6 for row in others], [row.nll for row in others],
-                  yerr=[row.score.stderr for row in others], fmt="s", color=ORANGE, alpha=0.8, capsize=3,
-                  label="first/last high, random")
-    plan = result.evaluation.rows[0]
-    axes.errorbar([(plan.nbytes or 0) / 1e6], [plan.nll], yerr=[result.evaluation.plan.stderr], fmt="D", color=BLUE,
-                  markersize=8, capsize=3, label="plan")
+    points = [(row.name, row.nbytes / 1e6, row.nll, row.score.stderr) for row in result.evaluation.rows
+              if row.nbytes is not None and row.score is not None]
+    uniform = sorted((p for p in points if p[0].startswith("uniform")), key=lambda p: p[1])
+    plan, *rest = [p for p in points if p not in uniform]
+    axes.plot([p[1] for p in uniform], [p[2] for p in uniform], "o-", color=GREY, label="uniform")
+    for name, size, nll, _ in uniform:
+        axes.annotate(name, (size, nll), textcoords="offset points", xytext=(6, 4), fontsize=8)
+    for group, style, color, label in ((rest, "s", ORANGE, "first/last high, random"), ([plan], "D", BLUE, "plan")):
+        axes.errorbar([p[1] for p in group], [p[2] for p in group], yerr=[p[3] for p in group], fmt=style, color=color,
+                      capsize=3, label=label)
     axes.axhline(result.evaluation.row("unquantized").nll, color=GREY, linestyle=":", label="unquantized")
     axes.set(xlabel="stored bytes of the quantizable weights (MB)", ylabel="NLL (nats per token)",
              title=textwrap.fill(f"Held-out loss: {result.evaluation.text}", 100))

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ class MeasurementLog:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        """Sync and close."""
         self.sync()
         self._file.close()
 
@@ -156,7 +158,7 @@ class ModelGame:
         def price(order: IntArray) -> int:
             chain = [self._standing, *picks[order]] if self._standing is not None else list(picks[order])
             return sum(len(self._runner) - self._first_difference(a, b)
-                       for a, b in zip(chain[:-1], chain[1:], strict=True) if b.tobytes() not in self._memo)
+                       for a, b in pairwise(chain) if b.tobytes() not in self._memo)
 
         given = np.arange(len(picks))
         return min((given, by_block, by_block[::-1]), key=price)

@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 
 from impq_core.types import (
-    Choice, FloatArray, IntArray, LinearSpec, Measurements, Plan, SearchSpace, SensitivityEstimate,
+    Choice,
+    FloatArray,
+    IntArray,
+    LinearSpec,
+    Measurements,
+    Plan,
+    SearchSpace,
+    SensitivityEstimate,
 )
 
 if TYPE_CHECKING:

@@ -25,9 +25,10 @@ from impq_core.errors import ImpqError
 from impq_core.evaluate import Evaluation, Evaluator, evaluate_plan
 from impq_core.files import write_text
 from impq_core.game import MeasurementLog, ModelGame
-from impq_core.model import ModelSource, layers_of, locate_model, resolve_dtype, search_space
+from impq_core.model import layers_of, resolve_dtype, search_space
 from impq_core.parts import Parts
 from impq_core.plugins import Plugins
+from impq_core.source import ModelSource, locate_model
 from impq_core.text import Windows, check_source, draw_windows, refuse_overlap
 from impq_core.types import Choice, Measurements, Plan, SearchSpace, SensitivityEstimate
 

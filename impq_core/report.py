@@ -39,8 +39,8 @@ class ConsoleReporter:
     def impq_run_started(self, config: RunConfig, space: SearchSpace, folder: Path) -> None:
         """Say what is about to happen."""
         menu = "/".join(map(str, space.choices))
-        self._say(f"{config.model}: {len(space)} layers ({config.granularity}), {space.parameters / 1e6:.1f} M weights, "
-                  f"{menu} bits with {config.backend}, budget {config.budget}")
+        self._say(f"{config.model}: {len(space)} layers ({config.granularity}), {space.parameters / 1e6:.1f} M "
+                  f"weights, {menu} bits with {config.backend}, budget {config.budget}")
         self._say(f"run folder {folder}")
 
     @hookimpl
@@ -108,7 +108,8 @@ def summary(result: RunResult) -> list[str]:
     if result.estimate is not None and result.estimate.stderr is not None:
         error = result.estimate.stderr[:, 1:].mean()
         spread = result.estimate.linear[:, -1].std()
-        lines.append(f"estimate {result.estimate.method}: standard error {error:.4f} on average, "
+        shown = "unknown (one replicate)" if math.isnan(error) else f"{error:.4f} on average"
+        lines.append(f"estimate {result.estimate.method}: standard error {shown}, "
                      f"spread over layers {spread:.4f} nats per token")
     lines.append("seconds: " + ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in result.seconds.items()))
     lines.append(f"held-out text: {result.evaluation.text}, {result.evaluation.tokens} scored tokens; every width "

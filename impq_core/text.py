@@ -52,6 +52,7 @@ class Windows:
         return int(self.ids.shape[0] * (self.ids.shape[1] - 1))
 
     def first(self, count: int) -> Windows:
+        """The first ``count`` of them."""
         return Windows(self.ids[:count], self.source, self.form)
 
     def __str__(self) -> str:

@@ -89,7 +89,8 @@ class Tracker:
             self._client.log_batch(self.run_id, params=_params(_flat(config, space)))
             self._client.log_artifact(self.run_id, str(folder / "impq.toml"))
         except (MlflowException, OSError) as error:
-            raise ImpqError(f"tracking store {self.uri} cannot be used: {' '.join(str(error).split())[:200]}") from error
+            reason = " ".join(str(error).split())[:200]
+            raise ImpqError(f"tracking store {self.uri} cannot be used: {reason}") from error
 
     def _experiment(self) -> str:
         known = self._client.get_experiment_by_name(self._experiment_name)

@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class LinearSpec:
 
     @property
     def parameters(self) -> int:
+        """Weights."""
         return self.rows * self.columns
 
 
@@ -59,6 +61,7 @@ class LayerSpec:
 
     @property
     def parameters(self) -> int:
+        """Weights of all its linears."""
         return sum(linear.parameters for linear in self.linears)
 
 
@@ -120,10 +123,12 @@ class SearchSpace:
 
     @property
     def low_bytes(self) -> int:
+        """Stored bytes of the all-narrowest pick."""
         return int(self.nbytes[:, -1].sum())
 
     @property
     def high_bytes(self) -> int:
+        """Stored bytes of the all-widest pick."""
         return int(self.nbytes[:, 0].sum())
 
     def nominal_bits(self, nbytes: float) -> float:
@@ -145,11 +150,13 @@ class SearchSpace:
         return pick
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
         return {"layers": [asdict(layer) for layer in self.layers], "choices": [asdict(c) for c in self.choices],
                 "nbytes": self.nbytes.tolist()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SearchSpace:
+        """From ``to_dict``'s data; raises KeyError or TypeError where it is none."""
         layers = tuple(LayerSpec(d["name"], d["block"], tuple(LinearSpec(**one) for one in d["linears"]))
                        for d in data["layers"])
         return cls(layers, tuple(Choice(**c) for c in data["choices"]), np.array(data["nbytes"], dtype=np.int64))
@@ -218,7 +225,7 @@ class Measurements:
             where = np.flatnonzero(self.path == path)
             where = where[np.argsort(self.step[where])]
             replicates[row] = self.replicate[where[0]]
-            for before, after in zip(where[:-1], where[1:], strict=True):
+            for before, after in pairwise(where):
                 moved = np.flatnonzero(self.picks[before] != self.picks[after])
                 if len(moved) != 1 or self.picks[after, moved[0]] != self.picks[before, moved[0]] + 1:
                     raise ImpqError(f"step {self.step[after]} of permutation {path} is not a single demotion")
@@ -226,11 +233,13 @@ class Measurements:
         return table, replicates
 
     def save(self, path: Path) -> None:
+        """Write an .npz file without pickle."""
         arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "space"}
         write_npz(path, {"space": json.dumps(self.space.to_dict()), **arrays})
 
     @classmethod
     def load(cls, path: Path) -> Measurements:
+        """Read what ``save`` wrote."""
         with np.load(path, allow_pickle=False) as data:
             return cls(SearchSpace.from_dict(json.loads(str(data["space"]))), data["picks"], data["losses"],
                        data["path"], data["step"], data["replicate"], int(data["tokens"]),
@@ -293,15 +302,17 @@ class SensitivityEstimate:
         return losses
 
     def save(self, path: Path) -> None:
+        """Write an .npz file without pickle."""
         arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "space"}
         write_npz(path, {"space": json.dumps(self.space.to_dict()),
                          **{name: array for name, array in arrays.items() if array is not None}})
 
     @classmethod
     def load(cls, path: Path) -> SensitivityEstimate:
+        """Read what ``save`` wrote."""
         with np.load(path, allow_pickle=False) as data:
             return cls(SearchSpace.from_dict(json.loads(str(data["space"]))), data["linear"],
-                       data["pairwise"] if "pairwise" in data else None, data["stderr"] if "stderr" in data else None,
+                       data.get("pairwise"), data.get("stderr"),
                        str(data["method"]), float(data["forwards"]))
 
 
@@ -334,6 +345,7 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
+        """Stored bytes of the pick."""
         return self.space.bytes_of(self.pick)
 
     @property

@@ -33,18 +33,22 @@ class PlantedGame:
 
     @property
     def forwards(self) -> float:
+        """An evaluation counts one."""
         return float(self.evaluations)
 
     @property
     def reference_loss(self) -> float:
+        """The function at the all-reference pick."""
         return self._function(self.space.uniform(0))
 
     def expect(self, evaluations: int) -> None:
         """Nobody watches."""
 
     def loss(self, pick: IntArray) -> float:
+        """The function, above the reference."""
         return float(self.losses(pick[None])[0])
 
     def losses(self, picks: IntArray) -> FloatArray:
+        """The function of each pick, above the reference."""
         self.evaluations += len(picks)
         return np.array([self._function(pick) for pick in picks]) - self.reference_loss

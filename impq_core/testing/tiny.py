@@ -24,7 +24,7 @@ def tiny_model(folder: Path, architecture: str = "llama", blocks: int = 3, seed:
         the folder.
     """
     import torch
-    from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     special: dict[str, Any] = {}
     if architecture.startswith("gemma"):

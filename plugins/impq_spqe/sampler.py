@@ -68,14 +68,12 @@ class Spqe(Sampler):
     def _orders(self, space: SearchSpace, rng: np.random.Generator) -> Iterator[tuple[IntArray, int]]:
         """Orders of demotion, each with the number of its independent draw."""
         tickets = np.repeat(np.arange(len(space)), len(space.choices) - 1)
-        replicate = -1
-        for count in range(self.options.permutations):
-            if self.options.antithetic and count % 2:
-                order = order[::-1]
-            else:
-                order = rng.permutation(tickets)
-                replicate += 1
+        replicates = self.options.permutations // (2 if self.options.antithetic else 1)
+        for replicate in range(replicates):
+            order = rng.permutation(tickets)
             yield order, replicate
+            if self.options.antithetic:
+                yield order[::-1], replicate
 
     def _settled(self, measurements: Measurements) -> bool:
         values, replicates = measurements.marginals()

@@ -1,0 +1,107 @@
+"""Where a model comes from: the demo, a folder, or a hub name. Imports torch only to load."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from impq_core.demo import demo_model
+from impq_core.errors import ImpqError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model's files are, and what the user called it.
+
+    Args:
+        name: as the user gave it.
+        location: a folder or a hub name; empty for the demo model, which is fetched on first use.
+        trust_remote_code: let transformers run code that comes with the model.
+    """
+
+    name: str
+    location: str
+    trust_remote_code: bool = False
+
+    @cached_property
+    def _files(self) -> str:
+        return self.location or str(demo_model())
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model on the meta device: shapes and names, no weights.
+
+        Raises:
+            ImpqError: transformers does not know the architecture or cannot read the configuration.
+        """
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        try:
+            config = AutoConfig.from_pretrained(self._files, trust_remote_code=self.trust_remote_code)
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
+        except Exception as error:  # a configuration can be wrong in any way
+            raise ImpqError(f"model {self.name} is no causal language model that transformers can load: "
+                            f"{_brief(error)}") from error
+
+    def load(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The model with its weights, on the CPU, ready for inference.
+
+        Raises:
+            ImpqError: the weights cannot be read, or some are missing from the file.
+        """
+        from transformers import AutoModelForCausalLM
+
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                self._files, dtype=dtype, trust_remote_code=self.trust_remote_code, use_safetensors=True,
+                output_loading_info=True)
+        except Exception as error:  # safetensors, the hub and transformers each raise their own
+            raise ImpqError(f"the weights of model {self.name} cannot be loaded: {_brief(error)}") from error
+        if missing := sorted(report["missing_keys"]):
+            raise ImpqError(f"the weights of model {self.name} lack {len(missing)} tensors (first: {missing[0]}); "
+                            "they would be random")
+        return model.eval().requires_grad_(False)
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer; raises ImpqError where there is none."""
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self._files, trust_remote_code=self.trust_remote_code)
+        except Exception as error:
+            raise ImpqError(f"model {self.name} has no tokenizer that can be loaded: {_brief(error)}") from error
+
+
+def locate_model(name: str, trust_remote_code: bool = False) -> ModelSource:
+    """Resolve ``demo``, a folder or a hub name; a folder's files are looked at, not read.
+
+    Raises:
+        ImpqError: the folder is missing, or has no configuration, no weights, or only pickled ones.
+    """
+    if name == "demo":
+        return ModelSource(name, "", trust_remote_code)
+    folder = Path(name).expanduser()
+    if not folder.exists():
+        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+            return ModelSource(name, name, trust_remote_code)
+        raise ImpqError(f"model {name}: no such folder (a hub name has the form owner/name; 'demo' is built in)")
+    if not (folder / "config.json").is_file():
+        raise ImpqError(f"model {name} has no config.json")
+    if not any(folder.glob("*.safetensors")):
+        if any(file.suffix in (".bin", ".pt", ".pth", ".ckpt") for file in folder.iterdir()):
+            raise ImpqError(f"model {name} has only pickled weights, which impq does not read; "
+                            "save it with save_pretrained(..., safe_serialization=True)")
+        raise ImpqError(f"model {name} has no .safetensors weights")
+    return ModelSource(name, str(folder), trust_remote_code)
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:240]}"

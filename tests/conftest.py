@@ -1,0 +1,40 @@
+"""Tiny models and texts that every test shares, and caches that keep a user's own clean."""
+
+from __future__ import annotations
+
+import os
+import pydoc_data.topics
+from pathlib import Path
+
+import pytest
+
+from impq_core.config import RunConfig, TextConfig
+from impq_core.testing import tiny_model
+
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two different texts of technical English from the standard library."""
+    folder = tmp_path_factory.mktemp("texts")
+    whole = "\n".join(pydoc_data.topics.topics.values())
+    paths = folder / "calibration.txt", folder / "evaluation.txt"
+    paths[0].write_text(whole[:100_000])
+    paths[1].write_text(whole[200_000:300_000])
+    return paths
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("models") / "llama", "llama", blocks=4)
+
+
+@pytest.fixture
+def tiny_config(tiny_llama: Path, texts: tuple[Path, Path], tmp_path: Path) -> RunConfig:
+    """A whole run that takes seconds."""
+    return RunConfig(model=str(tiny_llama), calibration=TextConfig(str(texts[0]), 8, 48), game_windows=4,
+                     evaluation=TextConfig(str(texts[1]), 6, 48), dtype="float32", output=str(tmp_path / "runs"),
+                     tracking_uri=f"sqlite:///{tmp_path}/mlflow.db",
+                     options={"estimator": {"permutations": 4}, "backend": {"clip_search": False}})

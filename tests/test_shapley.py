@@ -1,0 +1,145 @@
+"""SPQE and the surrogates made of its marginals, on games with known answers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from impq_core.errors import ImpqError
+from impq_core.testing import PlantedGame, planted_space
+from impq_core.types import FloatArray, Measurements
+from impq_spqe.sampler import Options, Spqe
+from impq_surrogates.shapley import Additive, Covariance, CovarianceOptions, covariance, paper_form
+
+N = 6
+
+
+def _quadratic(seed: int = 0, n: int = N) -> tuple[PlantedGame, FloatArray, FloatArray]:
+    rng = np.random.default_rng(seed)
+    a, j = rng.random(n), np.triu(rng.normal(size=(n, n)) * 0.3, 1)
+    j = j + j.T
+    return PlantedGame(planted_space(n), lambda q: 3.0 + a @ q + 0.5 * q @ j @ q), a, j
+
+
+def _sample(game: PlantedGame, permutations: int, antithetic: bool = False, seed: int = 0, **more: float) -> Measurements:
+    return Spqe(Options(permutations, antithetic, **more)).sample(game, np.random.default_rng(seed))
+
+
+def test_each_path_demotes_one_layer_at_a_time_from_all_high_to_all_low() -> None:
+    game, *_ = _quadratic()
+    m = _sample(game, 3)
+    assert len(m) == 3 * (N + 1) and game.evaluations == len(m)
+    for path in range(3):
+        picks = m.picks[m.path == path]
+        assert picks.sum(axis=1).tolist() == list(range(N + 1))
+        assert (np.diff(picks, axis=0) >= 0).all()
+
+
+def test_additive_games_are_recovered_from_one_permutation() -> None:
+    costs = np.arange(1.0, N + 1)
+    game = PlantedGame(planted_space(N), lambda q: float(costs @ q))
+    np.testing.assert_allclose(Additive().fit(_sample(game, 1)).linear[:, 1], costs)
+
+
+def test_shapley_values_of_a_saturating_game_by_brute_force() -> None:
+    costs = np.array([0.2, 0.5, 1.0, 2.0])
+    def value(q: FloatArray) -> float:
+        return float(np.log1p(costs @ q))
+    exact = np.zeros(4)
+    for order in itertools.permutations(range(4)):
+        q = np.zeros(4)
+        for i in order:
+            before = value(q)
+            q[i] = 1
+            exact[i] += (value(q) - before) / math.factorial(4)
+    estimate = Additive().fit(_sample(PlantedGame(planted_space(4), value), 4000))
+    assert estimate.stderr is not None
+    assert (np.abs(estimate.linear[:, 1] - exact) < 4 * estimate.stderr[:, 1] + 1e-12).all()
+    assert estimate.stderr[:, 1].max() < 0.01
+
+
+def test_one_antithetic_pair_is_exact_for_pair_interactions() -> None:
+    game, a, j = _quadratic()
+    fitted = Additive().fit(_sample(game, 2, antithetic=True))
+    np.testing.assert_allclose(fitted.linear[:, 1], a + 0.5 * j.sum(axis=1))
+
+
+def test_wider_menus_play_width_steps() -> None:
+    space = planted_space(3, bits=(8, 4, 2))
+    costs = np.array([[0, 1.0, 5.0], [0, 0.5, 0.6], [0, 2.0, 9.0]])
+    game = PlantedGame(space, lambda q: float(costs[np.arange(3), q].sum()))
+    m = _sample(game, 2)
+    assert len(m) == 2 * 7
+    np.testing.assert_allclose(Additive().fit(m).linear, costs)
+    np.testing.assert_allclose(Covariance().fit(m).linear, costs, atol=1e-12)
+
+
+def test_early_stop_when_standard_errors_are_small() -> None:
+    game, *_ = _quadratic()
+    assert _sample(game, 1000, tolerance=0.2).path.max() < 999
+    assert _sample(game, 20, tolerance=1e-9).path.max() == 19
+
+
+def test_same_seed_same_measurements() -> None:
+    game, *_ = _quadratic()
+    np.testing.assert_array_equal(_sample(game, 3, seed=5).picks, _sample(game, 3, seed=5).picks)
+    assert (_sample(game, 3, seed=5).picks != _sample(game, 3, seed=6).picks).any()
+
+
+@pytest.mark.parametrize("options", [{"permutations": 0}, {"permutations": 3, "antithetic": True}, {"tolerance": -1.0}])
+def test_options_that_make_no_sense(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="must"):
+        Options(**options)  # type: ignore[arg-type]
+
+
+@given(st.integers(0, 1000), st.floats(0, 1))
+@settings(max_examples=30, deadline=None)
+def test_identities_of_the_papers_program(seed: int, alpha: float) -> None:
+    game, *_ = _quadratic(seed)
+    m = _sample(game, 5, seed=seed)
+    marginals = m.marginals()[0][:, :, 0]
+    total = game.loss(game.space.uniform(1))
+    np.testing.assert_allclose(marginals.sum(axis=1), total)  # efficiency
+    c = covariance(marginals)
+    np.testing.assert_allclose(c.sum(axis=1), 0, atol=1e-9)  # so the rows of C sum to zero
+    assert np.linalg.eigvalsh(c).min() > -1e-9
+    phi = marginals.mean(axis=0)
+    a, k = paper_form(phi, c, alpha)
+    estimate = Covariance(CovarianceOptions(alpha)).fit(m)
+    picks = np.array(list(itertools.product((0, 1), repeat=N)))
+    printed = picks @ a + np.einsum("ni,ij,nj->n", picks, k, picks)
+    mean_variance = picks @ (phi + np.diag(c)) + (1 - alpha) * np.einsum("ni,ij,nj->n", picks, c, picks)
+    np.testing.assert_allclose(printed, mean_variance, atol=1e-9)
+    np.testing.assert_allclose(estimate.predict(picks), printed, atol=1e-9)
+
+
+def test_alpha_one_is_a_knapsack_of_mean_plus_variance() -> None:
+    m = _sample(_quadratic()[0], 5)
+    estimate = Covariance(CovarianceOptions(1.0)).fit(m)
+    marginals = m.marginals()[0][:, :, 0]
+    assert estimate.pairwise is not None and not estimate.pairwise.any()
+    np.testing.assert_allclose(estimate.linear[:, 1], marginals.mean(axis=0) + marginals.var(axis=0))
+
+
+@pytest.mark.parametrize("joint", [0.8, -0.8])
+def test_covariance_is_not_interaction(joint: float) -> None:
+    game = PlantedGame(planted_space(2), lambda q: float(q.sum() + joint * q[0] * q[1]))
+    both = _sample(game, 2, antithetic=True).marginals()[0][:, :, 0]
+    assert covariance(both)[0, 1] == pytest.approx(-joint**2 / 4)
+
+
+def test_what_cannot_be_fitted_is_refused() -> None:
+    game, *_ = _quadratic()
+    with pytest.raises(ImpqError, match="at least 2 permutations"):
+        Covariance().fit(_sample(game, 1))
+    m = _sample(game, 2)
+    cut = m.step < 4
+    short = Measurements(m.space, m.picks[cut], m.losses[cut], m.path[cut], m.step[cut], m.replicate[cut], m.tokens,
+                         m.reference_loss, m.forwards)
+    with pytest.raises(ImpqError, match="cut short"):
+        Additive().fit(short)

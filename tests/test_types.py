@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from impq_core.errors import ImpqError
+from impq_core.files import write_npz
+from impq_core.testing import planted_space
+from impq_core.types import Measurements, Plan, SearchSpace, SensitivityEstimate
+
+
+def _measurements(space: SearchSpace, losses: list[float]) -> Measurements:
+    picks = np.array([[0, 0], [1, 0], [1, 1]])
+    return Measurements(space, picks, np.array(losses), path=np.zeros(3), step=np.arange(3), replicate=np.zeros(3),
+                        tokens=10, reference_loss=2.0, forwards=1.5)
+
+
+def test_a_space_knows_its_sizes_and_refuses_nonsense() -> None:
+    space = planted_space(4, bits=(4, 3, 2))
+    assert space.bytes_of(space.uniform(0)) == space.high_bytes
+    assert space.nominal_bits(space.high_bytes) == 4 and space.nominal_bits(space.low_bytes) == 2
+    assert space.bits_per_weight(space.high_bytes) == pytest.approx(4)
+    assert SearchSpace.from_dict(json.loads(json.dumps(space.to_dict()))).fingerprint == space.fingerprint
+    assert planted_space(5).fingerprint != planted_space(4).fingerprint
+    with pytest.raises(ImpqError, match="narrower"):
+        SearchSpace(space.layers, space.choices, space.nbytes[:, ::-1])
+    with pytest.raises(ImpqError, match="shape"):
+        SearchSpace(space.layers, space.choices, space.nbytes[:2])
+    with pytest.raises(ImpqError, match="ordered"):
+        SearchSpace(space.layers, space.choices[::-1], space.nbytes)
+    with pytest.raises(ImpqError, match=r"0\.\.2"):
+        space.check_pick(np.array([0, 1, 2, 3]))
+
+
+def test_measurements_and_estimates_round_trip(tmp_path: Path) -> None:
+    space = planted_space(2)
+    measurements = _measurements(space, [0.0, 0.5, 0.7])
+    measurements.save(tmp_path / "m.npz")
+    again = Measurements.load(tmp_path / "m.npz")
+    np.testing.assert_array_equal(again.picks, measurements.picks)
+    np.testing.assert_array_equal(again.losses, measurements.losses)
+    assert (again.tokens, again.reference_loss, again.forwards) == (10, 2.0, 1.5)
+    assert again.space.fingerprint == space.fingerprint
+    for pairwise in (None, np.zeros((2, 2, 2, 2))):
+        estimate = SensitivityEstimate(space, np.array([[0, 1.0], [0, 2.0]]), pairwise, method="x", forwards=3.0)
+        estimate.save(tmp_path / "e.npz")
+        back = SensitivityEstimate.load(tmp_path / "e.npz")
+        np.testing.assert_array_equal(back.linear, estimate.linear)
+        assert (back.pairwise is None) == (pairwise is None)
+        assert (back.method, back.forwards) == ("x", 3.0)
+
+
+def test_marginals_and_non_finite_losses() -> None:
+    space = planted_space(2)
+    values, replicates = _measurements(space, [0.0, 0.5, 0.7]).marginals()
+    np.testing.assert_allclose(values[0, :, 0], [0.5, 0.2])
+    assert replicates.tolist() == [0]
+    with pytest.raises(ImpqError, match="permutation 0, step 1"):
+        _measurements(space, [0.0, float("nan"), 0.7]).marginals()
+
+
+def test_predict_counts_each_pair_once() -> None:
+    space = planted_space(3)
+    pairwise = np.zeros((3, 2, 3, 2))
+    pairwise[0, 1, 2, 1] = pairwise[2, 1, 0, 1] = 0.25
+    estimate = SensitivityEstimate(space, np.array([[0, 1.0], [0, 2.0], [0, 4.0]]), pairwise)
+    np.testing.assert_allclose(estimate.predict(np.array([[1, 0, 1], [1, 1, 0], [0, 0, 0]])), [5.25, 3.0, 0.0])
+    with pytest.raises(ImpqError, match="symmetric"):
+        SensitivityEstimate(space, estimate.linear, np.triu(pairwise.reshape(6, 6)).reshape(3, 2, 3, 2))
+    with pytest.raises(ImpqError, match="reference"):
+        SensitivityEstimate(space, estimate.linear + 1)
+
+
+def test_a_plan_file_can_be_edited_and_applied_again(tmp_path: Path) -> None:
+    space = planted_space(3)
+    plan = Plan(space, np.array([0, 1, 0]), space.high_bytes, 0.5, 0.4)
+    assert plan.gap == pytest.approx(0.1)
+    path = tmp_path / "plan.json"
+    plan.save(path)
+    assert Plan.load(path, space).pick.tolist() == [0, 1, 0]
+    data = json.loads(path.read_text())
+    data["layers"]["blocks.1"]["bits"] = 4
+    path.write_text(json.dumps(data))
+    assert Plan.load(path, space).pick.tolist() == [0, 0, 0]
+    data["layers"]["blocks.1"]["bits"] = 5
+    path.write_text(json.dumps(data))
+    with pytest.raises(ImpqError, match="'blocks.1' 5 bits"):
+        Plan.load(path, space)
+    data["layers"] = {"block.1": {"bits": 4, "group_size": 64}}
+    path.write_text(json.dumps(data))
+    with pytest.raises(ImpqError, match="did you mean 'blocks.1'"):
+        Plan.load(path, space)
+    path.write_text("[]")
+    with pytest.raises(ImpqError, match="cannot read a plan"):
+        Plan.load(path, space)
+    with pytest.raises(ImpqError, match="more than its budget"):
+        Plan(space, np.zeros(3), space.low_bytes)
+
+
+def test_files_are_whole_or_absent_and_never_pickled(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="pickle"):
+        write_npz(tmp_path / "x.npz", {"a": np.array([object()])})
+    assert list(tmp_path.iterdir()) == []
