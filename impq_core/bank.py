@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from impq_core.blockwise import BlockwiseModel, Hidden
+from impq_core.calibration import input_statistics
 from impq_core.errors import ImpqError
 from impq_core.files import write_text
-from impq_core.interfaces import Backend, Statistics, Variant
+from impq_core.interfaces import Backend, Variant
 from impq_core.types import Choice, LayerSpec, LinearSpec
 
 Assignment = Sequence[Choice | None]
@@ -87,7 +87,7 @@ class Bank:
 
 
 def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden, choices: Sequence[Choice],
-              progress: Callable[[int, int], None]) -> float:
+              progress: Callable[[int, int], None]) -> None:
     """Quantize every linear at every choice, block after block.
 
     The statistics of a block are collected once, behind a prefix at the widest choice, and serve every width: the
@@ -101,58 +101,21 @@ def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden, choices: Seque
         hidden: the first block's input over the calibration windows.
         choices: widths, widest first.
         progress: told (blocks done, blocks).
-
-    Returns:
-        seconds taken.
     """
-    began = time.monotonic()
     progress(0, len(runner))
     for index in range(len(runner)):
         layers = [i for i, layer in enumerate(bank.layers) if layer.block == index]
-        linears = [spec for i in layers for spec in bank.layers[i].linears]
+        modules = {spec: bank.module(spec) for i in layers for spec in bank.layers[i].linears}
         wants = "activations" in bank.backend.needs
-        statistics = _collect(runner, index, hidden, bank, linears) if wants else {}
-        for spec in linears:
+        statistics = input_statistics(runner, index, hidden, modules.values()) if wants else {}
+        for spec, module in modules.items():
             weight = bank.original(spec)
             for choice in choices:
-                bank.add(spec, bank.backend.quantize(weight, choice, statistics.get(spec.name)))
+                bank.add(spec, bank.backend.quantize(weight, choice, statistics.get(module)))
         for layer in layers:
             bank.switch(layer, choices[0])
         hidden = runner.run(index, hidden)
         progress(index + 1, len(runner))
-    return time.monotonic() - began
-
-
-def _collect(runner: BlockwiseModel, index: int, hidden: Hidden, bank: Bank,
-             linears: Iterable[LinearSpec]) -> dict[str, Statistics]:
-    """Input statistics of a block's linears; linears that read the same tensor share one Gram matrix."""
-    grams: dict[str, torch.Tensor] = {}
-    tokens: dict[str, int] = {}
-    leaders: dict[str, str] = {}
-    last: list[tuple[torch.Tensor, str]] = []
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            x = args[0]
-            if last and last[0][0] is x:
-                leaders[name] = last[0][1]
-                return
-            last[:] = [(x, name)]
-            leaders[name] = name
-            rows = x.reshape(-1, x.shape[-1]).float()
-            grams[name] = grams[name] + rows.T @ rows if name in grams else rows.T @ rows
-            tokens[name] = tokens.get(name, 0) + len(rows)
-        return hook
-
-    hooks = [bank.module(spec).register_forward_pre_hook(watch(spec.name)) for spec in linears]
-    try:
-        for batch in hidden:
-            runner.run_batch(index, batch)
-            last.clear()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: Statistics(grams[leader], tokens[leader]) for name, leader in leaders.items()}
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

@@ -224,7 +224,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt) as error:
         click.echo("impq: stopped", err=True)
-        sys.exit(143 if isinstance(error, Terminated) else 130)
+        sys.exit(143 if isinstance(error.__cause__, Terminated) else 130)  # click wraps it in its Abort
     except click.ClickException as error:
         click.echo(f"impq: {error.format_message()}", err=True)
         sys.exit(error.exit_code)

@@ -136,6 +136,7 @@ class Evaluator:
         self._layers_of_block = [[i for i, layer in enumerate(bank.layers) if layer.block == b]
                                  for b in range(len(runner))]
         self._reference = self._run([None] * len(bank.layers))
+        self._scores: dict[tuple[Choice | None, ...], Score] = {}
 
     def _run(self, assignment: Assignment) -> list[Any]:
         def switch(block: int) -> None:
@@ -145,7 +146,13 @@ class Evaluator:
 
     def score(self, assignment: Assignment) -> Score:
         """Score an allocation; the reference's logits are made again from its last hidden states, which cost
-        thousands of times less memory than the logits would."""
+        thousands of times less memory than the logits would. An allocation is scored once."""
+        key = tuple(assignment)
+        if key not in self._scores:
+            self._scores[key] = self._measure(key)
+        return self._scores[key]
+
+    def _measure(self, assignment: Assignment) -> Score:
         hidden = self._run(assignment)
         windows, length = self._ids.shape
         nll = np.empty(windows * (length - 1))

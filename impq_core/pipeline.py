@@ -8,7 +8,7 @@ import secrets
 import shutil
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -38,7 +38,8 @@ class RunResult:
     """What a run leaves behind; the same things are files in ``folder``.
 
     ``measured_loss`` is the plan's loss on the game's own windows, nats per token above the reference, to hold
-    against ``plan.predicted_loss``; ``forwards`` the cost of the search in full-model forwards; ``seconds`` by stage.
+    against ``plan.predicted_loss``; ``forwards`` the cost of the search in full-model forwards; ``seconds`` by stage;
+    ``digests`` of the tokens of both texts.
     """
 
     folder: Path
@@ -50,6 +51,7 @@ class RunResult:
     measured_loss: float
     forwards: float
     seconds: dict[str, float]
+    digests: dict[str, str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +133,17 @@ def run(config: RunConfig, plugins: Plugins | None = None) -> RunResult:
     return result
 
 
+def quantize_all(prepared: Prepared, progress: Callable[[int, int], None]) -> tuple[BlockwiseModel, Bank]:
+    """Load the weights and store every layer at every width of the menu and between."""
+    dtype = resolve_dtype(prepared.config.dtype)
+    model = prepared.source.load(dtype)
+    runner = BlockwiseModel(model)
+    bank = Bank(model, prepared.space.layers, prepared.parts.backend, dtype)
+    choices = sorted([*prepared.space.choices, *(choice for choice, _ in prepared.between)], reverse=True)
+    fill_bank(bank, runner, runner.embed(prepared.calibration.ids), choices, progress)
+    return runner, bank
+
+
 def _carry_out(prepared: Prepared, plugins: Plugins, folder: Path) -> RunResult:
     config, parts, space = prepared.config, prepared.parts, prepared.space
     clock = _Clock()
@@ -138,16 +151,10 @@ def _carry_out(prepared: Prepared, plugins: Plugins, folder: Path) -> RunResult:
     def progress(stage: str) -> Any:
         return lambda done, total: plugins.notify("impq_progress", stage=stage, done=done, total=total)
 
-    with clock.stage("load"):
-        dtype = resolve_dtype(config.dtype)
-        model = prepared.source.load(dtype)
-        runner = BlockwiseModel(model)
     with clock.stage("quantize"):
-        bank = Bank(model, space.layers, parts.backend, dtype)
-        choices = sorted([*space.choices, *(choice for choice, _ in prepared.between)], reverse=True)
-        seconds = fill_bank(bank, runner, runner.embed(prepared.calibration.ids), choices, progress("quantize"))
+        runner, bank = quantize_all(prepared, progress("quantize"))
         bank.save_record(folder / "variants.json")
-        plugins.notify("impq_variants_ready", nbytes=bank.nbytes, seconds=seconds)
+    plugins.notify("impq_variants_ready", nbytes=bank.nbytes, seconds=clock.seconds["quantize"])
     windows = prepared.calibration.first(config.game_windows)
     log = MeasurementLog(folder / "measurements.jsonl", _provenance(prepared, windows))
     try:
@@ -179,7 +186,8 @@ def _carry_out(prepared: Prepared, plugins: Plugins, folder: Path) -> RunResult:
         evaluation = evaluate_plan(evaluator, plan, prepared.between, prepared.evaluation, config.seed,
                                    progress("evaluate"))
         evaluation.save(folder / "evaluation.json")
-    result = RunResult(folder, config, plan, evaluation, estimate, measurements, measured, forwards, clock.seconds)
+    result = RunResult(folder, config, plan, evaluation, estimate, measurements, measured, forwards, clock.seconds,
+                       {"calibration": prepared.calibration.digest, "evaluation": prepared.evaluation.digest})
     write_text(folder / "cost.json", json.dumps({"forwards": forwards, "seconds": clock.seconds}, indent=1) + "\n")
     return result
 

@@ -68,7 +68,7 @@ def check_source(source: str) -> None:
     """
     if source == "demo" or not _is_file_name(source):
         return
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.suffix not in _KINDS:
         raise UsageError(f"text {source}: only {', '.join(_KINDS)} files are read")
     if not path.is_file():
@@ -127,7 +127,8 @@ def refuse_overlap(calibration: Windows, evaluation: Windows) -> None:
 
 
 def _is_file_name(source: str) -> bool:
-    return Path(source).suffix in _KINDS or source.startswith((".", "/", "~")) or Path(source).exists()
+    ends_like_one = re.search(r"\.[A-Za-z]\w{1,7}$", source) and ":" not in source
+    return bool(ends_like_one) or source.startswith((".", "/", "~")) or Path(source).exists()
 
 
 def _read(source: str, role: str) -> tuple[str, str]:
@@ -142,7 +143,7 @@ def _read(source: str, role: str) -> tuple[str, str]:
     try:
         if not _is_file_name(source):
             return _from_datasets(source)
-        path = Path(source)
+        path = Path(source).expanduser()
         if path.suffix == ".txt":
             with path.open(encoding="utf-8") as file:
                 return file.read(MOST_CHARACTERS), f"{path.name} as it stands"

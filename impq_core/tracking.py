@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+import numpy as np
 from filelock import FileLock
 
 from impq_core.config import RunConfig
@@ -118,8 +119,7 @@ class Tracker:
         batch = [Metric("measured_loss", float(loss), now, self._evaluations + i) for i, loss in enumerate(losses)]
         self._evaluations += len(losses)
         batch.append(Metric("forwards", forwards, now, self._evaluations))
-        for start in range(0, len(batch), 1000):  # the store's limit for one batch
-            self._client.log_batch(self.run_id, metrics=batch[start:start + 1000])
+        self._log(batch)
 
     @hookimpl
     def impq_estimate_ready(self, estimate: SensitivityEstimate, measurements: Measurements | None) -> None:
@@ -129,13 +129,13 @@ class Tracker:
         from mlflow.entities import Metric
 
         marginals, replicates = measurements.marginals()
+        draws = np.stack([marginals[replicates == r].mean(axis=0) for r in np.unique(replicates)])
+        count = np.arange(1, len(draws) + 1)[:, None, None]
+        mean, square = draws.cumsum(axis=0) / count, (draws**2).cumsum(axis=0) / count
+        stderr = np.sqrt(np.maximum(square - mean**2, 0) / np.maximum(count - 1, 1)).mean(axis=(1, 2))
         now = int(time.time() * 1000)
-        batch = []
-        for count in range(2, len(set(replicates.tolist())) + 1):
-            draws = [marginals[replicates == r].mean(axis=0) for r in range(count)]
-            stderr = (sum((d - sum(draws) / count) ** 2 for d in draws) / (count - 1) / count) ** 0.5
-            batch.append(Metric("shapley_stderr", float(stderr.mean()), now, count))
-        self._client.log_batch(self.run_id, metrics=batch)
+        self._log([Metric("shapley_stderr", float(value), now, step)
+                   for step, value in enumerate(stderr[1:], start=2)])
 
     @hookimpl
     def impq_plan_ready(self, plan: Plan) -> None:
@@ -155,7 +155,7 @@ class Tracker:
         score = result.evaluation.plan
         numbers = {"nll": score.nll, "nll_stderr": score.stderr, "perplexity": score.perplexity, "kl": score.kl,
                    "top1_agreement": score.top1, "measured_plan_loss": result.measured_loss,
-                   "search_forwards": result.forwards, "evaluations": self._evaluations}
+                   "search_forwards": result.forwards, "evaluations": len(result.measurements or ())}
         if result.plan.predicted_loss is not None:
             numbers["surrogate_error"] = result.plan.predicted_loss - result.measured_loss
         numbers |= {f"seconds_{stage}": seconds for stage, seconds in result.seconds.items()}
@@ -164,8 +164,7 @@ class Tracker:
         self._metrics(numbers)
         inputs = []
         for context, text in (("calibration", result.config.calibration), ("evaluation", result.config.evaluation)):
-            digest = result.plan.provenance.get(f"{context}_digest", "")
-            dataset = Dataset(name=f"{text.source}-{context}", digest=digest or str(text.seed), source_type="local",
+            dataset = Dataset(name=f"{text.source}-{context}", digest=result.digests[context], source_type="local",
                               source=text.source)
             inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", context)]))
         self._client.log_inputs(self.run_id, datasets=inputs)
@@ -183,7 +182,11 @@ class Tracker:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        self._client.log_batch(self.run_id, metrics=[Metric(k, float(v), now, 0) for k, v in numbers.items()])
+        self._log([Metric(name, float(value), now, 0) for name, value in numbers.items()])
+
+    def _log(self, metrics: list[Any]) -> None:
+        for start in range(0, len(metrics), 1000):  # the store's limit for one batch
+            self._client.log_batch(self.run_id, metrics=metrics[start:start + 1000])
 
     def _end(self, status: str) -> None:
         try:

@@ -7,10 +7,12 @@ import pydoc_data.topics
 from pathlib import Path
 
 import pytest
+import torch
 
 from impq_core.config import RunConfig, TextConfig
 from impq_core.testing import tiny_model
 
+torch.set_num_threads(1)  # tiny matrices; more threads only wait for each other on a busy machine
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 

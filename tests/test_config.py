@@ -56,15 +56,16 @@ def test_budgets_in_every_unit() -> None:
     assert Budget.parse("100%").resolve(space) == space.high_bytes
 
 
-@pytest.mark.parametrize("text", ["", "three bits", "-3bits", "0bits", "3", "3 bit", "1e3MB", "4GiBs", "3.0.0bits", "nan%"])
+@pytest.mark.parametrize("text", ["", "three bits", "-3bits", "0bits", "3", "3 bit", "1e3MB", "4GiBs", "3.0.0bits",
+                                  "nan%"])
 def test_nonsense_budgets(text: str) -> None:
     with pytest.raises(UsageError, match="not understood"):
         Budget.parse(text)
 
 
 @pytest.mark.parametrize(("text", "reason"), [
-    ("5bits", "2bits to 4bits"), ("1.9bits", "2bits to 4bits"), ("101%", "more than 100%"), ("9bpw", "2.000bpw to 4.000bpw"),
-    ("1GB", "GB"), ("10%", "50.0% to 100.0%")])
+    ("5bits", "2bits to 4bits"), ("1.9bits", "2bits to 4bits"), ("101%", "more than 100%"),
+    ("9bpw", "2.000bpw to 4.000bpw"), ("1GB", "GB"), ("10%", "50.0% to 100.0%")])
 def test_budgets_out_of_reach_name_the_range(text: str, reason: str) -> None:
     with pytest.raises(UsageError, match=reason):
         Budget.parse(text).resolve(planted_space(4))

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from impq_qp.local import search
+from impq_qp.program import Options, QuadraticProgram
 
 from impq_core.errors import ImpqError
 from impq_core.testing import planted_space
 from impq_core.types import SensitivityEstimate
-from impq_qp.local import search
-from impq_qp.program import Options, QuadraticProgram
 
 
 def _estimate(seed: int, n: int, bits: tuple[float, ...], strength: float, scale: float = 1.0) -> SensitivityEstimate:

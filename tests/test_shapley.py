@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from impq_spqe.sampler import Options, Spqe
+from impq_surrogates.shapley import Additive, Covariance, CovarianceOptions, covariance, paper_form
 
 from impq_core.errors import ImpqError
 from impq_core.testing import PlantedGame, planted_space
 from impq_core.types import FloatArray, Measurements
-from impq_spqe.sampler import Options, Spqe
-from impq_surrogates.shapley import Additive, Covariance, CovarianceOptions, covariance, paper_form
 
 N = 6
 
@@ -26,7 +26,8 @@ def _quadratic(seed: int = 0, n: int = N) -> tuple[PlantedGame, FloatArray, Floa
     return PlantedGame(planted_space(n), lambda q: 3.0 + a @ q + 0.5 * q @ j @ q), a, j
 
 
-def _sample(game: PlantedGame, permutations: int, antithetic: bool = False, seed: int = 0, **more: float) -> Measurements:
+def _sample(game: PlantedGame, permutations: int, antithetic: bool = False, seed: int = 0,
+            **more: float) -> Measurements:
     return Spqe(Options(permutations, antithetic, **more)).sample(game, np.random.default_rng(seed))
 
 

@@ -87,11 +87,11 @@ def test_a_plan_file_can_be_edited_and_applied_again(tmp_path: Path) -> None:
     assert Plan.load(path, space).pick.tolist() == [0, 0, 0]
     data["layers"]["blocks.1"]["bits"] = 5
     path.write_text(json.dumps(data))
-    with pytest.raises(ImpqError, match="'blocks.1' 5 bits"):
+    with pytest.raises(ImpqError, match=r"'blocks\.1' 5 bits"):
         Plan.load(path, space)
     data["layers"] = {"block.1": {"bits": 4, "group_size": 64}}
     path.write_text(json.dumps(data))
-    with pytest.raises(ImpqError, match="did you mean 'blocks.1'"):
+    with pytest.raises(ImpqError, match=r"did you mean 'blocks\.1'"):
         Plan.load(path, space)
     path.write_text("[]")
     with pytest.raises(ImpqError, match="cannot read a plan"):

@@ -1,0 +1,73 @@
+"""What an evaluation of the game costs: in forwards, and in time beside the naive way, run in turns in one process.
+
+Naive: quantize the block that changed and run the whole model. Both ways see the same picks, the demotions of one
+random permutation, and must find the same losses.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+from common import heading, say, table, write
+
+from impq_core.calibration import input_statistics
+from impq_core.config import RunConfig
+from impq_core.game import ModelGame
+from impq_core.pipeline import prepare, quantize_all
+from impq_core.plugins import Plugins
+
+STEPS = 10
+
+
+def main() -> None:
+    prepared = prepare(RunConfig(tracking_uri="none"), Plugins())
+    space, backend = prepared.space, prepared.parts.backend
+    runner, bank = quantize_all(prepared, say("quantize"))
+    hidden, statistics = runner.embed(prepared.calibration.ids), {}
+    for block, layer in enumerate(space.layers):  # as the bank collected them: each block behind the widest prefix
+        bank.switch(block, None)
+        statistics |= input_statistics(runner, block, hidden, [bank.module(spec) for spec in layer.linears])
+        bank.switch(block, space.choices[0])
+        hidden = runner.run(block, hidden)
+
+    windows = prepared.calibration.first(prepared.config.game_windows)
+    game = ModelGame(space, bank, runner, windows)
+    order = np.random.default_rng(0).permutation(len(space))
+    path = np.zeros((len(space) + 1, len(space)), dtype=np.int64)
+    for step, layer in enumerate(order, start=1):
+        path[step] = path[step - 1]
+        path[step, layer] += 1
+    game.losses(path)
+    whole = [f"{game.forwards:.2f}", str(game.evaluations), f"{game.forwards / game.evaluations:.3f}"]
+
+    fresh = ModelGame(space, bank, runner, windows)
+    reference = fresh.reference_loss
+    times: dict[str, list[float]] = {"game": [], "naive": []}
+    for step in range(1, STEPS + 1):
+        began = time.perf_counter()
+        loss = fresh.loss(path[step])
+        times["game"].append(time.perf_counter() - began)
+        began = time.perf_counter()
+        choice = space.choices[1]
+        for spec in space.layers[order[step - 1]].linears:
+            variant = backend.quantize(bank.original(spec), choice, statistics[bank.module(spec)])
+            bank.module(spec).weight.data = backend.dequantize(variant).to(bank.module(spec).weight.dtype)
+        naive = float(runner.nll(runner.run_all(runner.embed(windows.ids)), windows.ids).mean()) - reference
+        times["naive"].append(time.perf_counter() - began)
+        assert naive == loss, (naive, loss)
+    ratios = np.array(times["naive"]) / np.array(times["game"])
+    lines = heading("Cost of the game", "python benchmarks/game_cost.py")
+    lines += ["One permutation of SmolLM2-135M's 30 blocks, "
+              f"{windows.scored_tokens} scored tokens:", "",
+              *table(["full-model forwards", "evaluations", "forwards per evaluation"], [whole]),
+              f"Time of an evaluation, game and naive in turns over the first {STEPS} demotions (equal losses, bit for "
+              "bit):", "",
+              *table(["game, median s", "naive, median s", "ratio, median", "ratio, least"],
+                     [[f"{np.median(times['game']):.2f}", f"{np.median(times['naive']):.2f}",
+                       f"{np.median(ratios):.1f}", f"{ratios.min():.1f}"]])]
+    write("game_cost.md", lines)
+
+
+if __name__ == "__main__":
+    main()

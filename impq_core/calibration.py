@@ -1,0 +1,43 @@
+"""What the inputs of a block's linears look like over the calibration text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from impq_core.blockwise import BlockwiseModel, Hidden
+from impq_core.interfaces import Statistics
+
+
+def input_statistics(runner: BlockwiseModel, index: int, hidden: Hidden,
+                     linears: Iterable[nn.Linear]) -> dict[nn.Module, Statistics]:
+    """Run block ``index`` once over its input and sum x xT for each of its linears.
+
+    Linears that read the same tensor (q, k and v; gate and up) share one matrix.
+    """
+    grams: dict[nn.Module, torch.Tensor] = {}
+    tokens: dict[nn.Module, int] = {}
+    leaders: dict[nn.Module, nn.Module] = {}
+    last: list[tuple[torch.Tensor, nn.Module]] = []
+
+    def watch(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        x = args[0]
+        if not (last and last[0][0] is x):
+            last[:] = [(x, module)]
+            rows = x.reshape(-1, x.shape[-1]).float()
+            gram = rows.T @ rows
+            grams[module] = grams[module] + gram if module in grams else gram
+            tokens[module] = tokens.get(module, 0) + len(rows)
+        leaders[module] = last[0][1]
+
+    hooks = [linear.register_forward_pre_hook(watch) for linear in linears]
+    try:
+        for batch in hidden:
+            runner.run_batch(index, batch)
+            last.clear()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {module: Statistics(grams[leader], tokens[leader]) for module, leader in leaders.items()}

@@ -1,0 +1,116 @@
+"""The game on a tiny model: the same losses as the plain way, at the price of the blocks behind a difference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from impq_gptq.backend import Gptq, Options
+from impq_spqe.sampler import Options as SpqeOptions
+from impq_spqe.sampler import Spqe
+
+from impq_core.bank import Bank, fill_bank
+from impq_core.blockwise import BlockwiseModel
+from impq_core.errors import ImpqError
+from impq_core.game import MeasurementLog, ModelGame
+from impq_core.model import layers_of, search_space
+from impq_core.source import locate_model
+from impq_core.testing import tiny_model
+from impq_core.text import Windows
+from impq_core.types import SearchSpace
+
+BLOCKS = 12
+WINDOWS = Windows(np.random.default_rng(0).integers(0, 256, (6, 24)), "test", "random bytes")
+
+
+class Table:
+    """A tiny model with its variants, and games on it."""
+
+    def __init__(self, folder: Path, granularity: str = "block") -> None:
+        self.model = locate_model(str(tiny_model(folder, blocks=BLOCKS))).load(torch.float32)
+        self.runner, backend = BlockwiseModel(self.model), Gptq(Options(clip_search=False))
+        choices = backend.choices()[1:]
+        self.space: SearchSpace = search_space(layers_of(self.model, granularity), backend, choices)
+        self.bank = Bank(self.model, self.space.layers, backend, torch.float32)
+        fill_bank(self.bank, self.runner, self.runner.embed(WINDOWS.ids), choices, lambda done, total: None)
+
+    def game(self, log: MeasurementLog | None = None) -> ModelGame:
+        return ModelGame(self.space, self.bank, self.runner, WINDOWS, log)
+
+    def plainly(self, pick: np.ndarray) -> float:
+        """Absolute loss by switching everything and running the whole model."""
+        self.bank.apply([self.space.choices[k] for k in pick])
+        return float(self.runner.nll(self.runner.run_all(self.runner.embed(WINDOWS.ids)), WINDOWS.ids).mean())
+
+
+@pytest.fixture(scope="module", params=["block", "linear"])
+def table(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Table:
+    return Table(tmp_path_factory.mktemp("game") / "m", request.param)
+
+
+def test_shared_prefixes_change_nothing(table: Table) -> None:
+    rng = np.random.default_rng(1)
+    picks = rng.integers(0, 3, (20, len(table.space)))
+    picks[5], picks[11] = picks[3], 0
+    game = table.game()
+    losses = game.losses(picks)
+    plain = np.array([table.plainly(pick) for pick in picks]) - table.plainly(table.space.uniform(0))
+    np.testing.assert_array_equal(losses, plain)
+    again = game.forwards
+    np.testing.assert_array_equal(game.losses(picks), losses)
+    assert game.forwards == again  # the memo answered
+    assert game.loss(table.space.uniform(0)) == 0.0
+
+
+def test_a_permutation_costs_little_more_than_half_a_forward_an_evaluation(table: Table) -> None:
+    game = table.game()
+    m = Spqe(SpqeOptions(4, antithetic=True)).sample(game, np.random.default_rng(0))
+    assert game.forwards / game.evaluations <= 0.6
+    assert m.forwards == game.forwards and m.tokens == 6 * 23
+
+
+def test_evaluating_elsewhere_in_between_does_not_confuse_the_game(table: Table) -> None:
+    game = table.game()
+    pick = np.random.default_rng(2).integers(0, 3, len(table.space))
+    game.loss(pick)
+    table.bank.apply([None] * len(table.space))
+    pick[-1] = (pick[-1] + 1) % 3
+    assert game.loss(pick) == table.plainly(pick) - table.plainly(table.space.uniform(0))
+
+
+def test_every_loss_is_in_the_log_before_it_is_returned(table: Table, tmp_path: Path) -> None:
+    path = tmp_path / "measurements.jsonl"
+    log = MeasurementLog(path, {"model": "tiny"})
+    game = table.game(log)
+    pick = table.space.uniform(1)
+    loss = game.loss(pick)
+    header, rows = MeasurementLog.read(path)
+    assert header["model"] == "tiny"
+    assert [row[0] for row in rows] == [tuple(table.space.uniform(0)), tuple(pick)]
+    assert rows[1][1] - rows[0][1] == loss
+    log.close()
+    with path.open("a") as file:
+        file.write('{"pick": [0, 0')
+    assert MeasurementLog.read(path)[1] == rows  # a torn last line is no loss
+    text = path.read_text().replace('{"pick"', '"pick"', 1)
+    path.write_text(text)
+    with pytest.raises(ImpqError, match="line 2"):
+        MeasurementLog.read(path)
+    with pytest.raises(FileExistsError):
+        MeasurementLog(path, {})
+
+
+def test_the_bank_stores_what_it_says(table: Table) -> None:
+    assert table.bank.nbytes == table.space.nbytes.sum()
+
+
+def test_weights_that_are_no_numbers_are_named(table: Table) -> None:
+    spec = table.space.layers[3].linears[0]
+    weight = table.bank._originals[spec.name]
+    kept = weight[0, 0].item()
+    weight[0, 0] = float("nan")
+    with pytest.raises(ImpqError, match=spec.name):
+        table.bank.original(spec)
+    weight[0, 0] = kept

@@ -1,0 +1,174 @@
+"""Whole runs on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from impq_core.config import RunConfig, TextConfig, read_toml
+from impq_core.errors import ImpqError
+from impq_core.game import MeasurementLog
+from impq_core.hookspecs import hookimpl
+from impq_core.pipeline import RunResult, run
+from impq_core.plugins import Plugins
+from impq_core.tracking import Tracker
+from impq_core.types import Measurements, SensitivityEstimate
+
+
+@pytest.fixture
+def result(tiny_config: RunConfig) -> RunResult:
+    return run(tiny_config)
+
+
+def test_a_run_leaves_everything_behind(result: RunResult, tiny_config: RunConfig) -> None:
+    folder = result.folder
+    assert {path.name for path in folder.iterdir()} >= {"impq.toml", "measurements.jsonl", "measurements.npz",
+                                                        "estimate.npz", "plan.json", "evaluation.json", "cost.json"}
+    header, rows = MeasurementLog.read(folder / "measurements.jsonl")
+    assert header["space"] == result.plan.space.fingerprint and header["game_tokens"] == 4 * 47
+    measurements = Measurements.load(folder / "measurements.npz")
+    assert {tuple(pick) for pick in measurements.picks} <= {pick for pick, _ in rows}
+    assert SensitivityEstimate.load(folder / "estimate.npz").space.fingerprint == header["space"]
+    assert json.loads((folder / "plan.json").read_text())["bytes"] == result.plan.nbytes <= result.plan.budget_bytes
+    # The plan's own loss can be looked up: it is what the game measured for that pick.
+    measured = dict(rows)[tuple(result.plan.pick)] - measurements.reference_loss
+    assert result.measured_loss == measured
+
+
+def test_the_table_holds_the_plan_against_its_references(result: RunResult) -> None:
+    evaluation = result.evaluation
+    names = [row.name for row in evaluation.rows]
+    assert names == ["plan", "unquantized", "uniform 4", "uniform 3", "uniform 2", "first/last high", "random 1",
+                     "random 2", "random 3", "line low-high", "line of uniforms"]
+    unquantized = evaluation.row("unquantized").score
+    assert unquantized is not None and unquantized.kl == pytest.approx(0, abs=1e-6) and unquantized.top1 == 1
+    for row in evaluation.rows:
+        if row.score is not None and row.name != "unquantized":
+            assert row.score.kl > 0 and 0 < row.score.top1 < 1 and row.score.window_nll.shape == (6,)
+        if row.name.startswith(("first", "random")):
+            assert row.nbytes is not None and row.nbytes <= result.plan.budget_bytes
+    # A uniform 3-bit model stands on the 2-to-4 line nearly at 3 bits; the line is straight between the ends.
+    low, high = evaluation.row("uniform 2"), evaluation.row("uniform 4")
+    assert low.nbytes and high.nbytes
+    share = (result.plan.nbytes - low.nbytes) / (high.nbytes - low.nbytes)
+    assert evaluation.row("line low-high").nll == pytest.approx(low.nll + share * (high.nll - low.nll))
+    difference = evaluation.against_plan(low)
+    assert difference is not None and difference[0] == pytest.approx(low.nll - evaluation.plan.nll)
+    stored = json.loads((result.folder / "evaluation.json").read_text())
+    assert [row["name"] for row in stored["rows"]] == names and stored["tokens"] == 6 * 47
+
+
+def test_the_resolved_configuration_makes_the_same_run_again(result: RunResult) -> None:
+    config = read_toml(result.folder / "impq.toml")
+    assert config == result.config and config.bits == (4, 2) and config.budget == "3bits"
+    assert config.options["estimator"] == {"permutations": 4, "antithetic": True, "tolerance": 0.0}
+    again = run(config)
+    np.testing.assert_array_equal(again.plan.pick, result.plan.pick)
+    assert again.measurements is not None and result.measurements is not None
+    np.testing.assert_array_equal(again.measurements.losses, result.measurements.losses)
+    assert [row.nll for row in again.evaluation.rows] == [row.nll for row in result.evaluation.rows]
+
+
+def test_a_plan_is_applied_without_measuring(result: RunResult, tiny_config: RunConfig) -> None:
+    again = run(replace(tiny_config, plan=str(result.folder / "plan.json")))
+    assert again.plan.pick.tolist() == result.plan.pick.tolist() and again.estimate is None and again.forwards == 0
+    assert again.evaluation.plan.nll == result.evaluation.plan.nll
+
+
+@pytest.mark.parametrize("change", [{"granularity": "group"}, {"bits": (2, 3, 4), "budget": "2.7bits"},
+                                    {"surrogate": "additive", "bits": (3, 8), "budget": "60%"}])
+def test_other_menus_and_granularities(change: dict[str, object], tiny_config: RunConfig) -> None:
+    result = run(replace(tiny_config, **change))  # type: ignore[arg-type]
+    assert result.plan.nbytes <= result.plan.budget_bytes
+    assert len(result.plan.space) == (16 if "granularity" in change else 4)
+
+
+def _statuses(config: RunConfig) -> list[str]:
+    with sqlite3.connect(config.tracking_uri.removeprefix("sqlite:///")) as store:
+        return [row[0] for row in store.execute("select status from runs order by start_time")]
+
+
+def _tracked(config: RunConfig, *observers: object) -> RunResult:
+    plugins = Plugins()
+    plugins.watch(Tracker(config.tracking_uri, config.experiment))
+    for observer in observers:
+        plugins.watch(observer)
+    return run(config, plugins)
+
+
+class _Saboteur:
+    """Ends a run at its first measurements."""
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    @hookimpl
+    def impq_measured(self) -> None:
+        raise self._error
+
+
+def test_mlflow_keeps_a_finished_run(tiny_config: RunConfig, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    result = _tracked(tiny_config)
+    client = MlflowClient(tiny_config.tracking_uri)
+    experiment = client.get_experiment_by_name("impq")
+    assert experiment.artifact_location == (tmp_path / "mlartifacts").as_uri()
+    [kept] = client.search_runs([experiment.experiment_id])
+    assert kept.info.status == "FINISHED"
+    assert kept.data.params["estimator.permutations"] == "4" and kept.data.params["bits"] == "4,2"
+    assert kept.data.metrics["nll"] == pytest.approx(result.evaluation.plan.nll)
+    assert kept.data.metrics["bytes"] == result.plan.nbytes
+    assert kept.data.metrics["search_forwards"] == pytest.approx(result.forwards)
+    assert len(client.get_metric_history(kept.info.run_id, "measured_loss")) == 4 * 5 + 1  # and the plan's own loss
+    assert {item.path for item in client.list_artifacts(kept.info.run_id)} >= {"plan.json", "impq.toml", "figures"}
+    assert {i.dataset.digest for i in kept.inputs.dataset_inputs} == {
+        *result.digests.values()}
+
+
+def test_a_crash_leaves_a_failed_run_and_a_whole_log(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("impq_surrogates.shapley.Covariance.fit", crash)
+    with pytest.raises(RuntimeError):
+        _tracked(tiny_config)
+    assert _statuses(tiny_config) == ["FAILED"]
+    [folder] = Path(tiny_config.output).iterdir()
+    assert "out of memory" in (folder / "error.txt").read_text()
+    assert len(MeasurementLog.read(folder / "measurements.jsonl")[1]) >= 5
+
+
+def test_ctrl_c_leaves_a_killed_run(tiny_config: RunConfig) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        _tracked(tiny_config, _Saboteur(KeyboardInterrupt()))
+    assert _statuses(tiny_config) == ["KILLED"]
+
+
+def test_a_failing_upload_warns_and_the_run_goes_on(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("store is gone")
+
+    monkeypatch.setattr("mlflow.MlflowClient.log_inputs", fail)
+    with pytest.warns(RuntimeWarning, match="Tracker failed in impq_run_finished: ConnectionError"):
+        result = _tracked(tiny_config)
+    assert (result.folder / "evaluation.json").exists()
+
+
+def test_nothing_is_left_behind_by_what_is_refused(tiny_config: RunConfig, texts: tuple[Path, Path]) -> None:
+    wrong = [
+        {"budget": "1MB"}, {"evaluation": replace(tiny_config.evaluation, source=str(texts[0]))},
+        {"evaluation": TextConfig(str(texts[1]), 9999, 48)}, {"tracking_uri": "sqlite:////nowhere/x.db"},
+        {"options": {"backend": {"group_size": 128}}}, {"output": "/dev/null/x"}]
+    for change in wrong:
+        with pytest.raises(ImpqError) as error:
+            _tracked(replace(tiny_config, **change))  # type: ignore[arg-type]
+        assert "\n" not in str(error.value)
+    output = Path(tiny_config.output)
+    assert not output.exists() or list(output.iterdir()) == []
+    assert not Path(tiny_config.tracking_uri.removeprefix("sqlite:///")).exists()
