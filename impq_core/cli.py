@@ -106,6 +106,8 @@ def run(config_file: Path | None, options: tuple[str, ...], plugin_files: tuple[
     locate_model(config.model)
     for text in (config.calibration, config.evaluation):
         check_source(text.source)
+    for dropped in plugins.dropped:
+        click.echo(f"warning: plugin {dropped.what} is not used: {dropped.reason}", err=True)
     for role in ROLES:
         if notice := plugins.find(role, getattr(config, role)).notice:
             click.echo(f"note: {notice}", err=True)

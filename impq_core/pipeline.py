@@ -98,10 +98,19 @@ def prepare(config: RunConfig, plugins: Plugins) -> Prepared:
     evaluation = draw_windows(config.evaluation, "evaluation", tokenizer, vocabulary)
     refuse_overlap(calibration, evaluation)
     dtype = str(resolve_dtype(config.dtype)).removeprefix("torch.")
-    resolved = replace(config, bits=tuple(choice.bits for choice in parts.menu), budget=str(budget), dtype=dtype,
-                       options=parts.options())
+    resolved = replace(
+        config, model=_absolute(config.model), plan=_absolute(config.plan),
+        calibration=replace(config.calibration, source=_absolute(config.calibration.source)),
+        evaluation=replace(config.evaluation, source=_absolute(config.evaluation.source)),
+        bits=tuple(choice.bits for choice in parts.menu), budget=str(budget), dtype=dtype, options=parts.options())
     return Prepared(resolved, parts, source, space, tuple((choice, sizes[choice]) for choice in between), budget_bytes,
                     plan, calibration, evaluation)
+
+
+def _absolute(name: str) -> str:
+    """A file's path made absolute, so that the resolved configuration runs from anywhere; other names as they are."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if name and path.exists() else name
 
 
 def run(config: RunConfig, plugins: Plugins | None = None) -> RunResult:
@@ -120,7 +129,8 @@ def run(config: RunConfig, plugins: Plugins | None = None) -> RunResult:
     try:
         write_text(folder / "impq.toml", prepared.config.to_toml())
         plugins.notify("impq_run_started", config=prepared.config, space=prepared.space, folder=folder)
-    except BaseException:
+    except BaseException as error:
+        plugins.notify("impq_run_failed", error=error)
         shutil.rmtree(folder)
         raise
     try:

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from impq_core.budget import Budget
 from impq_core.config import RunConfig, TextConfig, override, read_toml
 from impq_core.errors import UsageError
+from impq_core.parts import Parts
+from impq_core.plugins import Plugins
 from impq_core.testing import planted_space
 
 
@@ -37,6 +39,12 @@ def test_a_wrong_file_is_answered_in_one_line(toml: str, reason: str, tmp_path: 
     with pytest.raises(UsageError, match=reason) as error:
         read_toml(tmp_path / "impq.toml")
     assert "\n" not in str(error.value)
+
+
+def test_the_example_configuration_is_valid() -> None:
+    config = read_toml(Path(__file__).parents[1] / "examples" / "impq.toml")
+    assert config.options["estimator"]["permutations"] == 20
+    assert Parts.build(config, Plugins()).budget == Budget(3.0, "bits")
 
 
 def test_flags_win_over_the_file() -> None:

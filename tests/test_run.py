@@ -65,7 +65,8 @@ def test_the_table_holds_the_plan_against_its_references(result: RunResult) -> N
 
 def test_the_resolved_configuration_makes_the_same_run_again(result: RunResult) -> None:
     config = read_toml(result.folder / "impq.toml")
-    assert config == result.config and config.bits == (4, 2) and config.budget == "3bits"
+    assert config == result.config and Path(config.model).is_absolute()
+    assert config.bits == (4, 2) and config.budget == "3bits"
     assert config.options["estimator"] == {"permutations": 4, "antithetic": True, "tolerance": 0.0}
     again = run(config)
     np.testing.assert_array_equal(again.plan.pick, result.plan.pick)
