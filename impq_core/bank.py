@@ -14,7 +14,7 @@ from impq_core.calibration import input_statistics
 from impq_core.errors import ImpqError
 from impq_core.files import write_text
 from impq_core.interfaces import Backend, Variant
-from impq_core.types import Choice, LayerSpec, LinearSpec
+from impq_core.space import Choice, LayerSpec, LinearSpec
 
 Assignment = Sequence[Choice | None]
 """A choice for each layer of the bank; None is the unquantized weight."""

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from impq_core.errors import ImpqError
 from impq_core.model import blocks_of
-from impq_core.types import FloatArray, IntArray
+from impq_core.space import FloatArray, IntArray
 
 Hidden = list[torch.Tensor]
 """Hidden states of all windows, a tensor (windows in the batch, length, width) for each batch."""

@@ -15,8 +15,8 @@ import numpy as np
 from impq_core.bank import Bank
 from impq_core.blockwise import BlockwiseModel, Hidden
 from impq_core.errors import ImpqError
+from impq_core.space import FloatArray, IntArray, SearchSpace
 from impq_core.text import Windows
-from impq_core.types import FloatArray, IntArray, SearchSpace
 
 Watcher = Callable[[IntArray, FloatArray, float], None]
 """Called with picks, losses and forwards so far, when the losses are on disk."""

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from impq_core.config import RunConfig
     from impq_core.pipeline import RunResult
     from impq_core.plugins import Component
-    from impq_core.types import FloatArray, IntArray, Measurements, Plan, SearchSpace, SensitivityEstimate
+    from impq_core.space import FloatArray, IntArray, SearchSpace
+    from impq_core.types import Measurements, Plan, SensitivityEstimate
 
 hookspec = pluggy.HookspecMarker("impq")
 hookimpl = pluggy.HookimplMarker("impq")

@@ -14,16 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
-from impq_core.types import (
-    Choice,
-    FloatArray,
-    IntArray,
-    LinearSpec,
-    Measurements,
-    Plan,
-    SearchSpace,
-    SensitivityEstimate,
-)
+from impq_core.space import Choice, FloatArray, IntArray, LinearSpec, SearchSpace
+from impq_core.types import Measurements, Plan, SensitivityEstimate
 
 if TYPE_CHECKING:
     import torch

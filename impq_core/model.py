@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from impq_core.errors import ImpqError
 from impq_core.interfaces import Backend
-from impq_core.types import Choice, LayerSpec, LinearSpec, SearchSpace
+from impq_core.space import Choice, LayerSpec, LinearSpec, SearchSpace
 
 FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 """Linears that inference engines fuse, and so must share a width below block level."""

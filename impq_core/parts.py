@@ -15,7 +15,8 @@ from impq_core.config import RunConfig
 from impq_core.errors import ImpqError, UsageError, nearest
 from impq_core.interfaces import Allocator, Backend, Estimator, Game, Sampler, Surrogate
 from impq_core.plugins import ROLES, Plugins, build_options, option_names
-from impq_core.types import Choice, Measurements, SensitivityEstimate
+from impq_core.space import Choice
+from impq_core.types import Measurements, SensitivityEstimate
 
 _BASES: Mapping[str, Any] = {"estimator": (Estimator, Sampler), "surrogate": Surrogate, "allocator": Allocator,
                              "backend": Backend}

@@ -29,8 +29,9 @@ from impq_core.model import layers_of, resolve_dtype, search_space
 from impq_core.parts import Parts
 from impq_core.plugins import Plugins
 from impq_core.source import ModelSource, locate_model
+from impq_core.space import Choice, SearchSpace
 from impq_core.text import Windows, check_source, draw_windows, refuse_overlap
-from impq_core.types import Choice, Measurements, Plan, SearchSpace, SensitivityEstimate
+from impq_core.types import Measurements, Plan, SensitivityEstimate
 
 
 @dataclass(frozen=True, eq=False)

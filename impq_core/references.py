@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from impq_core.types import IntArray, SearchSpace
+from impq_core.space import IntArray, SearchSpace
 
 
 def first_last_high(space: SearchSpace, budget: int) -> IntArray:

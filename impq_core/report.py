@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from impq_core.config import RunConfig
     from impq_core.evaluate import Evaluation
     from impq_core.pipeline import RunResult
-    from impq_core.types import Plan, SearchSpace
+    from impq_core.space import SearchSpace
+    from impq_core.types import Plan
 
 PLAIN_SECONDS = 15.0
 """Least time between two plain progress lines, so that logs stay short."""

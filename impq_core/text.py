@@ -16,7 +16,7 @@ import numpy as np
 from impq_core.config import TextConfig
 from impq_core.demo import demo_text
 from impq_core.errors import ImpqError, UsageError
-from impq_core.types import IntArray
+from impq_core.space import IntArray
 
 MOST_CHARACTERS = 8_000_000
 """Windows are drawn from the first eight million characters of a text; more would only cost tokenizing time."""

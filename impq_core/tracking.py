@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
     from impq_core.pipeline import RunResult
-    from impq_core.types import FloatArray, IntArray, Measurements, Plan, SearchSpace, SensitivityEstimate
+    from impq_core.space import FloatArray, IntArray, SearchSpace
+    from impq_core.types import Measurements, Plan, SensitivityEstimate
 
 CONNECT_SECONDS = 5.0
 """How long a tracking server may take to answer before a run is refused."""

@@ -17,9 +17,9 @@ from impq_core.errors import ImpqError
 from impq_core.game import MeasurementLog, ModelGame
 from impq_core.model import layers_of, search_space
 from impq_core.source import locate_model
+from impq_core.space import SearchSpace
 from impq_core.testing import tiny_model
 from impq_core.text import Windows
-from impq_core.types import SearchSpace
 
 BLOCKS = 12
 WINDOWS = Windows(np.random.default_rng(0).integers(0, 256, (6, 24)), "test", "random bytes")

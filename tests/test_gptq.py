@@ -8,7 +8,7 @@ from impq_gptq.backend import Gptq, Options
 
 from impq_core.errors import ImpqError
 from impq_core.interfaces import Statistics
-from impq_core.types import LinearSpec
+from impq_core.space import LinearSpec
 
 torch.manual_seed(0)
 WEIGHT = torch.randn(96, 128) * 0.05

@@ -13,8 +13,9 @@ from impq_spqe.sampler import Options, Spqe
 from impq_surrogates.shapley import Additive, Covariance, CovarianceOptions, covariance, paper_form
 
 from impq_core.errors import ImpqError
+from impq_core.space import FloatArray
 from impq_core.testing import PlantedGame, planted_space
-from impq_core.types import FloatArray, Measurements
+from impq_core.types import Measurements
 
 N = 6
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from impq_core.types import Choice, FloatArray, IntArray, LayerSpec, LinearSpec, SearchSpace
+from impq_core.space import Choice, FloatArray, IntArray, LayerSpec, LinearSpec, SearchSpace
 
 
 def planted_space(layers: int, bits: Sequence[float] = (4, 2), columns: int = 64) -> SearchSpace:

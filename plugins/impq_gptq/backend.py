@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from impq_core.errors import ImpqError
 from impq_core.interfaces import Backend, Statistics, Variant
-from impq_core.types import Choice, LinearSpec
+from impq_core.space import Choice, LinearSpec
 
 if TYPE_CHECKING:
     import torch

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from impq_core.types import FloatArray, IntArray, SensitivityEstimate
+from impq_core.space import FloatArray, IntArray
+from impq_core.types import SensitivityEstimate
 
 _TINY = 1e-12
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from impq_core.errors import ImpqError
 from impq_core.interfaces import Allocator
-from impq_core.types import IntArray, Plan, SensitivityEstimate
+from impq_core.space import IntArray
+from impq_core.types import Plan, SensitivityEstimate
 from impq_qp.local import search
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from impq_core.interfaces import Game, Sampler
-from impq_core.types import FloatArray, IntArray, Measurements, SearchSpace
+from impq_core.space import FloatArray, IntArray, SearchSpace
+from impq_core.types import Measurements
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import numpy as np
 
 from impq_core.errors import ImpqError
 from impq_core.interfaces import Surrogate
-from impq_core.types import FloatArray, IntArray, Measurements, SearchSpace, SensitivityEstimate
+from impq_core.space import FloatArray, IntArray, SearchSpace
+from impq_core.types import Measurements, SensitivityEstimate
 
 
 class Additive(Surrogate):
