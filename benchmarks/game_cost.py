@@ -52,7 +52,7 @@ def main() -> None:
         choice = space.choices[1]
         for spec in space.layers[order[step - 1]].linears:
             variant = backend.quantize(bank.original(spec), choice, statistics[bank.module(spec)])
-            bank.module(spec).weight.data = backend.dequantize(variant).to(bank.module(spec).weight.dtype)
+            bank.module(spec).weight.data = backend.dequantize(variant, spec).to(bank.module(spec).weight.dtype)
         naive = float(runner.nll(runner.run_all(runner.embed(windows.ids)), windows.ids).mean()) - reference
         times["naive"].append(time.perf_counter() - began)
         assert naive == loss, (naive, loss)

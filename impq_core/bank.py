@@ -50,6 +50,10 @@ class Bank:
             raise ImpqError(f"the model's weight {linear.name} holds NaN or infinity")
         return weight
 
+    def variant(self, linear: LinearSpec, choice: Choice) -> torch.Tensor:
+        """The weight (rows, columns) of a stored variant in float32."""
+        return self.backend.dequantize(self._variants[linear.name, choice], linear)
+
     def add(self, linear: LinearSpec, variant: Variant) -> None:
         """Keep a variant; raises ImpqError where its size is not what the backend said it would be."""
         promised = self.backend.nbytes(linear, variant.choice)
@@ -67,10 +71,7 @@ class Bank:
         """Give a layer's linears the weights of a choice, or their own back."""
         for spec in self.layers[layer].linears:
             if self._current[spec.name] != choice:
-                if choice is None:
-                    weight = self._originals[spec.name]
-                else:
-                    weight = self.backend.dequantize(self._variants[spec.name, choice]).to(self._dtype)
+                weight = self.variant(spec, choice).to(self._dtype) if choice else self._originals[spec.name]
                 self._modules[spec.name].weight.data = weight
                 self._current[spec.name] = choice
 
@@ -86,9 +87,9 @@ class Bank:
         write_text(path, json.dumps(rows, indent=0) + "\n")
 
 
-def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden, choices: Sequence[Choice],
+def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden | None, menus: Sequence[Sequence[Choice]],
               progress: Callable[[int, int], None]) -> None:
-    """Quantize every linear at every choice, block after block.
+    """Quantize every linear at every choice of its layer's menu, block after block.
 
     The statistics of a block are collected once, behind a prefix at the widest choice, and serve every width: the
     Hessian of GPTQ does not depend on the width. (Strictly it depends on the widths of the blocks before; a bank has
@@ -98,23 +99,22 @@ def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden, choices: Seque
     Args:
         bank: to be filled.
         runner: the same model, block by block.
-        hidden: the first block's input over the calibration windows.
-        choices: widths, widest first.
+        hidden: the first block's input over the calibration windows; None for a backend that needs no activations.
+        menus: choices of each of the bank's layers, widest first; an empty one leaves the layer unquantized.
         progress: told (blocks done, blocks).
     """
     progress(0, len(runner))
     for index in range(len(runner)):
         layers = [i for i, layer in enumerate(bank.layers) if layer.block == index]
-        modules = {spec: bank.module(spec) for i in layers for spec in bank.layers[i].linears}
-        wants = "activations" in bank.backend.needs
-        statistics = input_statistics(runner, index, hidden, modules.values()) if wants else {}
-        for spec, module in modules.items():
-            weight = bank.original(spec)
-            for choice in choices:
-                bank.add(spec, bank.backend.quantize(weight, choice, statistics.get(module)))
+        modules = {spec: bank.module(spec) for i in layers if menus[i] for spec in bank.layers[i].linears}
+        statistics = {} if hidden is None else input_statistics(runner, index, hidden, modules.values())
         for layer in layers:
-            bank.switch(layer, choices[0])
-        hidden = runner.run(index, hidden)
+            for spec in bank.layers[layer].linears if menus[layer] else ():
+                weight = bank.original(spec)
+                for choice in menus[layer]:
+                    bank.add(spec, bank.backend.quantize(weight, choice, statistics.get(modules[spec])))
+            bank.switch(layer, menus[layer][0] if menus[layer] else None)
+        hidden = None if hidden is None else runner.run(index, hidden)
         progress(index + 1, len(runner))
 
 

@@ -55,12 +55,12 @@ class Budget:
             UsageError: below the smallest plan or above the largest; the reachable range is in the message.
         """
         low, high = space.low_bytes, space.high_bytes
-        self.check_menu([choice.bits for choice in space.choices])
         if self.unit == "bits":
             span = space.choices[0].bits - space.choices[-1].bits
             share = (self.amount - space.choices[-1].bits) / span if span else 1.0
-            return round(low + share * (high - low))
-        if self.unit == "bpw":
+            ends = space.line
+            nbytes = float(round(ends[0] + share * (ends[1] - ends[0])))
+        elif self.unit == "bpw":
             nbytes = self.amount * space.parameters / 8
         elif self.unit == "%":
             nbytes = self.amount * high / 100
@@ -69,11 +69,13 @@ class Budget:
         if not low <= nbytes <= high * (1 + 1e-9):
             raise UsageError(
                 f"budget {self} is outside what these widths can reach: {self._show(low, space)} to "
-                f"{self._show(high, space)} ({space.choices[-1]}bits to {space.choices[0]}bits, "
+                f"{self._show(high, space)} ({space.nominal_bits(low):.4g}bits to {space.nominal_bits(high):.4g}bits, "
                 f"{low / 1e6:.4g}MB to {high / 1e6:.4g}MB)")
         return min(int(nbytes), high)
 
     def _show(self, nbytes: int, space: SearchSpace) -> str:
+        if self.unit == "bits":
+            return f"{space.nominal_bits(nbytes):.4g}bits"
         if self.unit == "bpw":
             return f"{space.bits_per_weight(nbytes):.3f}bpw"
         if self.unit == "%":

@@ -70,6 +70,9 @@ def _text_options(role: str, default: str) -> Any:
 @click.option("--bits", help="Widths to choose from, such as 2,4 [the backend's].")
 @click.option("--budget", help="3.0bits (nominal average), 3.25bpw (stored), 60MB, 4GiB or 60% [the middle].")
 @click.option("--granularity", help="block, group (linears that engines fuse) or linear [block].")
+@click.option("--pin", "pins", multiple=True, metavar="PATTERN=WIDTH",
+              help="Keep the layers that match at a width, such as 'model.layers.0*=4'; their bytes count.")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave the layers that match unquantized.")
 @_text_options("calibration", "Calibration")
 @click.option("--game-windows", type=int, help="Calibration windows the game is played on [8].")
 @_text_options("evaluation", "Held-out")
@@ -86,7 +89,7 @@ def _text_options(role: str, default: str) -> Any:
 @click.option("--plugin", "plugin_files", multiple=True, type=click.Path(path_type=Path),
               help="Python file to load as a plugin.")
 def run(config_file: Path | None, options: tuple[str, ...], plugin_files: tuple[Path, ...], bits: str | None,
-        time_limit: float | None, **given: Any) -> None:
+        pins: tuple[str, ...], exclude: tuple[str, ...], time_limit: float | None, **given: Any) -> None:
     """Estimate, allocate, quantize and evaluate: one tracked run."""
     from impq_core.parts import Parts, assign_options
     from impq_core.source import locate_model
@@ -96,7 +99,7 @@ def run(config_file: Path | None, options: tuple[str, ...], plugin_files: tuple[
     config = read_toml(config_file) if config_file else RunConfig()
     if config_file is None and Path("impq.toml").is_file():
         config = read_toml(Path("impq.toml"))
-    config = override(config, bits=_bits(bits), **given)
+    config = override(config, bits=_bits(bits), pins=dict(map(_pin, pins)) or None, exclude=exclude or None, **given)
     pairs = dict(_pair(option) for option in options)
     if time_limit is not None:
         pairs["allocator.time_limit"] = str(time_limit)
@@ -180,6 +183,14 @@ def _bits(text: str | None) -> tuple[float, ...] | None:
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:
         raise UsageError(f"--bits takes widths such as 2,4, not '{text}'") from error
+
+
+def _pin(text: str) -> tuple[str, float]:
+    pattern, _, width = text.rpartition("=")
+    try:
+        return pattern or "?", float(width)
+    except ValueError as error:
+        raise UsageError(f"--pin takes PATTERN=WIDTH, not '{text}'") from error
 
 
 def _pair(text: str) -> tuple[str, str]:

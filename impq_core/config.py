@@ -48,6 +48,8 @@ class RunConfig:
         bits: the widths to choose from; empty for the backend's default menu.
         budget: see ``impq_core.budget.Budget``; empty for the middle of the widths.
         granularity: ``block``, ``group`` (fused linears) or ``linear``.
+        pins: width by pattern of layers that do not play; their bytes count.
+        exclude: patterns of layers that stay unquantized; their bytes count too, at 16 bits a weight.
         calibration: text for quantization statistics and the game.
         game_windows: how many of the calibration windows the game is played on.
         evaluation: held-out text.
@@ -69,6 +71,8 @@ class RunConfig:
     bits: tuple[float, ...] = ()
     budget: str = ""
     granularity: str = "block"
+    pins: Mapping[str, float] = field(default_factory=dict)
+    exclude: tuple[str, ...] = ()
     calibration: TextConfig = TextConfig()
     game_windows: int = 8
     evaluation: TextConfig = TextConfig()
@@ -141,11 +145,15 @@ def _value(expected: Any, value: Any, key: str, where: str) -> Any:
     elif expected in (str, int, bool):
         if type(value) is expected:
             return value
-    elif typing.get_origin(expected) is tuple:
-        if isinstance(value, list) and all(type(item) in (int, float) for item in value):
-            return tuple(float(item) for item in value)
-    elif isinstance(value, dict) and all(isinstance(item, dict) for item in value.values()):
-        return value
-    shown = {TextConfig: "a text name or table", str: "text", int: "a whole number", bool: "true or false"}.get(
-        expected, "a list of numbers" if key == "bits" else "a table for each role")
-    raise UsageError(f"{where}: '{key}' takes {shown}, not {value!r}")
+    else:
+        item = typing.get_args(expected)[-2 if typing.get_origin(expected) is tuple else -1]
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [None]
+        fits = (dict,) if typing.get_origin(item) else (int, float) if item is float else (item,)
+        if isinstance(value, dict if typing.get_origin(expected) is Mapping else list) and all(
+                type(one) in fits for one in items):
+            return value if isinstance(value, dict) else tuple(map(item, value))
+    shown = {"bits": "a list of numbers", "exclude": "a list of patterns", "pins": "a table of widths",
+             "options": "a table for each role", "calibration": "a text name or table",
+             "evaluation": "a text name or table"}
+    kinds = {str: "text", int: "a whole number", bool: "true or false"}
+    raise UsageError(f"{where}: '{key}' takes {kinds.get(expected) or shown[key]}, not {value!r}")

@@ -182,16 +182,16 @@ def evaluate_plan(evaluator: Evaluator, plan: Plan, between: Sequence[tuple[Choi
         progress: told (allocations scored, allocations).
     """
     space = plan.space
-    menu = [space.choices[k] for k in plan.pick]
-    todo: list[tuple[str, int | None, Assignment]] = [("plan", plan.nbytes, menu)]
-    todo.append(("unquantized", None, [None] * len(space)))
+    todo: list[tuple[str, int | None, Assignment]] = [("plan", plan.nbytes, space.assignment(plan.pick))]
+    todo.append(("unquantized", None, [None] * len(space.everyone)))
+    pinned = [pin.choice for pin in space.pinned]
     uniform = [(choice, space.bytes_of(space.uniform(k))) for k, choice in enumerate(space.choices)]
     uniform = sorted([*uniform, *between], reverse=True)
-    todo += [(f"uniform {choice}", nbytes, [choice] * len(space)) for choice, nbytes in uniform]
+    todo += [(f"uniform {choice}", nbytes, [choice] * len(space) + pinned) for choice, nbytes in uniform]
     references = [("first/last high", first_last_high(space, plan.budget_bytes))]
     references += [(f"random {i + 1}", random_plan(space, plan.budget_bytes, np.random.default_rng([seed, i])))
                    for i in range(RANDOM_PLANS)]
-    todo += [(name, space.bytes_of(pick), [space.choices[k] for k in pick]) for name, pick in references]
+    todo += [(name, space.bytes_of(pick), space.assignment(pick)) for name, pick in references]
     progress(0, len(todo))
     rows = []
     for name, nbytes, assignment in todo:

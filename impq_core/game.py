@@ -81,7 +81,7 @@ class ModelGame:
 
     Args:
         space: the choices on play.
-        bank: the variants; its layers are the space's.
+        bank: the variants; its layers are the space's ``everyone``.
         runner: the model.
         windows: calibration windows that the loss is the mean over.
         log: where measured losses go before they are returned.
@@ -97,6 +97,7 @@ class ModelGame:
         self._log, self._watch, self._progress = log, watch, progress
         self._expected = 0
         self._blocks = np.array([layer.block for layer in space.layers])
+        self._all_blocks = np.array([layer.block for layer in space.everyone])
         self._inputs: list[Hidden] = [runner.embed(windows.ids)]
         self._standing: IntArray | None = None
         self._memo: dict[bytes, float] = {}
@@ -178,8 +179,9 @@ class ModelGame:
         first = min(first, len(self._inputs) - 1)
         self._standing = None  # an interruption below must not leave a pick that the model does not stand at
         del self._inputs[first + 1:]
-        for layer in np.flatnonzero(self._blocks >= first):
-            self._bank.switch(int(layer), self.space.choices[pick[layer]])
+        assignment = self.space.assignment(pick)
+        for layer in np.flatnonzero(self._all_blocks >= first):
+            self._bank.switch(int(layer), assignment[layer])
         hidden = self._inputs[first]
         for block in range(first, len(self._runner)):
             hidden = self._runner.run(block, hidden)

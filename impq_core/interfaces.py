@@ -8,7 +8,7 @@ heavy libraries inside its methods, so that a typo is answered before they load.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -62,10 +62,44 @@ class Game(Protocol):
         """Losses (N,) of picks (N, n), nats per token above the reference; all on disk when it returns."""
 
 
-class Estimator(Part, ABC):
-    """Scores layers. ``needs`` names what it uses besides the game: ``text``, ``model``, ``activations``."""
+class Probe(Protocol):
+    """What an inspector may look at: the unquantized model over the calibration windows."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"text"})
+    space: SearchSpace
+
+    @property
+    def forwards(self) -> float:
+        """Cost so far, in full-model forwards of the calibration windows; a backward counts two."""
+
+    def weight(self, linear: LinearSpec) -> torch.Tensor:
+        """The unquantized weight (rows, columns), float32."""
+
+    def variant(self, linear: LinearSpec, choice: Choice) -> torch.Tensor:
+        """The weight (rows, columns) at a choice, float32."""
+
+    def block_states(self) -> Iterator[tuple[int, list[torch.Tensor], list[torch.Tensor]]]:
+        """Each block's index, inputs and outputs, as batches (windows, length, width). Needs ``activations``."""
+
+    def gradients(self) -> Iterator[Mapping[str, torch.Tensor]]:
+        """For each batch of windows, the gradient of its mean loss in each linear's weight. Needs ``gradients``."""
+
+
+class Inspector(Part, ABC):
+    """Scores layers from weights, activations or gradients, without playing.
+
+    Class attributes:
+        needs: ``activations`` or ``gradients`` where it looks at those; calibration text is read only then.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    @abstractmethod
+    def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
+        """The estimate for ``probe.space``; every random draw comes from ``rng``."""
+
+
+class Estimator(Part, ABC):
+    """Plays the game and makes its own estimate of what it measured."""
 
     @abstractmethod
     def estimate(self, game: Game, rng: np.random.Generator) -> SensitivityEstimate:
@@ -73,9 +107,7 @@ class Estimator(Part, ABC):
 
 
 class Sampler(Part, ABC):
-    """An estimator that only measures; the surrogate the user names turns measurements into an estimate."""
-
-    needs: ClassVar[frozenset[str]] = frozenset({"text"})
+    """Plays the game and only measures; the surrogate the user names turns measurements into an estimate."""
 
     @abstractmethod
     def sample(self, game: Game, rng: np.random.Generator) -> Measurements:
@@ -157,5 +189,5 @@ class Backend(Part, ABC):
         """Quantize a weight (rows, columns), which is left untouched."""
 
     @abstractmethod
-    def dequantize(self, variant: Variant) -> torch.Tensor:
-        """The weight (rows, columns) in float32 that the variant stands for."""
+    def dequantize(self, variant: Variant, linear: LinearSpec) -> torch.Tensor:
+        """The weight (rows, columns) in float32 that a variant of this linear stands for."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from types import MappingProxyType
+
 import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from impq_core.errors import ImpqError
+from impq_core.errors import ImpqError, UsageError
 from impq_core.interfaces import Backend
-from impq_core.space import Choice, LayerSpec, LinearSpec, SearchSpace
+from impq_core.space import Choice, LayerSpec, LinearSpec, Pinned, SearchSpace
 
 FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 """Linears that inference engines fuse, and so must share a width below block level."""
@@ -49,15 +53,62 @@ def layers_of(model: PreTrainedModel, granularity: str) -> tuple[LayerSpec, ...]
     return tuple(layers)
 
 
-def search_space(layers: tuple[LayerSpec, ...], backend: Backend, choices: tuple[Choice, ...]) -> SearchSpace:
-    """The space of a backend's choices over layers; raises ImpqError, naming the linear, where a shape is refused."""
-    for layer in layers:
+def search_space(layers: tuple[LayerSpec, ...], backend: Backend, choices: tuple[Choice, ...],
+                 pins: Mapping[str, float] = MappingProxyType({}), exclude: Sequence[str] = ()) -> SearchSpace:
+    """The space of a backend's choices over layers.
+
+    Args:
+        layers: the players, before pins take some out.
+        backend: whose sizes count.
+        choices: the menu, widest first.
+        pins: width by pattern; a pattern names layers or all the linears of a layer, with ``*`` and ``?``.
+        exclude: patterns of layers that stay unquantized; they count with 16 bits a weight.
+
+    Raises:
+        ImpqError: a shape is refused (the linear is named), or a pattern matches nothing, or only part of a layer.
+    """
+    offered = {choice.bits: choice for choice in backend.choices()}
+    fixed: dict[str, Choice | None] = {}
+    for pattern, bits in [*pins.items(), *((pattern, None) for pattern in exclude)]:
+        if bits is not None and bits not in offered:
+            raise UsageError(f"pin {pattern}={bits:g}: the backend has no {bits:g} bits")
+        matched = [layer.name for layer in layers if _matches(pattern, layer)]
+        if not matched:
+            raise UsageError(f"the pattern '{pattern}' matches no layer (layers are called like {layers[0].name})")
+        for name in matched:
+            if fixed.get(name, offered[bits] if bits else None) != (offered[bits] if bits else None):
+                raise UsageError(f"layer {name} is pinned or excluded in two ways")
+            fixed[name] = offered[bits] if bits else None
+
+    def size(layer: LayerSpec, choice: Choice) -> int:
         for linear in layer.linears:
-            for choice in choices:
-                backend.check(linear, choice)
-    nbytes = [[sum(backend.nbytes(linear, choice) for linear in layer.linears) for choice in choices]
-              for layer in layers]
-    return SearchSpace(layers, choices, np.array(nbytes, dtype=np.int64))
+            backend.check(linear, choice)
+        return sum(backend.nbytes(linear, choice) for linear in layer.linears)
+
+    free = tuple(layer for layer in layers if layer.name not in fixed)
+    if not free:
+        raise UsageError("every layer is pinned or excluded: nothing is left to plan")
+    pinned = []
+    for layer in layers:
+        if layer.name in fixed:
+            choice = fixed[layer.name]
+            if choice is None:
+                pinned.append(Pinned(layer, None, *[2 * layer.parameters] * 3))
+            else:
+                pinned.append(Pinned(layer, choice, size(layer, choice), size(layer, choices[-1]),
+                                     size(layer, choices[0])))
+    nbytes = np.array([[size(layer, choice) for choice in choices] for layer in free], dtype=np.int64)
+    return SearchSpace(free, choices, nbytes, tuple(pinned))
+
+
+def _matches(pattern: str, layer: LayerSpec) -> bool:
+    """Whether a pattern names a layer or all its linears; raises UsageError where it names only some."""
+    if fnmatchcase(layer.name, pattern):
+        return True
+    hits = [fnmatchcase(linear.name, pattern) for linear in layer.linears]
+    if any(hits) and not all(hits):
+        raise UsageError(f"the pattern '{pattern}' matches only part of layer {layer.name}: use a finer --granularity")
+    return all(hits)
 
 
 def resolve_dtype(name: str) -> torch.dtype:

@@ -13,20 +13,20 @@ import numpy as np
 from impq_core.budget import Budget
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError, UsageError, nearest
-from impq_core.interfaces import Allocator, Backend, Estimator, Game, Sampler, Surrogate
+from impq_core.interfaces import Allocator, Backend, Estimator, Game, Inspector, Probe, Sampler, Surrogate
 from impq_core.plugins import ROLES, Plugins, build_options, option_names
 from impq_core.space import Choice
 from impq_core.types import Measurements, SensitivityEstimate
 
-_BASES: Mapping[str, Any] = {"estimator": (Estimator, Sampler), "surrogate": Surrogate, "allocator": Allocator,
-                             "backend": Backend}
+_BASES: Mapping[str, Any] = {"estimator": (Inspector, Estimator, Sampler), "surrogate": Surrogate,
+                             "allocator": Allocator, "backend": Backend}
 
 
 @dataclass(frozen=True)
 class Parts:
     """Built parts, the menu of widths (widest first) and the budget as asked for (None: not asked)."""
 
-    estimator: Estimator | Sampler
+    estimator: Inspector | Estimator | Sampler
     surrogate: Surrogate
     allocator: Allocator
     backend: Backend
@@ -42,7 +42,7 @@ class Parts:
         built = {role: _build(config, plugins, role) for role in ROLES}
         menu = _menu(config, built["backend"])
         budget = Budget.parse(config.budget) if config.budget else None
-        if budget:
+        if budget and not config.pins:  # a pin may lie outside the menu
             budget.check_menu([choice.bits for choice in menu])
         return cls(**built, menu=menu, budget=budget)
 
@@ -51,8 +51,17 @@ class Parts:
         every = {role: asdict(getattr(self, role).options) for role in ROLES}
         return {role: options for role, options in every.items() if options}
 
-    def estimate(self, game: Game, rng: np.random.Generator) -> tuple[SensitivityEstimate, Measurements | None]:
-        """Let the estimator play, and the surrogate fit what it measured where it only measures."""
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether anyone reads the calibration text."""
+        return bool(self.backend.needs) or not isinstance(self.estimator, Inspector) or bool(self.estimator.needs)
+
+    def estimate(self, game: Game | None, probe: Probe,
+                 rng: np.random.Generator) -> tuple[SensitivityEstimate, Measurements | None]:
+        """Let the estimator look or play, and the surrogate fit what was measured where it only measures."""
+        if isinstance(self.estimator, Inspector):
+            return self.estimator.inspect(probe, rng), None
+        assert game is not None
         if isinstance(self.estimator, Estimator):
             return self.estimator.estimate(game, rng), None
         measurements = self.estimator.sample(game, rng)

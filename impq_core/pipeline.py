@@ -28,6 +28,7 @@ from impq_core.game import MeasurementLog, ModelGame
 from impq_core.model import layers_of, resolve_dtype, search_space
 from impq_core.parts import Parts
 from impq_core.plugins import Plugins
+from impq_core.probe import ModelProbe
 from impq_core.source import ModelSource, locate_model
 from impq_core.space import Choice, SearchSpace
 from impq_core.text import Windows, check_source, draw_windows, refuse_overlap
@@ -39,8 +40,8 @@ class RunResult:
     """What a run leaves behind; the same things are files in ``folder``.
 
     ``measured_loss`` is the plan's loss on the game's own windows, nats per token above the reference, to hold
-    against ``plan.predicted_loss``; ``forwards`` the cost of the search in full-model forwards; ``seconds`` by stage;
-    ``digests`` of the tokens of both texts.
+    against ``plan.predicted_loss`` (None where no text was read); ``forwards`` the cost of the search in full-model
+    forwards; ``seconds`` by stage; ``digests`` of the tokens of both texts.
     """
 
     folder: Path
@@ -49,7 +50,7 @@ class RunResult:
     evaluation: Evaluation
     estimate: SensitivityEstimate | None
     measurements: Measurements | None
-    measured_loss: float
+    measured_loss: float | None
     forwards: float
     seconds: dict[str, float]
     digests: dict[str, str]
@@ -69,7 +70,7 @@ class Prepared:
     between: tuple[tuple[Choice, int], ...]
     budget_bytes: int
     plan: Plan | None
-    calibration: Windows
+    calibration: Windows | None
     evaluation: Windows
 
 
@@ -86,26 +87,29 @@ def prepare(config: RunConfig, plugins: Plugins) -> Prepared:
     source = locate_model(config.model, config.trust_remote_code)
     skeleton = source.skeleton()
     layers = layers_of(skeleton, config.granularity)
-    space = search_space(layers, parts.backend, parts.menu)
-    between = [choice for choice in parts.backend.choices()
+    space = search_space(layers, parts.backend, parts.menu, config.pins, config.exclude)
+    inside = [choice for choice in parts.backend.choices()
                if parts.menu[-1] < choice < parts.menu[0] and choice not in parts.menu]
-    wide = search_space(layers, parts.backend, tuple(sorted([*parts.menu, *between], reverse=True)))
-    sizes = {choice: int(wide.nbytes[:, k].sum()) for k, choice in enumerate(wide.choices)}
+    between = []
+    for choice in inside:
+        alone = search_space(layers, parts.backend, (choice,), config.pins, config.exclude)
+        between.append((choice, alone.high_bytes))
     budget = parts.budget or Budget((parts.menu[0].bits + parts.menu[-1].bits) / 2, "bits")
     budget_bytes = budget.resolve(space)
     plan = Plan.load(Path(config.plan), space) if config.plan else None
     tokenizer, vocabulary = source.tokenizer(), skeleton.get_input_embeddings().num_embeddings
-    calibration = draw_windows(config.calibration, "calibration", tokenizer, vocabulary)
     evaluation = draw_windows(config.evaluation, "evaluation", tokenizer, vocabulary)
-    refuse_overlap(calibration, evaluation)
+    calibration = None
+    if parts.needs_calibration:
+        calibration = draw_windows(config.calibration, "calibration", tokenizer, vocabulary)
+        refuse_overlap(calibration, evaluation)
     dtype = str(resolve_dtype(config.dtype)).removeprefix("torch.")
     resolved = replace(
         config, model=_absolute(config.model), plan=_absolute(config.plan),
         calibration=replace(config.calibration, source=_absolute(config.calibration.source)),
         evaluation=replace(config.evaluation, source=_absolute(config.evaluation.source)),
         bits=tuple(choice.bits for choice in parts.menu), budget=str(budget), dtype=dtype, options=parts.options())
-    return Prepared(resolved, parts, source, space, tuple((choice, sizes[choice]) for choice in between), budget_bytes,
-                    plan, calibration, evaluation)
+    return Prepared(resolved, parts, source, space, tuple(between), budget_bytes, plan, calibration, evaluation)
 
 
 def _absolute(name: str) -> str:
@@ -149,9 +153,15 @@ def quantize_all(prepared: Prepared, progress: Callable[[int, int], None]) -> tu
     dtype = resolve_dtype(prepared.config.dtype)
     model = prepared.source.load(dtype)
     runner = BlockwiseModel(model)
-    bank = Bank(model, prepared.space.layers, prepared.parts.backend, dtype)
-    choices = sorted([*prepared.space.choices, *(choice for choice, _ in prepared.between)], reverse=True)
-    fill_bank(bank, runner, runner.embed(prepared.calibration.ids), choices, progress)
+    space, backend = prepared.space, prepared.parts.backend
+    bank = Bank(model, space.everyone, backend, dtype)
+    menu = sorted([*space.choices, *(choice for choice, _ in prepared.between)], reverse=True)
+    menus = [menu] * len(space) + [[pin.choice] if pin.choice else [] for pin in space.pinned]
+    hidden = None
+    if backend.needs:
+        assert prepared.calibration is not None
+        hidden = runner.embed(prepared.calibration.ids)
+    fill_bank(bank, runner, hidden, menus, progress)
     return runner, bank
 
 
@@ -166,30 +176,32 @@ def _carry_out(prepared: Prepared, plugins: Plugins, folder: Path) -> RunResult:
         runner, bank = quantize_all(prepared, progress("quantize"))
         bank.save_record(folder / "variants.json")
     plugins.notify("impq_variants_ready", nbytes=bank.nbytes, seconds=clock.seconds["quantize"])
-    windows = prepared.calibration.first(config.game_windows)
-    log = MeasurementLog(folder / "measurements.jsonl", _provenance(prepared, windows))
+    windows = prepared.calibration.first(config.game_windows) if prepared.calibration else None
+    provenance = _provenance(prepared, windows)
+    log = MeasurementLog(folder / "measurements.jsonl", provenance)
     try:
-        game = ModelGame(
+        game = None if windows is None else ModelGame(
             space, bank, runner, windows, log, progress=progress("estimate"),
             watch=lambda picks, losses, forwards: plugins.notify(
                 "impq_measured", picks=picks, losses=losses, forwards=forwards))
         plan, estimate, measurements = prepared.plan, None, None
         if plan is None:
             with clock.stage("estimate"):
-                estimate, measurements = parts.estimate(game, np.random.default_rng(config.seed))
+                probe = ModelProbe(space, bank, runner, windows)
+                estimate, measurements = parts.estimate(game, probe, np.random.default_rng(config.seed))
                 if measurements is not None:
                     measurements.save(folder / "measurements.npz")
                 estimate.save(folder / "estimate.npz")
                 plugins.notify("impq_estimate_ready", estimate=estimate, measurements=measurements)
-            forwards = game.forwards
+            forwards = estimate.forwards
             with clock.stage("allocate"):
                 plan = replace(parts.allocator.allocate(estimate, prepared.budget_bytes),
-                               provenance={**_provenance(prepared, windows), "estimate": estimate.method})
+                               provenance={**provenance, "estimate": estimate.method})
         else:
             forwards = 0.0
         plan.save(folder / "plan.json")
         plugins.notify("impq_plan_ready", plan=plan)
-        measured = game.loss(plan.pick)
+        measured = game.loss(plan.pick) if game else None
     finally:
         log.close()
     with clock.stage("evaluate"):
@@ -198,19 +210,21 @@ def _carry_out(prepared: Prepared, plugins: Plugins, folder: Path) -> RunResult:
                                    progress("evaluate"))
         evaluation.save(folder / "evaluation.json")
     result = RunResult(folder, config, plan, evaluation, estimate, measurements, measured, forwards, clock.seconds,
-                       {"calibration": prepared.calibration.digest, "evaluation": prepared.evaluation.digest})
+                       {role: text.digest for role, text in (("calibration", prepared.calibration),
+                                                             ("evaluation", prepared.evaluation)) if text})
     write_text(folder / "cost.json", json.dumps({"forwards": forwards, "seconds": clock.seconds}, indent=1) + "\n")
     return result
 
 
-def _provenance(prepared: Prepared, windows: Windows) -> dict[str, Any]:
+def _provenance(prepared: Prepared, windows: Windows | None) -> dict[str, Any]:
     """What a loss was measured on: enough to tell whether another one may be held against it."""
     names = ("impq", "torch", "transformers")
     return {"space": prepared.space.fingerprint, "model": prepared.source.name, "backend": prepared.config.backend,
             "backend_options": asdict(prepared.parts.backend.options), "dtype": prepared.config.dtype,
-            "calibration": str(prepared.calibration), "calibration_digest": prepared.calibration.digest,
-            "game_digest": windows.digest, "game_tokens": windows.scored_tokens, "seed": prepared.config.seed,
-            "versions": {name: importlib.metadata.version(name) for name in names}}
+            "seed": prepared.config.seed, "versions": {name: importlib.metadata.version(name) for name in names},
+            **({"calibration": str(prepared.calibration), "calibration_digest": prepared.calibration.digest,
+                "game_digest": windows.digest, "game_tokens": windows.scored_tokens}
+               if prepared.calibration and windows else {})}
 
 
 class _Clock:

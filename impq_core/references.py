@@ -9,8 +9,8 @@ from impq_core.space import IntArray, SearchSpace
 
 def first_last_high(space: SearchSpace, budget: int) -> IntArray:
     """The first and last blocks at the widest choice, moving inwards while the budget lasts."""
-    blocks = np.array([layer.block for layer in space.layers])
-    depth = np.minimum(blocks, blocks.max() - blocks)
+    last = max(layer.block for layer in space.everyone)
+    depth = np.array([min(layer.block, last - layer.block) for layer in space.layers])
     return _promote(space, budget, np.argsort(depth, kind="stable"))
 
 

@@ -24,7 +24,7 @@ FloatArray = NDArray[np.float64]
 
 @dataclass(frozen=True, order=True)
 class Choice:
-    """A width a backend can store a linear at: ``bits`` a weight in groups of ``group_size`` weights."""
+    """A width a backend can store a linear at: ``bits`` a weight in groups of ``group_size`` weights (0: a row)."""
 
     bits: float
     group_size: int
@@ -61,6 +61,21 @@ class LayerSpec:
         return sum(linear.parameters for linear in self.linears)
 
 
+@dataclass(frozen=True)
+class Pinned:
+    """A layer that does not play: it stays at a choice (None: unquantized), and its bytes count.
+
+    ``low_bytes`` and ``high_bytes`` are what it would take at the menu's ends, so that a nominal budget means the same
+    bytes with and without pins.
+    """
+
+    layer: LayerSpec
+    choice: Choice | None
+    nbytes: int
+    low_bytes: int
+    high_bytes: int
+
+
 def frozen(array: NDArray[Any]) -> NDArray[Any]:
     """A copy that cannot be written to."""
     array = array.copy()
@@ -76,6 +91,7 @@ class SearchSpace:
         layers: n players.
         choices: m widths, widest first.
         nbytes: int64 (n, m), bytes as the backend stores them, scales and zeros included.
+        pinned: layers that do not play.
 
     Raises:
         ImpqError: the shapes disagree, a name repeats, or a narrower choice is larger than a wider one.
@@ -84,6 +100,7 @@ class SearchSpace:
     layers: tuple[LayerSpec, ...]
     choices: tuple[Choice, ...]
     nbytes: IntArray
+    pinned: tuple[Pinned, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "nbytes", frozen(np.asarray(self.nbytes, dtype=np.int64)))
@@ -92,7 +109,8 @@ class SearchSpace:
                             f"of shape {self.nbytes.shape}")
         if list(self.choices) != sorted(self.choices, reverse=True) or len(set(self.choices)) != len(self.choices):
             raise ImpqError("choices must be distinct and ordered from the widest to the narrowest")
-        if len({layer.name for layer in self.layers}) != len(self.layers):
+        names = [layer.name for layer in self.layers] + [pin.layer.name for pin in self.pinned]
+        if len(set(names)) != len(names):
             raise ImpqError("two layers of a search space share a name")
         if (self.nbytes <= 0).any() or (np.diff(self.nbytes, axis=1) > 0).any():
             raise ImpqError("a narrower width must not take more bytes than a wider one")
@@ -102,38 +120,57 @@ class SearchSpace:
 
     @property
     def parameters(self) -> int:
-        """Quantizable weights."""
-        return sum(layer.parameters for layer in self.layers)
+        """Quantizable weights, those of pinned layers included."""
+        return sum(layer.parameters for layer in (*self.layers, *(pin.layer for pin in self.pinned)))
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Stored bytes of the pinned layers."""
+        return sum(pin.nbytes for pin in self.pinned)
 
     @cached_property
     def fingerprint(self) -> str:
         """Hex digest of layers, choices and sizes: an estimate of another space is refused by it."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
+    @property
+    def everyone(self) -> tuple[LayerSpec, ...]:
+        """The layers, then the pinned ones."""
+        return self.layers + tuple(pin.layer for pin in self.pinned)
+
+    def assignment(self, pick: IntArray) -> list[Choice | None]:
+        """The choice of each of ``everyone`` under a pick."""
+        return [*(self.choices[k] for k in pick), *(pin.choice for pin in self.pinned)]
+
     def uniform(self, choice: int) -> IntArray:
         """The pick (n,) that gives every layer the same choice."""
         return np.full(len(self), choice, dtype=np.int64)
 
     def bytes_of(self, pick: IntArray) -> int:
-        """Stored bytes of a pick."""
-        return int(self.nbytes[np.arange(len(self)), pick].sum())
+        """Stored bytes of a pick, pinned layers included."""
+        return self.fixed_bytes + int(self.nbytes[np.arange(len(self)), pick].sum())
 
     @property
     def low_bytes(self) -> int:
         """Stored bytes of the all-narrowest pick."""
-        return int(self.nbytes[:, -1].sum())
+        return self.fixed_bytes + int(self.nbytes[:, -1].sum())
 
     @property
     def high_bytes(self) -> int:
         """Stored bytes of the all-widest pick."""
-        return int(self.nbytes[:, 0].sum())
+        return self.fixed_bytes + int(self.nbytes[:, 0].sum())
+
+    @property
+    def line(self) -> tuple[int, int]:
+        """Bytes of a model without pins at all-narrowest and at all-widest: the ends of the nominal line."""
+        return (int(self.nbytes[:, -1].sum()) + sum(pin.low_bytes for pin in self.pinned),
+                int(self.nbytes[:, 0].sum()) + sum(pin.high_bytes for pin in self.pinned))
 
     def nominal_bits(self, nbytes: float) -> float:
         """Place of a size on the paper's line, on which all-low and all-high are their nominal widths."""
-        low, high = self.choices[-1].bits, self.choices[0].bits
-        if self.high_bytes == self.low_bytes:
-            return float(low)
-        return low + (high - low) * (nbytes - self.low_bytes) / (self.high_bytes - self.low_bytes)
+        narrow, wide = self.choices[-1].bits, self.choices[0].bits
+        low, high = self.line
+        return narrow + (wide - narrow) * (nbytes - low) / (high - low) if high > low else float(narrow)
 
     def bits_per_weight(self, nbytes: float) -> float:
         """True stored bits per quantizable weight."""
@@ -149,11 +186,15 @@ class SearchSpace:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {"layers": [asdict(layer) for layer in self.layers], "choices": [asdict(c) for c in self.choices],
-                "nbytes": self.nbytes.tolist()}
+                "nbytes": self.nbytes.tolist(), "pinned": [asdict(pin) for pin in self.pinned]}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SearchSpace:
         """From ``to_dict``'s data; raises KeyError or TypeError where it is none."""
-        layers = tuple(LayerSpec(d["name"], d["block"], tuple(LinearSpec(**one) for one in d["linears"]))
-                       for d in data["layers"])
-        return cls(layers, tuple(Choice(**c) for c in data["choices"]), np.array(data["nbytes"], dtype=np.int64))
+        def layer(d: Mapping[str, Any]) -> LayerSpec:
+            return LayerSpec(d["name"], d["block"], tuple(LinearSpec(**one) for one in d["linears"]))
+
+        pinned = tuple(Pinned(layer(d["layer"]), Choice(**d["choice"]) if d["choice"] else None, d["nbytes"],
+                              d["low_bytes"], d["high_bytes"]) for d in data["pinned"])
+        return cls(tuple(layer(d) for d in data["layers"]), tuple(Choice(**c) for c in data["choices"]),
+                   np.array(data["nbytes"], dtype=np.int64), pinned)

@@ -155,16 +155,19 @@ class Tracker:
 
         score = result.evaluation.plan
         numbers = {"nll": score.nll, "nll_stderr": score.stderr, "perplexity": score.perplexity, "kl": score.kl,
-                   "top1_agreement": score.top1, "measured_plan_loss": result.measured_loss,
-                   "search_forwards": result.forwards, "evaluations": len(result.measurements or ())}
-        if result.plan.predicted_loss is not None:
+                   "top1_agreement": score.top1, "search_forwards": result.forwards,
+                   "evaluations": len(result.measurements or ())}
+        if result.measured_loss is not None:
+            numbers["measured_plan_loss"] = result.measured_loss
+        if result.plan.predicted_loss is not None and result.measured_loss is not None:
             numbers["surrogate_error"] = result.plan.predicted_loss - result.measured_loss
         numbers |= {f"seconds_{stage}": seconds for stage, seconds in result.seconds.items()}
         for row in result.evaluation.rows[1:]:
             numbers[f"reference_nll/{row.name.replace(' ', '_').replace('/', '_')}"] = row.nll
         self._metrics(numbers)
         inputs = []
-        for context, text in (("calibration", result.config.calibration), ("evaluation", result.config.evaluation)):
+        for context in result.digests:
+            text = getattr(result.config, context)
             dataset = Dataset(name=f"{text.source}-{context}", digest=result.digests[context], source_type="local",
                               source=text.source)
             inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", context)]))

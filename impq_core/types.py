@@ -214,8 +214,8 @@ class Plan:
 
     def save(self, path: Path) -> None:
         """Write plan.json: a map from layer name to width and group size, to read, edit and apply again."""
-        layers = {layer.name: asdict(self.space.choices[k])
-                  for layer, k in zip(self.space.layers, self.pick, strict=True)}
+        choices = zip(self.space.everyone, self.space.assignment(self.pick), strict=True)
+        layers = {layer.name: asdict(choice) if choice else None for layer, choice in choices}
         write_text(path, json.dumps({
             "format": "impq-plan/1", "bytes": self.nbytes, "budget_bytes": self.budget_bytes,
             "bits_nominal": round(self.space.nominal_bits(self.nbytes), 4),
@@ -232,23 +232,28 @@ class Plan:
         """
         try:
             data = json.loads(Path(path).read_text())
-            stored = {name: Choice(float(c["bits"]), int(c["group_size"])) for name, c in data["layers"].items()}
+            stored = {name: Choice(float(c["bits"]), int(c["group_size"])) if c else None
+                      for name, c in data["layers"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ImpqError(f"cannot read a plan from {path}: {type(error).__name__}: {error}") from error
-        names = [layer.name for layer in space.layers]
+        names = [layer.name for layer in space.everyone]
         for name in stored:
             if name not in names:
-                raise ImpqError(f"plan {path} names layer '{name}', which the model lacks"
-                                + nearest(name, names if len(names) < 9 else [n for n in names if n[:4] == name[:4]]))
-        pick = []
+                raise ImpqError(f"plan {path} names layer '{name}', which the model lacks at this granularity"
+                                + nearest(name, names)[:120])
         for name in names:
             if name not in stored:
                 raise ImpqError(f"plan {path} gives no width for layer '{name}'")
-            if stored[name] not in space.choices:
-                menu = ", ".join(map(str, space.choices))
-                raise ImpqError(f"plan {path} gives '{name}' {stored[name]} bits in groups of "
-                                f"{stored[name].group_size}; the widths asked for are {menu} in groups of "
-                                f"{space.choices[0].group_size}")
-            pick.append(space.choices.index(stored[name]))
+        for pin in space.pinned:
+            if stored[pin.layer.name] != pin.choice:
+                raise ImpqError(f"plan {path} gives '{pin.layer.name}' another width than its pin")
+        pick = []
+        for layer in space.layers:
+            choice = stored[layer.name]
+            if choice is None or choice not in space.choices:
+                menu = ", ".join(f"{c} (groups of {c.group_size})" for c in space.choices)
+                given = f"{choice} bits in groups of {choice.group_size}" if choice else "no width"
+                raise ImpqError(f"plan {path} gives '{layer.name}' {given}; the widths asked for are {menu}")
+            pick.append(space.choices.index(choice))
         picked = np.array(pick, dtype=np.int64)
         return cls(space, picked, space.bytes_of(picked), method=f"plan file {Path(path).name}")

@@ -17,7 +17,7 @@ from impq_core.testing import planted_space
 
 def test_a_configuration_survives_its_own_file(tmp_path: Path) -> None:
     config = RunConfig(bits=(2, 4), budget="3bits", calibration=TextConfig("a.txt", 3, 9, 1), game_windows=2,
-                       options={"estimator": {"permutations": 4}})
+                       pins={"model.layers.0": 4}, exclude=("*.o_proj",), options={"estimator": {"permutations": 4}})
     (tmp_path / "impq.toml").write_text(config.to_toml())
     assert read_toml(tmp_path / "impq.toml") == config
 
@@ -29,6 +29,9 @@ def test_a_configuration_survives_its_own_file(tmp_path: Path) -> None:
     ("seed = true", "'seed' takes a whole number"),
     ("bits = 4", "'bits' takes a list of numbers"),
     ("options = 3", "'options' takes a table for each role"),
+    ("exclude = [3]", "'exclude' takes a list of patterns"),
+    ("[pins]\na = 'four'", "'pins' takes a table of widths"),
+    ("calibration = 3", "'calibration' takes a text name or table"),
     ("model = [", "cannot read"),
     ("granularity = 'blok'", "did you mean 'block'"),
     ("game_windows = 100", "game_windows must be 1 to the 64"),
@@ -72,7 +75,7 @@ def test_nonsense_budgets(text: str) -> None:
 
 
 @pytest.mark.parametrize(("text", "reason"), [
-    ("5bits", "2bits to 4bits"), ("1.9bits", "2bits to 4bits"), ("101%", "more than 100%"),
+    ("5bits", "2bits to 4bits"), ("1.9bits", "2bits to 4bits"), ("101%", r"50\.0% to 100\.0%"),
     ("9bpw", "2.000bpw to 4.000bpw"), ("1GB", "GB"), ("10%", "50.0% to 100.0%")])
 def test_budgets_out_of_reach_name_the_range(text: str, reason: str) -> None:
     with pytest.raises(UsageError, match=reason):

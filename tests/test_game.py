@@ -34,7 +34,8 @@ class Table:
         choices = backend.choices()[1:]
         self.space: SearchSpace = search_space(layers_of(self.model, granularity), backend, choices)
         self.bank = Bank(self.model, self.space.layers, backend, torch.float32)
-        fill_bank(self.bank, self.runner, self.runner.embed(WINDOWS.ids), choices, lambda done, total: None)
+        fill_bank(self.bank, self.runner, self.runner.embed(WINDOWS.ids),
+                  [choices] * len(self.space), lambda done, total: None)
 
     def game(self, log: MeasurementLog | None = None) -> ModelGame:
         return ModelGame(self.space, self.bank, self.runner, WINDOWS, log)

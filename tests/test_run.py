@@ -89,6 +89,52 @@ def test_other_menus_and_granularities(change: dict[str, object], tiny_config: R
     assert len(result.plan.space) == (16 if "granularity" in change else 4)
 
 
+@pytest.mark.parametrize("estimator", ["isolated", "llm-mq", "lim", "activation", "zscore", "first-last", "random"])
+def test_every_baseline_makes_a_plan(estimator: str, tiny_config: RunConfig) -> None:
+    result = run(replace(tiny_config, estimator=estimator, allocator="greedy", bits=(2, 3, 4),
+                         options={"backend": {"clip_search": False}}))
+    assert result.estimate is not None and result.estimate.method.startswith(estimator)
+    assert (np.diff(result.estimate.linear, axis=1) >= 0).all() or estimator in ("isolated", "llm-mq")
+    expected = {"isolated": 4 / 2 * 2 + 1, "llm-mq": 3, "lim": 1, "activation": 1}.get(estimator, 0)
+    assert result.forwards == pytest.approx(expected, abs=3 if estimator == "isolated" else 1e-9)
+
+
+@pytest.mark.parametrize("backend", ["hqq", "quanto"])
+def test_a_data_free_run_reads_no_calibration_text(backend: str, tiny_config: RunConfig) -> None:
+    config = replace(tiny_config, estimator="zscore", backend=backend, options={},
+                     calibration=TextConfig(source="no-such-dataset", windows=64))
+    result = run(config)
+    assert result.measured_loss is None and set(result.digests) == {"evaluation"} and result.forwards == 0
+    assert _tracked(config).plan.pick.tolist() == result.plan.pick.tolist()
+
+
+@pytest.mark.parametrize("backend", ["hqq", "quanto"])
+def test_spqe_on_other_backends(backend: str, tiny_config: RunConfig) -> None:
+    result = run(replace(tiny_config, backend=backend, bits=(4, 8), options={"estimator": {"permutations": 2}}))
+    assert result.plan.nbytes <= result.plan.budget_bytes
+
+
+def test_pinned_and_excluded_layers_stay_and_count(tiny_config: RunConfig) -> None:
+    free = run(tiny_config)
+    pinned = run(replace(tiny_config, pins={"model.layers.0*": 8}, exclude=("*.3",), budget="4.5bits"))
+    space = pinned.plan.space
+    assert len(space) == 2 and [pin.layer.name for pin in space.pinned] == ["model.layers.0", "model.layers.3"]
+    assert space.parameters == free.plan.space.parameters
+    weights = space.pinned[1].layer.parameters
+    assert space.pinned[1].nbytes == 2 * weights
+    stored = json.loads((pinned.folder / "plan.json").read_text())["layers"]
+    assert stored["model.layers.0"] == {"bits": 8.0, "group_size": 64} and stored["model.layers.3"] is None
+    again = run(replace(pinned.config, plan=str(pinned.folder / "plan.json")))
+    assert again.evaluation.plan.nll == pinned.evaluation.plan.nll
+    unquantized = [result.evaluation.row("unquantized").nll for result in (free, pinned)]
+    assert unquantized[0] == unquantized[1]
+    # The widest reference of the pinned run has 8 bits and no quantization where the free one has 4.
+    kls = [result.evaluation.row("uniform 4").score for result in (free, pinned)]
+    assert kls[0] is not None and kls[1] is not None and kls[1].kl < kls[0].kl
+    estimate = SensitivityEstimate.load(pinned.folder / "estimate.npz")
+    assert estimate.space.fingerprint == space.fingerprint
+
+
 def _statuses(config: RunConfig) -> list[str]:
     with sqlite3.connect(config.tracking_uri.removeprefix("sqlite:///")) as store:
         return [row[0] for row in store.execute("select status from runs order by start_time")]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from impq_core.space import Choice, FloatArray, IntArray, LayerSpec, LinearSpec, SearchSpace
+from impq_core.types import SensitivityEstimate
 
 
 def planted_space(layers: int, bits: Sequence[float] = (4, 2), columns: int = 64) -> SearchSpace:
@@ -52,3 +54,27 @@ class PlantedGame:
         """The function of each pick, above the reference."""
         self.evaluations += len(picks)
         return np.array([self._function(pick) for pick in picks]) - self.reference_loss
+
+
+def planted_estimate(seed: int, layers: int, bits: Sequence[float] = (4, 2),
+                     strength: float = 0.0) -> SensitivityEstimate:
+    """A random estimate of a planted space, with pair terms of both signs and this standard deviation (0: none)."""
+    rng = np.random.default_rng(seed)
+    space = planted_space(layers, bits)
+    m = len(bits)
+    linear = np.concatenate([np.zeros((layers, 1)), rng.normal(0.5, 0.5, (layers, m - 1)).cumsum(axis=1)], axis=1)
+    if not strength:
+        return SensitivityEstimate(space, linear, method="planted")
+    pairs = np.zeros((layers, m, layers, m))
+    pairs[:, 1:, :, 1:] = rng.normal(size=(layers, m - 1, layers, m - 1)) * strength / np.sqrt(2)
+    pairs += pairs.transpose(2, 3, 0, 1)
+    pairs[np.arange(layers), :, np.arange(layers)] = 0
+    return SensitivityEstimate(space, linear, pairs, method="planted")
+
+
+def least_loss(estimate: SensitivityEstimate, budget: int) -> float:
+    """The least predicted loss of all picks within a budget in bytes, by looking at every one."""
+    space = estimate.space
+    picks = np.array(list(itertools.product(range(len(space.choices)), repeat=len(space))))
+    fits = np.array([space.bytes_of(pick) <= budget for pick in picks])
+    return float(estimate.predict(picks[fits]).min())

@@ -95,11 +95,9 @@ class Gptq(Backend):
             raise ImpqError(f"GPTQ failed at {choice} bits ({loss}); more calibration text or damping may help")
         return Variant(choice, tensors, {"damping": float(damping), "loss": loss})
 
-    def dequantize(self, variant: Variant) -> torch.Tensor:
+    def dequantize(self, variant: Variant, linear: LinearSpec) -> torch.Tensor:
         """(code - zero) * scale, with the 16-bit scales that are stored."""
-        columns = variant.tensors["g_idx"].shape[0]
-        rows = variant.tensors["scales"].shape[1]
-        packed = self._packed(variant.choice, (rows, columns))
+        packed = self._packed(variant.choice, (linear.rows, linear.columns))
         for name, tensor in variant.tensors.items():
             setattr(packed, name, tensor)
         return packed.dequantize_weight().T.float().contiguous()

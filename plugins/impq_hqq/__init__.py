@@ -1,0 +1,11 @@
+"""HQQ, half-quadratic quantization, as an impq backend."""
+
+from impq_core.hookspecs import hookimpl
+from impq_core.plugins import Component
+
+
+@hookimpl
+def impq_backends() -> list[Component]:
+    """``hqq``."""
+    return [Component("hqq", "impq_hqq.backend:Hqq", "half-quadratic quantization, data-free: 8, 4, 3, 2 or 1 bits",
+                      needs=("hqq",), extra="hqq")]

@@ -1,0 +1,87 @@
+"""The backend: hqq quantizes and packs; this page only translates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import TYPE_CHECKING
+
+from impq_core.errors import ImpqError
+from impq_core.interfaces import Backend, Statistics, Variant
+from impq_core.space import Choice, LinearSpec
+
+if TYPE_CHECKING:
+    import torch
+
+_PER_WORD = {8: (1, 1), 4: (2, 1), 3: (10, 4), 2: (4, 1), 1: (8, 1)}
+"""Codes in a packed word and the word's bytes, by bits; 3 bits go ten to 32 bits."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the HQQ backend.
+
+    Args:
+        group_size: weights of a row that share a scale and a zero.
+        optimize: find zeros by the half-quadratic solver (20 rounds, p = 0.7); false is plain rounding.
+    """
+
+    group_size: int = 64
+    optimize: bool = True
+
+    def __post_init__(self) -> None:
+        if self.group_size < 8 or self.group_size % 8:
+            raise ValueError(f"group_size must be a multiple of 8, not {self.group_size}")
+
+
+class Hqq(Backend):
+    """HQQ at 8, 4, 3, 2 and 1 bits, grouped along the inputs, scales and zeros stored in 16 bits."""
+
+    Options = Options
+    default_bits = (2.0, 3.0, 4.0)
+
+    def choices(self) -> tuple[Choice, ...]:
+        """8, 4, 3, 2, 1 bits."""
+        return tuple(Choice(float(bits), self.options.group_size) for bits in _PER_WORD)
+
+    def check(self, linear: LinearSpec, choice: Choice) -> None:
+        """Groups must divide the inputs, and the number of groups the codes packed into a word."""
+        if linear.columns % choice.group_size:
+            raise ImpqError(f"backend hqq: group size {choice.group_size} does not divide the {linear.columns} inputs "
+                            f"of {linear.name}")
+        groups, codes = linear.parameters // choice.group_size, _PER_WORD[int(choice.bits)][0]
+        if choice.bits != 3 and groups % codes:
+            raise ImpqError(f"backend hqq: the {groups} groups of {linear.name} do not fill words of {codes} codes at "
+                            f"{choice} bits")
+
+    def nbytes(self, linear: LinearSpec, choice: Choice) -> int:
+        """Packed codes, and a 16-bit scale and zero a group."""
+        groups = linear.parameters // choice.group_size
+        codes, word = _PER_WORD[int(choice.bits)]
+        return ceil(groups / codes) * choice.group_size * word + groups * 4
+
+    def quantize(self, weight: torch.Tensor, choice: Choice, statistics: Statistics | None) -> Variant:
+        """Quantize without data."""
+        import torch
+        from hqq.core.quantize import Quantizer
+
+        codes, meta = Quantizer.quantize(weight.clone(), nbits=int(choice.bits), group_size=choice.group_size, axis=1,
+                                         optimize=self.options.optimize, device="cpu", compute_dtype=torch.float32)
+        tensors = {"codes": codes, "scale": meta["scale"].half(), "zero": meta["zero"].half()}
+        if not all(torch.isfinite(tensors[name]).all() for name in ("scale", "zero")):
+            raise ImpqError(f"HQQ's scales overflow 16 bits at {choice} bits")
+        return Variant(choice, tensors)
+
+    def dequantize(self, variant: Variant, linear: LinearSpec) -> torch.Tensor:
+        """(code - zero) * scale, with the 16-bit scales and zeros that are stored."""
+        import torch
+        from hqq.core.quantize import Quantizer
+
+        bits = int(variant.choice.bits)
+        packing = Quantizer.bit_to_packing[bits]
+        meta = {"nbits": bits, "group_size": variant.choice.group_size, "axis": 1, "packing": packing,
+                "view_as_float": False, "compute_dtype": torch.float32,
+                "shape": (linear.rows, linear.columns),
+                "scale": variant.tensors["scale"].float(), "zero": variant.tensors["zero"].float()}
+        weight: torch.Tensor = Quantizer.dequantize(variant.tensors["codes"], meta)
+        return weight

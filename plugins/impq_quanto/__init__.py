@@ -1,0 +1,11 @@
+"""optimum-quanto as an impq backend."""
+
+from impq_core.hookspecs import hookimpl
+from impq_core.plugins import Component
+
+
+@hookimpl
+def impq_backends() -> list[Component]:
+    """``quanto``."""
+    return [Component("quanto", "impq_quanto.backend:Quanto", "affine rounding between minimum and maximum, data-free: "
+                      "8, 4 or 2 bits", needs=("optimum.quanto",), extra="quanto")]

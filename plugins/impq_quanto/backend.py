@@ -1,0 +1,114 @@
+"""The backend: optimum-quanto quantizes and packs; this page only translates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from impq_core.errors import ImpqError
+from impq_core.interfaces import Backend, Statistics, Variant
+from impq_core.space import Choice, LinearSpec
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the Quanto backend.
+
+    Args:
+        group_size: weights of a row that share a scale and a shift below 8 bits; 8 bits have one scale a row.
+    """
+
+    group_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.group_size < 32 or self.group_size % 32:
+            raise ValueError(f"group_size must be a multiple of 32, not {self.group_size}")
+
+
+class Quanto(Backend):
+    """Quanto's max optimizer: qint8 with a scale a row; qint4, qint2 with a scale and shift a group; in 16 bits."""
+
+    Options = Options
+    default_bits = (2.0, 4.0, 8.0)
+
+    def choices(self) -> tuple[Choice, ...]:
+        """8 (a whole row for a group, written 0), 4, 2 bits."""
+        return (Choice(8.0, 0), Choice(4.0, self.options.group_size), Choice(2.0, self.options.group_size))
+
+    def check(self, linear: LinearSpec, choice: Choice) -> None:
+        """Groups must divide the inputs, and the rows of groups the codes packed into a byte."""
+        if not choice.group_size:
+            return
+        if linear.columns % choice.group_size:
+            raise ImpqError(f"backend quanto: group size {choice.group_size} does not divide the {linear.columns} "
+                            f"inputs of {linear.name}")
+        groups, codes = linear.parameters // choice.group_size, 8 // int(choice.bits)
+        if groups % codes:
+            raise ImpqError(f"backend quanto: the {groups} groups of {linear.name} do not fill bytes of {codes} codes")
+
+    def nbytes(self, linear: LinearSpec, choice: Choice) -> int:
+        """Codes, and a 16-bit scale (and shift) a group."""
+        if not choice.group_size:
+            return linear.parameters + linear.rows * 2
+        return linear.parameters * int(choice.bits) // 8 + linear.parameters // choice.group_size * 4
+
+    def quantize(self, weight: torch.Tensor, choice: Choice, statistics: Statistics | None) -> Variant:
+        """Quantize without data, from the weight in 16 bits as quanto does for a 16-bit model."""
+        quanto = _library()
+        base = weight.half()
+        qtype = {8: quanto.qint8, 4: quanto.qint4, 2: quanto.qint2}[int(choice.bits)]
+        if not choice.group_size:
+            scale = quanto.AbsmaxOptimizer()(base, qtype, axis=0)
+            packed = quanto.quantize_weight(base, qtype, 0, scale, optimized=False)
+            return Variant(choice, {"codes": packed._data, "scale": packed._scale})
+        scale, shift = quanto.MaxOptimizer()(base, qtype, axis=0, group_size=choice.group_size)
+        packed = quanto.quantize_weight(base, qtype, 0, scale, shift, choice.group_size, optimized=False)
+        return Variant(choice, {"codes": packed._data._data, "scale": packed._scale, "shift": packed._shift})
+
+    def dequantize(self, variant: Variant, linear: LinearSpec) -> torch.Tensor:
+        """quanto's own dequantization of the stored tensors."""
+        quanto = _library()
+        codes, scale = variant.tensors["codes"], variant.tensors["scale"]
+        if not variant.choice.group_size:
+            weight: torch.Tensor = codes.float() * scale.float()
+            return weight
+        bits, group = int(variant.choice.bits), variant.choice.group_size
+        packed = quanto.WeightQBitsTensor(
+            {4: quanto.qint4, 2: quanto.qint2}[bits], 0, group, (linear.rows, linear.columns), (linear.columns, 1),
+            quanto.PackedTensor(codes, bits, (linear.parameters // group, group), (group, 1)), scale,
+            variant.tensors["shift"])
+        return packed.dequantize().float()
+
+
+@dataclass(frozen=True)
+class _Library:
+    AbsmaxOptimizer: Any
+    MaxOptimizer: Any
+    PackedTensor: Any
+    WeightQBitsTensor: Any
+    quantize_weight: Any
+    qint2: Any
+    qint4: Any
+    qint8: Any
+    unpacker: Any
+
+
+@lru_cache(maxsize=1)
+def _library() -> _Library:
+    """quanto's names. Its CPU unpacking compiles C++ on first use; the same in torch needs no compiler."""
+    import torch
+    from optimum.quanto import AbsmaxOptimizer, MaxOptimizer, WeightQBitsTensor, qint2, qint4, qint8, quantize_weight
+    from optimum.quanto.tensor.packed import PackedTensor
+
+    def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+        parts = [(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
+        return torch.cat(parts)
+
+    unpacker = torch.library.Library("quanto", "IMPL", "CPU")  # undone when it is collected, so it is kept
+    unpacker.impl("unpack", unpack, allow_override=True)
+    return _Library(AbsmaxOptimizer, MaxOptimizer, PackedTensor, WeightQBitsTensor, quantize_weight, qint2, qint4,
+                    qint8, unpacker)

@@ -1,0 +1,139 @@
+"""Estimators that look and do not play.
+
+Most of them rank layers by importance and say nothing of widths. To be read by an allocator, an importance becomes the
+cost of a narrower width as importance times relative distortion, ``(4^-b_k - 4^-b_0) / (4^-b_last - 4^-b_0)``: the
+squared error of uniform quantization at b bits, 0 at the widest and 1 at the narrowest. With two widths and layers of
+one size this is the ranking of the papers: the most important layers keep the high width until the budget is spent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from impq_core.interfaces import Inspector, Probe
+from impq_core.space import FloatArray, SearchSpace
+from impq_core.types import SensitivityEstimate
+
+
+def from_importance(space: SearchSpace, importance: FloatArray, method: str,
+                    forwards: float = 0.0) -> SensitivityEstimate:
+    """An estimate from importances (n,), shifted so that the least is a small positive cost."""
+    spread = float(importance.max() - importance.min()) or 1.0
+    cost = (importance - importance.min()) / spread + 1e-3
+    distortion = 4.0 ** -np.array([choice.bits for choice in space.choices])
+    relative = (distortion - distortion[0]) / (distortion[-1] - distortion[0])
+    return SensitivityEstimate(space, cost[:, None] * relative, method=method, forwards=forwards)
+
+
+class Random(Inspector):
+    """Importance drawn uniformly: what a plan is worth when nothing is known."""
+
+    def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
+        """Reads nothing."""
+        return from_importance(probe.space, rng.random(len(probe.space)), "random")
+
+
+class FirstLast(Inspector):
+    """The first and last blocks matter most: importance falls with the distance to the nearer end."""
+
+    def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
+        """Reads nothing."""
+        last = max(layer.block for layer in probe.space.everyone)
+        depth = np.array([float(min(layer.block, last - layer.block)) for layer in probe.space.layers])
+        return from_importance(probe.space, -depth, "first-last")
+
+
+@dataclass(frozen=True)
+class ZScoreOptions:
+    """Options of the z-score estimator.
+
+    Args:
+        direction: ``fewer`` (the original: fewer outlying weights, more important) or ``more`` (as CoopQ's text says).
+    """
+
+    direction: str = "fewer"
+
+    def __post_init__(self) -> None:
+        if self.direction not in ("fewer", "more"):
+            raise ValueError(f"direction must be fewer or more, not '{self.direction}'")
+
+
+class ZScore(Inspector):
+    """ZD (arXiv 2406.17415): share of a layer's weights with ``(w - mean) / std > 1``, one-sided, over all its weights
+    together. Data-free."""
+
+    Options = ZScoreOptions
+
+    def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
+        """Reads weights."""
+        import torch
+
+        shares = []
+        for layer in probe.space.layers:
+            weights = torch.cat([probe.weight(linear).flatten() for linear in layer.linears])
+            shares.append(float(((weights - weights.mean()) / weights.std() > 1).float().mean()))
+        sign = -1.0 if self.options.direction == "fewer" else 1.0
+        return from_importance(probe.space, sign * np.array(shares), f"zscore({self.options.direction})")
+
+
+class Lim(Inspector):
+    """LIM (arXiv 2406.17415): ``-cos(block input, block output)``, each window flattened, averaged over windows; a
+    block that turns its input more is more important. Layers below block level share their block's score."""
+
+    needs = frozenset({"activations"})
+
+    def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
+        """One forward."""
+        import torch
+
+        scores = {}
+        for index, inputs, outputs in probe.block_states():
+            cosines = [torch.cosine_similarity(a.flatten(1).float(), b.flatten(1).float(), dim=1)
+                       for a, b in zip(inputs, outputs, strict=True)]
+            scores[index] = -float(torch.cat(cosines).mean())
+        importance = np.array([scores[layer.block] for layer in probe.space.layers])
+        return from_importance(probe.space, importance, "lim", probe.forwards)
+
+
+class Activation(Inspector):
+    """CoopQ's activation baseline: ``s_i = 100 min_j ||H_j||_F / ||H_i||_F`` with H the block's output over the
+    calibration windows; layers below block level share their block's score."""
+
+    needs = frozenset({"activations"})
+
+    def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
+        """One forward."""
+        norms = {index: float(sum(float(b.float().square().sum()) for b in outputs)) ** 0.5
+                 for index, _, outputs in probe.block_states()}
+        smallest = min(norms.values())
+        importance = np.array([100 * smallest / norms[layer.block] for layer in probe.space.layers])
+        return from_importance(probe.space, importance, "activation", probe.forwards)
+
+
+class LlmMq(Inspector):
+    """LLM-MQ (NeurIPS 2023 ENLSP): ``s_{i,b} = |g_i . (W_i - Q_b(W_i))|``, first order, at the unquantized weights.
+    The inner product can cancel, so its absolute value is taken per window and averaged over windows.
+
+    The cost of a choice is its score minus the reference's, and never less than zero.
+    """
+
+    needs = frozenset({"gradients"})
+
+    def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
+        """One backward a window: three forwards in all."""
+        space = probe.space
+        scores = np.zeros(space.nbytes.shape)
+        windows = 0
+        errors = {(linear.name, k): probe.weight(linear) - probe.variant(linear, choice)
+                  for layer in space.layers for linear in layer.linears for k, choice in enumerate(space.choices)}
+        for gradients in probe.gradients():
+            windows += 1
+            for i, layer in enumerate(space.layers):
+                for k in range(len(space.choices)):
+                    scores[i, k] += abs(sum(float((gradients[linear.name] * errors[linear.name, k]).sum())
+                                            for linear in layer.linears))
+        scores /= windows
+        linear = np.maximum(scores - scores[:, :1], 0.0)
+        return SensitivityEstimate(space, linear, method="llm-mq", forwards=probe.forwards)
