@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from impq_qp.local import search
-from impq_qp.program import Options, QuadraticProgram
+from impq_qp.program import Options, QuadraticProgram, solve
 
 from impq_core.testing import least_loss, planted_estimate
 
@@ -35,3 +35,14 @@ def test_small_losses_are_as_exact_as_large_ones(scale: float) -> None:
     plan = QuadraticProgram().allocate(estimate, budget)
     assert plan.predicted_loss == pytest.approx(least_loss(estimate, budget), rel=1e-6)
     assert plan.gap is not None and plan.gap <= 1e-5 * scale
+
+
+@pytest.mark.parametrize("linearization", ["paper", "compact"])
+@pytest.mark.parametrize("seed", range(6))
+def test_both_linearizations_are_the_same_program(linearization: str, seed: int) -> None:
+    estimate = planted_estimate(seed, 6, (8, 4, 2), 0.5)
+    budget = (estimate.space.low_bytes + estimate.space.high_bytes) // 2
+    solved, bound = solve(estimate, budget, estimate.space.uniform(2), Options(linearization=linearization))
+    best = least_loss(estimate, budget)
+    assert solved is not None and float(estimate.predict(solved)[0]) == pytest.approx(best)
+    assert bound == pytest.approx(best, abs=1e-5)
