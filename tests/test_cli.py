@@ -132,8 +132,10 @@ def test_a_stopped_run_is_killed_and_its_log_is_whole(number: signal.Signals, co
                                                       tiny_arguments: list[str]) -> None:
     deep = tiny_model(tmp_path / "deep", blocks=16)  # so many picks that the run cannot end by itself in time
     arguments = [*tiny_arguments, "--model", str(deep), "-o", "permutations=20000"]
+    # A job in the background of a script inherits an ignored SIGINT; the run under test must not.
     process = subprocess.Popen([sys.executable, "-m", "impq_core.cli", *arguments], cwd=tmp_path,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None)
     try:
         deadline = time.monotonic() + 240
         while True:
