@@ -15,6 +15,7 @@ from impq_core.evaluate import Evaluator, evaluate_plan
 from impq_core.game import ModelGame
 from impq_core.pipeline import prepare, quantize_all
 from impq_core.plugins import Plugins
+from impq_core.probe import ModelProbe
 from impq_core.report import evaluation_rows
 
 MENUS = ((2.0, 4.0), (3.0, 8.0))
@@ -24,13 +25,15 @@ SEEDS = (0, 1, 2)
 def measure(bits: tuple[float, ...]) -> list[str]:
     prepared = prepare(RunConfig(bits=bits, tracking_uri="none"), Plugins())
     runner, bank = quantize_all(prepared, say("quantize"))
+    assert prepared.calibration is not None
     windows = prepared.calibration.first(prepared.config.game_windows)
+    probe = ModelProbe(prepared.space, bank, runner, windows)
     evaluator = None
     lines: list[str] = []
     plans = []
     for seed in SEEDS:
         game = ModelGame(prepared.space, bank, runner, windows)
-        estimate, _ = prepared.parts.estimate(game, np.random.default_rng(seed))
+        estimate, _ = prepared.parts.estimate(game, probe, np.random.default_rng(seed))
         plan = prepared.parts.allocator.allocate(estimate, prepared.budget_bytes)
         predicted, measured = plan.predicted_loss, game.loss(plan.pick)
         forwards = estimate.forwards

@@ -54,6 +54,10 @@ class Bank:
         """The weight (rows, columns) of a stored variant in float32."""
         return self.backend.dequantize(self._variants[linear.name, choice], linear)
 
+    def stored(self, linear: LinearSpec, choice: Choice) -> Variant:
+        """The variant as it is kept."""
+        return self._variants[linear.name, choice]
+
     def add(self, linear: LinearSpec, variant: Variant) -> None:
         """Keep a variant; raises ImpqError where its size is not what the backend said it would be."""
         promised = self.backend.nbytes(linear, variant.choice)

@@ -14,7 +14,7 @@ import click
 
 from impq_core.config import RunConfig, override, read_toml
 from impq_core.errors import ImpqError, Terminated, UsageError, nearest
-from impq_core.plugins import ROLES, Plugins
+from impq_core.plugins import OFFERED, ROLES, Plugins
 
 
 class _Commands(click.Group):
@@ -132,6 +132,48 @@ def run(config_file: Path | None, options: tuple[str, ...], plugin_files: tuple[
 
 
 @cli.command()
+@click.argument("run")
+@click.argument("format")
+@click.option("--to", "target", type=click.Path(path_type=Path), help="Folder to write [RUN/FORMAT].")
+def export(run: str, format: str, target: Path | None) -> None:
+    """Write the plan of a run (its folder) as a checkpoint or a recipe; 'impq plugins' lists the formats."""
+    found = Plugins()
+    found.find("exporter", format)
+    _quiet_libraries()
+    from impq_core.export import check_target, export_run, run_folder
+    from impq_core.report import ConsoleReporter, make_console, score_line
+
+    target = target or run_folder(run) / format
+    check_target(target)
+    found.watch(ConsoleReporter(make_console()))
+    exported = export_run(run, format, target, found, lambda done, total: found.notify(
+        "impq_progress", stage="quantize", done=done, total=total))
+    click.echo(f"quantized block by block, each behind the quantized ones: {score_line(exported.score)}")
+    click.echo(f"on {exported.text}; {exported.nbytes / 1e6:.2f} MB of quantized weights")
+    click.echo(f"files in {exported.folder}")
+
+
+@cli.command()
+@click.argument("path")
+@click.option("--evaluation", help="Another held-out text than the run's.")
+@click.option("--evaluation-windows", type=int, help="Windows drawn from it.")
+@click.option("--evaluation-length", type=int, help="Tokens in a window.")
+def evaluate(path: str, **text: Any) -> None:
+    """Load a checkpoint that 'impq export' wrote and measure it."""
+    from impq_core.config import TextConfig
+
+    given = {key.removeprefix("evaluation").lstrip("_") or "source": value for key, value in text.items()
+             if value is not None}
+    _quiet_libraries()
+    from impq_core.export import evaluate_folder
+    from impq_core.report import score_line
+
+    exported = evaluate_folder(path, Plugins(), TextConfig(**given) if given else None)
+    click.echo(score_line(exported.score))
+    click.echo(f"on {exported.text}; {exported.nbytes / 1e6:.2f} MB of quantized weights, format {exported.format}")
+
+
+@cli.command()
 @click.option("--options", "show_options", is_flag=True, help="List the options of every part.")
 @click.option("--plugin", "plugin_files", multiple=True, type=click.Path(path_type=Path),
               help="Python file to load as a plugin.")
@@ -140,7 +182,7 @@ def plugins(show_options: bool, plugin_files: tuple[Path, ...]) -> None:
     from impq_core.parts import describe_options
 
     found = Plugins(plugin_files)
-    for role in ROLES:
+    for role in OFFERED:
         click.echo(f"{role}s")
         for name in found.names(role):
             component = found.find(role, name)

@@ -110,7 +110,12 @@ def read_toml(path: Path) -> RunConfig:
         data = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"cannot read {path}: {error}") from error
-    config: RunConfig = _build(RunConfig, data, str(path))
+    return from_data(data, str(path))
+
+
+def from_data(data: Mapping[str, Any], where: str) -> RunConfig:
+    """A configuration from plain data, as TOML or JSON holds it; raises UsageError that names ``where``."""
+    config: RunConfig = _build(RunConfig, data, where)
     return config
 
 

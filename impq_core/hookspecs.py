@@ -50,6 +50,11 @@ def impq_backends() -> Iterable[Component]:
 
 
 @hookspec
+def impq_exporters() -> Iterable[Component]:
+    """Exporters, chosen by ``--export``."""
+
+
+@hookspec
 def impq_commands() -> Iterable[click.Command]:
     """Further commands of the ``impq`` command line."""
 

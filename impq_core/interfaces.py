@@ -10,10 +10,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
+from impq_core.errors import ImpqError
 from impq_core.space import Choice, FloatArray, IntArray, LinearSpec, SearchSpace
 from impq_core.types import Measurements, Plan, SensitivityEstimate
 
@@ -159,6 +161,45 @@ class Variant:
     def nbytes(self) -> int:
         """Bytes of the stored tensors."""
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A quantized model on its way to files.
+
+    Args:
+        plan: the widths.
+        variants: the stored form of every quantized linear, by module name.
+        dense: every other tensor of the model, by its name in the model.
+        config: the model's own configuration, as its config.json has it.
+        backend: name of the backend whose variants these are.
+        options: that backend's options.
+    """
+
+    plan: Plan
+    variants: Mapping[str, Variant]
+    dense: Mapping[str, torch.Tensor]
+    config: Mapping[str, Any]
+    backend: str
+    options: Mapping[str, Any]
+
+
+class Exporter(Part, ABC):
+    """Writes a checkpoint in a format that other software reads.
+
+    Class attributes:
+        backends: whose variants it can write; empty where the widths are enough (recipes).
+    """
+
+    backends: ClassVar[frozenset[str]] = frozenset()
+
+    @abstractmethod
+    def export(self, checkpoint: Checkpoint, folder: Path) -> None:
+        """Write the files into an existing folder; the tokenizer is already there."""
+
+    def restore(self, folder: Path, plan: Plan) -> Mapping[str, Variant]:
+        """The variants that ``export`` wrote, by module name; raises ImpqError where a format holds no weights."""
+        raise ImpqError(f"{type(self).__name__} writes a recipe, not weights: there is nothing to load")
 
 
 class Backend(Part, ABC):

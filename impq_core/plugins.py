@@ -24,6 +24,10 @@ from impq_core.errors import ImpqError, UsageError, nearest
 
 GROUP = "impq"
 ROLES = ("estimator", "surrogate", "allocator", "backend")
+"""The parts every run is made of."""
+
+OFFERED = (*ROLES, "exporter")
+"""Everything that is chosen by name."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ class Plugins:
             for caller in self._manager.get_hookcallers(plugin) or []:
                 if caller.name not in known:
                     raise ImpqError(f"unknown hook '{caller.name}'{nearest(caller.name, known)}")
-            offers = [offer for role in ROLES for offer in self._offers_of(plugin, origin, role)]
+            offers = [offer for role in OFFERED for offer in self._offers_of(plugin, origin, role)]
         except BaseException:
             self._manager.unregister(plugin)
             raise

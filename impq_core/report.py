@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from impq_core.config import RunConfig
-    from impq_core.evaluate import Evaluation
+    from impq_core.evaluate import Evaluation, Score
     from impq_core.pipeline import RunResult
     from impq_core.space import SearchSpace
     from impq_core.types import Plan
@@ -116,6 +116,12 @@ def summary(result: RunResult) -> list[str]:
     lines.append(f"held-out text: {result.evaluation.text}, {result.evaluation.tokens} scored tokens; every width "
                  "quantized behind a prefix at the widest")
     return lines
+
+
+def score_line(score: Score) -> str:
+    """A score in a line."""
+    return (f"NLL {score.nll:.4f} ± {score.stderr:.4f}, perplexity {score.perplexity:.4g} ± "
+            f"{score.perplexity_stderr:.2g}, KL {score.kl:.4f}, top-1 agreement {100 * score.top1:.1f}%")
 
 
 def evaluation_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:

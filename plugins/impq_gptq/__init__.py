@@ -7,6 +7,13 @@ _GPTQ = {"target": "impq_gptq.backend:Gptq", "needs": ("gptqmodel",), "extra": "
 
 
 @hookimpl
+def impq_exporters() -> list[Component]:
+    """``gptq``."""
+    return [Component("gptq", "impq_gptq.exporter:GptqExporter",
+                      "GPTQ checkpoint with per-module widths, for GPTQModel, vLLM, SGLang")]
+
+
+@hookimpl
 def impq_backends() -> list[Component]:
     """``gptq``, and ``auto-gptq`` for those who ask for the library by its former name."""
     return [

@@ -1,0 +1,192 @@
+"""A plan made into files that load elsewhere, and such files measured again.
+
+The variants of a bank stand behind a prefix at the widest choice. For an export the model is quantized once more, block
+after block, each behind the already quantized ones, as GPTQ is meant; the numbers in the manifest are of that model.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from impq_core.bank import Bank, fill_bank
+from impq_core.blockwise import BlockwiseModel
+from impq_core.config import RunConfig, TextConfig, from_data, read_toml
+from impq_core.errors import ImpqError
+from impq_core.evaluate import Evaluator, Score
+from impq_core.files import write_text
+from impq_core.interfaces import Checkpoint, Exporter
+from impq_core.model import resolve_dtype
+from impq_core.pipeline import Prepared, prepare
+from impq_core.plugins import Plugins, build_options
+from impq_core.types import Plan
+
+MANIFEST = "impq.json"
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported folder and the held-out score of the model in it."""
+
+    folder: Path
+    format: str
+    score: Score
+    text: str
+    nbytes: int
+
+
+def run_folder(run: str) -> Path:
+    """The folder of a run; raises ImpqError where it holds no configuration and plan."""
+    folder = Path(run)
+    for name in ("impq.toml", "plan.json"):
+        if not (folder / name).is_file():
+            raise ImpqError(f"{run} is no run folder with a plan: it has no {name}")
+    return folder
+
+
+def load_exporter(name: str, backend: str, plugins: Plugins) -> Exporter:
+    """The exporter of that name; raises UsageError or ImpqError where it is unknown or cannot write this backend's
+    variants."""
+    kind = plugins.load("exporter", name, Exporter)
+    exporter: Exporter = kind(build_options(kind, "exporter", name, {}))
+    if exporter.backends and backend not in exporter.backends:
+        raise ImpqError(f"format '{name}' holds variants of {', '.join(sorted(exporter.backends))}, not of {backend}")
+    return exporter
+
+
+def check_target(folder: Path) -> None:
+    """Raises ImpqError where an export would mix with other files."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ImpqError(f"the export folder {folder} is not empty")
+
+
+def export_run(run: str, name: str, target: Path, plugins: Plugins, progress: Progress) -> Exported:
+    """Export the plan of a finished run.
+
+    Args:
+        run: a run folder.
+        name: the format.
+        target: where to; must be missing or empty. The files appear there only when all are written.
+        plugins: who offers the format.
+        progress: told (blocks quantized, blocks).
+
+    Raises:
+        ImpqError: anything the user can mend.
+    """
+    source = run_folder(run)
+    config = replace(read_toml(source / "impq.toml"), plan=str(source / "plan.json"))
+    exporter = load_exporter(name, config.backend, plugins)
+    check_target(target)
+    prepared = prepare(config, plugins)
+    assert prepared.plan is not None
+    evaluator, bank, runner = requantize(prepared, prepared.plan, progress)
+    score = evaluator.score(prepared.space.assignment(prepared.plan.pick))
+    checkpoint = make_checkpoint(prepared, prepared.plan, bank, runner)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        prepared.source.tokenizer().save_pretrained(work)
+        exporter.export(checkpoint, work)
+        prepared.plan.save(work / "plan.json")
+        write_text(work / MANIFEST, json.dumps({
+            "format": "impq-export/1", "exporter": name, "run": config_data(prepared.config),
+            "text": str(prepared.evaluation), "score": score_data(score)}, indent=1) + "\n")
+        work.chmod(0o755)
+        if target.exists():
+            target.rmdir()
+        work.rename(target)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    return Exported(target, name, score, str(prepared.evaluation), prepared.plan.nbytes)
+
+
+def requantize(prepared: Prepared, plan: Plan, progress: Progress) -> tuple[Evaluator, Bank, BlockwiseModel]:
+    """Quantize a plan block after block, each behind the quantized ones; the model ends up standing at the plan."""
+    dtype = resolve_dtype(prepared.config.dtype)
+    model = prepared.source.load(dtype)
+    runner = BlockwiseModel(model)
+    bank = Bank(model, prepared.space.everyone, prepared.parts.backend, dtype)
+    evaluator = Evaluator(runner, bank, prepared.evaluation)
+    bank.apply([None] * len(bank.layers))
+    hidden = runner.embed(prepared.calibration.ids) if prepared.calibration and prepared.parts.backend.needs else None
+    menus = [[choice] if choice else [] for choice in prepared.space.assignment(plan.pick)]
+    fill_bank(bank, runner, hidden, menus, progress)
+    return evaluator, bank, runner
+
+
+def make_checkpoint(prepared: Prepared, plan: Plan, bank: Bank, runner: BlockwiseModel) -> Checkpoint:
+    """Collect what an exporter writes: packed variants, and every other tensor once (tied ones are not repeated)."""
+    choices = zip(prepared.space.everyone, prepared.space.assignment(plan.pick), strict=True)
+    variants = {spec.name: bank.stored(spec, choice) for layer, choice in choices if choice for spec in layer.linears}
+    model = runner.model
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    dense = {name: tensor for name, tensor in model.state_dict().items()
+             if name not in tied and name.removesuffix(".weight") not in variants}
+    config = model.config.to_dict()
+    config["dtype"] = prepared.config.dtype
+    return Checkpoint(plan, variants, dense, json.loads(json.dumps(config, default=str)), prepared.config.backend,
+                      asdict(prepared.parts.backend.options))
+
+
+def evaluate_folder(path: str, plugins: Plugins, evaluation: TextConfig | None = None) -> Exported:
+    """Load an exported folder and score it on held-out text, against the unquantized model it was made from.
+
+    Args:
+        path: a folder written by an export.
+        plugins: who offers its format and backend.
+        evaluation: another text than the run's.
+
+    Raises:
+        ImpqError: impq did not write the folder, its format holds no weights, or something is missing.
+    """
+    folder = Path(path)
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        name, stored = manifest["exporter"], manifest["run"]
+        (folder / "plan.json").stat()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ImpqError(f"{path} is no folder that impq exported: no {MANIFEST} and plan.json in it") from error
+    config = from_data(stored, str(folder / MANIFEST))
+    config = replace(config, plan=str(folder / "plan.json"), evaluation=evaluation or config.evaluation)
+    exporter = load_exporter(name, config.backend, plugins)
+    prepared = prepare(config, plugins)
+    assert prepared.plan is not None
+    variants = exporter.restore(folder, prepared.plan)
+    model = prepared.source.load(resolve_dtype(config.dtype))
+    runner = BlockwiseModel(model)
+    bank = Bank(model, prepared.space.everyone, prepared.parts.backend, resolve_dtype(config.dtype))
+    evaluator = Evaluator(runner, bank, prepared.evaluation)
+    for layer in bank.layers:
+        for spec in layer.linears:
+            if spec.name in variants:
+                bank.add(spec, variants[spec.name])
+    model.load_state_dict(_dense(folder, set(variants)), strict=False)
+    score = evaluator.score(prepared.space.assignment(prepared.plan.pick))
+    return Exported(folder, name, score, str(prepared.evaluation), prepared.plan.nbytes)
+
+
+def _dense(folder: Path, quantized: set[str]) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / "model.safetensors")
+    return {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] not in quantized}
+
+
+def config_data(config: RunConfig) -> dict[str, Any]:
+    """A configuration as plain data for JSON."""
+    return json.loads(json.dumps(asdict(config)))  # type: ignore[no-any-return]
+
+
+def score_data(score: Score) -> dict[str, float]:
+    """A score's numbers as plain data."""
+    return {"nll": score.nll, "nll_stderr": score.stderr, "perplexity": score.perplexity, "kl": score.kl,
+            "top1_agreement": score.top1}

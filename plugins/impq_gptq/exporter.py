@@ -1,0 +1,76 @@
+"""GPTQ checkpoints with a width for every linear, as GPTQModel, vLLM and SGLang read them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from impq_core.errors import ImpqError
+from impq_core.files import write_text
+from impq_core.interfaces import Checkpoint, Exporter, Variant
+from impq_core.space import Choice
+from impq_core.types import Plan
+
+_TENSORS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+def module_pattern(name: str) -> str:
+    """A ``dynamic`` key that matches one module and no other: GPTQModel matches keys as prefixes of regular
+    expressions, so the name is escaped and its end anchored (``layers.1`` must not match ``layers.10``)."""
+    return rf"+:^{re.escape(name)}$"
+
+
+def quantization_config(plan: Plan, options: Mapping[str, Any]) -> dict[str, Any]:
+    """GPTQModel's configuration of a plan: the commonest width, and ``dynamic`` for the modules that differ; linears
+    that stay unquantized are named with ``-:``."""
+    widths = {spec.name: choice for layer, choice in zip(plan.space.everyone, plan.space.assignment(plan.pick),
+                                                         strict=True) for spec in layer.linears}
+    common = Counter(choice for choice in widths.values() if choice).most_common(1)[0][0]
+    dynamic: dict[str, dict[str, Any]] = {}
+    for name, choice in widths.items():
+        if choice is None:
+            dynamic[f"-:^{re.escape(name)}$"] = {}
+        elif choice != common:
+            dynamic[module_pattern(name)] = {"bits": int(choice.bits), "group_size": choice.group_size}
+    return {"quant_method": "gptq", "checkpoint_format": "gptq_v2", "bits": int(common.bits),
+            "group_size": common.group_size, "sym": bool(options["symmetric"]), "desc_act": False, "lm_head": False,
+            "pack_dtype": "int32", "dynamic": dynamic, "meta": {"quantizer": ["impq"]}}
+
+
+class GptqExporter(Exporter):
+    """safetensors in the gptq_v2 format (zeros stored as they are), with per-module ``dynamic`` widths."""
+
+    backends = frozenset({"gptq", "auto-gptq"})
+
+    def export(self, checkpoint: Checkpoint, folder: Path) -> None:
+        """Write model.safetensors, config.json and quantize_config.json."""
+        from safetensors.torch import save_file
+
+        tensors = {name: tensor.contiguous() for name, tensor in checkpoint.dense.items()}
+        for name, variant in checkpoint.variants.items():
+            tensors |= {f"{name}.{part}": variant.tensors[part].contiguous() for part in _TENSORS}
+        config = quantization_config(checkpoint.plan, checkpoint.options)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        write_text(folder / "config.json",
+                   json.dumps({**checkpoint.config, "quantization_config": config}, indent=2) + "\n")
+        write_text(folder / "quantize_config.json", json.dumps(config, indent=2) + "\n")
+
+    def restore(self, folder: Path, plan: Plan) -> Mapping[str, Variant]:
+        """Read the packed linears back; raises ImpqError where the file lacks one."""
+        from safetensors import SafetensorError, safe_open
+
+        variants: dict[str, Variant] = {}
+        try:
+            with safe_open(folder / "model.safetensors", framework="pt") as file:
+                for layer, choice in zip(plan.space.everyone, plan.space.assignment(plan.pick), strict=True):
+                    for spec in layer.linears if choice else ():
+                        assert isinstance(choice, Choice)
+                        tensors = {part: file.get_tensor(f"{spec.name}.{part}") for part in _TENSORS}
+                        variants[spec.name] = Variant(choice, tensors)
+        except (OSError, SafetensorError) as error:
+            raise ImpqError(f"{folder / 'model.safetensors'} cannot be read: {error}") from error
+        return variants

@@ -1,0 +1,62 @@
+"""Recipes: files that tell another quantizer which linear takes which width."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from impq_core.errors import ImpqError
+from impq_core.files import write_text
+from impq_core.interfaces import Checkpoint, Exporter
+from impq_core.space import Choice
+from impq_core.types import Plan
+
+
+def widths(plan: Plan) -> dict[str, Choice | None]:
+    """Choice by linear's module name; None for those that stay unquantized."""
+    return {spec.name: choice for layer, choice in zip(plan.space.everyone, plan.space.assignment(plan.pick),
+                                                       strict=True) for spec in layer.linears}
+
+
+class GptqModelRecipe(Exporter):
+    """``dynamic`` of GPTQModel's QuantizeConfig: escaped, anchored patterns, ``-:`` for what stays unquantized."""
+
+    def export(self, checkpoint: Checkpoint, folder: Path) -> None:
+        """Write dynamic.json."""
+        dynamic = {f"{'+' if choice else '-'}:^{re.escape(name)}$":
+                   {"bits": int(choice.bits), "group_size": choice.group_size or -1} if choice else {}
+                   for name, choice in widths(checkpoint.plan).items()}
+        write_text(folder / "dynamic.json", json.dumps(dynamic, indent=1) + "\n")
+
+
+class AutoRoundRecipe(Exporter):
+    """``layer_config`` of auto-round: full module names, 16 bits for what stays unquantized."""
+
+    def export(self, checkpoint: Checkpoint, folder: Path) -> None:
+        """Write layer_config.json."""
+        layers = {name: {"bits": int(choice.bits), "group_size": choice.group_size or -1} if choice else {"bits": 16}
+                  for name, choice in widths(checkpoint.plan).items()}
+        write_text(folder / "layer_config.json", json.dumps(layers, indent=1) + "\n")
+
+
+class LlamaCppRecipe(Exporter):
+    """Lines ``tensor=type`` for ``llama-quantize --tensor-type-file``: GGUF tensor names, k-quants of the width."""
+
+    TYPES = {8: "q8_0", 6: "q6_k", 5: "q5_k", 4: "q4_k", 3: "q3_k", 2: "q2_k"}  # noqa: RUF012
+    NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",  # noqa: RUF012
+             "self_attn.o_proj": "attn_output", "self_attn.qkv_proj": "attn_qkv", "mlp.gate_proj": "ffn_gate",
+             "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "mlp.gate_up_proj": "ffn_up"}
+
+    def export(self, checkpoint: Checkpoint, folder: Path) -> None:
+        """Write tensor-types.txt; raises ImpqError for a linear or a width llama.cpp has no name for."""
+        lines = []
+        for name, choice in widths(checkpoint.plan).items():
+            match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
+            if not match or match[2] not in self.NAMES:
+                raise ImpqError(f"llama.cpp has no tensor name for {name}")
+            if choice and int(choice.bits) not in self.TYPES:
+                raise ImpqError(f"llama.cpp has no k-quant of {choice} bits (for {name})")
+            kind = self.TYPES[int(choice.bits)] if choice else "f16"
+            lines.append(rf"^blk\.{match[1]}\.{self.NAMES[match[2]]}\.weight$={kind}")
+        write_text(folder / "tensor-types.txt", "\n".join(lines) + "\n")
