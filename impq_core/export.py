@@ -125,8 +125,8 @@ def requantize(prepared: Prepared, plan: Plan, progress: Progress) -> tuple[Eval
 
 def make_checkpoint(prepared: Prepared, plan: Plan, bank: Bank, runner: BlockwiseModel) -> Checkpoint:
     """Collect what an exporter writes: packed variants, and every other tensor once (tied ones are not repeated)."""
-    choices = zip(prepared.space.everyone, prepared.space.assignment(plan.pick), strict=True)
-    variants = {spec.name: bank.stored(spec, choice) for layer, choice in choices if choice for spec in layer.linears}
+    specs = {spec.name: spec for layer in bank.layers for spec in layer.linears}
+    variants = {name: bank.stored(specs[name], choice) for name, choice in plan.widths().items() if choice}
     model = runner.model
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     dense = {name: tensor for name, tensor in model.state_dict().items()
@@ -158,7 +158,7 @@ def evaluate_folder(path: str, plugins: Plugins, evaluation: TextConfig | None =
     config = from_data(stored, str(folder / MANIFEST))
     config = replace(config, plan=str(folder / "plan.json"), evaluation=evaluation or config.evaluation)
     exporter = load_exporter(name, config.backend, plugins)
-    prepared = prepare(config, plugins)
+    prepared = prepare(config, plugins, calibrate=False)
     assert prepared.plan is not None
     variants = exporter.restore(folder, prepared.plan)
     model = prepared.source.load(resolve_dtype(config.dtype))

@@ -74,22 +74,28 @@ class Prepared:
     evaluation: Windows
 
 
-def prepare(config: RunConfig, plugins: Plugins) -> Prepared:
+def prepare(config: RunConfig, plugins: Plugins, calibrate: bool = True) -> Prepared:
     """Resolve and check a configuration: names, options, files, sizes, budget, texts. Loads no weights, writes
     nothing.
+
+    Args:
+        config: what to do.
+        plugins: who can do it.
+        calibrate: false where nothing is to be measured or quantized: the calibration text is left alone.
 
     Raises:
         ImpqError: whatever is wrong, in one line.
     """
     parts = Parts.build(config, plugins)
-    for text in (config.calibration, config.evaluation):
+    calibrate = calibrate and parts.needs_calibration
+    for text in (config.calibration, config.evaluation) if calibrate else (config.evaluation,):
         check_source(text.source)
     source = locate_model(config.model, config.trust_remote_code)
     skeleton = source.skeleton()
     layers = layers_of(skeleton, config.granularity)
     space = search_space(layers, parts.backend, parts.menu, config.pins, config.exclude)
     inside = [choice for choice in parts.backend.choices()
-               if parts.menu[-1] < choice < parts.menu[0] and choice not in parts.menu]
+              if parts.menu[-1] < choice < parts.menu[0] and choice not in parts.menu]
     between = []
     for choice in inside:
         alone = search_space(layers, parts.backend, (choice,), config.pins, config.exclude)
@@ -100,7 +106,7 @@ def prepare(config: RunConfig, plugins: Plugins) -> Prepared:
     tokenizer, vocabulary = source.tokenizer(), skeleton.get_input_embeddings().num_embeddings
     evaluation = draw_windows(config.evaluation, "evaluation", tokenizer, vocabulary)
     calibration = None
-    if parts.needs_calibration:
+    if calibrate:
         calibration = draw_windows(config.calibration, "calibration", tokenizer, vocabulary)
         refuse_overlap(calibration, evaluation)
     dtype = str(resolve_dtype(config.dtype)).removeprefix("torch.")

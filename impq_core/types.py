@@ -212,6 +212,11 @@ class Plan:
             return None
         return max(0.0, self.predicted_loss - self.bound)
 
+    def widths(self) -> dict[str, Choice | None]:
+        """The choice of every linear by its module name; None for those that stay unquantized."""
+        choices = zip(self.space.everyone, self.space.assignment(self.pick), strict=True)
+        return {spec.name: choice for layer, choice in choices for spec in layer.linears}
+
     def save(self, path: Path) -> None:
         """Write plan.json: a map from layer name to width and group size, to read, edit and apply again."""
         choices = zip(self.space.everyone, self.space.assignment(self.pick), strict=True)

@@ -12,7 +12,6 @@ from typing import Any
 from impq_core.errors import ImpqError
 from impq_core.files import write_text
 from impq_core.interfaces import Checkpoint, Exporter, Variant
-from impq_core.space import Choice
 from impq_core.types import Plan
 
 _TENSORS = ("qweight", "qzeros", "scales", "g_idx")
@@ -27,8 +26,7 @@ def module_pattern(name: str) -> str:
 def quantization_config(plan: Plan, options: Mapping[str, Any]) -> dict[str, Any]:
     """GPTQModel's configuration of a plan: the commonest width, and ``dynamic`` for the modules that differ; linears
     that stay unquantized are named with ``-:``."""
-    widths = {spec.name: choice for layer, choice in zip(plan.space.everyone, plan.space.assignment(plan.pick),
-                                                         strict=True) for spec in layer.linears}
+    widths = plan.widths()
     common = Counter(choice for choice in widths.values() if choice).most_common(1)[0][0]
     dynamic: dict[str, dict[str, Any]] = {}
     for name, choice in widths.items():
@@ -66,11 +64,10 @@ class GptqExporter(Exporter):
         variants: dict[str, Variant] = {}
         try:
             with safe_open(folder / "model.safetensors", framework="pt") as file:
-                for layer, choice in zip(plan.space.everyone, plan.space.assignment(plan.pick), strict=True):
-                    for spec in layer.linears if choice else ():
-                        assert isinstance(choice, Choice)
-                        tensors = {part: file.get_tensor(f"{spec.name}.{part}") for part in _TENSORS}
-                        variants[spec.name] = Variant(choice, tensors)
+                for name, choice in plan.widths().items():
+                    if choice is not None:
+                        tensors = {part: file.get_tensor(f"{name}.{part}") for part in _TENSORS}
+                        variants[name] = Variant(choice, tensors)
         except (OSError, SafetensorError) as error:
             raise ImpqError(f"{folder / 'model.safetensors'} cannot be read: {error}") from error
         return variants

@@ -9,14 +9,6 @@ from pathlib import Path
 from impq_core.errors import ImpqError
 from impq_core.files import write_text
 from impq_core.interfaces import Checkpoint, Exporter
-from impq_core.space import Choice
-from impq_core.types import Plan
-
-
-def widths(plan: Plan) -> dict[str, Choice | None]:
-    """Choice by linear's module name; None for those that stay unquantized."""
-    return {spec.name: choice for layer, choice in zip(plan.space.everyone, plan.space.assignment(plan.pick),
-                                                       strict=True) for spec in layer.linears}
 
 
 class GptqModelRecipe(Exporter):
@@ -26,7 +18,7 @@ class GptqModelRecipe(Exporter):
         """Write dynamic.json."""
         dynamic = {f"{'+' if choice else '-'}:^{re.escape(name)}$":
                    {"bits": int(choice.bits), "group_size": choice.group_size or -1} if choice else {}
-                   for name, choice in widths(checkpoint.plan).items()}
+                   for name, choice in checkpoint.plan.widths().items()}
         write_text(folder / "dynamic.json", json.dumps(dynamic, indent=1) + "\n")
 
 
@@ -36,7 +28,7 @@ class AutoRoundRecipe(Exporter):
     def export(self, checkpoint: Checkpoint, folder: Path) -> None:
         """Write layer_config.json."""
         layers = {name: {"bits": int(choice.bits), "group_size": choice.group_size or -1} if choice else {"bits": 16}
-                  for name, choice in widths(checkpoint.plan).items()}
+                  for name, choice in checkpoint.plan.widths().items()}
         write_text(folder / "layer_config.json", json.dumps(layers, indent=1) + "\n")
 
 
@@ -51,7 +43,7 @@ class LlamaCppRecipe(Exporter):
     def export(self, checkpoint: Checkpoint, folder: Path) -> None:
         """Write tensor-types.txt; raises ImpqError for a linear or a width llama.cpp has no name for."""
         lines = []
-        for name, choice in widths(checkpoint.plan).items():
+        for name, choice in checkpoint.plan.widths().items():
             match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
             if not match or match[2] not in self.NAMES:
                 raise ImpqError(f"llama.cpp has no tensor name for {name}")
