@@ -80,6 +80,8 @@ def _text_options(role: str, default: str) -> Any:
 @click.option("--seed", type=int, help="Seed of every other random draw [0].")
 @click.option("--time-limit", type=float, help="Seconds the allocator may take (its option time_limit).")
 @click.option("--plan", help="Apply this plan.json instead of estimating and allocating.")
+@click.option("--export", "exports", multiple=True, metavar="FORMAT",
+              help="Write the plan in this format too; see 'impq plugins'.")
 @click.option("--output", help="Folder that run folders are made in [impq-runs].")
 @click.option("--tracking-uri", help="MLflow store; 'none' for no tracking [sqlite file mlflow.db here].")
 @click.option("--experiment", help="MLflow experiment [impq].")
@@ -89,9 +91,10 @@ def _text_options(role: str, default: str) -> Any:
 @click.option("--plugin", "plugin_files", multiple=True, type=click.Path(path_type=Path),
               help="Python file to load as a plugin.")
 def run(config_file: Path | None, options: tuple[str, ...], plugin_files: tuple[Path, ...], bits: str | None,
-        pins: tuple[str, ...], exclude: tuple[str, ...], time_limit: float | None, **given: Any) -> None:
+        exports: tuple[str, ...], pins: tuple[str, ...], exclude: tuple[str, ...], time_limit: float | None,
+        **given: Any) -> None:
     """Estimate, allocate, quantize and evaluate: one tracked run."""
-    from impq_core.parts import Parts, assign_options
+    from impq_core.parts import Parts, assign_options, load_exporter
     from impq_core.source import locate_model
     from impq_core.text import check_source
 
@@ -106,6 +109,8 @@ def run(config_file: Path | None, options: tuple[str, ...], plugin_files: tuple[
     config = override(config, options=assign_options(config, plugins, pairs))
     # Every name, option and file is checked before anything heavy is imported; the pipeline checks the rest.
     Parts.build(config, plugins)
+    for name in exports:
+        load_exporter(name, config.backend, plugins)
     locate_model(config.model)
     for text in (config.calibration, config.evaluation):
         check_source(text.source)
@@ -126,6 +131,8 @@ def run(config_file: Path | None, options: tuple[str, ...], plugin_files: tuple[
     from impq_core.pipeline import run as run_pipeline
 
     result = run_pipeline(config, plugins)
+    for name in exports:
+        _export(str(result.folder), name, result.folder / name, plugins)
     click.echo(f"files in {result.folder}")
     if config.tracking_uri != "none":
         click.echo(f"look at it: impq ui{_uri_flag(config.tracking_uri)}")
@@ -140,17 +147,24 @@ def export(run: str, format: str, target: Path | None) -> None:
     found = Plugins()
     found.find("exporter", format)
     _quiet_libraries()
-    from impq_core.export import check_target, export_run, run_folder
-    from impq_core.report import ConsoleReporter, make_console, score_line
+    from impq_core.export import check_target, run_folder
+    from impq_core.report import ConsoleReporter, make_console
 
     target = target or run_folder(run) / format
     check_target(target)
     found.watch(ConsoleReporter(make_console()))
+    _export(run, format, target, found)
+
+
+def _export(run: str, format: str, target: Path, found: Plugins) -> None:
+    from impq_core.export import export_run
+    from impq_core.report import score_line
+
     exported = export_run(run, format, target, found, lambda done, total: found.notify(
         "impq_progress", stage="quantize", done=done, total=total))
     click.echo(f"quantized block by block, each behind the quantized ones: {score_line(exported.score)}")
     click.echo(f"on {exported.text}; {exported.nbytes / 1e6:.2f} MB of quantized weights")
-    click.echo(f"files in {exported.folder}")
+    click.echo(f"{format} in {exported.folder}")
 
 
 @cli.command()

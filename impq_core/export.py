@@ -22,10 +22,11 @@ from impq_core.config import RunConfig, TextConfig, from_data, read_toml
 from impq_core.errors import ImpqError
 from impq_core.evaluate import Evaluator, Score
 from impq_core.files import write_text
-from impq_core.interfaces import Checkpoint, Exporter
+from impq_core.interfaces import Checkpoint
 from impq_core.model import resolve_dtype
+from impq_core.parts import load_exporter
 from impq_core.pipeline import Prepared, prepare
-from impq_core.plugins import Plugins, build_options
+from impq_core.plugins import Plugins
 from impq_core.types import Plan
 
 MANIFEST = "impq.json"
@@ -50,16 +51,6 @@ def run_folder(run: str) -> Path:
         if not (folder / name).is_file():
             raise ImpqError(f"{run} is no run folder with a plan: it has no {name}")
     return folder
-
-
-def load_exporter(name: str, backend: str, plugins: Plugins) -> Exporter:
-    """The exporter of that name; raises UsageError or ImpqError where it is unknown or cannot write this backend's
-    variants."""
-    kind = plugins.load("exporter", name, Exporter)
-    exporter: Exporter = kind(build_options(kind, "exporter", name, {}))
-    if exporter.backends and backend not in exporter.backends:
-        raise ImpqError(f"format '{name}' holds variants of {', '.join(sorted(exporter.backends))}, not of {backend}")
-    return exporter
 
 
 def check_target(folder: Path) -> None:
@@ -100,6 +91,8 @@ def export_run(run: str, name: str, target: Path, plugins: Plugins, progress: Pr
             "format": "impq-export/1", "exporter": name, "run": config_data(prepared.config),
             "text": str(prepared.evaluation), "score": score_data(score)}, indent=1) + "\n")
         work.chmod(0o755)
+        for file in work.iterdir():
+            file.chmod(0o644)  # safetensors and temporary files are made for their owner alone
         if target.exists():
             target.rmdir()
         work.rename(target)

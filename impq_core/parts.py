@@ -13,13 +13,13 @@ import numpy as np
 from impq_core.budget import Budget
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError, UsageError, nearest
-from impq_core.interfaces import Allocator, Backend, Estimator, Game, Inspector, Probe, Sampler, Surrogate
+from impq_core.interfaces import Allocator, Backend, Estimator, Exporter, Game, Inspector, Probe, Sampler, Surrogate
 from impq_core.plugins import ROLES, Plugins, build_options, option_names
 from impq_core.space import Choice
 from impq_core.types import Measurements, SensitivityEstimate
 
 _BASES: Mapping[str, Any] = {"estimator": (Inspector, Estimator, Sampler), "surrogate": Surrogate,
-                             "allocator": Allocator, "backend": Backend}
+                             "allocator": Allocator, "backend": Backend, "exporter": Exporter}
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,19 @@ def _menu(config: RunConfig, backend: Backend) -> tuple[Choice, ...]:
     if len(wanted) < 2:
         raise UsageError("--bits needs at least two widths to choose between")
     return tuple(sorted((offered[bits] for bits in wanted), reverse=True))
+
+
+def load_exporter(name: str, backend: str, plugins: Plugins) -> Exporter:
+    """The exporter of that name.
+
+    Raises:
+        ImpqError: it is unknown, or cannot write this backend's variants.
+    """
+    kind = plugins.load("exporter", name, Exporter)
+    exporter: Exporter = kind(build_options(kind, "exporter", name, {}))
+    if exporter.backends and backend not in exporter.backends:
+        raise ImpqError(f"format '{name}' holds variants of {', '.join(sorted(exporter.backends))}, not of {backend}")
+    return exporter
 
 
 def describe_options(plugins: Plugins, role: str, name: str) -> list[str]:

@@ -131,6 +131,8 @@ class Tracker:
 
         marginals, replicates = measurements.marginals()
         draws = np.stack([marginals[replicates == r].mean(axis=0) for r in np.unique(replicates)])
+        if np.isnan(draws).any():
+            return  # truncated permutations: their standard errors are in the estimate
         count = np.arange(1, len(draws) + 1)[:, None, None]
         mean, square = draws.cumsum(axis=0) / count, (draws**2).cumsum(axis=0) / count
         stderr = np.sqrt(np.maximum(square - mean**2, 0) / np.maximum(count - 1, 1)).mean(axis=(1, 2))

@@ -46,6 +46,11 @@ BAD = [
     (["run", "--estimater", "spqe"], 2, "--estimator"),
     (["run", "--estimator", "spqq"], 2, "unknown estimator 'spqq' (did you mean 'spqe'?)"),
     (["run", "--backend", "gtpq"], 2, "unknown backend 'gtpq' (did you mean 'gptq'?)"),
+    (["run", "--export", "gtpq"], 2, "unknown exporter 'gtpq' (did you mean 'gptq'?)"),
+    (["run", "--export", "gptq", "--backend", "hqq"], 1, "not of hqq"),
+    (["export", "./nowhere", "gptq"], 1, "no run folder"),
+    (["export", "./nowhere", "gtpq"], 2, "did you mean 'gptq'"),
+    (["evaluate", "./nowhere"], 1, "no folder that impq exported"),
     (["run", "--surrogate", "covarianze"], 2, "did you mean 'covariance'"),
     (["run", "--allocator", "greedyish"], 2, "unknown allocator 'greedyish' (did you mean 'greedy'?)"),
     (["run", "-o", "permutation=3"], 2, "did you mean 'permutations'"),
@@ -118,11 +123,13 @@ def test_debug_shows_where(tmp_path: Path) -> None:
 
 def test_a_run_prints_its_table_and_takes_impq_toml(tmp_path: Path, tiny_arguments: list[str]) -> None:
     (tmp_path / "impq.toml").write_text("bits = [3, 4]\n[options.estimator]\npermutations = 4\n")
-    done = impq(*tiny_arguments, "--backend", "auto-gptq", cwd=tmp_path)
+    done = impq(*tiny_arguments, "--backend", "auto-gptq", "--export", "recipe-auto-round", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.startswith("note: auto-gptq is archived") and len(done.stderr.strip().splitlines()) == 1
     for word in ("4/3 bits with auto-gptq", "uniform 3", "random 3", "full-model forwards", "look at it: impq ui"):
         assert word in done.stdout
+    [recipe] = tmp_path.glob("impq-runs/*/recipe-auto-round/layer_config.json")
+    assert '"bits": 3' in recipe.read_text()
     assert {path.name for path in tmp_path.iterdir()} == {"impq.toml", "impq-runs", "mlartifacts", "mlflow.db",
                                                           "mlflow.db.lock"}
 

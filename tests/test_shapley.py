@@ -144,4 +144,19 @@ def test_what_cannot_be_fitted_is_refused() -> None:
     short = Measurements(m.space, m.picks[cut], m.losses[cut], m.path[cut], m.step[cut], m.replicate[cut], m.tokens,
                          m.reference_loss, m.forwards)
     with pytest.raises(ImpqError, match="cut short"):
+        Covariance().fit(short)
+    with pytest.raises(ImpqError, match="no permutation reached every step of blocks"):
         Additive().fit(short)
+
+
+def test_truncated_permutations_measure_before_the_collapse() -> None:
+    costs = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    game = PlantedGame(planted_space(N), lambda q: float(min(costs @ q, 1.0)))  # collapses at 1
+    m = _sample(game, 60, truncate=0.95)
+    assert len(m) < 60 * (N + 1) and (m.losses[m.step == 0] == 0).all()
+    ends = [m.losses[m.path == path] for path in range(60)]
+    assert all((path[:-1] <= 0.95).all() for path in ends)
+    fitted = Additive().fit(m).linear[:, 1]
+    whole = Additive().fit(_sample(game, 60)).linear[:, 1]
+    # Shapley values of whole permutations are diluted by demotions behind the collapse; these are nearer the costs.
+    assert np.abs(fitted - costs).max() < np.abs(whole - costs).max() and fitted[0] > whole[0]

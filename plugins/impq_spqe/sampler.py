@@ -21,19 +21,22 @@ class Options:
         antithetic: play each order also backwards, which counts as one of the permutations; false is the paper.
         tolerance: stop early once the mean standard error of the Shapley values is below this share of their spread
             (standard deviation over layers); 0 never stops early.
+        truncate: end an order once the loss is this many nats above the reference, where the model has collapsed and
+            further demotions tell nothing (SMPQ); 0 never does. Needs a surrogate that allows gaps, such as additive.
     """
 
     permutations: int = 10
     antithetic: bool = True
     tolerance: float = 0.0
+    truncate: float = 0.0
 
     def __post_init__(self) -> None:
         if self.permutations < 1:
             raise ValueError("permutations must be at least 1")
         if self.antithetic and self.permutations % 2:
             raise ValueError("permutations must be even with antithetic pairs (or say antithetic=false)")
-        if self.tolerance < 0:
-            raise ValueError("tolerance must not be negative")
+        if self.tolerance < 0 or self.truncate < 0:
+            raise ValueError("tolerance and truncate must not be negative")
 
 
 class Spqe(Sampler):
@@ -58,13 +61,25 @@ class Spqe(Sampler):
         replicates: list[int] = []
         for order, replicate in self._orders(space, rng):
             path = demotions(space, order)
-            picks.append(path)
-            losses.append(game.losses(path))
+            measured = self._play(game, path)
+            picks.append(path[:len(measured)])
+            losses.append(measured)
             replicates.append(replicate)
             pair_is_whole = not options.antithetic or len(replicates) % 2 == 0
             if options.tolerance and pair_is_whole and self._settled(_gather(game, picks, losses, replicates)):
                 break
         return _gather(game, picks, losses, replicates)
+
+    def _play(self, game: Game, path: IntArray) -> FloatArray:
+        """Losses along a path, up to and with the first that is past the collapse."""
+        if not self.options.truncate:
+            return game.losses(path)
+        measured: list[float] = []
+        for pick in path:
+            measured.append(game.loss(pick))
+            if measured[-1] > self.options.truncate:
+                break
+        return np.array(measured)
 
     def _orders(self, space: SearchSpace, rng: np.random.Generator) -> Iterator[tuple[IntArray, int]]:
         """Orders of demotion, each with the number of its independent draw."""
@@ -79,8 +94,8 @@ class Spqe(Sampler):
     def _settled(self, measurements: Measurements) -> bool:
         values, replicates = measurements.marginals()
         draws = np.stack([values[replicates == r].mean(axis=0) for r in np.unique(replicates)])
-        if len(draws) < 3:
-            return False  # a standard error of two draws is no ground to stop on
+        if len(draws) < 3 or np.isnan(draws).any():
+            return False  # a standard error of two draws, or of steps not reached, is no ground to stop on
         stderr = draws.std(axis=0, ddof=1).mean() / np.sqrt(len(draws))
         return bool(stderr <= self.options.tolerance * draws.mean(axis=0).std())
 

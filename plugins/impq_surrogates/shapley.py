@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,13 +14,25 @@ from impq_core.types import Measurements, SensitivityEstimate
 
 
 class Additive(Surrogate):
-    """Shapley values: ``phi = mean over permutations of the marginal costs`` (IMPQ, SPQE), summed over width steps."""
+    """Shapley values: ``phi = mean over permutations of the marginal costs`` (IMPQ, SPQE), summed over width steps.
+
+    Steps that truncated permutations did not reach are left out of the mean, so that it is a mean over the coalitions
+    of interest, before the collapse.
+    """
 
     def fit(self, measurements: Measurements) -> SensitivityEstimate:
-        """The additive estimate; its standard errors are over independent replicates (NaN with one)."""
-        marginals, replicates = _complete(measurements)
+        """The additive estimate; its standard errors are over independent replicates (NaN with one).
+
+        Raises:
+            ImpqError: a step was reached by no permutation.
+        """
+        marginals, replicates = measurements.marginals()
+        unreached = np.isnan(marginals).all(axis=0)
+        if unreached.any():
+            layer = measurements.space.layers[int(np.argwhere(unreached)[0, 0])].name
+            raise ImpqError(f"no permutation reached every step of {layer}: play more of them, or truncate later")
         return SensitivityEstimate(
-            measurements.space, _from_steps(marginals.mean(axis=0)), stderr=_stderr(marginals, replicates),
+            measurements.space, _from_steps(np.nanmean(marginals, axis=0)), stderr=_stderr(marginals, replicates),
             method="additive", forwards=measurements.forwards)
 
 
@@ -100,16 +113,16 @@ def _from_steps(values: FloatArray) -> FloatArray:
 def _complete(measurements: Measurements) -> tuple[FloatArray, IntArray]:
     marginals, replicates = measurements.marginals()
     if np.isnan(marginals).any():
-        raise ImpqError("Shapley values need permutations that demote every layer to the narrowest width; "
-                        "these were cut short")
+        raise ImpqError("surrogate 'covariance' needs permutations that demote every layer to the narrowest width; "
+                        "these were cut short (--surrogate additive allows it)")
     return marginals, replicates
 
 
 def _stderr(marginals: FloatArray, replicates: IntArray) -> FloatArray:
-    """Standard error (n, m) of the summed step means, over independent replicates; NaN with one."""
+    """Standard error (n, m) of the summed step means, over independent replicates; NaN where fewer than two tell."""
     costs = np.concatenate([np.zeros((*marginals.shape[:2], 1)), marginals.cumsum(axis=2)], axis=2)
-    draws = np.stack([costs[replicates == r].mean(axis=0) for r in np.unique(replicates)])
-    if len(draws) < 2:
-        return np.full(draws.shape[1:], np.nan)
-    result: FloatArray = draws.std(axis=0, ddof=1) / np.sqrt(len(draws))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # means of nothing are NaN, which is what is wanted
+        draws = np.stack([np.nanmean(costs[replicates == r], axis=0) for r in np.unique(replicates)])
+        result: FloatArray = np.nanstd(draws, axis=0, ddof=1) / np.sqrt((~np.isnan(draws)).sum(axis=0))
     return result
