@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from impq_gptq.compressed import CompressedTensorsExporter
 from impq_gptq.exporter import module_pattern
 from safetensors import safe_open
 
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError, UsageError
 from impq_core.export import evaluate_folder, export_run
+from impq_core.parts import Parts
 from impq_core.pipeline import RunResult, run
 from impq_core.plugins import Plugins
 from impq_core.source import locate_model
@@ -38,6 +40,11 @@ for folder in sys.argv[2:]:
         np.save(folder + "/logits.npy", model.model(input_ids=ids).logits.float().numpy())
 assert not any(name.startswith("impq") for name in sys.modules)
 """
+
+
+def _apart(a: np.ndarray, b: np.ndarray) -> float:
+    """Root mean square of a difference, relative to the first."""
+    return float(np.sqrt(((a - b) ** 2).mean() / (a**2).mean()))
 
 
 def _quiet(done: int, total: int) -> None:
@@ -72,11 +79,10 @@ def test_gptqmodel_loads_what_was_measured(tiny_config: RunConfig, tmp_path: Pat
         theirs = np.load(export.folder / "logits.npy")
         # bfloat16 keeps 8 bits, and GPTQModel rounds the scales to it too: a per cent or two after 12 blocks, where
         # the unquantized model is off by far more.
-        apart = np.sqrt(((ours - theirs) ** 2).mean() / (ours**2).mean())
         unquantized = locate_model(result.config.model).load(torch.bfloat16)
         with torch.no_grad():
             other = unquantized(input_ids=torch.from_numpy(IDS)).logits.float().numpy()
-        assert apart < 0.03 < 0.1 < np.sqrt(((ours - other) ** 2).mean() / (ours**2).mean()), apart
+        assert _apart(ours, theirs) < 0.03 < 0.1 < _apart(ours, other)
         with safe_open(export.folder / "model.safetensors", framework="pt") as file:
             sizes = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         packed = sum(t.numel() * t.element_size() for name, t in sizes.items()
@@ -89,7 +95,6 @@ def _plain_logits(folder: Path, result: RunResult) -> np.ndarray:
     from impq_gptq.exporter import GptqExporter
 
     from impq_core.export import _dense
-    from impq_core.parts import Parts
 
     model = locate_model(result.config.model).load(torch.bfloat16)
     backend = Parts.build(result.config, Plugins()).backend
@@ -101,6 +106,41 @@ def _plain_logits(folder: Path, result: RunResult) -> np.ndarray:
             model.get_submodule(spec.name).weight.data = weight.bfloat16()
     with torch.no_grad():
         return model(input_ids=torch.from_numpy(IDS)).logits.float().numpy()
+
+
+TRANSFORMERS = """
+import sys
+import numpy as np, torch
+from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[2], dtype=torch.float32)
+with torch.no_grad():
+    np.save(sys.argv[2] + "/logits.npy", model(input_ids=torch.from_numpy(np.load(sys.argv[1]))).logits.numpy())
+assert not any(name.startswith("impq") for name in sys.modules)
+"""
+
+
+def test_stock_transformers_loads_compressed_tensors(tiny_config: RunConfig, tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", IDS)
+    options = {"backend": {"clip_search": False, "symmetric": True}}
+    result = run(replace(tiny_config, model=str(tiny_model(tmp_path / "m", blocks=12)), estimator="random",
+                         bits=(2, 3, 4, 8), granularity="linear", budget="4bits", exclude=("*.11.mlp.down_proj",),
+                         options=options))
+    export = export_run(str(result.folder), "compressed-tensors", tmp_path / "out", Plugins(), _quiet)
+    again = evaluate_folder(str(export.folder), Plugins())
+    assert again.score.nll == export.score.nll and again.score.kl == export.score.kl
+    done = subprocess.run([sys.executable, "-c", TRANSFORMERS, str(tmp_path / "ids.npy"), str(export.folder)],
+                          capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    model = locate_model(result.config.model).load(torch.float32)
+    backend = Parts.build(result.config, Plugins()).backend
+    variants = CompressedTensorsExporter().restore(export.folder, result.plan)
+    for layer in result.plan.space.layers:
+        for spec in layer.linears:
+            model.get_submodule(spec.name).weight.data = backend.dequantize(variants[spec.name], spec)
+    with torch.no_grad():
+        ours = model(input_ids=torch.from_numpy(IDS)).logits.numpy()
+    assert _apart(ours, np.load(export.folder / "logits.npy")) < 2e-3  # products of 16-bit scales round to 11 bits
 
 
 def test_patterns_match_one_module_and_no_other() -> None:
@@ -142,6 +182,9 @@ def test_what_cannot_be_exported_or_loaded(tiny_config: RunConfig, tmp_path: Pat
         export_run(str(result.folder), "gtpq", tmp_path / "x", found, _quiet)
     with pytest.raises(ImpqError, match="holds variants of auto-gptq, gptq, not of hqq"):
         export_run(str(result.folder), "gptq", tmp_path / "x", found, _quiet)
+    asymmetric = run(replace(tiny_config, estimator="random", options={"backend": {"clip_search": False}}))
+    with pytest.raises(ImpqError, match="symmetric=true"):
+        export_run(str(asymmetric.folder), "compressed-tensors", tmp_path / "x", found, _quiet)
     with pytest.raises(ImpqError, match="no run folder"):
         export_run(str(tmp_path), "gptq", tmp_path / "x", found, _quiet)
     with pytest.raises(ImpqError, match="not empty"):

@@ -8,9 +8,12 @@ _GPTQ = {"target": "impq_gptq.backend:Gptq", "needs": ("gptqmodel",), "extra": "
 
 @hookimpl
 def impq_exporters() -> list[Component]:
-    """``gptq``."""
+    """``gptq`` and ``compressed-tensors``."""
     return [Component("gptq", "impq_gptq.exporter:GptqExporter",
-                      "GPTQ checkpoint with per-module widths, for GPTQModel, vLLM, SGLang")]
+                      "GPTQ checkpoint with per-module widths, for GPTQModel, vLLM, SGLang"),
+            Component("compressed-tensors", "impq_gptq.compressed:CompressedTensorsExporter",
+                      "packed symmetric GPTQ codes, for transformers and vLLM", needs=("compressed_tensors",),
+                      extra="gptq")]
 
 
 @hookimpl

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     import torch
 
 
+TENSORS = ("qweight", "qzeros", "scales", "g_idx")
+"""What gptqmodel stores of a linear."""
+
+
 @dataclass(frozen=True)
 class Options:
     """Options of the GPTQ backend.
@@ -90,10 +94,24 @@ class Gptq(Backend):
         linear.weight.data, scales, zeros, index, _, loss, damping, _ = task.quantize()
         packed = self._packed(choice, weight.shape)
         packed.pack_original(linear, scales, zeros, index)
-        tensors = {name: getattr(packed, name).clone() for name in ("qweight", "qzeros", "scales", "g_idx")}
+        tensors = {name: getattr(packed, name).clone() for name in TENSORS}
         if not isinstance(loss, float):  # the library reports a word where it gave up on the Hessian
             raise ImpqError(f"GPTQ failed at {choice} bits ({loss}); more calibration text or damping may help")
         return Variant(choice, tensors, {"damping": float(damping), "loss": loss})
+
+    def pack(self, codes: torch.Tensor, scales: torch.Tensor, choice: Choice) -> Variant:
+        """A variant from signed symmetric codes (rows, columns) and 16-bit scales (rows, groups)."""
+        import torch
+        from torch import nn
+
+        rows, columns = codes.shape
+        index = torch.arange(columns, dtype=torch.int32) // choice.group_size
+        linear = nn.Linear(columns, rows, bias=False)
+        linear.weight.data = codes.float() * scales.float()[:, index.long()]
+        zeros = torch.full_like(scales, 2.0 ** (int(choice.bits) - 1), dtype=torch.float32)
+        packed = self._packed(choice, codes.shape)
+        packed.pack_original(linear, scales.float(), zeros, index)
+        return Variant(choice, {name: getattr(packed, name).clone() for name in TENSORS})
 
     def dequantize(self, variant: Variant, linear: LinearSpec) -> torch.Tensor:
         """(code - zero) * scale, with the 16-bit scales that are stored."""

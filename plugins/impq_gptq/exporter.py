@@ -13,8 +13,7 @@ from impq_core.errors import ImpqError
 from impq_core.files import write_text
 from impq_core.interfaces import Checkpoint, Exporter, Variant
 from impq_core.types import Plan
-
-_TENSORS = ("qweight", "qzeros", "scales", "g_idx")
+from impq_gptq.backend import TENSORS
 
 
 def module_pattern(name: str) -> str:
@@ -50,7 +49,7 @@ class GptqExporter(Exporter):
 
         tensors = {name: tensor.contiguous() for name, tensor in checkpoint.dense.items()}
         for name, variant in checkpoint.variants.items():
-            tensors |= {f"{name}.{part}": variant.tensors[part].contiguous() for part in _TENSORS}
+            tensors |= {f"{name}.{part}": variant.tensors[part].contiguous() for part in TENSORS}
         config = quantization_config(checkpoint.plan, checkpoint.options)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         write_text(folder / "config.json",
@@ -66,7 +65,7 @@ class GptqExporter(Exporter):
             with safe_open(folder / "model.safetensors", framework="pt") as file:
                 for name, choice in plan.widths().items():
                     if choice is not None:
-                        tensors = {part: file.get_tensor(f"{name}.{part}") for part in _TENSORS}
+                        tensors = {part: file.get_tensor(f"{name}.{part}") for part in TENSORS}
                         variants[name] = Variant(choice, tensors)
         except (OSError, SafetensorError) as error:
             raise ImpqError(f"{folder / 'model.safetensors'} cannot be read: {error}") from error

@@ -1,0 +1,90 @@
+"""compressed-tensors checkpoints, which stock transformers and vLLM load with a width for every linear."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from impq_core.errors import ImpqError
+from impq_core.files import write_text
+from impq_core.interfaces import Checkpoint, Exporter, Variant
+from impq_core.space import LinearSpec
+from impq_core.types import Plan
+from impq_gptq.backend import Gptq, Options
+
+
+class CompressedTensorsExporter(Exporter):
+    """The ``pack-quantized`` format: symmetric integer codes, one config group a width with full module names.
+
+    GPTQ codes map to it one to one when zeros are fixed at the middle (``-o symmetric=true``). It stores neither zeros
+    nor a group index, so its files are a little smaller than the plan says. Files with 3-bit layers are read by
+    compressed-tensors before 0.18 only: the packing of odd widths changed there.
+    """
+
+    backends = frozenset({"gptq", "auto-gptq"})
+
+    def export(self, checkpoint: Checkpoint, folder: Path) -> None:
+        """Write model.safetensors and config.json; raises ImpqError for asymmetric variants."""
+        import torch
+        from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+        from safetensors.torch import save_file
+
+        if not checkpoint.options["symmetric"]:
+            raise ImpqError("format 'compressed-tensors' stores symmetric codes: run with -o symmetric=true")
+        backend = Gptq(Options(**checkpoint.options))
+        specs = _specs(checkpoint.plan)
+        tensors = {name: tensor.contiguous() for name, tensor in checkpoint.dense.items()}
+        for name, variant in checkpoint.variants.items():
+            spec, bits = specs[name], int(variant.choice.bits)
+            scales = variant.tensors["scales"].T.contiguous()
+            weight = backend.dequantize(variant, spec).reshape(spec.rows, -1, variant.choice.group_size)
+            codes = torch.round(weight / scales.float().clamp_min(1e-12)[:, :, None]).reshape(spec.rows, spec.columns)
+            tensors |= {f"{name}.weight_packed": pack_to_int32(codes.to(torch.int8), bits),
+                        f"{name}.weight_scale": scales, f"{name}.weight_shape": torch.tensor([spec.rows, spec.columns])}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        config = {**checkpoint.config, "quantization_config": quantization_config(checkpoint.plan)}
+        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+    def restore(self, folder: Path, plan: Plan) -> Mapping[str, Variant]:
+        """The same linears as GPTQ variants again; raises ImpqError where the file lacks one."""
+        import torch
+        from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+        from safetensors import SafetensorError, safe_open
+
+        specs, variants = _specs(plan), {}
+        try:
+            with safe_open(folder / "model.safetensors", framework="pt") as file:
+                for name, choice in plan.widths().items():
+                    if choice is not None:
+                        shape = torch.Size((specs[name].rows, specs[name].columns))
+                        codes = unpack_from_int32(file.get_tensor(f"{name}.weight_packed"), int(choice.bits), shape)
+                        scales = file.get_tensor(f"{name}.weight_scale")
+                        backend = Gptq(Options(group_size=choice.group_size, symmetric=True))
+                        variants[name] = backend.pack(codes, scales, choice)
+        except (OSError, SafetensorError) as error:
+            raise ImpqError(f"{folder / 'model.safetensors'} cannot be read: {error}") from error
+        return variants
+
+
+def quantization_config(plan: Plan) -> dict[str, Any]:
+    """The format's own configuration of a plan."""
+    groups: dict[str, dict[str, Any]] = {}
+    ignored = ["lm_head"]
+    for name, choice in plan.widths().items():
+        if choice is None:
+            ignored.append(name)
+            continue
+        group = groups.setdefault(f"group_{int(choice.bits)}", {
+            "targets": [], "input_activations": None, "output_activations": None, "format": "pack-quantized",
+            "weights": {"num_bits": int(choice.bits), "type": "int", "symmetric": True, "strategy": "group",
+                        "group_size": choice.group_size, "dynamic": False}})
+        group["targets"].append(name)
+    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+            "config_groups": groups, "ignore": ignored}
+
+
+def _specs(plan: Plan) -> dict[str, LinearSpec]:
+    return {spec.name: spec for layer in plan.space.everyone for spec in layer.linears}
+
