@@ -9,7 +9,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -121,7 +121,7 @@ def prepare(config: RunConfig, plugins: Plugins, calibrate: bool = True) -> Prep
 def _absolute(name: str) -> str:
     """A file's path made absolute, so that the resolved configuration runs from anywhere; other names as they are."""
     path = Path(name).expanduser()
-    return str(path.absolute()) if name and path.exists() else name
+    return str(path.absolute()) if name not in ("", "demo") and path.exists() else name
 
 
 def run(config: RunConfig, plugins: Plugins | None = None) -> RunResult:
@@ -143,6 +143,8 @@ def run(config: RunConfig, plugins: Plugins | None = None) -> RunResult:
     except BaseException as error:
         plugins.notify("impq_run_failed", error=error)
         shutil.rmtree(folder)
+        with suppress(OSError):  # not empty: it was there before, or others use it
+            folder.parent.rmdir()
         raise
     try:
         result = _carry_out(prepared, plugins, folder)
