@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 from common import heading, say, table, write
+from impq_spqe.sampler import demotions
 
 from impq_core.calibration import input_statistics
 from impq_core.config import RunConfig
@@ -34,10 +35,7 @@ def main() -> None:
     windows = prepared.calibration.first(prepared.config.game_windows)
     game = ModelGame(space, bank, runner, windows)
     order = np.random.default_rng(0).permutation(len(space))
-    path = np.zeros((len(space) + 1, len(space)), dtype=np.int64)
-    for step, layer in enumerate(order, start=1):
-        path[step] = path[step - 1]
-        path[step, layer] += 1
+    path = demotions(space, order)
     game.losses(path)
     whole = [f"{game.forwards:.2f}", str(game.evaluations), f"{game.forwards / game.evaluations:.3f}"]
 

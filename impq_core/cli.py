@@ -108,11 +108,11 @@ def run(config_file: Path | None, options: tuple[str, ...], plugin_files: tuple[
         pairs["allocator.time_limit"] = str(time_limit)
     config = override(config, options=assign_options(config, plugins, pairs))
     # Every name, option and file is checked before anything heavy is imported; the pipeline checks the rest.
-    Parts.build(config, plugins)
+    parts = Parts.build(config, plugins)
     for name in exports:
         load_exporter(name, config.backend, plugins)
     locate_model(config.model)
-    for text in (config.calibration, config.evaluation):
+    for text in (config.calibration, config.evaluation) if parts.needs_calibration else (config.evaluation,):
         check_source(text.source)
     for dropped in plugins.dropped:
         click.echo(f"warning: plugin {dropped.what} is not used: {dropped.reason}", err=True)

@@ -30,7 +30,8 @@ def test_the_same_estimate_gives_the_same_plan() -> None:
 @pytest.mark.parametrize("scale", [1.0, 1e-5])
 def test_small_losses_are_as_exact_as_large_ones(scale: float) -> None:
     estimate = planted_estimate(5, 7, (8, 4, 2), 1.0)
-    estimate = replace(estimate, linear=estimate.linear * scale, pairwise=estimate.pairwise * scale)  # type: ignore
+    assert estimate.pairwise is not None
+    estimate = replace(estimate, linear=estimate.linear * scale, pairwise=estimate.pairwise * scale)
     budget = (estimate.space.low_bytes + estimate.space.high_bytes) // 2
     plan = QuadraticProgram().allocate(estimate, budget)
     assert plan.predicted_loss == pytest.approx(least_loss(estimate, budget), rel=1e-6)
