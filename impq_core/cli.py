@@ -110,7 +110,7 @@ def run(config_file: Path | None, options: tuple[str, ...], plugin_files: tuple[
     # Every name, option and file is checked before anything heavy is imported; the pipeline checks the rest.
     parts = Parts.build(config, plugins)
     for name in exports:
-        load_exporter(name, config.backend, plugins)
+        load_exporter(name, config.backend, parts.options().get("backend", {}), plugins)
     locate_model(config.model)
     for text in (config.calibration, config.evaluation) if parts.needs_calibration else (config.evaluation,):
         check_source(text.source)
@@ -174,15 +174,11 @@ def _export(run: str, format: str, target: Path, found: Plugins) -> None:
 @click.option("--evaluation-length", type=int, help="Tokens in a window.")
 def evaluate(path: str, **text: Any) -> None:
     """Load a checkpoint that 'impq export' wrote and measure it."""
-    from impq_core.config import TextConfig
-
-    given = {key.removeprefix("evaluation").lstrip("_") or "source": value for key, value in text.items()
-             if value is not None}
     _quiet_libraries()
     from impq_core.export import evaluate_folder
     from impq_core.report import score_line
 
-    exported = evaluate_folder(path, Plugins(), TextConfig(**given) if given else None)
+    exported = evaluate_folder(path, Plugins(), **text)
     click.echo(score_line(exported.score))
     click.echo(f"on {exported.text}; {exported.nbytes / 1e6:.2f} MB of quantized weights, format {exported.format}")
 

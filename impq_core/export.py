@@ -18,7 +18,7 @@ import torch
 
 from impq_core.bank import Bank, fill_bank
 from impq_core.blockwise import BlockwiseModel
-from impq_core.config import RunConfig, TextConfig, from_data, read_toml
+from impq_core.config import RunConfig, from_data, override, read_toml
 from impq_core.errors import ImpqError
 from impq_core.evaluate import Evaluator, Score
 from impq_core.files import write_text
@@ -74,7 +74,7 @@ def export_run(run: str, name: str, target: Path, plugins: Plugins, progress: Pr
     """
     source = run_folder(run)
     config = replace(read_toml(source / "impq.toml"), plan=str(source / "plan.json"))
-    exporter = load_exporter(name, config.backend, plugins)
+    exporter = load_exporter(name, config.backend, config.options.get("backend", {}), plugins)
     check_target(target)
     prepared = prepare(config, plugins)
     assert prepared.plan is not None
@@ -130,13 +130,13 @@ def make_checkpoint(prepared: Prepared, plan: Plan, bank: Bank, runner: Blockwis
                       asdict(prepared.parts.backend.options))
 
 
-def evaluate_folder(path: str, plugins: Plugins, evaluation: TextConfig | None = None) -> Exported:
+def evaluate_folder(path: str, plugins: Plugins, **text: str | int | None) -> Exported:
     """Load an exported folder and score it on held-out text, against the unquantized model it was made from.
 
     Args:
         path: a folder written by an export.
         plugins: who offers its format and backend.
-        evaluation: another text than the run's.
+        text: what is to differ from the run's held-out text: ``evaluation``, ``evaluation_windows`` ...
 
     Raises:
         ImpqError: impq did not write the folder, its format holds no weights, or something is missing.
@@ -149,8 +149,8 @@ def evaluate_folder(path: str, plugins: Plugins, evaluation: TextConfig | None =
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ImpqError(f"{path} is no folder that impq exported: no {MANIFEST} and plan.json in it") from error
     config = from_data(stored, str(folder / MANIFEST))
-    config = replace(config, plan=str(folder / "plan.json"), evaluation=evaluation or config.evaluation)
-    exporter = load_exporter(name, config.backend, plugins)
+    config = override(config, plan=str(folder / "plan.json"), **text)
+    exporter = load_exporter(name, config.backend, config.options.get("backend", {}), plugins)
     prepared = prepare(config, plugins, calibrate=False)
     assert prepared.plan is not None
     variants = exporter.restore(folder, prepared.plan)

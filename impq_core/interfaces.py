@@ -193,6 +193,9 @@ class Exporter(Part, ABC):
 
     backends: ClassVar[frozenset[str]] = frozenset()
 
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Raises ImpqError where a backend with these options makes variants that the format cannot hold."""
+
     @abstractmethod
     def export(self, checkpoint: Checkpoint, folder: Path) -> None:
         """Write the files into an existing folder; the tokenizer is already there."""

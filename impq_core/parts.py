@@ -111,16 +111,17 @@ def _menu(config: RunConfig, backend: Backend) -> tuple[Choice, ...]:
     return tuple(sorted((offered[bits] for bits in wanted), reverse=True))
 
 
-def load_exporter(name: str, backend: str, plugins: Plugins) -> Exporter:
+def load_exporter(name: str, backend: str, options: Mapping[str, Any], plugins: Plugins) -> Exporter:
     """The exporter of that name.
 
     Raises:
-        ImpqError: it is unknown, or cannot write this backend's variants.
+        ImpqError: it is unknown, or cannot write the variants of this backend with these options.
     """
     kind = plugins.load("exporter", name, Exporter)
     exporter: Exporter = kind(build_options(kind, "exporter", name, {}))
     if exporter.backends and backend not in exporter.backends:
         raise ImpqError(f"format '{name}' holds variants of {', '.join(sorted(exporter.backends))}, not of {backend}")
+    exporter.check(options)
     return exporter
 
 

@@ -48,6 +48,7 @@ BAD = [
     (["run", "--backend", "gtpq"], 2, "unknown backend 'gtpq' (did you mean 'gptq'?)"),
     (["run", "--export", "gtpq"], 2, "unknown exporter 'gtpq' (did you mean 'gptq'?)"),
     (["run", "--export", "gptq", "--backend", "hqq"], 1, "not of hqq"),
+    (["run", "--export", "compressed-tensors"], 1, "run with -o symmetric=true"),
     (["export", "./nowhere", "gptq"], 1, "no run folder"),
     (["export", "./nowhere", "gtpq"], 2, "did you mean 'gptq'"),
     (["evaluate", "./nowhere"], 1, "no folder that impq exported"),

@@ -129,6 +129,8 @@ def test_stock_transformers_loads_compressed_tensors(tiny_config: RunConfig, tmp
     export = export_run(str(result.folder), "compressed-tensors", tmp_path / "out", Plugins(), _quiet)
     again = evaluate_folder(str(export.folder), Plugins())
     assert again.score.nll == export.score.nll and again.score.kl == export.score.kl
+    fewer = evaluate_folder(str(export.folder), Plugins(), evaluation_windows=3, evaluation=None)
+    assert fewer.text == again.text.replace("6 windows", "3 windows")
     done = subprocess.run([sys.executable, "-c", TRANSFORMERS, str(tmp_path / "ids.npy"), str(export.folder)],
                           capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -25,14 +25,17 @@ class CompressedTensorsExporter(Exporter):
 
     backends = frozenset({"gptq", "auto-gptq"})
 
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Asymmetric codes do not fit."""
+        if not options["symmetric"]:
+            raise ImpqError("format 'compressed-tensors' stores symmetric codes: run with -o symmetric=true")
+
     def export(self, checkpoint: Checkpoint, folder: Path) -> None:
-        """Write model.safetensors and config.json; raises ImpqError for asymmetric variants."""
+        """Write model.safetensors and config.json."""
         import torch
         from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
         from safetensors.torch import save_file
 
-        if not checkpoint.options["symmetric"]:
-            raise ImpqError("format 'compressed-tensors' stores symmetric codes: run with -o symmetric=true")
         backend = Gptq(Options(**checkpoint.options))
         specs = _specs(checkpoint.plan)
         tensors = {name: tensor.contiguous() for name, tensor in checkpoint.dense.items()}
