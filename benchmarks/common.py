@@ -1,15 +1,89 @@
-"""What the benchmarks share: a heading that says what was measured on what, and Markdown tables."""
+"""What the benchmarks share: the real model ready to play, a heading that says what was measured on what, tables."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
+import numpy as np
+
+from impq_core.bank import Bank
+from impq_core.blockwise import BlockwiseModel
+from impq_core.budget import Budget
+from impq_core.config import RunConfig
+from impq_core.evaluate import Evaluator, Score
+from impq_core.game import ModelGame
+from impq_core.parts import Parts
+from impq_core.pipeline import Prepared, load_runner, prepare, quantize_all
+from impq_core.plugins import Plugins
+from impq_core.probe import ModelProbe
+from impq_core.text import Windows
+from impq_core.types import Measurements, Plan, SensitivityEstimate
+
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("impq", "torch", "transformers", "gptqmodel", "pyomo", "highspy", "numpy")
+PACKAGES = ("impq", "torch", "transformers", "gptqmodel", "hqq", "optimum-quanto", "pyomo", "highspy", "numpy")
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """The model of a configuration with its variants made, for many estimates, plans and scores."""
+
+    prepared: Prepared
+    plugins: Plugins
+    runner: BlockwiseModel
+    bank: Bank
+    windows: Windows
+    evaluator: Evaluator
+
+    @classmethod
+    def build(cls, config: RunConfig) -> Bench:
+        plugins = Plugins()
+        prepared = prepare(config, plugins)
+        runner = load_runner(prepared)
+        bank = quantize_all(prepared, runner, say("quantize"))
+        assert prepared.calibration is not None
+        return cls(prepared, plugins, runner, bank, prepared.calibration.first(config.game_windows),
+                   Evaluator(runner, bank, prepared.evaluation))
+
+    def at(self, config: RunConfig) -> Bench:
+        """The same model and variants as another configuration sees them: other layers or another menu."""
+        prepared = prepare(config, self.plugins)
+        self.bank.apply([None] * len(self.bank.layers))
+        bank = Bank(self.runner.model, prepared.space.everyone, self.bank.backend, self.runner.model.dtype)
+        for layer in bank.layers:
+            for linear in layer.linears:
+                for choice in {*prepared.space.choices, *(choice for choice, _ in prepared.between)}:
+                    bank.add(linear, self.bank.stored(linear, choice))
+        return Bench(prepared, self.plugins, self.runner, bank, self.windows,
+                     Evaluator(self.runner, bank, prepared.evaluation))
+
+    def estimate(self, config: RunConfig) -> tuple[SensitivityEstimate, Measurements | None]:
+        """What a configuration's estimator makes of this model, and what it measured for a surrogate to fit."""
+        space = self.prepared.space
+        game = ModelGame(space, self.bank, self.runner, self.windows, progress=say(config.estimator))
+        probe = ModelProbe(space, self.bank, self.runner, self.windows)
+        parts = Parts.build(config, self.plugins)
+        return parts.estimate(game, probe, np.random.default_rng(config.seed))
+
+    def plan(self, config: RunConfig, estimate: SensitivityEstimate, budget: float) -> Plan:
+        """The plan of a configuration's allocator at a budget in nominal bits."""
+        allocator = Parts.build(config, self.plugins).allocator
+        return allocator.allocate(estimate, Budget(budget, "bits").resolve(self.prepared.space))
+
+    def score(self, plan: Plan) -> Score:
+        return self.evaluator.score(self.prepared.space.assignment(plan.pick))
+
+    def uniforms(self) -> list[tuple[str, int, Score]]:
+        """Every width of the menu and between: name, bytes, score; from small to large."""
+        space = self.prepared.space
+        sizes = [(choice, space.bytes_of(space.uniform(k))) for k, choice in enumerate(space.choices)]
+        return [(f"uniform {choice}", nbytes, self.evaluator.score([choice] * len(space)))
+                for choice, nbytes in sorted([*sizes, *self.prepared.between])]
 
 
 def heading(title: str, command: str) -> list[str]:
@@ -23,13 +97,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
             *("| " + " | ".join(row) + " |" for row in rows), ""]
 
 
+def plus_minus(value: float, stderr: float, sign: bool = False) -> str:
+    return (f"{value:+.3f}" if sign else f"{value:.3f}") + ("" if math.isnan(stderr) else f" ± {stderr:.3f}")
+
+
 def write(name: str, lines: Sequence[str]) -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / name).write_text("\n".join(lines).rstrip() + "\n")
-    print("\n".join(lines))
+    print("\n".join(lines), flush=True)
 
 
-def say(stage: str) -> object:
+def say(stage: str) -> Callable[[int, int], None]:
     def progress(done: int, total: int) -> None:
         if done % max(1, total // 10) == 0:
             print(f"{stage}: {done} of {total}", flush=True)

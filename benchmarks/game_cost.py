@@ -15,7 +15,7 @@ from impq_spqe.sampler import demotions
 from impq_core.calibration import input_statistics
 from impq_core.config import RunConfig
 from impq_core.game import ModelGame
-from impq_core.pipeline import prepare, quantize_all
+from impq_core.pipeline import load_runner, prepare, quantize_all
 from impq_core.plugins import Plugins
 
 STEPS = 10
@@ -24,7 +24,8 @@ STEPS = 10
 def main() -> None:
     prepared = prepare(RunConfig(tracking_uri="none"), Plugins())
     space, backend = prepared.space, prepared.parts.backend
-    runner, bank = quantize_all(prepared, say("quantize"))
+    runner = load_runner(prepared)
+    bank = quantize_all(prepared, runner, say("quantize"))
     hidden, statistics = runner.embed(prepared.calibration.ids), {}
     for block, layer in enumerate(space.layers):  # as the bank collected them: each block behind the widest prefix
         bank.switch(block, None)

@@ -13,7 +13,7 @@ from common import heading, say, table, write
 from impq_core.config import RunConfig
 from impq_core.evaluate import Evaluator, evaluate_plan
 from impq_core.game import ModelGame
-from impq_core.pipeline import prepare, quantize_all
+from impq_core.pipeline import load_runner, prepare, quantize_all
 from impq_core.plugins import Plugins
 from impq_core.probe import ModelProbe
 from impq_core.report import evaluation_rows
@@ -24,7 +24,8 @@ SEEDS = (0, 1, 2)
 
 def measure(bits: tuple[float, ...]) -> list[str]:
     prepared = prepare(RunConfig(bits=bits, tracking_uri="none"), Plugins())
-    runner, bank = quantize_all(prepared, say("quantize"))
+    runner = load_runner(prepared)
+    bank = quantize_all(prepared, runner, say("quantize"))
     assert prepared.calibration is not None
     windows = prepared.calibration.first(prepared.config.game_windows)
     probe = ModelProbe(prepared.space, bank, runner, windows)

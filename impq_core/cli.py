@@ -14,7 +14,7 @@ import click
 
 from impq_core.config import RunConfig, override, read_toml
 from impq_core.errors import ImpqError, Terminated, UsageError, nearest
-from impq_core.plugins import OFFERED, ROLES, Plugins
+from impq_core.plugins import OFFERED, Plugins
 
 
 class _Commands(click.Group):
@@ -64,6 +64,7 @@ def _text_options(role: str, default: str) -> Any:
               help="Configuration file [impq.toml, where there is one].")
 @click.option("--model", help="demo, a folder, or a hub name [demo].")
 @click.option("--backend", help="Who quantizes [gptq].")
+@click.option("--estimate-with", metavar="BACKEND", help="Let the estimator measure another backend's variants.")
 @click.option("--estimator", help="Who measures or scores the layers [spqe].")
 @click.option("--surrogate", help="What is fitted to the measurements [covariance].")
 @click.option("--allocator", help="Who makes the plan [qp].")
@@ -94,7 +95,7 @@ def run(config_file: Path | None, options: tuple[str, ...], plugin_files: tuple[
         exports: tuple[str, ...], pins: tuple[str, ...], exclude: tuple[str, ...], time_limit: float | None,
         **given: Any) -> None:
     """Estimate, allocate, quantize and evaluate: one tracked run."""
-    from impq_core.parts import Parts, assign_options, load_exporter
+    from impq_core.parts import Parts, assign_options, load_exporter, slots_of
     from impq_core.source import locate_model
     from impq_core.text import check_source
 
@@ -116,8 +117,8 @@ def run(config_file: Path | None, options: tuple[str, ...], plugin_files: tuple[
         check_source(text.source)
     for dropped in plugins.dropped:
         click.echo(f"warning: plugin {dropped.what} is not used: {dropped.reason}", err=True)
-    for role in ROLES:
-        if notice := plugins.find(role, getattr(config, role)).notice:
+    for slot, role in slots_of(config).items():
+        if notice := plugins.find(role, getattr(config, slot)).notice:
             click.echo(f"note: {notice}", err=True)
     if config.tracking_uri != "none":
         from impq_core.tracking import Tracker, check_store, store_uri

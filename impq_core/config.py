@@ -45,6 +45,8 @@ class RunConfig:
     Args:
         model: ``demo``, a folder, or a hub name.
         backend, estimator, surrogate, allocator: names of parts.
+        estimate_with: backend whose variants the estimator measures, where that is not the one deployed; empty for
+            the same.
         bits: the widths to choose from; empty for the backend's default menu.
         budget: see ``impq_core.budget.Budget``; empty for the middle of the widths.
         granularity: ``block``, ``group`` (fused linears) or ``linear``.
@@ -65,6 +67,7 @@ class RunConfig:
 
     model: str = "demo"
     backend: str = "gptq"
+    estimate_with: str = ""
     estimator: str = "spqe"
     surrogate: str = "covariance"
     allocator: str = "qp"

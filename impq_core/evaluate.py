@@ -57,6 +57,11 @@ class Score:
         """By the delta method: perplexity times the standard error of the NLL."""
         return self.perplexity * self.stderr
 
+    def minus(self, other: Score) -> tuple[float, float]:
+        """This NLL minus another on the same windows, nats per token, and its standard error paired over windows."""
+        difference = self.window_nll - other.window_nll
+        return float(difference.mean()), _stderr(difference)
+
 
 @dataclass(frozen=True, eq=False)
 class Row:
@@ -103,8 +108,7 @@ class Evaluation:
             return None
         if row.score is None:
             return row.nll - self.plan.nll, math.nan
-        difference = row.score.window_nll - self.plan.window_nll
-        return float(difference.mean()), _stderr(difference)
+        return row.score.minus(self.plan)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; what is not a number is null."""

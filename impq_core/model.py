@@ -71,7 +71,7 @@ def search_space(layers: tuple[LayerSpec, ...], backend: Backend, choices: tuple
     fixed: dict[str, Choice | None] = {}
     for pattern, bits in [*pins.items(), *((pattern, None) for pattern in exclude)]:
         if bits is not None and bits not in offered:
-            raise UsageError(f"pin {pattern}={bits:g}: the backend has no {bits:g} bits")
+            raise UsageError(f"pin {pattern}={bits:g}: {type(backend).__name__} has no {bits:g} bits")
         matched = [layer.name for layer in layers if _matches(pattern, layer)]
         if not matched:
             raise UsageError(f"the pattern '{pattern}' matches no layer (layers are called like {layers[0].name})")

@@ -18,43 +18,55 @@ from impq_core.plugins import ROLES, Plugins, build_options, option_names
 from impq_core.space import Choice
 from impq_core.types import Measurements, SensitivityEstimate
 
+ESTIMATE_WITH = "estimate_with"
+"""The slot of a second backend, whose variants are measured in place of the deployed one's."""
+
 _BASES: Mapping[str, Any] = {"estimator": (Inspector, Estimator, Sampler), "surrogate": Surrogate,
                              "allocator": Allocator, "backend": Backend, "exporter": Exporter}
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Built parts, the menu of widths (widest first) and the budget as asked for (None: not asked)."""
+    """Built parts and the budget as asked for (None: not asked).
+
+    ``menu`` holds the widths to choose from as the backend stores them, widest first; ``played`` the same widths as
+    the backend stores them whose variants are measured. That is ``estimate_with``, or the backend where it is None.
+    """
 
     estimator: Inspector | Estimator | Sampler
     surrogate: Surrogate
     allocator: Allocator
     backend: Backend
+    estimate_with: Backend | None
     menu: tuple[Choice, ...]
+    played: tuple[Choice, ...]
     budget: Budget | None
 
     @classmethod
     def build(cls, config: RunConfig, plugins: Plugins) -> Parts:
         """Raises UsageError for a wrong name, option, width or budget; ImpqError for a missing library."""
-        for role in config.options:
-            if role not in ROLES:
-                raise UsageError(f"options are given for '{role}', which is no role{nearest(role, ROLES)}")
-        built = {role: _build(config, plugins, role) for role in ROLES}
-        menu = _menu(config, built["backend"])
+        slots = slots_of(config)
+        for slot in config.options:
+            if slot not in slots:
+                raise UsageError(f"options are given for '{slot}', which this run does not have{nearest(slot, slots)}")
+        built = {"estimate_with": None, **{slot: _build(config, plugins, slot) for slot in slots}}
+        menu, played = _menus(config, built["backend"], built["estimate_with"])
         budget = Budget.parse(config.budget) if config.budget else None
         if budget and not config.pins:  # a pin may lie outside the menu
             budget.check_menu([choice.bits for choice in menu])
-        return cls(**built, menu=menu, budget=budget)
+        return cls(**built, menu=menu, played=played, budget=budget)
 
     def options(self) -> dict[str, dict[str, Any]]:
         """Every option of every part, defaults included, as the configuration file writes them."""
-        every = {role: asdict(getattr(self, role).options) for role in ROLES}
-        return {role: options for role, options in every.items() if options}
+        parts = {slot: getattr(self, slot) for slot in (*ROLES, ESTIMATE_WITH)}
+        every = {slot: asdict(part.options) for slot, part in parts.items() if part}
+        return {slot: options for slot, options in every.items() if options}
 
     @property
     def needs_calibration(self) -> bool:
         """Whether anyone reads the calibration text."""
-        return bool(self.backend.needs) or not isinstance(self.estimator, Inspector) or bool(self.estimator.needs)
+        needs = self.backend.needs | (self.estimate_with.needs if self.estimate_with else frozenset())
+        return bool(needs) or not isinstance(self.estimator, Inspector) or bool(self.estimator.needs)
 
     def estimate(self, game: Game | None, probe: Probe,
                  rng: np.random.Generator) -> tuple[SensitivityEstimate, Measurements | None]:
@@ -68,21 +80,30 @@ class Parts:
         return self.surrogate.fit(measurements), measurements
 
 
-def assign_options(config: RunConfig, plugins: Plugins, pairs: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Sort ``-o name=value`` pairs under the roles of the parts that know them, over the configuration's options.
+def slots_of(config: RunConfig) -> dict[str, str]:
+    """The places that parts take in a run, and the role each is offered under."""
+    slots = {role: role for role in ROLES}
+    if config.estimate_with:
+        slots[ESTIMATE_WITH] = "backend"
+    return slots
 
-    ``role.name`` names the role outright; a bare name must belong to one of the chosen parts alone.
+
+def assign_options(config: RunConfig, plugins: Plugins, pairs: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Sort ``-o name=value`` pairs under the slots of the parts that know them, over the configuration's options.
+
+    ``slot.name`` names the slot outright; a bare name must belong to one of the chosen parts alone.
 
     Raises:
         UsageError: nobody has the option, or several have.
     """
-    classes = {role: plugins.load(role, getattr(config, role), _BASES[role]) for role in ROLES}
+    slots = slots_of(config)
+    classes = {slot: plugins.load(role, getattr(config, slot), _BASES[role]) for slot, role in slots.items()}
     result = {role: dict(options) for role, options in config.options.items()}
     for key, value in pairs.items():
         role, dot, name = key.rpartition(".")
         owners = [role] if dot else [r for r, part in classes.items() if name in option_names(part)]
-        if dot and role not in ROLES:
-            raise UsageError(f"option {key}: '{role}' is no role{nearest(role, ROLES)}")
+        if dot and role not in slots:
+            raise UsageError(f"option {key}: this run has no '{role}'{nearest(role, slots)}")
         if not owners:
             every = {n for part in classes.values() for n in option_names(part)}
             raise UsageError(f"none of the chosen parts has an option '{name}'{nearest(name, every)}")
@@ -93,22 +114,28 @@ def assign_options(config: RunConfig, plugins: Plugins, pairs: Mapping[str, str]
     return result
 
 
-def _build(config: RunConfig, plugins: Plugins, role: str) -> Any:
-    name = getattr(config, role)
+def _build(config: RunConfig, plugins: Plugins, slot: str) -> Any:
+    name, role = getattr(config, slot), slots_of(config)[slot]
     part = plugins.load(role, name, _BASES[role])
-    return part(build_options(part, role, name, config.options.get(role, {})))
+    return part(build_options(part, role, name, config.options.get(slot, {})))
 
 
-def _menu(config: RunConfig, backend: Backend) -> tuple[Choice, ...]:
-    offered = {choice.bits: choice for choice in backend.choices()}
-    wanted = config.bits or backend.default_bits
-    for bits in wanted:
-        if bits not in offered:
-            raise UsageError(f"backend '{config.backend}' has no {bits:g} bits (it has: "
-                             f"{', '.join(f'{b:g}' for b in sorted(offered))})")
+def _menus(config: RunConfig, backend: Backend,
+           estimate_with: Backend | None) -> tuple[tuple[Choice, ...], tuple[Choice, ...]]:
+    """The widths asked for, as each of the two backends stores them; where none are asked for, those of the backend's
+    default menu that both have."""
+    both = [(config.backend, backend), (config.estimate_with, estimate_with or backend)]
+    offers = [{choice.bits: choice for choice in part.choices()} for _, part in both]
+    wanted = config.bits or tuple(bits for bits in backend.default_bits if bits in offers[1])
+    for (name, _), offered in zip(both, offers, strict=True):
+        for bits in wanted:
+            if bits not in offered:
+                raise UsageError(f"backend '{name}' has no {bits:g} bits (it has: "
+                                 f"{', '.join(f'{b:g}' for b in sorted(offered))})")
     if len(wanted) < 2:
         raise UsageError("--bits needs at least two widths to choose between")
-    return tuple(sorted((offered[bits] for bits in wanted), reverse=True))
+    menu, played = (tuple(offered[bits] for bits in sorted(wanted, reverse=True)) for offered in offers)
+    return menu, played
 
 
 def load_exporter(name: str, backend: str, options: Mapping[str, Any], plugins: Plugins) -> Exporter:

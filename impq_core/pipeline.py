@@ -8,7 +8,7 @@ import secrets
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -25,6 +25,7 @@ from impq_core.errors import ImpqError
 from impq_core.evaluate import Evaluation, Evaluator, evaluate_plan
 from impq_core.files import write_text
 from impq_core.game import MeasurementLog, ModelGame
+from impq_core.interfaces import Backend
 from impq_core.model import layers_of, resolve_dtype, search_space
 from impq_core.parts import Parts
 from impq_core.plugins import Plugins
@@ -39,9 +40,9 @@ from impq_core.types import Measurements, Plan, SensitivityEstimate
 class RunResult:
     """What a run leaves behind; the same things are files in ``folder``.
 
-    ``measured_loss`` is the plan's loss on the game's own windows, nats per token above the reference, to hold
-    against ``plan.predicted_loss`` (None where no text was read); ``forwards`` the cost of the search in full-model
-    forwards; ``seconds`` by stage; ``digests`` of the tokens of both texts.
+    ``measured_loss`` is the plan's loss in the game it was estimated from, nats per token above the reference, to
+    hold against ``plan.predicted_loss`` (None where no text was read); ``forwards`` the cost of the search in
+    full-model forwards; ``seconds`` by stage; ``digests`` of the tokens of both texts.
     """
 
     folder: Path
@@ -60,13 +61,16 @@ class RunResult:
 class Prepared:
     """A run of which everything that can be checked without the weights has been checked.
 
-    ``between`` are the backend's widths between the menu's that uniform references are made of, each with its bytes.
+    ``played`` is the space the estimator sees: the layers and widths of ``space`` at the sizes of the backend whose
+    variants are measured. ``between`` are the backend's widths between the menu's that uniform references are made
+    of, each with its bytes.
     """
 
     config: RunConfig
     parts: Parts
     source: ModelSource
     space: SearchSpace
+    played: SearchSpace
     between: tuple[tuple[Choice, int], ...]
     budget_bytes: int
     plan: Plan | None
@@ -94,6 +98,9 @@ def prepare(config: RunConfig, plugins: Plugins, calibrate: bool = True) -> Prep
     skeleton = source.skeleton()
     layers = layers_of(skeleton, config.granularity)
     space = search_space(layers, parts.backend, parts.menu, config.pins, config.exclude)
+    played = space
+    if parts.estimate_with:
+        played = search_space(layers, parts.estimate_with, parts.played, config.pins, config.exclude)
     inside = [choice for choice in parts.backend.choices()
               if parts.menu[-1] < choice < parts.menu[0] and choice not in parts.menu]
     between = []
@@ -115,7 +122,8 @@ def prepare(config: RunConfig, plugins: Plugins, calibrate: bool = True) -> Prep
         calibration=replace(config.calibration, source=_absolute(config.calibration.source)),
         evaluation=replace(config.evaluation, source=_absolute(config.evaluation.source)),
         bits=tuple(choice.bits for choice in parts.menu), budget=str(budget), dtype=dtype, options=parts.options())
-    return Prepared(resolved, parts, source, space, tuple(between), budget_bytes, plan, calibration, evaluation)
+    return Prepared(resolved, parts, source, space, played, tuple(between), budget_bytes, plan, calibration,
+                    evaluation)
 
 
 def _absolute(name: str) -> str:
@@ -156,79 +164,118 @@ def run(config: RunConfig, plugins: Plugins | None = None) -> RunResult:
     return result
 
 
-def quantize_all(prepared: Prepared, progress: Callable[[int, int], None]) -> tuple[BlockwiseModel, Bank]:
-    """Load the weights and store every layer at every width of the menu and between."""
-    dtype = resolve_dtype(prepared.config.dtype)
-    model = prepared.source.load(dtype)
-    runner = BlockwiseModel(model)
-    space, backend = prepared.space, prepared.parts.backend
-    bank = Bank(model, space.everyone, backend, dtype)
-    menu = sorted([*space.choices, *(choice for choice, _ in prepared.between)], reverse=True)
+def load_runner(prepared: Prepared) -> BlockwiseModel:
+    """The model with its weights, ready to run block by block."""
+    return BlockwiseModel(prepared.source.load(resolve_dtype(prepared.config.dtype)))
+
+
+def quantize_all(prepared: Prepared, runner: BlockwiseModel, progress: Callable[[int, int], None]) -> Bank:
+    """Store every layer at every width of the menu and between; the model must stand at its own weights."""
+    between = [choice for choice, _ in prepared.between]
+    return _fill(prepared, runner, prepared.space, prepared.parts.backend, between, progress)
+
+
+def quantize_played(prepared: Prepared, runner: BlockwiseModel, progress: Callable[[int, int], None]) -> Bank:
+    """The same for the variants that are measured, where ``estimate_with`` makes them."""
+    backend = prepared.parts.estimate_with or prepared.parts.backend
+    return _fill(prepared, runner, prepared.played, backend, [], progress)
+
+
+def _fill(prepared: Prepared, runner: BlockwiseModel, space: SearchSpace, backend: Backend,
+          between: Sequence[Choice], progress: Callable[[int, int], None]) -> Bank:
+    bank = Bank(runner.model, space.everyone, backend, resolve_dtype(prepared.config.dtype))
+    menu = sorted([*space.choices, *between], reverse=True)
     menus = [menu] * len(space) + [[pin.choice] if pin.choice else [] for pin in space.pinned]
     hidden = None
     if backend.needs:
         assert prepared.calibration is not None
         hidden = runner.embed(prepared.calibration.ids)
     fill_bank(bank, runner, hidden, menus, progress)
-    return runner, bank
+    return bank
+
+
+@dataclass(frozen=True, eq=False)
+class _Search:
+    """What came out of the search: a plan, and what it rests on (None where the plan was given, or no text read)."""
+
+    plan: Plan
+    estimate: SensitivityEstimate | None
+    measurements: Measurements | None
+    measured_loss: float | None
 
 
 def _carry_out(prepared: Prepared, plugins: Plugins, folder: Path) -> RunResult:
-    config, parts, space = prepared.config, prepared.parts, prepared.space
     clock = _Clock()
-
-    def progress(stage: str) -> Any:
-        return lambda done, total: plugins.notify("impq_progress", stage=stage, done=done, total=total)
-
     with clock.stage("quantize"):
-        runner, bank = quantize_all(prepared, progress("quantize"))
+        runner = load_runner(prepared)
+    search = None
+    if prepared.parts.estimate_with and prepared.plan is None:
+        with clock.stage("quantize"):
+            played = quantize_played(prepared, runner, _progress(plugins, "quantize"))
+        search = _search(prepared, plugins, folder, runner, played, clock)
+        played.apply([None] * len(played.layers))
+    with clock.stage("quantize"):
+        bank = quantize_all(prepared, runner, _progress(plugins, "quantize"))
         bank.save_record(folder / "variants.json")
     plugins.notify("impq_variants_ready", nbytes=bank.nbytes, seconds=clock.seconds["quantize"])
-    windows = prepared.calibration.first(config.game_windows) if prepared.calibration else None
-    provenance = _provenance(prepared, windows)
-    log = MeasurementLog(folder / "measurements.jsonl", provenance)
-    try:
-        game = None if windows is None else ModelGame(
-            space, bank, runner, windows, log, progress=progress("estimate"),
-            watch=lambda picks, losses, forwards: plugins.notify(
-                "impq_measured", picks=picks, losses=losses, forwards=forwards))
-        plan, estimate, measurements = prepared.plan, None, None
-        if plan is None:
-            with clock.stage("estimate"):
-                probe = ModelProbe(space, bank, runner, windows)
-                estimate, measurements = parts.estimate(game, probe, np.random.default_rng(config.seed))
-                if measurements is not None:
-                    measurements.save(folder / "measurements.npz")
-                estimate.save(folder / "estimate.npz")
-                plugins.notify("impq_estimate_ready", estimate=estimate, measurements=measurements)
-            forwards = estimate.forwards
-            with clock.stage("allocate"):
-                plan = replace(parts.allocator.allocate(estimate, prepared.budget_bytes),
-                               provenance={**provenance, "estimate": estimate.method})
-        else:
-            forwards = 0.0
-        plan.save(folder / "plan.json")
-        plugins.notify("impq_plan_ready", plan=plan)
-        measured = game.loss(plan.pick) if game else None
-    finally:
-        log.close()
+    search = search or _search(prepared, plugins, folder, runner, bank, clock)
     with clock.stage("evaluate"):
         evaluator = Evaluator(runner, bank, prepared.evaluation)
-        evaluation = evaluate_plan(evaluator, plan, prepared.between, prepared.evaluation, config.seed,
-                                   progress("evaluate"))
+        evaluation = evaluate_plan(evaluator, search.plan, prepared.between, prepared.evaluation, prepared.config.seed,
+                                   _progress(plugins, "evaluate"))
         evaluation.save(folder / "evaluation.json")
-    result = RunResult(folder, config, plan, evaluation, estimate, measurements, measured, forwards, clock.seconds,
+    forwards = search.estimate.forwards if search.estimate else 0.0
+    result = RunResult(folder, prepared.config, search.plan, evaluation, search.estimate, search.measurements,
+                       search.measured_loss, forwards, clock.seconds,
                        {role: text.digest for role, text in (("calibration", prepared.calibration),
                                                              ("evaluation", prepared.evaluation)) if text})
     write_text(folder / "cost.json", json.dumps({"forwards": forwards, "seconds": clock.seconds}, indent=1) + "\n")
     return result
 
 
+def _search(prepared: Prepared, plugins: Plugins, folder: Path, runner: BlockwiseModel, bank: Bank,
+            clock: _Clock) -> _Search:
+    """Estimate on the variants of a bank and allocate; a plan that was given is only measured."""
+    parts, played = prepared.parts, prepared.played
+    windows = prepared.calibration.first(prepared.config.game_windows) if prepared.calibration else None
+    provenance = _provenance(prepared, windows)
+    log = MeasurementLog(folder / "measurements.jsonl", {"space": played.fingerprint, **provenance})
+    try:
+        game = None if windows is None else ModelGame(
+            played, bank, runner, windows, log, progress=_progress(plugins, "estimate"),
+            watch=lambda picks, losses, forwards: plugins.notify(
+                "impq_measured", picks=picks, losses=losses, forwards=forwards))
+        plan, estimate, measurements = prepared.plan, None, None
+        if plan is None:
+            with clock.stage("estimate"):
+                probe = ModelProbe(played, bank, runner, windows)
+                estimate, measurements = parts.estimate(game, probe, np.random.default_rng(prepared.config.seed))
+                if measurements is not None:
+                    measurements.save(folder / "measurements.npz")
+                estimate.save(folder / "estimate.npz")
+                plugins.notify("impq_estimate_ready", estimate=estimate, measurements=measurements)
+            with clock.stage("allocate"):
+                plan = replace(parts.allocator.allocate(estimate.on(prepared.space), prepared.budget_bytes),
+                               provenance={**provenance, "estimate": estimate.method})
+        plan.save(folder / "plan.json")
+        plugins.notify("impq_plan_ready", plan=plan)
+        return _Search(plan, estimate, measurements, game.loss(plan.pick) if game else None)
+    finally:
+        log.close()
+
+
+def _progress(plugins: Plugins, stage: str) -> Callable[[int, int], None]:
+    return lambda done, total: plugins.notify("impq_progress", stage=stage, done=done, total=total)
+
+
 def _provenance(prepared: Prepared, windows: Windows | None) -> dict[str, Any]:
     """What a loss was measured on: enough to tell whether another one may be held against it."""
     names = ("impq", "torch", "transformers")
-    return {"space": prepared.space.fingerprint, "model": prepared.source.name, "backend": prepared.config.backend,
-            "backend_options": asdict(prepared.parts.backend.options), "dtype": prepared.config.dtype,
+    played = prepared.parts.estimate_with or prepared.parts.backend
+    return {"model": prepared.source.name, "backend": prepared.config.backend,
+            "measured_with": prepared.config.estimate_with or prepared.config.backend,
+            "backend_options": asdict(prepared.parts.backend.options), "measured_options": asdict(played.options),
+            "dtype": prepared.config.dtype,
             "seed": prepared.config.seed, "versions": {name: importlib.metadata.version(name) for name in names},
             **({"calibration": str(prepared.calibration), "calibration_digest": prepared.calibration.digest,
                 "game_digest": windows.digest, "game_tokens": windows.scored_tokens}
@@ -245,7 +292,7 @@ class _Clock:
     def stage(self, name: str) -> Iterator[None]:
         began = time.monotonic()
         yield
-        self.seconds[name] = round(time.monotonic() - began, 2)
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - began, 2)
 
 
 def _make_folder(parent: Path) -> Path:

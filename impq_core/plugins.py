@@ -21,6 +21,7 @@ import pluggy
 
 from impq_core import hookspecs
 from impq_core.errors import ImpqError, UsageError, nearest
+from impq_core.signals import uninterrupted
 
 GROUP = "impq"
 ROLES = ("estimator", "surrogate", "allocator", "backend")
@@ -155,14 +156,15 @@ class Plugins:
         self._add(observer, type(observer).__name__)
 
     def notify(self, moment: str, **facts: Any) -> None:
-        """Tell observers. One that fails is reported and the work goes on.
+        """Tell observers. One that fails is reported and the work goes on; a signal to stop waits until it is done.
 
         Raises:
             ImpqError: an observer refused the start of a run.
         """
         for plugin in self._manager.get_plugins():
             try:
-                self._only(moment, plugin)(**facts)
+                with uninterrupted():
+                    self._only(moment, plugin)(**facts)
             except Exception as error:
                 if moment == "impq_run_started" and isinstance(error, ImpqError):
                     raise

@@ -41,7 +41,9 @@ class ConsoleReporter:
         """Say what is about to happen."""
         menu = "/".join(map(str, space.choices))
         self._say(f"{config.model}: {len(space)} layers ({config.granularity}), {space.parameters / 1e6:.1f} M "
-                  f"weights, {menu} bits with {config.backend}, budget {config.budget}")
+                  f"weights, {menu} bits with {config.backend}"
+                  + (f", measured with {config.estimate_with}" if config.estimate_with else "")
+                  + f", budget {config.budget}")
         self._say(f"run folder {folder}")
 
     @hookimpl

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -146,6 +146,17 @@ class SensitivityEstimate:
                 raise ImpqError("an estimate's pairwise terms within one layer must be 0: they belong to linear")
             if np.abs(self.pairwise[:, 0]).max() > 1e-12:
                 raise ImpqError("an estimate's pairwise terms at choice 0 must be 0: it is the reference")
+
+    def on(self, space: SearchSpace) -> SensitivityEstimate:
+        """The same estimate for a space of the same layers and widths but other sizes: what was measured with one
+        backend's variants, to plan for another's.
+
+        Raises:
+            ImpqError: layers or widths differ.
+        """
+        if space.layers != self.space.layers or [c.bits for c in space.choices] != [c.bits for c in self.space.choices]:
+            raise ImpqError("an estimate can only be carried over to the same layers and widths")
+        return replace(self, space=space)
 
     def predict(self, picks: IntArray) -> FloatArray:
         """Predicted losses (N,) of picks (N, n), nats per token above the reference."""

@@ -52,6 +52,11 @@ BAD = [
     (["export", "./nowhere", "gptq"], 1, "no run folder"),
     (["export", "./nowhere", "gtpq"], 2, "did you mean 'gptq'"),
     (["evaluate", "./nowhere"], 1, "no folder that impq exported"),
+    (["run", "--estimate-with", "qanto"], 2, "unknown backend 'qanto' (did you mean 'quanto'?)"),
+    (["run", "--estimate-with", "quanto", "--bits", "3,4"], 2, "backend 'quanto' has no 3 bits (it has: 2, 4, 8)"),
+    (["run", "--estimate-with", "hqq", "-o", "group_size=32"], 2, "write backend.group_size or estimate_with.group_size"),
+    (["run", "-o", "estimate_with.group_size=32"], 2, "this run has no 'estimate_with'"),
+    (["tiny", "--estimate-with", "quanto", "--pin", "model.layers.0=3"], 2, "Quanto has no 3 bits"),
     (["run", "--surrogate", "covarianze"], 2, "did you mean 'covariance'"),
     (["run", "--allocator", "greedyish"], 2, "unknown allocator 'greedyish' (did you mean 'greedy'?)"),
     (["run", "-o", "permutation=3"], 2, "did you mean 'permutations'"),
@@ -159,7 +164,7 @@ def test_a_stopped_run_is_killed_and_its_log_is_whole(number: signal.Signals, co
         process.kill()
     assert process.returncode == code and err.strip().endswith("impq: stopped"), err
     with sqlite3.connect(tmp_path / "mlflow.db") as store:
-        assert store.execute("select status from runs").fetchall() == [("KILLED",)]
+        assert store.execute("select status from runs").fetchall() == [("KILLED",)], err
     text = logs[0].read_text()
     assert text.endswith("\n") and len(MeasurementLog.read(logs[0])[1]) == text.count("\n") - 1
 

@@ -114,6 +114,24 @@ def test_spqe_on_other_backends(backend: str, tiny_config: RunConfig) -> None:
     assert result.plan.nbytes <= result.plan.budget_bytes
 
 
+def test_one_backend_is_measured_and_another_deployed(tiny_config: RunConfig) -> None:
+    config = replace(tiny_config, bits=(), options={"estimator": {"permutations": 2}, "backend": {"clip_search": False},
+                                                    "estimate_with": {"group_size": 32}})
+    both = run(replace(config, estimate_with="quanto"))
+    assert both.config.bits == (4, 2)  # of GPTQ's default menu what quanto has
+    alone = run(replace(config, backend="quanto", bits=(2, 4), options={
+        "estimator": {"permutations": 2}, "backend": {"group_size": 32}}))
+    assert both.estimate is not None and alone.estimate is not None
+    np.testing.assert_array_equal(both.estimate.linear, alone.estimate.linear)
+    assert [c.group_size for c in both.estimate.space.choices] == [32, 32]
+    assert [c.group_size for c in both.plan.space.choices] == [64, 64]
+    assert both.plan.nbytes <= both.plan.budget_bytes
+    header, _ = MeasurementLog.read(both.folder / "measurements.jsonl")
+    assert header["measured_with"] == "quanto" and header["measured_options"] == {"group_size": 32}
+    deployed = run(replace(tiny_config, plan=str(both.folder / "plan.json")))
+    assert deployed.evaluation.plan.nll == both.evaluation.plan.nll
+
+
 def test_pinned_and_excluded_layers_stay_and_count(tiny_config: RunConfig) -> None:
     free = run(tiny_config)
     pinned = run(replace(tiny_config, pins={"model.layers.0*": 8}, exclude=("*.3",), budget="4.5bits"))

@@ -50,7 +50,7 @@ class Gptq(Backend):
     """GPTQ at 8, 4, 3 and 2 bits, packed as gptqmodel stores it (qweight, qzeros, scales, g_idx)."""
 
     Options = Options
-    default_bits = (2.0, 4.0)
+    default_bits = (2.0, 3.0, 4.0)
     needs = frozenset({"activations"})
 
     def choices(self) -> tuple[Choice, ...]:

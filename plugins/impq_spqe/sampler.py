@@ -17,7 +17,8 @@ class Options:
     """Options of SPQE.
 
     Args:
-        permutations: at most this many random orders (the paper: 100, with 50 as good).
+        permutations: at most this many random orders (the paper: 100, with 50 as good; on a small model 4 made as good
+            a plan as 25).
         antithetic: play each order also backwards, which counts as one of the permutations; false is the paper.
         tolerance: stop early once the mean standard error of the Shapley values is below this share of their spread
             (standard deviation over layers); 0 never stops early.
@@ -25,7 +26,7 @@ class Options:
             further demotions tell nothing (SMPQ); 0 never does. Needs a surrogate that allows gaps, such as additive.
     """
 
-    permutations: int = 10
+    permutations: int = 4
     antithetic: bool = True
     tolerance: float = 0.0
     truncate: float = 0.0
