@@ -54,7 +54,7 @@ BAD = [
     (["evaluate", "./nowhere"], 1, "no folder that impq exported"),
     (["run", "--estimate-with", "qanto"], 2, "unknown backend 'qanto' (did you mean 'quanto'?)"),
     (["run", "--estimate-with", "quanto", "--bits", "3,4"], 2, "backend 'quanto' has no 3 bits (it has: 2, 4, 8)"),
-    (["run", "--estimate-with", "hqq", "-o", "group_size=32"], 2, "write backend.group_size or estimate_with.group_size"),
+    (["run", "--estimate-with", "hqq", "-o", "group_size=32"], 2, "write backend.group_size or estimate_with."),
     (["run", "-o", "estimate_with.group_size=32"], 2, "this run has no 'estimate_with'"),
     (["tiny", "--estimate-with", "quanto", "--pin", "model.layers.0=3"], 2, "Quanto has no 3 bits"),
     (["run", "--surrogate", "covarianze"], 2, "did you mean 'covariance'"),

@@ -24,11 +24,10 @@ def test_a_signal_waits_and_a_second_does_not(number: signal.Signals) -> None:
                 done.append("whole")
             done.append("not reached")
         assert done == ["whole"] and signal.getsignal(number) is stop
-        with pytest.raises(KeyboardInterrupt):
-            with uninterrupted():
-                os.kill(os.getpid(), number)
-                os.kill(os.getpid(), number)
-                done.append("not reached")
+        with pytest.raises(KeyboardInterrupt), uninterrupted():
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+            done.append("not reached")
         assert done == ["whole"] and signal.getsignal(number) is stop
     finally:
         signal.signal(number, before)
