@@ -8,13 +8,16 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from impq_core.config import RunConfig, override, read_toml
 from impq_core.errors import ImpqError, Terminated, UsageError, nearest
 from impq_core.plugins import OFFERED, Plugins
+
+if TYPE_CHECKING:
+    from impq_core.export import Exported
 
 
 class _Commands(click.Group):
@@ -163,9 +166,15 @@ def _export(run: str, format: str, target: Path, found: Plugins) -> None:
 
     exported = export_run(run, format, target, found, lambda done, total: found.notify(
         "impq_progress", stage="quantize", done=done, total=total))
-    click.echo(f"quantized block by block, each behind the quantized ones: {score_line(exported.score)}")
-    click.echo(f"on {exported.text}; {exported.nbytes / 1e6:.2f} MB of quantized weights")
+    if exported.score:
+        click.echo(f"quantized block by block, each behind the quantized ones: {score_line(exported.score)}")
+        click.echo(_on(exported))
     click.echo(f"{format} in {exported.folder}")
+
+
+def _on(exported: Exported) -> str:
+    return (f"on {exported.text}; {exported.nbytes / 1e6:.2f} MB of quantized weights in a file of "
+            f"{exported.file_bytes / 1e6:.2f} MB")
 
 
 @cli.command()
@@ -180,8 +189,9 @@ def evaluate(path: str, **text: Any) -> None:
     from impq_core.report import score_line
 
     exported = evaluate_folder(path, Plugins(), **text)
+    assert exported.score is not None
     click.echo(score_line(exported.score))
-    click.echo(f"on {exported.text}; {exported.nbytes / 1e6:.2f} MB of quantized weights, format {exported.format}")
+    click.echo(f"{_on(exported)}, format {exported.format}")
 
 
 @cli.command()

@@ -14,10 +14,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from impq_core.bank import Bank, fill_bank
 from impq_core.blockwise import BlockwiseModel
+from impq_core.checkpoint import WEIGHTS, read_model, tensor_names
 from impq_core.config import RunConfig, from_data, override, read_toml
 from impq_core.errors import ImpqError
 from impq_core.evaluate import Evaluator, Score
@@ -35,13 +34,20 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Exported:
-    """An exported folder and the held-out score of the model in it."""
+    """An exported folder and the held-out score of the model in it (None for a recipe, which holds no model)."""
 
     folder: Path
     format: str
-    score: Score
+    score: Score | None
     text: str
     nbytes: int
+    """Of the quantized weights, as the backend stores them."""
+
+    @property
+    def file_bytes(self) -> int:
+        """Of the model's file, embeddings and all; 0 for a recipe."""
+        file = self.folder / WEIGHTS
+        return file.stat().st_size if file.exists() else 0
 
 
 def run_folder(run: str) -> Path:
@@ -78,9 +84,11 @@ def export_run(run: str, name: str, target: Path, plugins: Plugins, progress: Pr
     check_target(target)
     prepared = prepare(config, plugins)
     assert prepared.plan is not None
-    evaluator, bank, runner = requantize(prepared, prepared.plan, progress)
-    score = evaluator.score(prepared.space.assignment(prepared.plan.pick))
-    checkpoint = make_checkpoint(prepared, prepared.plan, bank, runner)
+    checkpoint, score = Checkpoint(prepared.plan, {}, {}, {}, config.backend, {}), None
+    if exporter.backends:
+        evaluator, bank, runner = requantize(prepared, prepared.plan, progress)
+        score = evaluator.score(prepared.space.assignment(prepared.plan.pick))
+        checkpoint = make_checkpoint(prepared, prepared.plan, bank, runner)
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
@@ -89,7 +97,7 @@ def export_run(run: str, name: str, target: Path, plugins: Plugins, progress: Pr
         prepared.plan.save(work / "plan.json")
         write_text(work / MANIFEST, json.dumps({
             "format": "impq-export/1", "exporter": name, "run": config_data(prepared.config),
-            "text": str(prepared.evaluation), "score": score_data(score)}, indent=1) + "\n")
+            "text": str(prepared.evaluation), "score": score_data(score) if score else None}, indent=1) + "\n")
         work.chmod(0o755)
         for file in work.iterdir():
             file.chmod(0o644)  # safetensors and temporary files are made for their owner alone
@@ -162,16 +170,11 @@ def evaluate_folder(path: str, plugins: Plugins, **text: str | int | None) -> Ex
         for spec in layer.linears:
             if spec.name in variants:
                 bank.add(spec, variants[spec.name])
-    model.load_state_dict(_dense(folder, set(variants)), strict=False)
+    stored = tensor_names(folder)
+    with read_model(folder) as tensor:
+        model.load_state_dict({name: tensor(name) for name in model.state_dict() if name in stored}, strict=False)
     score = evaluator.score(prepared.space.assignment(prepared.plan.pick))
     return Exported(folder, name, score, str(prepared.evaluation), prepared.plan.nbytes)
-
-
-def _dense(folder: Path, quantized: set[str]) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    tensors = load_file(folder / "model.safetensors")
-    return {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] not in quantized}
 
 
 def config_data(config: RunConfig) -> dict[str, Any]:

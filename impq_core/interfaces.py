@@ -169,7 +169,8 @@ class Checkpoint:
 
     Args:
         plan: the widths.
-        variants: the stored form of every quantized linear, by module name.
+        variants: the stored form of every quantized linear, by module name. Like ``dense``, ``config`` and
+            ``options`` it is empty for an exporter without ``backends``, for which nothing is quantized.
         dense: every other tensor of the model, by its name in the model.
         config: the model's own configuration, as its config.json has it.
         backend: name of the backend whose variants these are.

@@ -23,10 +23,10 @@ def uninterrupted() -> Iterator[None]:
         yield
         return
     before: dict[int, Any] = {}
-    waiting: list[tuple[int, FrameType | None]] = []
+    held: list[tuple[int, FrameType | None]] = []
 
     def hold(number: int, frame: FrameType | None) -> None:
-        waiting.append((number, frame))
+        held.append((number, frame))
         signal.signal(number, before[number])
 
     for number in _STOPS:
@@ -38,5 +38,5 @@ def uninterrupted() -> Iterator[None]:
     finally:
         for number in _STOPS:
             signal.signal(number, before[number])
-        for number, frame in waiting:
-            before[number](number, frame)
+        for stop, frame in held:
+            before[stop](stop, frame)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from impq_gptq.backend import Gptq
+from impq_hqq.backend import Hqq
+from impq_quanto.backend import Quanto
 
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError
@@ -50,11 +53,29 @@ def test_more_bits_less_error_exact_sizes_same_result_and_nothing_touched(
     assert {choice.bits for choice in backend.choices()} >= set(backend.default_bits)
 
 
-def test_awkward_shapes_are_refused_by_name(backend: Backend) -> None:
+def test_awkward_shapes_are_refused_by_name_or_exact(backend: Backend) -> None:
+    spec = LinearSpec("a.b", 32, 72)
     for choice in backend.choices():
-        if choice.group_size:
-            with pytest.raises(ImpqError, match=r"of a\.b"):
-                backend.check(LinearSpec("a.b", 64, 72), choice)
+        try:
+            backend.check(spec, choice)
+        except ImpqError as error:
+            assert "of a.b" in str(error)
+            continue
+        variant = backend.quantize(torch.randn(32, 72), choice, None)
+        assert variant.nbytes == backend.nbytes(spec, choice)
+        assert backend.dequantize(variant, spec).shape == (32, 72)
+
+
+def test_groups_that_do_not_divide_are_refused_or_lowered() -> None:
+    for kind in (Gptq, Hqq):
+        backend = kind()
+        with pytest.raises(ImpqError, match=r"of a\.b"):
+            backend.check(LinearSpec("a.b", 64, 96), backend.choices()[-1])
+    quanto, four = Quanto(), Quanto().choices()[1]
+    for columns, groups in ((576, 6), (1536, 12), (160, 5), (200, 1), (128, 1)):
+        assert quanto.nbytes(LinearSpec("a.b", 64, columns), four) == 64 * columns // 2 + 64 * groups * 4
+        variant = quanto.quantize(torch.randn(64, columns), four, None)
+        assert variant.tensors["scale"].numel() == 64 * groups
 
 
 def test_sizes_of_odd_row_counts_are_exact_or_refused(backend: Backend) -> None:

@@ -3,43 +3,79 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from impq_gptq.compressed import CompressedTensorsExporter
 from impq_gptq.exporter import module_pattern
 from safetensors import safe_open
 
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError, UsageError
 from impq_core.export import evaluate_folder, export_run
-from impq_core.parts import Parts
+from impq_core.interfaces import Variant
+from impq_core.parts import Parts, load_exporter
 from impq_core.pipeline import RunResult, run
 from impq_core.plugins import Plugins
 from impq_core.source import locate_model
+from impq_core.space import Choice, LinearSpec
 from impq_core.testing import tiny_model
 
+ROOT = Path(__file__).parents[1]
 IDS = np.random.default_rng(0).integers(0, 256, (2, 40))
 
 STOCK = """
-import os, sys
-os.environ["GPTQMODEL_CPU_WORKERS"] = "2"
+import sys
 import numpy as np, torch
-from gptqmodel import BACKEND, GPTQModel
+sys.path.insert(0, sys.argv[1])
+from load_exported import FORMATS
 torch.set_num_threads(1)
-ids = torch.from_numpy(np.load(sys.argv[1]))
-for folder in sys.argv[2:]:
-    model = GPTQModel.load(folder, device="cpu", backend=BACKEND.GPTQ_TORCH)
+ids = torch.from_numpy(np.load(sys.argv[3]))
+for folder in sys.argv[4:]:
+    model = FORMATS[sys.argv[2]](folder)
     with torch.no_grad():
-        np.save(folder + "/logits.npy", model.model(input_ids=ids).logits.float().numpy())
+        np.save(folder + "/logits.npy", model(input_ids=ids).logits.float().numpy())
 assert not any(name.startswith("impq") for name in sys.modules)
 """
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a weight format is tried: who makes its variants, how its software computes, what it stores of a linear."""
+
+    backend: str
+    bits: tuple[float, ...]
+    dtype: torch.dtype
+    tolerance: float
+    tensors: str
+    options: dict[str, object] = field(default_factory=dict)
+    nbytes: Callable[[LinearSpec, Choice], int] | None = None
+    """Where the file does not hold what the backend keeps."""
+
+
+def _without_zeros(linear: LinearSpec, choice: Choice) -> int:
+    """Whole words of codes in each row, and 16-bit scales."""
+    words = math.ceil(linear.columns / (32 // int(choice.bits)))
+    return linear.rows * (4 * words + 2 * linear.columns // choice.group_size)
+
+
+FORMATS = {
+    # bfloat16 keeps 8 bits, and GPTQModel rounds the scales to it too: a per cent or two after 12 blocks.
+    "gptq": Format("gptq", (2, 3, 4), torch.bfloat16, 0.03, r"\.(qweight|qzeros|scales|g_idx)$",
+                   {"clip_search": False}),
+    # Products of 16-bit scales round to 11 bits.
+    "compressed-tensors": Format("gptq", (2, 3, 4, 8), torch.float32, 2e-3, r"\.weight_(packed|scale)$",
+                                 {"clip_search": False, "symmetric": True}, _without_zeros),
+    "hqq": Format("hqq", (2, 3, 4, 8), torch.float32, 1e-6, r"\.(W_q|scale|zero)$"),
+    "quanto": Format("quanto", (2, 4, 8), torch.float16, 5e-3, r"\.weight\._(data|data\._data|scale|shift)$"),
+}
 
 
 def _apart(a: np.ndarray, b: np.ndarray) -> float:
@@ -51,98 +87,54 @@ def _quiet(done: int, total: int) -> None:
     """Nobody watches."""
 
 
-def _mixed_run(config: RunConfig, folder: Path) -> RunResult:
-    """A run whose plan mixes 4, 3 and 2 bits over single linears."""
-    result = run(replace(config, model=str(folder), estimator="random", allocator="greedy", bits=(2, 3, 4),
-                         granularity="linear", dtype="bfloat16", exclude=("*.11.mlp.down_proj",),
-                         budget="3bits", options={"backend": {"clip_search": False}}))
-    assert set(result.plan.pick.tolist()) == {0, 1, 2}
-    return result
-
-
-def test_gptqmodel_loads_what_was_measured(tiny_config: RunConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", FORMATS)
+def test_stock_software_loads_what_was_measured(name: str, tiny_config: RunConfig, tmp_path: Path) -> None:
+    form = FORMATS[name]
     np.save(tmp_path / "ids.npy", IDS)
-    exported = {}
+    exported = []
     for architecture in ("llama", "qwen3", "gemma2"):
-        result = _mixed_run(tiny_config, tiny_model(tmp_path / architecture, architecture, blocks=12))
-        exported[architecture] = result, export_run(str(result.folder), "gptq", tmp_path / f"{architecture}-gptq",
-                                                    Plugins(), _quiet)
-    folders = [str(e.folder) for _, e in exported.values()]
-    done = subprocess.run([sys.executable, "-c", STOCK, str(tmp_path / "ids.npy"), *folders], capture_output=True,
-                          text=True, timeout=600)
+        model = tiny_model(tmp_path / architecture, architecture, blocks=12)
+        result = run(replace(tiny_config, model=str(model), estimator="random", allocator="greedy", bits=form.bits,
+                             backend=form.backend, granularity="linear", dtype="bfloat16",
+                             exclude=("*.11.mlp.down_proj",), options={"backend": form.options}))
+        assert set(result.plan.pick.tolist()) == set(range(len(form.bits)))
+        out = tmp_path / f"{architecture}-out"
+        exported.append((result, export_run(str(result.folder), name, out, Plugins(), _quiet)))
+    folders = [str(export.folder) for _, export in exported]
+    arguments = [str(ROOT / "examples"), name, str(tmp_path / "ids.npy"), *folders]
+    done = subprocess.run([sys.executable, "-c", STOCK, *arguments], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    for result, export in exported.values():
+    for result, export in exported:
         again = evaluate_folder(str(export.folder), Plugins())
+        assert export.score is not None and again.score is not None
         assert again.score.nll == export.score.nll and again.score.kl == export.score.kl
-        # The same weights in a plain model: dequantized, in the dtype that GPTQModel computes in.
-        ours = _plain_logits(export.folder, result)
+        variants = load_exporter(name, form.backend, result.config.options["backend"], Plugins()).restore(
+            export.folder, result.plan)
+        ours, unquantized = (_logits(result, form.dtype, some) for some in (variants, {}))
         theirs = np.load(export.folder / "logits.npy")
-        # bfloat16 keeps 8 bits, and GPTQModel rounds the scales to it too: a per cent or two after 12 blocks, where
-        # the unquantized model is off by far more.
-        unquantized = locate_model(result.config.model).load(torch.bfloat16)
-        with torch.no_grad():
-            other = unquantized(input_ids=torch.from_numpy(IDS)).logits.float().numpy()
-        assert _apart(ours, theirs) < 0.03 < 0.1 < _apart(ours, other)
+        assert _apart(ours, theirs) <= form.tolerance < 0.1 < _apart(ours, unquantized)
         with safe_open(export.folder / "model.safetensors", framework="pt") as file:
-            sizes = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        packed = sum(t.numel() * t.element_size() for name, t in sizes.items()
-                     if name.rpartition(".")[2] in ("qweight", "qzeros", "scales", "g_idx"))
+            sizes = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        packed = sum(t.numel() * t.element_size() for key, t in sizes.items() if re.search(form.tensors, key))
+        specs = {spec.name: spec for layer in result.plan.space.everyone for spec in layer.linears}
+        nbytes = form.nbytes or Parts.build(result.config, Plugins()).backend.nbytes
+        assert packed == sum(nbytes(specs[linear], variant.choice) for linear, variant in variants.items())
         excluded = sizes["model.layers.11.mlp.down_proj.weight"]
-        assert packed + 2 * excluded.numel() == result.plan.nbytes
+        assert form.nbytes or packed + 2 * excluded.numel() == result.plan.nbytes
+    fewer = evaluate_folder(folders[0], Plugins(), evaluation_windows=3, evaluation=None)
+    assert fewer.text == evaluate_folder(folders[0], Plugins()).text.replace("6 windows", "3 windows")
 
 
-def _plain_logits(folder: Path, result: RunResult) -> np.ndarray:
-    from impq_gptq.exporter import GptqExporter
-
-    from impq_core.export import _dense
-
-    model = locate_model(result.config.model).load(torch.bfloat16)
+def _logits(result: RunResult, dtype: torch.dtype, variants: Mapping[str, Variant]) -> np.ndarray:
+    """The run's model as plain weights, computing as the format's software does."""
+    model = locate_model(result.config.model).load(torch.bfloat16).to(dtype)
     backend = Parts.build(result.config, Plugins()).backend
-    variants = GptqExporter().restore(folder, result.plan)
-    model.load_state_dict(_dense(folder, set(variants)), strict=False)
     for layer in result.plan.space.layers:
         for spec in layer.linears:
-            weight = backend.dequantize(variants[spec.name], spec)
-            model.get_submodule(spec.name).weight.data = weight.bfloat16()
+            if spec.name in variants:
+                model.get_submodule(spec.name).weight.data = backend.dequantize(variants[spec.name], spec).to(dtype)
     with torch.no_grad():
         return model(input_ids=torch.from_numpy(IDS)).logits.float().numpy()
-
-
-TRANSFORMERS = """
-import sys
-import numpy as np, torch
-from transformers import AutoModelForCausalLM
-torch.set_num_threads(1)
-model = AutoModelForCausalLM.from_pretrained(sys.argv[2], dtype=torch.float32)
-with torch.no_grad():
-    np.save(sys.argv[2] + "/logits.npy", model(input_ids=torch.from_numpy(np.load(sys.argv[1]))).logits.numpy())
-assert not any(name.startswith("impq") for name in sys.modules)
-"""
-
-
-def test_stock_transformers_loads_compressed_tensors(tiny_config: RunConfig, tmp_path: Path) -> None:
-    np.save(tmp_path / "ids.npy", IDS)
-    options = {"backend": {"clip_search": False, "symmetric": True}}
-    result = run(replace(tiny_config, model=str(tiny_model(tmp_path / "m", blocks=12)), estimator="random",
-                         bits=(2, 3, 4, 8), granularity="linear", budget="4bits", exclude=("*.11.mlp.down_proj",),
-                         options=options))
-    export = export_run(str(result.folder), "compressed-tensors", tmp_path / "out", Plugins(), _quiet)
-    again = evaluate_folder(str(export.folder), Plugins())
-    assert again.score.nll == export.score.nll and again.score.kl == export.score.kl
-    fewer = evaluate_folder(str(export.folder), Plugins(), evaluation_windows=3, evaluation=None)
-    assert fewer.text == again.text.replace("6 windows", "3 windows")
-    done = subprocess.run([sys.executable, "-c", TRANSFORMERS, str(tmp_path / "ids.npy"), str(export.folder)],
-                          capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-2000:]
-    model = locate_model(result.config.model).load(torch.float32)
-    backend = Parts.build(result.config, Plugins()).backend
-    variants = CompressedTensorsExporter().restore(export.folder, result.plan)
-    for layer in result.plan.space.layers:
-        for spec in layer.linears:
-            model.get_submodule(spec.name).weight.data = backend.dequantize(variants[spec.name], spec)
-    with torch.no_grad():
-        ours = model(input_ids=torch.from_numpy(IDS)).logits.numpy()
-    assert _apart(ours, np.load(export.folder / "logits.npy")) < 2e-3  # products of 16-bit scales round to 11 bits
 
 
 def test_patterns_match_one_module_and_no_other() -> None:
@@ -184,6 +176,9 @@ def test_what_cannot_be_exported_or_loaded(tiny_config: RunConfig, tmp_path: Pat
         export_run(str(result.folder), "gtpq", tmp_path / "x", found, _quiet)
     with pytest.raises(ImpqError, match="holds variants of auto-gptq, gptq, not of hqq"):
         export_run(str(result.folder), "gptq", tmp_path / "x", found, _quiet)
+    grouped = run(replace(tiny_config, estimator="random", backend="quanto", options={"backend": {"group_size": 64}}))
+    with pytest.raises(ImpqError, match="group_size=128"):
+        export_run(str(grouped.folder), "quanto", tmp_path / "x", found, _quiet)
     asymmetric = run(replace(tiny_config, estimator="random", options={"backend": {"clip_search": False}}))
     with pytest.raises(ImpqError, match="symmetric=true"):
         export_run(str(asymmetric.folder), "compressed-tensors", tmp_path / "x", found, _quiet)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from impq_core.checkpoint import read_model, write_model
 from impq_core.errors import ImpqError
-from impq_core.files import write_text
 from impq_core.interfaces import Checkpoint, Exporter, Variant
 from impq_core.space import LinearSpec
 from impq_core.types import Plan
@@ -19,7 +18,8 @@ class CompressedTensorsExporter(Exporter):
     """The ``pack-quantized`` format: symmetric integer codes, one config group a width with full module names.
 
     GPTQ codes map to it one to one when zeros are fixed at the middle (``-o symmetric=true``). It stores neither zeros
-    nor a group index, so its files are a little smaller than the plan says. Files with 3-bit layers are read by
+    nor a group index, so its 2-, 4- and 8-bit linears are a little smaller than the plan says; 3-bit codes go ten to a
+    32-bit word and take more. Files with 3-bit layers are read by
     compressed-tensors before 0.18 only: the packing of odd widths changed there.
     """
 
@@ -34,11 +34,10 @@ class CompressedTensorsExporter(Exporter):
         """Write model.safetensors and config.json."""
         import torch
         from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-        from safetensors.torch import save_file
 
         backend = Gptq(Options(**checkpoint.options))
         specs = _specs(checkpoint.plan)
-        tensors = {name: tensor.contiguous() for name, tensor in checkpoint.dense.items()}
+        tensors = dict(checkpoint.dense)
         for name, variant in checkpoint.variants.items():
             spec, bits = specs[name], int(variant.choice.bits)
             scales = variant.tensors["scales"].T.contiguous()
@@ -46,28 +45,20 @@ class CompressedTensorsExporter(Exporter):
             codes = torch.round(weight / scales.float().clamp_min(1e-12)[:, :, None]).reshape(spec.rows, spec.columns)
             tensors |= {f"{name}.weight_packed": pack_to_int32(codes.to(torch.int8), bits),
                         f"{name}.weight_scale": scales, f"{name}.weight_shape": torch.tensor([spec.rows, spec.columns])}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        config = {**checkpoint.config, "quantization_config": quantization_config(checkpoint.plan)}
-        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        write_model(folder, tensors, {**checkpoint.config, "quantization_config": quantization_config(checkpoint.plan)})
 
     def restore(self, folder: Path, plan: Plan) -> Mapping[str, Variant]:
         """The same linears as GPTQ variants again; raises ImpqError where the file lacks one."""
         import torch
         from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-        from safetensors import SafetensorError, safe_open
-
         specs, variants = _specs(plan), {}
-        try:
-            with safe_open(folder / "model.safetensors", framework="pt") as file:
-                for name, choice in plan.widths().items():
-                    if choice is not None:
-                        shape = torch.Size((specs[name].rows, specs[name].columns))
-                        codes = unpack_from_int32(file.get_tensor(f"{name}.weight_packed"), int(choice.bits), shape)
-                        scales = file.get_tensor(f"{name}.weight_scale")
-                        backend = Gptq(Options(group_size=choice.group_size, symmetric=True))
-                        variants[name] = backend.pack(codes, scales, choice)
-        except (OSError, SafetensorError) as error:
-            raise ImpqError(f"{folder / 'model.safetensors'} cannot be read: {error}") from error
+        with read_model(folder) as tensor:
+            for name, choice in plan.widths().items():
+                if choice is not None:
+                    shape = torch.Size((specs[name].rows, specs[name].columns))
+                    codes = unpack_from_int32(tensor(f"{name}.weight_packed"), int(choice.bits), shape)
+                    backend = Gptq(Options(group_size=choice.group_size, symmetric=True))
+                    variants[name] = backend.pack(codes, tensor(f"{name}.weight_scale"), choice)
         return variants
 
 

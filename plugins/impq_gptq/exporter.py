@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from impq_core.errors import ImpqError
+from impq_core.checkpoint import read_model, write_model
 from impq_core.files import write_text
 from impq_core.interfaces import Checkpoint, Exporter, Variant
 from impq_core.types import Plan
@@ -45,28 +45,18 @@ class GptqExporter(Exporter):
 
     def export(self, checkpoint: Checkpoint, folder: Path) -> None:
         """Write model.safetensors, config.json and quantize_config.json."""
-        from safetensors.torch import save_file
-
-        tensors = {name: tensor.contiguous() for name, tensor in checkpoint.dense.items()}
+        tensors = dict(checkpoint.dense)
         for name, variant in checkpoint.variants.items():
-            tensors |= {f"{name}.{part}": variant.tensors[part].contiguous() for part in TENSORS}
+            tensors |= {f"{name}.{part}": variant.tensors[part] for part in TENSORS}
         config = quantization_config(checkpoint.plan, checkpoint.options)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        write_text(folder / "config.json",
-                   json.dumps({**checkpoint.config, "quantization_config": config}, indent=2) + "\n")
+        write_model(folder, tensors, {**checkpoint.config, "quantization_config": config})
         write_text(folder / "quantize_config.json", json.dumps(config, indent=2) + "\n")
 
     def restore(self, folder: Path, plan: Plan) -> Mapping[str, Variant]:
         """Read the packed linears back; raises ImpqError where the file lacks one."""
-        from safetensors import SafetensorError, safe_open
-
-        variants: dict[str, Variant] = {}
-        try:
-            with safe_open(folder / "model.safetensors", framework="pt") as file:
-                for name, choice in plan.widths().items():
-                    if choice is not None:
-                        tensors = {part: file.get_tensor(f"{name}.{part}") for part in TENSORS}
-                        variants[name] = Variant(choice, tensors)
-        except (OSError, SafetensorError) as error:
-            raise ImpqError(f"{folder / 'model.safetensors'} cannot be read: {error}") from error
+        variants = {}
+        with read_model(folder) as tensor:
+            for name, choice in plan.widths().items():
+                if choice is not None:
+                    variants[name] = Variant(choice, {part: tensor(f"{name}.{part}") for part in TENSORS})
         return variants

@@ -5,6 +5,13 @@ from impq_core.plugins import Component
 
 
 @hookimpl
+def impq_exporters() -> list[Component]:
+    """``hqq``."""
+    return [Component("hqq", "impq_hqq.exporter:HqqExporter", "safetensors of HQQLinear modules, for hqq",
+                      needs=("hqq",), extra="hqq")]
+
+
+@hookimpl
 def impq_backends() -> list[Component]:
     """``hqq``."""
     return [Component("hqq", "impq_hqq.backend:Hqq", "half-quadratic quantization, data-free: 8, 4, 3, 2 or 1 bits",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from impq_core.errors import ImpqError
 from impq_core.interfaces import Backend, Statistics, Variant
@@ -77,11 +77,34 @@ class Hqq(Backend):
         import torch
         from hqq.core.quantize import Quantizer
 
-        bits = int(variant.choice.bits)
-        packing = Quantizer.bit_to_packing[bits]
-        meta = {"nbits": bits, "group_size": variant.choice.group_size, "axis": 1, "packing": packing,
-                "view_as_float": False, "compute_dtype": torch.float32,
-                "shape": (linear.rows, linear.columns),
+        meta = {**_meta(variant, linear), "compute_dtype": torch.float32,
                 "scale": variant.tensors["scale"].float(), "zero": variant.tensors["zero"].float()}
         weight: torch.Tensor = Quantizer.dequantize(variant.tensors["codes"], meta)
         return weight
+
+    def stored_state(self, variant: Variant, linear: LinearSpec) -> dict[str, torch.Tensor]:
+        """The state dict that an HQQLinear of this variant saves, every entry a tensor."""
+        import torch
+        from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+        module = HQQLinear(None, BaseQuantizeConfig(nbits=int(variant.choice.bits), axis=1,
+                                                    group_size=variant.choice.group_size),
+                           compute_dtype=torch.float16, device="cpu", initialize=False)
+        module.W_q = torch.nn.Parameter(variant.tensors["codes"], requires_grad=False)
+        module.meta = {**_meta(variant, linear), "scale": variant.tensors["scale"], "zero": variant.tensors["zero"]}
+        return {name: tensor.detach() for name, tensor in module.state_dict().items()}
+
+
+def _meta(variant: Variant, linear: LinearSpec) -> dict[str, Any]:
+    from hqq.core.quantize import Quantizer
+
+    packing = Quantizer.bit_to_packing[int(variant.choice.bits)]
+    return {"nbits": int(variant.choice.bits), "group_size": variant.choice.group_size, "axis": 1, "packing": packing,
+            "unpack_view_dtype": Quantizer.unpack_view_dtype[packing], "view_as_float": False, "quant_scale": False,
+            "quant_zero": False, "shape": _size(linear)}
+
+
+def _size(linear: LinearSpec) -> torch.Size:
+    import torch
+
+    return torch.Size((linear.rows, linear.columns))

@@ -5,6 +5,13 @@ from impq_core.plugins import Component
 
 
 @hookimpl
+def impq_exporters() -> list[Component]:
+    """``quanto``."""
+    return [Component("quanto", "impq_quanto.exporter:QuantoExporter",
+                      "for optimum-quanto's QuantizedModelForCausalLM")]
+
+
+@hookimpl
 def impq_backends() -> list[Component]:
     """``quanto``."""
     return [Component("quanto", "impq_quanto.backend:Quanto", "affine rounding between minimum and maximum, data-free: "

@@ -19,14 +19,23 @@ class Options:
     """Options of the Quanto backend.
 
     Args:
-        group_size: weights of a row that share a scale and a shift below 8 bits; 8 bits have one scale a row.
+        group_size: weights of a row that share a scale and a shift below 8 bits, lowered by 32 until it divides a
+            linear's inputs (quanto's own rule; its files can only say 128); 8 bits have one scale a row.
     """
 
-    group_size: int = 64
+    group_size: int = 128
 
     def __post_init__(self) -> None:
         if self.group_size < 32 or self.group_size % 32:
             raise ValueError(f"group_size must be a multiple of 32, not {self.group_size}")
+
+
+def group_size(linear: LinearSpec, choice: Choice) -> int:
+    """Weights in a group of this linear: a whole row where it is no longer than a group or no group divides it."""
+    size = choice.group_size
+    while size > 32 and linear.columns % size:
+        size -= 32
+    return size if size and linear.columns > choice.group_size and linear.columns % size == 0 else linear.columns
 
 
 class Quanto(Backend):
@@ -40,13 +49,8 @@ class Quanto(Backend):
         return (Choice(8.0, 0), Choice(4.0, self.options.group_size), Choice(2.0, self.options.group_size))
 
     def check(self, linear: LinearSpec, choice: Choice) -> None:
-        """Groups must divide the inputs, and the rows of groups the codes packed into a byte."""
-        if not choice.group_size:
-            return
-        if linear.columns % choice.group_size:
-            raise ImpqError(f"backend quanto: group size {choice.group_size} does not divide the {linear.columns} "
-                            f"inputs of {linear.name}")
-        groups, codes = linear.parameters // choice.group_size, 8 // int(choice.bits)
+        """The rows of groups must fill the codes packed into a byte."""
+        groups, codes = linear.parameters // group_size(linear, choice), 8 // int(choice.bits)
         if groups % codes:
             raise ImpqError(f"backend quanto: the {groups} groups of {linear.name} do not fill bytes of {codes} codes")
 
@@ -54,7 +58,7 @@ class Quanto(Backend):
         """Codes, and a 16-bit scale (and shift) a group."""
         if not choice.group_size:
             return linear.parameters + linear.rows * 2
-        return linear.parameters * int(choice.bits) // 8 + linear.parameters // choice.group_size * 4
+        return linear.parameters * int(choice.bits) // 8 + linear.parameters // group_size(linear, choice) * 4
 
     def quantize(self, weight: torch.Tensor, choice: Choice, statistics: Statistics | None) -> Variant:
         """Quantize without data, from the weight in 16 bits as quanto does for a 16-bit model."""
@@ -65,8 +69,9 @@ class Quanto(Backend):
             scale = quanto.AbsmaxOptimizer()(base, qtype, axis=0)
             packed = quanto.quantize_weight(base, qtype, 0, scale, optimized=False)
             return Variant(choice, {"codes": packed._data, "scale": packed._scale})
-        scale, shift = quanto.MaxOptimizer()(base, qtype, axis=0, group_size=choice.group_size)
-        packed = quanto.quantize_weight(base, qtype, 0, scale, shift, choice.group_size, optimized=False)
+        group = group_size(LinearSpec("", *weight.shape), choice)
+        scale, shift = quanto.MaxOptimizer()(base, qtype, axis=0, group_size=group)
+        packed = quanto.quantize_weight(base, qtype, 0, scale, shift, group, optimized=False)
         return Variant(choice, {"codes": packed._data._data, "scale": packed._scale, "shift": packed._shift})
 
     def dequantize(self, variant: Variant, linear: LinearSpec) -> torch.Tensor:
@@ -76,7 +81,7 @@ class Quanto(Backend):
         if not variant.choice.group_size:
             weight: torch.Tensor = codes.float() * scale.float()
             return weight
-        bits, group = int(variant.choice.bits), variant.choice.group_size
+        bits, group = int(variant.choice.bits), group_size(linear, variant.choice)
         packed = quanto.WeightQBitsTensor(
             {4: quanto.qint4, 2: quanto.qint2}[bits], 0, group, (linear.rows, linear.columns), (linear.columns, 1),
             quanto.PackedTensor(codes, bits, (linear.parameters // group, group), (group, 1)), scale,

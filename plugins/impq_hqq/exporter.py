@@ -1,0 +1,45 @@
+"""Checkpoints in hqq's own safetensors form: the state dict of a model with HQQLinear modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from impq_core.checkpoint import read_model, write_model
+from impq_core.interfaces import Checkpoint, Exporter, Variant
+from impq_core.types import Plan
+from impq_hqq.backend import Hqq, Options
+
+_NAMES = {"codes": "W_q", "scale": "scale", "zero": "zero"}
+
+
+class HqqExporter(Exporter):
+    """safetensors that ``HQQLinear.load_state_dict`` reads, each linear with its own width.
+
+    transformers cannot load it, and its configuration is such that it says so (5.23 fills a model with random weights
+    where it meets an HQQ checkpoint of the form it once wrote itself).
+    """
+
+    backends = frozenset({"hqq"})
+
+    def export(self, checkpoint: Checkpoint, folder: Path) -> None:
+        """Write model.safetensors and config.json."""
+        specs = {spec.name: spec for layer in checkpoint.plan.space.everyone for spec in layer.linears}
+        tensors, backend = dict(checkpoint.dense), Hqq(Options(**checkpoint.options))
+        for name, variant in checkpoint.variants.items():
+            state = backend.stored_state(variant, specs[name])
+            tensors |= {f"{name}.{part}": tensor for part, tensor in state.items()}
+        # Without the key 'quant_config' transformers refuses; with it, it would go on with random weights.
+        widths = {name: int(choice.bits) for name, choice in checkpoint.plan.widths().items() if choice}
+        write_model(folder, tensors, {**checkpoint.config, "quantization_config": {
+            "quant_method": "hqq", "bits": widths}})
+
+    def restore(self, folder: Path, plan: Plan) -> Mapping[str, Variant]:
+        """Read the packed linears back; raises ImpqError where the file lacks one."""
+        variants = {}
+        with read_model(folder) as tensor:
+            for name, choice in plan.widths().items():
+                if choice is not None:
+                    tensors = {our: tensor(f"{name}.{their}") for our, their in _NAMES.items()}
+                    variants[name] = Variant(choice, tensors)
+        return variants

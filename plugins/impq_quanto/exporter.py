@@ -1,0 +1,67 @@
+"""Checkpoints as optimum-quanto's own ``QuantizedModelForCausalLM`` saves and reloads them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from impq_core.checkpoint import read_model, write_model
+from impq_core.errors import ImpqError
+from impq_core.files import write_text
+from impq_core.interfaces import Checkpoint, Exporter, Variant
+from impq_core.types import Plan
+
+STOCK_GROUP = 128
+"""The file does not hold group sizes: quanto derives them from this one."""
+
+_QBITS = {"codes": "weight._data._data", "scale": "weight._scale", "shift": "weight._shift"}
+_QBYTES = {"codes": "weight._data", "scale": "weight._scale"}
+
+
+class QuantoExporter(Exporter):
+    """safetensors and a map from module to qtype, for ``QuantizedModelForCausalLM.from_pretrained``.
+
+    Scales are stored in float16, and quanto multiplies in their type: the model is float16 too.
+    """
+
+    backends = frozenset({"quanto"})
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Other groups than quanto's own do not reload."""
+        if options["group_size"] != STOCK_GROUP:
+            raise ImpqError("format 'quanto' knows no group size but quanto's own: run with "
+                            f"-o group_size={STOCK_GROUP}")
+
+    def export(self, checkpoint: Checkpoint, folder: Path) -> None:
+        """Write model.safetensors, config.json and quanto_qmap.json."""
+        import torch
+
+        tensors = {}
+        for name, tensor in checkpoint.dense.items():
+            tensors[name] = tensor.half() if tensor.is_floating_point() else tensor
+            if not torch.isfinite(tensors[name]).all():
+                raise ImpqError(f"format 'quanto' stores 16-bit floats, which {name} overflows")
+        one = torch.ones((), dtype=torch.float16)
+        for name, variant in checkpoint.variants.items():
+            tensors |= {f"{name}.{stored}": variant.tensors[ours] for ours, stored in _names(variant).items()}
+            tensors |= {f"{name}.input_scale": one.clone(), f"{name}.output_scale": one.clone()}
+        write_model(folder, tensors, {**checkpoint.config, "dtype": "float16"})
+        types = {name: {"weights": f"qint{variant.choice}", "activations": "none"}
+                 for name, variant in checkpoint.variants.items()}
+        write_text(folder / "quanto_qmap.json", json.dumps(types, indent=4) + "\n")
+
+    def restore(self, folder: Path, plan: Plan) -> Mapping[str, Variant]:
+        """Read the packed linears back; raises ImpqError where the file lacks one."""
+        variants = {}
+        with read_model(folder) as tensor:
+            for name, choice in plan.widths().items():
+                if choice is not None:
+                    names = _names(Variant(choice, {}))
+                    variants[name] = Variant(choice, {our: tensor(f"{name}.{their}") for our, their in names.items()})
+        return variants
+
+
+def _names(variant: Variant) -> Mapping[str, str]:
+    return _QBITS if variant.choice.group_size else _QBYTES
