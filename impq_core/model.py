@@ -53,6 +53,11 @@ def layers_of(model: PreTrainedModel, granularity: str) -> tuple[LayerSpec, ...]
     return tuple(layers)
 
 
+def rest_parameters(model: PreTrainedModel, layers: Sequence[LayerSpec]) -> int:
+    """Parameters outside the layers' weights: embeddings, head (once where they are tied), norms, biases."""
+    return int(sum(parameter.numel() for parameter in model.parameters())) - sum(layer.parameters for layer in layers)
+
+
 def search_space(layers: tuple[LayerSpec, ...], backend: Backend, choices: tuple[Choice, ...],
                  pins: Mapping[str, float] = MappingProxyType({}), exclude: Sequence[str] = ()) -> SearchSpace:
     """The space of a backend's choices over layers.

@@ -26,7 +26,7 @@ from impq_core.evaluate import Evaluation, Evaluator, evaluate_plan
 from impq_core.files import write_text
 from impq_core.game import MeasurementLog, ModelGame
 from impq_core.interfaces import Backend
-from impq_core.model import layers_of, resolve_dtype, search_space
+from impq_core.model import layers_of, resolve_dtype, rest_parameters, search_space
 from impq_core.parts import Parts
 from impq_core.plugins import Plugins
 from impq_core.probe import ModelProbe
@@ -42,7 +42,8 @@ class RunResult:
 
     ``measured_loss`` is the plan's loss in the game it was estimated from, nats per token above the reference, to
     hold against ``plan.predicted_loss`` (None where no text was read); ``forwards`` the cost of the search in
-    full-model forwards; ``seconds`` by stage; ``digests`` of the tokens of both texts.
+    full-model forwards; ``rest_bytes`` what embeddings, head and all else that is never quantized take at 16 bits;
+    ``seconds`` by stage; ``digests`` of the tokens of both texts.
     """
 
     folder: Path
@@ -53,8 +54,14 @@ class RunResult:
     measurements: Measurements | None
     measured_loss: float | None
     forwards: float
+    rest_bytes: int
     seconds: dict[str, float]
     digests: dict[str, str]
+
+    @property
+    def model_bytes(self) -> int:
+        """The whole model under the plan."""
+        return self.plan.nbytes + self.rest_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +80,7 @@ class Prepared:
     played: SearchSpace
     between: tuple[tuple[Choice, int], ...]
     budget_bytes: int
+    rest_bytes: int
     plan: Plan | None
     calibration: Windows | None
     evaluation: Windows
@@ -122,8 +130,8 @@ def prepare(config: RunConfig, plugins: Plugins, calibrate: bool = True) -> Prep
         calibration=replace(config.calibration, source=_absolute(config.calibration.source)),
         evaluation=replace(config.evaluation, source=_absolute(config.evaluation.source)),
         bits=tuple(choice.bits for choice in parts.menu), budget=str(budget), dtype=dtype, options=parts.options())
-    return Prepared(resolved, parts, source, space, played, tuple(between), budget_bytes, plan, calibration,
-                    evaluation)
+    return Prepared(resolved, parts, source, space, played, tuple(between), budget_bytes,
+                    2 * rest_parameters(skeleton, layers), plan, calibration, evaluation)
 
 
 def _absolute(name: str) -> str:
@@ -226,7 +234,7 @@ def _carry_out(prepared: Prepared, plugins: Plugins, folder: Path) -> RunResult:
         evaluation.save(folder / "evaluation.json")
     forwards = search.estimate.forwards if search.estimate else 0.0
     result = RunResult(folder, prepared.config, search.plan, evaluation, search.estimate, search.measurements,
-                       search.measured_loss, forwards, clock.seconds,
+                       search.measured_loss, forwards, prepared.rest_bytes, clock.seconds,
                        {role: text.digest for role, text in (("calibration", prepared.calibration),
                                                              ("evaluation", prepared.evaluation)) if text})
     write_text(folder / "cost.json", json.dumps({"forwards": forwards, "seconds": clock.seconds}, indent=1) + "\n")

@@ -103,7 +103,9 @@ def summary(result: RunResult) -> list[str]:
     plan, space = result.plan, result.plan.space
     counts = ", ".join(f"{int((plan.pick == k).sum())} at {choice}" for k, choice in enumerate(space.choices))
     lines = [f"plan: {counts} bits; {plan.nbytes / 1e6:.2f} MB = {space.nominal_bits(plan.nbytes):.3f} bits nominal, "
-             f"{space.bits_per_weight(plan.nbytes):.3f} stored"]
+             f"{space.bits_per_weight(plan.nbytes):.3f} stored",
+             f"whole model: {result.model_bytes / 1e6:.2f} MB, of which {result.rest_bytes / 1e6:.2f} MB are "
+             "embeddings, head and norms at 16 bits"]
     if result.measurements is not None:
         m = result.measurements
         lines.append(f"search: {len(m)} losses on {m.tokens} tokens of {result.config.calibration.source} calibration "

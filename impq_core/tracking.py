@@ -158,7 +158,7 @@ class Tracker:
         score = result.evaluation.plan
         numbers = {"nll": score.nll, "nll_stderr": score.stderr, "perplexity": score.perplexity, "kl": score.kl,
                    "top1_agreement": score.top1, "search_forwards": result.forwards,
-                   "evaluations": len(result.measurements or ())}
+                   "model_bytes": result.model_bytes, "evaluations": len(result.measurements or ())}
         if result.measured_loss is not None:
             numbers["measured_plan_loss"] = result.measured_loss
         if result.plan.predicted_loss is not None and result.measured_loss is not None:
