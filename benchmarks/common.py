@@ -62,13 +62,16 @@ class Bench:
         return Bench(prepared, self.plugins, self.runner, bank, self.windows,
                      Evaluator(self.runner, bank, prepared.evaluation))
 
+    def game(self) -> ModelGame:
+        return ModelGame(self.prepared.space, self.bank, self.runner, self.windows, progress=say("estimate"))
+
+    def probe(self) -> ModelProbe:
+        return ModelProbe(self.prepared.space, self.bank, self.runner, self.windows)
+
     def estimate(self, config: RunConfig) -> tuple[SensitivityEstimate, Measurements | None]:
         """What a configuration's estimator makes of this model, and what it measured for a surrogate to fit."""
-        space = self.prepared.space
-        game = ModelGame(space, self.bank, self.runner, self.windows, progress=say(config.estimator))
-        probe = ModelProbe(space, self.bank, self.runner, self.windows)
         parts = Parts.build(config, self.plugins)
-        return parts.estimate(game, probe, np.random.default_rng(config.seed))
+        return parts.estimate(self.game(), self.probe(), np.random.default_rng(config.seed))
 
     def plan(self, config: RunConfig, estimate: SensitivityEstimate, budget: float) -> Plan:
         """The plan of a configuration's allocator at a budget in nominal bits."""

@@ -8,38 +8,29 @@ from __future__ import annotations
 import argparse
 
 import numpy as np
-from common import heading, say, table, write
+from common import Bench, heading, say, table, write
 
 from impq_core.config import RunConfig
-from impq_core.evaluate import Evaluator, evaluate_plan
-from impq_core.game import ModelGame
-from impq_core.pipeline import load_runner, prepare, quantize_all
-from impq_core.plugins import Plugins
-from impq_core.probe import ModelProbe
+from impq_core.evaluate import evaluate_plan
 from impq_core.report import evaluation_rows
 
 MENUS = ((2.0, 4.0), (3.0, 8.0))
 SEEDS = (0, 1, 2)
+OPTIONS = {"estimator": {"permutations": 10}}
 
 
 def measure(bits: tuple[float, ...]) -> list[str]:
-    prepared = prepare(RunConfig(bits=bits, tracking_uri="none"), Plugins())
-    runner = load_runner(prepared)
-    bank = quantize_all(prepared, runner, say("quantize"))
-    assert prepared.calibration is not None
-    windows = prepared.calibration.first(prepared.config.game_windows)
-    probe = ModelProbe(prepared.space, bank, runner, windows)
-    evaluator = None
+    bench = Bench.build(RunConfig(bits=bits, tracking_uri="none", options=OPTIONS))
+    prepared, windows = bench.prepared, bench.windows
     lines: list[str] = []
     plans = []
     for seed in SEEDS:
-        game = ModelGame(prepared.space, bank, runner, windows)
-        estimate, _ = prepared.parts.estimate(game, probe, np.random.default_rng(seed))
+        game = bench.game()
+        estimate, _ = prepared.parts.estimate(game, bench.probe(), np.random.default_rng(seed))
         plan = prepared.parts.allocator.allocate(estimate, prepared.budget_bytes)
-        predicted, measured = plan.predicted_loss, game.loss(plan.pick)
-        forwards = estimate.forwards
-        evaluator = evaluator or Evaluator(runner, bank, prepared.evaluation)
-        evaluation = evaluate_plan(evaluator, plan, prepared.between, prepared.evaluation, seed, say(f"seed {seed}"))
+        predicted, measured, forwards = plan.predicted_loss, game.loss(plan.pick), estimate.forwards
+        evaluation = evaluate_plan(bench.evaluator, plan, prepared.between, prepared.evaluation, seed,
+                                   say(f"seed {seed}"))
         assert estimate.stderr is not None
         plans.append(plan.pick)
         same = ", ".join(f"{int((plan.pick != other).sum())} layers from seed {s}"
