@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +18,10 @@ from impq_core.space import Choice, LayerSpec, LinearSpec
 
 Assignment = Sequence[Choice | None]
 """A choice for each layer of the bank; None is the unquantized weight."""
+
+
+_BLENDED = Choice(-1.0, -1)
+"""Stands for no choice at all: whatever comes next is another one."""
 
 
 class Bank:
@@ -78,6 +82,14 @@ class Bank:
                 weight = self.variant(spec, choice).to(self._dtype) if choice else self._originals[spec.name]
                 self._modules[spec.name].weight.data = weight
                 self._current[spec.name] = choice
+
+    def blend(self, layer: int, shares: Mapping[Choice, float]) -> None:
+        """Give a layer's linears the weighted sum of the weights of several choices, until they are switched again."""
+        for spec in self.layers[layer].linears:
+            weight = sum(share * self.variant(spec, choice) for choice, share in shares.items())
+            assert isinstance(weight, torch.Tensor)
+            self._modules[spec.name].weight.data = weight.to(self._dtype)
+            self._current[spec.name] = _BLENDED
 
     def apply(self, assignment: Assignment) -> None:
         """Switch every layer."""

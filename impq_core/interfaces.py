@@ -65,9 +65,13 @@ class Game(Protocol):
 
 
 class Probe(Protocol):
-    """What an inspector may look at: the unquantized model over the calibration windows."""
+    """What an inspector may look at: the model's weights, and the model over the calibration windows."""
 
     space: SearchSpace
+
+    @property
+    def window_tokens(self) -> int:
+        """Scored tokens of a calibration window; raises ImpqError where there is no text."""
 
     @property
     def forwards(self) -> float:
@@ -82,8 +86,17 @@ class Probe(Protocol):
     def block_states(self) -> Iterator[tuple[int, list[torch.Tensor], list[torch.Tensor]]]:
         """Each block's index, inputs and outputs, as batches (windows, length, width). Needs ``activations``."""
 
-    def gradients(self) -> Iterator[Mapping[str, torch.Tensor]]:
-        """For each batch of windows, the gradient of its mean loss in each linear's weight. Needs ``gradients``."""
+    def slopes(self, at: FloatArray | None = None) -> FloatArray:
+        """First-order change of each window's loss when one layer moves. Needs ``gradients``.
+
+        Args:
+            at: where the model stands: shares (m,) of the choices, which every layer's weights are blended from; None
+                is the unquantized model.
+
+        Returns:
+            float64 (windows, n, m), nats per token: ``[s, i, k]`` is the inner product of the gradient of window s's
+            mean loss, in layer i's weights, and the way from where they stand to choice k.
+        """
 
 
 class Inspector(Part, ABC):

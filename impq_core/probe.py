@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
+import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional
 
 from impq_core.bank import Bank
 from impq_core.blockwise import BlockwiseModel
 from impq_core.errors import ImpqError
-from impq_core.space import Choice, LinearSpec, SearchSpace
+from impq_core.space import Choice, FloatArray, LinearSpec, SearchSpace
 from impq_core.text import Windows
+
+BATCH_TOKENS = 1024
+"""Tokens of a backward pass: its logits are float32 and there twice."""
 
 
 class ModelProbe:
@@ -28,6 +33,11 @@ class ModelProbe:
         self.space = space
         self._bank, self._runner, self._windows = bank, runner, windows
         self.forwards = 0.0
+
+    @property
+    def window_tokens(self) -> int:
+        """Scored tokens of a window."""
+        return self._text.ids.shape[1] - 1
 
     def weight(self, linear: LinearSpec) -> torch.Tensor:
         """The unquantized weight (rows, columns), float32."""
@@ -47,24 +57,62 @@ class ModelProbe:
             yield index, hidden, output
             hidden = output
 
-    def gradients(self) -> Iterator[Mapping[str, torch.Tensor]]:
-        """Gradients of each window's mean loss at the unquantized weights; costs three forwards in all."""
-        self._bank.apply([None] * len(self._bank.layers))
-        modules = {spec.name: self._bank.module(spec) for layer in self.space.layers for spec in layer.linears}
-        model = self._runner.model
-        ids = torch.from_numpy(self._text.ids)
+    def slopes(self, at: FloatArray | None = None) -> FloatArray:
+        """First-order changes (windows, n, m) of each window's loss; costs three forwards in all.
+
+        No gradient of a weight is ever made: its inner product with a change D of the weight is that of the gradient
+        of the linear's output with D x, token by token, which keeps the windows of a batch apart.
+        """
+        layers = self._bank.layers
+        if at is None:
+            self._bank.apply([None] * len(layers))
+        else:
+            shares = {choice: float(share) for choice, share in zip(self.space.choices, at, strict=True) if share}
+            pinned = [pin.choice for pin in self.space.pinned]
+            for layer in range(len(layers)):
+                if layer < len(self.space):
+                    self._bank.blend(layer, shares)
+                else:
+                    self._bank.switch(layer, pinned[layer - len(self.space)])
+        ids = torch.from_numpy(np.asarray(self._text.ids))
+        batches = torch.split(ids, max(1, BATCH_TOKENS // ids.shape[1]))
+        out = [self._slopes_of(batch) for batch in batches]
+        self.forwards += 3
+        return np.concatenate(out)
+
+    def _slopes_of(self, ids: torch.Tensor) -> FloatArray:
+        out = np.zeros((len(ids), *self.space.nbytes.shape))
+        model, handles = self._runner.model, []
+
+        def watch(layer: int, linear: LinearSpec) -> None:
+            def forward(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+                inputs = args[0].detach()
+                stands = self._bank.module(linear).weight.float()
+
+                def backward(grad: torch.Tensor) -> None:
+                    for k, choice in enumerate(self.space.choices):
+                        change = (self._bank.variant(linear, choice) - stands).to(inputs.dtype)
+                        moved = (grad.float() * (inputs @ change.T).float()).flatten(1).sum(dim=1)
+                        out[:, layer, k] += moved.double().numpy()
+
+                output.register_hook(backward)  # type: ignore[no-untyped-call]
+            handles.append(self._bank.module(linear).register_forward_hook(forward))
+
+        def start(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            output.requires_grad_(True)  # no parameter asks for a gradient, so the graph has to begin here
+
         try:
-            for module in modules.values():
-                module.weight.requires_grad_(True)
-            for window in ids:
-                logits = model(input_ids=window[None], use_cache=False).logits[0, :-1]
-                loss = functional.cross_entropy(logits.float(), window[1:])
-                grads = torch.autograd.grad(loss, [module.weight for module in modules.values()])
-                self.forwards += 3 / len(ids)
-                yield dict(zip(modules, (grad.float() for grad in grads), strict=True))
+            handles.append(model.get_input_embeddings().register_forward_hook(start))
+            for layer, spec in enumerate(self.space.layers):
+                for linear in spec.linears:
+                    watch(layer, linear)
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+            loss = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+            (loss / (ids.shape[1] - 1)).backward()  # type: ignore[no-untyped-call]
         finally:
-            for module in modules.values():
-                module.weight.requires_grad_(False)
+            for handle in handles:
+                handle.remove()
+        return out
 
     @property
     def _text(self) -> Windows:

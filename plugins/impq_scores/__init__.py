@@ -6,10 +6,12 @@ from impq_core.plugins import Component
 
 @hookimpl
 def impq_estimators() -> list[Component]:
-    """``isolated``, ``llm-mq``, ``lim``, ``activation``, ``zscore``, ``first-last``, ``random``."""
+    """Played, from gradients, from activations, from weights, and from nothing."""
     return [
         Component("isolated", "impq_scores.played:Isolated", "each layer demoted alone"),
-        Component("llm-mq", "impq_scores.inspected:LlmMq", "gradient times quantization error (LLM-MQ)"),
+        Component("llm-mq", "impq_scores.gradients:LlmMq", "gradient times quantization error (LLM-MQ)"),
+        Component("fisher", "impq_scores.gradients:Fisher", "second order from one backward a window, with pairs"),
+        Component("aumann-shapley", "impq_scores.gradients:AumannShapley", "slopes along the path of all layers"),
         Component("lim", "impq_scores.inspected:Lim", "how much a block turns its input (LIM)"),
         Component("activation", "impq_scores.inspected:Activation", "inverse size of a block's output, as in CoopQ"),
         Component("zscore", "impq_scores.inspected:ZScore", "share of outlying weights (ZD), data-free"),

@@ -110,30 +110,3 @@ class Activation(Inspector):
         smallest = min(norms.values())
         importance = np.array([100 * smallest / norms[layer.block] for layer in probe.space.layers])
         return from_importance(probe.space, importance, "activation", probe.forwards)
-
-
-class LlmMq(Inspector):
-    """LLM-MQ (NeurIPS 2023 ENLSP): ``s_{i,b} = |g_i . (W_i - Q_b(W_i))|``, first order, at the unquantized weights.
-    The inner product can cancel, so its absolute value is taken per window and averaged over windows.
-
-    The cost of a choice is its score minus the reference's, and never less than zero.
-    """
-
-    needs = frozenset({"gradients"})
-
-    def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
-        """One backward a window: three forwards in all."""
-        space = probe.space
-        scores = np.zeros(space.nbytes.shape)
-        windows = 0
-        errors = {(linear.name, k): probe.weight(linear) - probe.variant(linear, choice)
-                  for layer in space.layers for linear in layer.linears for k, choice in enumerate(space.choices)}
-        for gradients in probe.gradients():
-            windows += 1
-            for i, layer in enumerate(space.layers):
-                for k in range(len(space.choices)):
-                    scores[i, k] += abs(sum(float((gradients[linear.name] * errors[linear.name, k]).sum())
-                                            for linear in layer.linears))
-        scores /= windows
-        linear = np.maximum(scores - scores[:, :1], 0.0)
-        return SensitivityEstimate(space, linear, method="llm-mq", forwards=probe.forwards)
