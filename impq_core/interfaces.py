@@ -36,6 +36,9 @@ class Part:
     def __init__(self, options: Any = None) -> None:
         self.options = self.Options() if options is None else options
 
+    def check_space(self, space: SearchSpace) -> None:
+        """Raises ImpqError where the options do not fit a space; asked before any weight is loaded."""
+
 
 class Game(Protocol):
     """The cooperative game of an estimator: a model seen only through the loss of a pick."""

@@ -109,6 +109,8 @@ def prepare(config: RunConfig, plugins: Plugins, calibrate: bool = True) -> Prep
     played = space
     if parts.estimate_with:
         played = search_space(layers, parts.estimate_with, parts.played, config.pins, config.exclude)
+    for part in (parts.estimator, parts.surrogate, parts.allocator):
+        part.check_space(played)
     inside = [choice for choice in parts.backend.choices()
               if parts.menu[-1] < choice < parts.menu[0] and choice not in parts.menu]
     between = []

@@ -89,6 +89,8 @@ BAD = [
     (["run", "--tracking-uri", "./mlruns"], 1, "not understood"),
     (["ui"], 1, "there is no store"),
     # These need the model's shapes or its tokenizer, and still no weights:
+    (["tiny", "--estimator", "isolated", "-o", "base=5"], 2, "base=5 is none of the widths played (4, 3, 2)"),
+    (["tiny", "--granularity", "linear", "--allocator", "exhaustive"], 1, "make 2.29e+13 plans"),
     (["tiny", "--budget", "1GB"], 2, "outside what these widths can reach"),
     (["tiny", "--pin", "model.layer.0=4"], 2, "matches no layer (layers are called like model.layers.0)"),
     (["tiny", "--pin", "*.q_proj=4"], 2, "only part of layer model.layers.0: use a finer --granularity"),

@@ -9,7 +9,7 @@ import numpy as np
 
 from impq_core.errors import ImpqError
 from impq_core.interfaces import Allocator
-from impq_core.space import FloatArray, IntArray
+from impq_core.space import FloatArray, IntArray, SearchSpace
 from impq_core.types import Plan, SensitivityEstimate
 
 
@@ -81,14 +81,19 @@ class Exhaustive(Allocator):
 
     Options = ExhaustiveOptions
 
-    def allocate(self, estimate: SensitivityEstimate, budget_bytes: int) -> Plan:
-        """The optimum; refuses spaces of more plans than ``most``."""
-        _require(estimate, budget_bytes)
-        space = estimate.space
+    def check_space(self, space: SearchSpace) -> None:
+        """There must not be more plans than ``most``."""
         n, m = space.nbytes.shape
         if m**n > self.options.most:
             raise ImpqError(f"allocator exhaustive: {n} layers at {m} widths make {float(m)**n:.3g} plans, more than "
                             f"most={self.options.most}; use qp")
+
+    def allocate(self, estimate: SensitivityEstimate, budget_bytes: int) -> Plan:
+        """The optimum; refuses spaces of more plans than ``most``."""
+        _require(estimate, budget_bytes)
+        space = estimate.space
+        self.check_space(space)
+        n, m = space.nbytes.shape
         best, value = space.uniform(m - 1), float("inf")
         plans = itertools.product(range(m), repeat=n)
         while chunk := list(itertools.islice(plans, 50_000)):
