@@ -144,6 +144,22 @@ def run(config_file: Path | None, options: tuple[str, ...], plugin_files: tuple[
 
 @cli.command()
 @click.argument("run")
+@click.option("--surrogate", "names", multiple=True, help="Surrogate to fit [every one on offer].")
+@click.option("-o", "--option", "options", multiple=True, metavar="NAME=VALUE", help="Option of the surrogates.")
+def fit(run: str, names: tuple[str, ...], options: tuple[str, ...]) -> None:
+    """Fit surrogates to the losses a run (its folder) has measured, and say how well they tell unseen ones."""
+    from impq_core.fit import fit_run
+    from impq_core.report import fit_table, make_console
+
+    found = Plugins()
+    for name in names:
+        found.find("surrogate", name)
+    fitted = fit_run(run, names, dict(_pair(option) for option in options), found)
+    make_console().print(fit_table(fitted))
+
+
+@cli.command()
+@click.argument("run")
 @click.argument("format")
 @click.option("--to", "target", type=click.Path(path_type=Path), help="Folder to write [RUN/FORMAT].")
 def export(run: str, format: str, target: Path | None) -> None:

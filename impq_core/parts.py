@@ -49,7 +49,7 @@ class Parts:
         for slot in config.options:
             if slot not in slots:
                 raise UsageError(f"options are given for '{slot}', which this run does not have{nearest(slot, slots)}")
-        built = {"estimate_with": None, **{slot: _build(config, plugins, slot) for slot in slots}}
+        built = {"estimate_with": None, **{slot: build_part(config, plugins, slot) for slot in slots}}
         menu, played = _menus(config, built["backend"], built["estimate_with"])
         budget = Budget.parse(config.budget) if config.budget else None
         if budget and not config.pins:  # a pin may lie outside the menu
@@ -114,7 +114,8 @@ def assign_options(config: RunConfig, plugins: Plugins, pairs: Mapping[str, str]
     return result
 
 
-def _build(config: RunConfig, plugins: Plugins, slot: str) -> Any:
+def build_part(config: RunConfig, plugins: Plugins, slot: str) -> Any:
+    """The part that a configuration names for a slot, with its options; raises UsageError where either is wrong."""
     name, role = getattr(config, slot), slots_of(config)[slot]
     part = plugins.load(role, name, _BASES[role])
     return part(build_options(part, role, name, config.options.get(slot, {})))

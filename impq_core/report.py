@@ -14,10 +14,12 @@ from rich.table import Table
 from impq_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from impq_core.config import RunConfig
     from impq_core.evaluate import Evaluation, Score
+    from impq_core.fit import Fitted
     from impq_core.pipeline import RunResult
     from impq_core.space import SearchSpace
     from impq_core.types import Plan
@@ -158,6 +160,23 @@ def evaluation_table(evaluation: Evaluation) -> Table:
         table.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
     for row in cells:
         table.add_row(*row, style="bold" if row[0] == "plan" else None)
+    return table
+
+
+def fit_table(fitted: Sequence[Fitted]) -> Table:
+    """What ``impq fit`` prints."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("surrogate", "error", "misordered", "explained", "file"):
+        table.add_column(name, justify="left" if name in ("surrogate", "file") else "right", overflow="fold")
+    for one in fitted:
+        if one.validation is None:
+            table.add_row(one.surrogate, "", "", "", one.problem)
+        else:
+            v = one.validation
+            table.add_row(one.surrogate, f"{v.error:.4f}", f"{100 * v.misordered:.1f}%", f"{100 * v.explained:.1f}%",
+                          str(one.file))
+    table.caption = ("of permutations left out: root mean square error in nats per token; pairs of equally many "
+                     "demotions in the wrong order (50% is a guess); variance among such explained")
     return table
 
 

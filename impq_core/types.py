@@ -89,6 +89,11 @@ class Measurements:
                 table[row, moved[0], self.picks[before, moved[0]]] = self.losses[after] - self.losses[before]
         return table, replicates
 
+    def part(self, rows: IntArray) -> Measurements:
+        """Some of the measurements, by their numbers."""
+        picked = {name: getattr(self, name)[rows] for name in ("picks", "losses", "path", "step", "replicate")}
+        return replace(self, **picked)
+
     def save(self, path: Path) -> None:
         """Write an .npz file without pickle."""
         arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "space"}
@@ -107,13 +112,16 @@ class Measurements:
 class SensitivityEstimate:
     """What an allocator reads: the predicted cost of every choice, alone and in pairs.
 
-    ``predict(q) = sum_i linear[i, q_i] + sum_{i<j} pairwise[i, q_i, j, q_j]``, nats per token.
+    ``score(q) = sum_i linear[i, q_i] + sum_{i<j} pairwise[i, q_i, j, q_j]``, which is the predicted loss in nats per
+    token, or, with a link, grows with it: the pick of least score is the pick of least loss.
 
     Args:
         space: the space it is an estimate of.
         linear: float64 (n, m); column 0 is 0.
         pairwise: float64 (n, m, n, m), symmetric, 0 within a layer and at choice 0; None for an additive estimate.
         stderr: float64 (n, m), standard error of ``linear``'s measured part; None where it is not known.
+        link: float64 (2, K), increasing scores and the losses they stand for, from 0 and 0 on; None where a score is
+            a loss.
         method: who made it, such as ``spqe + covariance``.
         forwards: what it cost, in full-model forwards.
     """
@@ -124,9 +132,14 @@ class SensitivityEstimate:
     stderr: FloatArray | None = None
     method: str = ""
     forwards: float = 0.0
+    link: FloatArray | None = None
 
     def __post_init__(self) -> None:
         n, m = self.space.nbytes.shape
+        if self.link is not None:
+            object.__setattr__(self, "link", frozen(np.asarray(self.link, dtype=np.float64)))
+            if self.link.ndim != 2 or len(self.link) != 2 or (np.diff(self.link) <= 0).any() or self.link[:, 0].any():
+                raise ImpqError("an estimate's link is two increasing rows that begin with 0")
         for name, shape in (("linear", (n, m)), ("stderr", (n, m)), ("pairwise", (n, m, n, m))):
             value = getattr(self, name)
             if value is None:
@@ -160,6 +173,20 @@ class SensitivityEstimate:
 
     def predict(self, picks: IntArray) -> FloatArray:
         """Predicted losses (N,) of picks (N, n), nats per token above the reference."""
+        return self.losses_of(self.score(picks))
+
+    def losses_of(self, scores: FloatArray) -> FloatArray:
+        """The losses that scores stand for; beyond the link's ends its last slopes go on."""
+        if self.link is None:
+            return scores
+        x, y = self.link
+        slopes = np.diff(y)[[0, -1]] / np.diff(x)[[0, -1]]
+        inside: FloatArray = np.interp(scores, x, y)
+        beyond: FloatArray = slopes[0] * np.minimum(scores, 0.0) + slopes[1] * np.maximum(scores - x[-1], 0.0)
+        return inside + beyond
+
+    def score(self, picks: IntArray) -> FloatArray:
+        """What an allocator minimises (N,), for picks (N, n)."""
         picks = np.atleast_2d(picks)
         index = np.arange(len(self.space))
         losses: FloatArray = self.linear[index, picks].sum(axis=1)
@@ -181,7 +208,7 @@ class SensitivityEstimate:
         with np.load(path, allow_pickle=False) as data:
             return cls(SearchSpace.from_dict(json.loads(str(data["space"]))), data["linear"],
                        data.get("pairwise"), data.get("stderr"),
-                       str(data["method"]), float(data["forwards"]))
+                       str(data["method"]), float(data["forwards"]), data.get("link"))
 
 
 @dataclass(frozen=True, eq=False)

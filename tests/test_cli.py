@@ -49,6 +49,8 @@ BAD = [
     (["run", "--export", "gtpq"], 2, "unknown exporter 'gtpq' (did you mean 'gptq'?)"),
     (["run", "--export", "gptq", "--backend", "hqq"], 1, "not of hqq"),
     (["run", "--export", "compressed-tensors"], 1, "run with -o symmetric=true"),
+    (["fit", "./nowhere"], 1, "no run whose losses can be fitted"),
+    (["fit", "./nowhere", "--surrogate", "regresion"], 2, "did you mean 'regression'"),
     (["export", "./nowhere", "gptq"], 1, "no run folder"),
     (["export", "./nowhere", "gtpq"], 2, "did you mean 'gptq'"),
     (["evaluate", "./nowhere"], 1, "no folder that impq exported"),

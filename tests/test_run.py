@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from impq_core.cli import main
 from impq_core.config import RunConfig, TextConfig, read_toml
 from impq_core.errors import ImpqError
+from impq_core.fit import fit_run
 from impq_core.game import MeasurementLog
 from impq_core.hookspecs import hookimpl
 from impq_core.pipeline import RunResult, run
@@ -76,6 +78,24 @@ def test_the_resolved_configuration_makes_the_same_run_again(result: RunResult) 
     assert again.measurements is not None and result.measurements is not None
     np.testing.assert_array_equal(again.measurements.losses, result.measurements.losses)
     assert [row.nll for row in again.evaluation.rows] == [row.nll for row in result.evaluation.rows]
+
+
+def test_other_surrogates_are_fitted_without_the_model(result: RunResult, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["additive", "covariance", "coverage", "regression"]
+    fitted = {one.surrogate: one for one in fit_run(str(result.folder), [], {}, Plugins())}
+    assert sorted(fitted) == names
+    # Narrower widths may help a random model, which is nothing that coverage could describe.
+    assert {one.surrogate for one in fitted.values() if one.problem} <= {"coverage"}
+    again = SensitivityEstimate.load(fitted["covariance"].file)
+    assert result.estimate is not None
+    np.testing.assert_array_equal(again.linear, result.estimate.linear)
+    [plain] = fit_run(str(result.folder), ["covariance"], {"alpha": "1"}, Plugins())
+    assert plain.estimate is not None and "alpha=1" in plain.estimate.method
+    main(["fit", str(result.folder), "--surrogate", "regression"])
+    assert "regression" in capsys.readouterr().out
+    (result.folder / "measurements.npz").unlink()
+    with pytest.raises(ImpqError, match="no run whose losses can be fitted"):
+        fit_run(str(result.folder), names, {}, Plugins())
 
 
 def test_a_plan_is_applied_without_measuring(result: RunResult, tiny_config: RunConfig) -> None:

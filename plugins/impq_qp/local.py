@@ -19,7 +19,7 @@ def search(estimate: SensitivityEstimate, budget: int, starts: int, rng: np.rand
     space = estimate.space
     n, m = space.nbytes.shape
     best = descend(estimate, _greedy(estimate, budget), budget)
-    value = estimate.predict(best)[0]
+    value = estimate.score(best)[0]
     for _ in range(starts - 1):
         pick = space.uniform(m - 1)
         left = budget - space.bytes_of(pick)
@@ -28,8 +28,8 @@ def search(estimate: SensitivityEstimate, budget: int, starts: int, rng: np.rand
             pick[layer] = rng.choice(fitting)
             left -= space.nbytes[layer, pick[layer]] - space.nbytes[layer, -1]
         pick = descend(estimate, pick, budget)
-        if estimate.predict(pick)[0] < value - _TINY:
-            best, value = pick, estimate.predict(pick)[0]
+        if estimate.score(pick)[0] < value - _TINY:
+            best, value = pick, estimate.score(pick)[0]
     return best
 
 

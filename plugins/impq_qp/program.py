@@ -63,18 +63,20 @@ class QuadraticProgram(Allocator):
             raise ImpqError(f"a budget of {budget_bytes} bytes is below the smallest plan, {space.low_bytes} bytes")
         rng = np.random.default_rng(self.options.seed)
         pick = search(estimate, budget_bytes, self.options.starts, rng)
-        value = float(estimate.predict(pick)[0])
+        value = float(estimate.score(pick)[0])
         solved, bound = solve(estimate, budget_bytes, pick, self.options)
         if solved is not None and space.bytes_of(solved) <= budget_bytes:
-            other = float(estimate.predict(solved)[0])
+            other = float(estimate.score(solved)[0])
             if other < value - 1e-9 * max(1.0, abs(value)):
                 pick, value = solved, other
-        return Plan(space, pick, budget_bytes, value, None if bound is None else min(bound, value), method="qp")
+        loss, least = (None if score is None else float(estimate.losses_of(np.array(score)))
+                       for score in (value, None if bound is None else min(bound, value)))
+        return Plan(space, pick, budget_bytes, loss, least, method="qp")
 
 
 def solve(estimate: SensitivityEstimate, budget: int, start: IntArray,
           options: Options) -> tuple[IntArray | None, float | None]:
-    """HiGHS's pick and its proven lower bound (nats per token); None for what it did not find in time.
+    """HiGHS's pick and its proven lower bound on the score; None for what it did not find in time.
 
     Raises:
         ImpqError: the solver failed, which must not look like a plan.

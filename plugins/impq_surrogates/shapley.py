@@ -9,8 +9,9 @@ import numpy as np
 
 from impq_core.errors import ImpqError
 from impq_core.interfaces import Surrogate
-from impq_core.space import FloatArray, IntArray, SearchSpace
+from impq_core.space import FloatArray, IntArray
 from impq_core.types import Measurements, SensitivityEstimate
+from impq_surrogates.steps import from_quadratic, from_steps
 
 
 class Additive(Surrogate):
@@ -32,7 +33,7 @@ class Additive(Surrogate):
             layer = measurements.space.layers[int(np.argwhere(unreached)[0, 0])].name
             raise ImpqError(f"no permutation reached every step of {layer}: play more of them, or truncate later")
         return SensitivityEstimate(
-            measurements.space, _from_steps(np.nanmean(marginals, axis=0)), stderr=_stderr(marginals, replicates),
+            measurements.space, from_steps(np.nanmean(marginals, axis=0)), stderr=_stderr(marginals, replicates),
             method="additive", forwards=measurements.forwards)
 
 
@@ -73,7 +74,7 @@ class Covariance(Surrogate):
         values = marginals.reshape(paths, n * steps)
         phi = values.mean(axis=0)
         linear, quadratic = paper_form(phi, covariance(values), self.options.alpha)
-        return SensitivityEstimate(space, *_from_quadratic(space, linear, quadratic),
+        return SensitivityEstimate(space, *from_quadratic(space, linear, quadratic),
                                    stderr=_stderr(marginals, replicates),
                                    method=f"covariance(alpha={self.options.alpha:g})", forwards=measurements.forwards)
 
@@ -90,24 +91,6 @@ def paper_form(phi: FloatArray, c: FloatArray, alpha: float) -> tuple[FloatArray
     diagonal = np.diag(np.diag(c))
     k = (1 - alpha) * c + alpha * diagonal
     return phi - (k.sum(axis=1) - np.diag(k)), k
-
-
-def _from_quadratic(space: SearchSpace, linear: FloatArray, k: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """``a'q + q'Kq`` over step indicators, as the linear (n, m) and pairwise (n, m, n, m) terms of an estimate."""
-    n, m = space.nbytes.shape
-    steps = m - 1
-    blocks = k.reshape(n, steps, n, steps)
-    # Choice k of a layer means that its first k steps are taken: sums over steps are cumulative sums.
-    pairs = np.zeros((n, m, n, m))
-    pairs[:, 1:, :, 1:] = blocks.cumsum(axis=1).cumsum(axis=3)
-    own = np.stack([np.diag(pairs[i, :, i]) for i in range(n)])
-    pairs[np.arange(n), :, np.arange(n)] = 0.0
-    return _from_steps(linear.reshape(n, steps)) + own, pairs + pairs.transpose(2, 3, 0, 1)
-
-
-def _from_steps(values: FloatArray) -> FloatArray:
-    """Costs of steps (n, m-1) as costs of choices (n, m)."""
-    return np.concatenate([np.zeros((len(values), 1)), values.cumsum(axis=1)], axis=1)
 
 
 def _complete(measurements: Measurements) -> tuple[FloatArray, IntArray]:

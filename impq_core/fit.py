@@ -1,0 +1,68 @@
+"""Other surrogates for the losses of an earlier run, fitted and validated without the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from impq_core.config import RunConfig, read_toml
+from impq_core.errors import ImpqError
+from impq_core.parts import assign_options, build_part
+from impq_core.plugins import Plugins
+from impq_core.types import Measurements, SensitivityEstimate
+from impq_core.validation import Validation, validate
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """A surrogate fitted to a run's measurements; ``problem`` says why there is no estimate where it cannot be."""
+
+    surrogate: str
+    file: Path
+    estimate: SensitivityEstimate | None = None
+    validation: Validation | None = None
+    problem: str = ""
+
+
+def fit_run(run: str, names: Sequence[str], pairs: dict[str, str], plugins: Plugins) -> list[Fitted]:
+    """Fit surrogates to the losses of a run; each estimate is written to RUN/fits/NAME.npz.
+
+    Args:
+        run: a run folder.
+        names: surrogates; none for every one on offer.
+        pairs: options as on the command line, for all of the names that have them.
+        plugins: who offers them.
+
+    Raises:
+        ImpqError: the run kept no measurements, or a name or an option is wrong.
+    """
+    folder = Path(run)
+    if not (folder / "measurements.npz").is_file():
+        raise ImpqError(f"{run} is no run whose losses can be fitted: it has no measurements.npz (an estimator that "
+                        "only looks, or makes its own estimate, leaves none)")
+    try:
+        measurements = Measurements.load(folder / "measurements.npz")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ImpqError(f"{folder / 'measurements.npz'} cannot be read: {type(error).__name__}: {error}") from error
+    config = read_toml(folder / "impq.toml")
+    built = []
+    for name in names or plugins.names("surrogate"):
+        options = config.options.get("surrogate", {}) if name == config.surrogate else {}
+        chosen = RunConfig(surrogate=name, options={"surrogate": options})
+        if pairs:
+            chosen = replace(chosen, options=assign_options(chosen, plugins, pairs))
+        built.append((name, build_part(chosen, plugins, "surrogate")))
+    fitted = []
+    (folder / "fits").mkdir(exist_ok=True)
+    for name, surrogate in built:
+        file = folder / "fits" / f"{name}.npz"
+        try:
+            estimate = surrogate.fit(measurements)
+            validation = validate(surrogate.fit, measurements)
+        except ImpqError as error:
+            fitted.append(Fitted(name, file, problem=str(error)))
+            continue
+        estimate.save(file)
+        fitted.append(Fitted(name, file, estimate, validation))
+    return fitted

@@ -1,0 +1,119 @@
+"""Surrogates fitted by least squares, and their validation, on games with known answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from impq_spqe.sampler import Options, Spqe
+from impq_surrogates.regression import Coverage, Regression, RegressionOptions
+from impq_surrogates.shapley import Additive, Covariance
+
+from impq_core.errors import ImpqError
+from impq_core.interfaces import Surrogate
+from impq_core.space import IntArray
+from impq_core.testing import PlantedGame, planted_estimate, planted_space
+from impq_core.types import Measurements, SensitivityEstimate
+from impq_core.validation import validate
+
+N, BITS = 8, (4, 3, 2)
+SPACE = planted_space(N, BITS)
+RNG = np.random.default_rng(5)
+COSTS = np.concatenate([np.zeros((N, 1)), RNG.random((N, 2)).cumsum(axis=1)], axis=1) / N
+PICKS = np.random.default_rng(9).integers(0, 3, (60, N))
+
+
+def _additive(pick: IntArray) -> float:
+    return float(COSTS[np.arange(N), pick].sum())
+
+
+def _saturating(pick: IntArray) -> float:
+    return float(2.0 * -np.expm1(-2 * COSTS[np.arange(N), pick].sum()))
+
+
+def _growing(pick: IntArray) -> float:
+    return float(np.expm1(1.5 * COSTS[np.arange(N), pick].sum()))
+
+
+def _interacting(strength: float = 0.3) -> Callable[[IntArray], float]:
+    estimate = planted_estimate(3, N, BITS, strength)
+    return lambda pick: float(estimate.predict(pick)[0])
+
+
+def _measured(function: Callable[[IntArray], float], permutations: int = 10, noise: float = 0.0) -> Measurements:
+    wobble = np.random.default_rng(1)
+    game = PlantedGame(SPACE, lambda pick: function(pick) + noise * wobble.normal())
+    return Spqe(Options(permutations)).sample(game, np.random.default_rng(0))
+
+
+def _error(estimate: SensitivityEstimate, function: Callable[[IntArray], float]) -> float:
+    """Root mean square error over random picks, relative to their spread."""
+    truth = np.array([function(pick) for pick in PICKS])
+    return float(np.sqrt(((estimate.predict(PICKS) - truth) ** 2).mean()) / truth.std())
+
+
+def test_regression_recovers_additive_and_interacting_games() -> None:
+    assert _error(Regression().fit(_measured(_additive)), _additive) < 0.02
+    interacting = _interacting()
+    measured = _measured(interacting, 60)
+    assert _error(Regression().fit(measured), interacting) < 0.05
+    assert _error(Additive().fit(measured), interacting) > 0.2
+
+
+def test_regression_sees_the_sign_of_an_interaction_where_a_covariance_does_not() -> None:
+    def game(sign: float) -> Callable[[IntArray], float]:
+        return lambda pick: float(0.1 * pick.sum() + sign * 0.5 * (pick[0] == 2) * (pick[1] == 2))
+    for sign in (1.0, -1.0):
+        measured = _measured(game(sign), 60)
+        pairs = Regression(RegressionOptions("identity")).fit(measured).pairwise
+        assert pairs is not None and sign * pairs[0, 2, 1, 2] > 0.2
+        covariance = Covariance().fit(measured).pairwise
+        assert covariance is not None and covariance[0, 2, 1, 2] < 0
+
+
+def test_links_and_coverage_follow_saturation() -> None:
+    measured = _measured(_saturating, 20)
+    coverage = Coverage().fit(measured)
+    assert _error(coverage, _saturating) < 0.01 < _error(Additive().fit(measured), _saturating)
+    growing = _measured(_growing, 20)
+    assert _error(Regression().fit(growing), _growing) < 0.05 < _error(Coverage().fit(growing), _growing)
+    # A link changes no order: the least score is the least loss.
+    assert (np.argsort(coverage.score(PICKS)) == np.argsort(coverage.predict(PICKS))).all()
+
+
+def test_noise_is_not_fitted() -> None:
+    measured = _measured(_additive, 10, noise=0.02)
+    assert _error(Regression().fit(measured), _additive) < 0.15
+
+
+@pytest.mark.parametrize("surrogate", [Additive(), Regression(), Coverage()])
+def test_validation_separates_games(surrogate: Surrogate) -> None:
+    found = {game.__name__: validate(surrogate.fit, _measured(game, 20)) for game in (_additive, _saturating)}
+    assert found["_additive"].explained > 0.98 and found["_additive"].misordered < 0.02
+    assert found["_additive"].error < 0.02
+    if isinstance(surrogate, Coverage):
+        assert found["_saturating"].explained > 0.98
+    interactions = validate(surrogate.fit, _measured(_interacting(), 20))
+    additive = validate(Additive().fit, _measured(_interacting(), 20))
+    assert additive.explained < 0.97
+    if isinstance(surrogate, Regression):
+        assert interactions.error < additive.error and interactions.explained > additive.explained
+
+
+def test_one_permutation_cannot_be_validated() -> None:
+    measured = Spqe(Options(1, antithetic=False)).sample(PlantedGame(SPACE, _additive), np.random.default_rng(0))
+    for surrogate in (Regression(), Additive()):
+        with pytest.raises(ImpqError, match="at least 2 permutations"):
+            validate(surrogate.fit, measured)
+    with pytest.raises(ImpqError, match="at least 2 permutations"):
+        Regression().fit(measured)
+
+
+def test_estimates_with_a_link_come_back_from_disk(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    estimate = Coverage().fit(_measured(_saturating))
+    estimate.save(tmp_path / "e.npz")
+    again = SensitivityEstimate.load(tmp_path / "e.npz")
+    np.testing.assert_array_equal(again.predict(PICKS), estimate.predict(PICKS))
+    with pytest.raises(ImpqError, match="two increasing rows"):
+        SensitivityEstimate(SPACE, np.zeros((N, 3)), link=np.array([[0.0, 1.0], [0.0, -1.0]]))
