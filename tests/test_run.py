@@ -72,7 +72,8 @@ def test_the_resolved_configuration_makes_the_same_run_again(result: RunResult) 
     config = read_toml(result.folder / "impq.toml")
     assert config == result.config and Path(config.model).is_absolute()
     assert config.bits == (4, 2) and config.budget == "3bits"
-    assert config.options["estimator"] == {"permutations": 4, "antithetic": True, "tolerance": 0.0, "truncate": 0.0}
+    assert config.options["estimator"] == {"permutations": 4, "antithetic": True, "tolerance": 0.0, "truncate": 0.0,
+                                                  "around": 0.0, "span": 0.25}
     again = run(config)
     np.testing.assert_array_equal(again.plan.pick, result.plan.pick)
     assert again.measurements is not None and result.measurements is not None

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from impq_spqe.sampler import Options, Spqe
 from impq_surrogates.shapley import Additive, Covariance, CovarianceOptions, covariance, paper_form
 
-from impq_core.errors import ImpqError
+from impq_core.errors import ImpqError, UsageError
 from impq_core.space import FloatArray
 from impq_core.testing import PlantedGame, planted_space
 from impq_core.types import Measurements
@@ -69,6 +69,22 @@ def test_one_antithetic_pair_is_exact_for_pair_interactions() -> None:
     game, a, j = _quadratic()
     fitted = Additive().fit(_sample(game, 2, antithetic=True))
     np.testing.assert_allclose(fitted.linear[:, 1], a + 0.5 * j.sum(axis=1))
+
+
+def test_around_measures_only_picks_of_the_sizes_wanted() -> None:
+    game, a, _ = _quadratic()
+    spqe = Spqe(Options(40, around=3.0, span=0.4))
+    m = spqe.sample(game, np.random.default_rng(0))
+    bits = np.array([game.space.nominal_bits(game.space.bytes_of(pick)) for pick in m.picks])
+    inside = np.abs(bits - 3.0) <= 0.4
+    assert inside.mean() > 0.8 and len(m) < 40 * (N + 1) * 0.6  # two picks of a path at least, also off the mark
+    for path in range(40):
+        assert (np.diff(m.picks[m.path == path].sum(axis=1)) == 1).all()
+    # An additive game is recovered from any part of its orders.
+    plain = PlantedGame(game.space, lambda q: float(a @ q))
+    np.testing.assert_allclose(Additive().fit(spqe.sample(plain, np.random.default_rng(0))).linear[:, 1], a)
+    with pytest.raises(UsageError, match="outside the menu, 2 to 4 bits"):
+        Spqe(Options(2, around=4.5)).check_space(game.space)
 
 
 def test_wider_menus_play_width_steps() -> None:

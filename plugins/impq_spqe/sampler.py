@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from impq_core.errors import UsageError
 from impq_core.interfaces import Game, Sampler
 from impq_core.space import FloatArray, IntArray, SearchSpace
 from impq_core.types import Measurements
@@ -24,12 +25,18 @@ class Options:
             (standard deviation over layers); 0 never stops early.
         truncate: end an order once the loss is this many nats above the reference, where the model has collapsed and
             further demotions tell nothing (SMPQ); 0 never does. Needs a surrogate that allows gaps, such as additive.
+        around: nominal bits that plans are wanted for: of each order only the picks within ``span`` bits of it are
+            measured, so that losses far from any plan cost nothing; 0 measures whole orders. Needs a surrogate that
+            allows gaps, such as regression.
+        span: nominal bits on either side of ``around``.
     """
 
     permutations: int = 4
     antithetic: bool = True
     tolerance: float = 0.0
     truncate: float = 0.0
+    around: float = 0.0
+    span: float = 0.25
 
     def __post_init__(self) -> None:
         if self.permutations < 1:
@@ -38,6 +45,8 @@ class Options:
             raise ValueError("permutations must be even with antithetic pairs (or say antithetic=false)")
         if self.tolerance < 0 or self.truncate < 0:
             raise ValueError("tolerance and truncate must not be negative")
+        if self.around < 0 or self.span <= 0:
+            raise ValueError("around must not be negative, span must be positive")
 
 
 class Spqe(Sampler):
@@ -55,13 +64,13 @@ class Spqe(Sampler):
     def sample(self, game: Game, rng: np.random.Generator) -> Measurements:
         """Play up to ``permutations`` orders; losses are on disk after each."""
         space, options = game.space, self.options
-        steps = len(space) * (len(space.choices) - 1)
-        game.expect(1 + options.permutations * steps)
+        share = min(1.0, 2 * options.span / (space.choices[0].bits - space.choices[-1].bits)) if options.around else 1.0
+        game.expect(1 + round(options.permutations * share * len(space) * (len(space.choices) - 1)))
         picks: list[IntArray] = []
         losses: list[FloatArray] = []
         replicates: list[int] = []
         for order, replicate in self._orders(space, rng):
-            path = demotions(space, order)
+            path = self._wanted(space, demotions(space, order))
             measured = self._play(game, path)
             picks.append(path[:len(measured)])
             losses.append(measured)
@@ -70,6 +79,22 @@ class Spqe(Sampler):
             if options.tolerance and pair_is_whole and self._settled(_gather(game, picks, losses, replicates)):
                 break
         return _gather(game, picks, losses, replicates)
+
+    def check_space(self, space: SearchSpace) -> None:
+        """``around`` must lie within the menu."""
+        if self.options.around and not space.choices[-1].bits <= self.options.around <= space.choices[0].bits:
+            raise UsageError(f"estimator spqe: around={self.options.around:g} lies outside the menu, "
+                             f"{space.choices[-1]} to {space.choices[0]} bits")
+
+    def _wanted(self, space: SearchSpace, path: IntArray) -> IntArray:
+        """The part of a path whose sizes are near the one asked for; at least a step of it."""
+        if not self.options.around:
+            return path
+        away = np.abs([space.nominal_bits(space.bytes_of(pick)) - self.options.around for pick in path])
+        nearest = int(away.argmin())
+        inside = away <= self.options.span
+        inside[max(0, min(nearest, len(path) - 2)):][:2] = True
+        return path[inside]
 
     def _play(self, game: Game, path: IntArray) -> FloatArray:
         """Losses along a path, up to and with the first that is past the collapse."""
