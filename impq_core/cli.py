@@ -71,6 +71,8 @@ def _text_options(role: str, default: str) -> Any:
 @click.option("--estimator", help="Who measures or scores the layers [spqe].")
 @click.option("--surrogate", help="What is fitted to the measurements [covariance].")
 @click.option("--allocator", help="Who makes the plan [qp].")
+@click.option("--refine", type=int, metavar="FORWARDS", help="Improve the plan by measuring others near it [0: no].")
+@click.option("--refiner", help="Who improves it [swaps].")
 @click.option("--bits", help="Widths to choose from, such as 2,4 [the backend's].")
 @click.option("--budget", help="3.0bits (nominal average), 3.25bpw (stored), 60MB, 4GiB or 60% [the middle].")
 @click.option("--granularity", help="block, group (linears that engines fuse) or linear [block].")

@@ -47,6 +47,8 @@ class RunConfig:
         backend, estimator, surrogate, allocator: names of parts.
         estimate_with: backend whose variants the estimator measures, where that is not the one deployed; empty for
             the same.
+        refiner: name of the part that improves the plan by measuring others near it.
+        refine: full-model forwards it may spend; 0 leaves the plan as it is.
         bits: the widths to choose from; empty for the backend's default menu.
         budget: see ``impq_core.budget.Budget``; empty for the middle of the widths.
         granularity: ``block``, ``group`` (fused linears) or ``linear``.
@@ -71,6 +73,8 @@ class RunConfig:
     estimator: str = "spqe"
     surrogate: str = "covariance"
     allocator: str = "qp"
+    refiner: str = "swaps"
+    refine: int = 0
     bits: tuple[float, ...] = ()
     budget: str = ""
     granularity: str = "block"
@@ -95,6 +99,12 @@ class RunConfig:
         if not 1 <= self.game_windows <= self.calibration.windows:
             raise UsageError(f"game_windows must be 1 to the {self.calibration.windows} calibration windows, "
                              f"not {self.game_windows}")
+        if self.refine < 0:
+            raise UsageError(f"refine is a number of forwards, not {self.refine}")
+        if self.refine and 2 * self.game_windows > self.calibration.windows:
+            raise UsageError("to refine, as many calibration windows are held back as the game has: "
+                             f"{self.game_windows} game_windows need {2 * self.game_windows} of them, not "
+                             f"{self.calibration.windows}")
         if len(set(self.bits)) != len(self.bits):
             raise UsageError("bits names a width twice")
 

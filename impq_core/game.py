@@ -39,10 +39,10 @@ class MeasurementLog:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
 
-    def append(self, pick: IntArray, loss: float) -> None:
-        """Add an absolute loss (nats per token). It survives the death of the process at once, and that of the machine
-        after ``sync``."""
-        self._write({"pick": pick.tolist(), "loss": loss})
+    def append(self, pick: IntArray, windows: FloatArray) -> None:
+        """Add the absolute losses (windows,) of a pick, nats per token. They survive the death of the process at once,
+        and that of the machine after ``sync``."""
+        self._write({"pick": pick.tolist(), "loss": float(windows.mean()), "windows": windows.tolist()})
 
     def sync(self) -> None:
         """Wait until everything appended is on the disk."""
@@ -100,7 +100,7 @@ class ModelGame:
         self._all_blocks = np.array([layer.block for layer in space.everyone])
         self._inputs: list[Hidden] = [runner.embed(windows.ids)]
         self._standing: IntArray | None = None
-        self._memo: dict[bytes, float] = {}
+        self._memo: dict[bytes, FloatArray] = {}
         self.block_forwards = 0
         self.tokens = windows.scored_tokens
 
@@ -121,7 +121,7 @@ class ModelGame:
         Raises:
             ImpqError: it is not finite.
         """
-        loss = self._absolute(self.space.uniform(0))
+        loss = float(self._windows(self.space.uniform(0)).mean())
         if not math.isfinite(loss):
             raise ImpqError("the loss of the all-high model is not finite: try --dtype float32")
         return loss
@@ -141,11 +141,16 @@ class ModelGame:
         reference = self.reference_loss
         out = np.empty(len(picks))
         for row in self._cheaper_order(picks):
-            out[row] = self._absolute(picks[row]) - reference
+            out[row] = float(self._windows(picks[row]).mean()) - reference
         if self._log:
             self._log.sync()
         self._watch(picks, out, self.forwards)
         return out
+
+    def window_losses(self, pick: IntArray) -> FloatArray:
+        """Absolute losses (windows,) of one pick, nats per token."""
+        self.loss(pick)
+        return self._windows(self.space.check_pick(pick))
 
     def _first_difference(self, a: IntArray, b: IntArray) -> int:
         """First block in which two picks differ; the number of blocks where they do not."""
@@ -164,17 +169,17 @@ class ModelGame:
         given = np.arange(len(picks))
         return min((given, by_block, by_block[::-1]), key=price)
 
-    def _absolute(self, pick: IntArray) -> float:
+    def _windows(self, pick: IntArray) -> FloatArray:
         key = pick.tobytes()
         if key not in self._memo:
-            loss = self._measure(pick)
+            losses = self._measure(pick)
             if self._log:
-                self._log.append(pick, loss)
-            self._memo[key] = loss
+                self._log.append(pick, losses)
+            self._memo[key] = losses
             self._progress(self.evaluations, max(self._expected, self.evaluations))
         return self._memo[key]
 
-    def _measure(self, pick: IntArray) -> float:
+    def _measure(self, pick: IntArray) -> FloatArray:
         first = 0 if self._standing is None else self._first_difference(self._standing, pick)
         first = min(first, len(self._inputs) - 1)
         self._standing = None  # an interruption below must not leave a pick that the model does not stand at
@@ -188,4 +193,5 @@ class ModelGame:
             self.block_forwards += 1
             self._inputs.append(hidden)
         self._standing = pick.copy()
-        return float(self._runner.nll(hidden, self._ids).mean())
+        losses: FloatArray = self._runner.nll(hidden, self._ids).mean(axis=1)
+        return losses

@@ -50,6 +50,11 @@ def impq_backends() -> Iterable[Component]:
 
 
 @hookspec
+def impq_refiners() -> Iterable[Component]:
+    """Refiners, chosen by ``--refiner``."""
+
+
+@hookspec
 def impq_exporters() -> Iterable[Component]:
     """Exporters, chosen by ``--export``."""
 

@@ -66,6 +66,9 @@ class Game(Protocol):
     def losses(self, picks: IntArray) -> FloatArray:
         """Losses (N,) of picks (N, n), nats per token above the reference; all on disk when it returns."""
 
+    def window_losses(self, pick: IntArray) -> FloatArray:
+        """Absolute losses (windows,) of one pick, nats per token: what paired differences are made of."""
+
 
 class Probe(Protocol):
     """What an inspector may look at: the model's weights, and the model over the calibration windows."""
@@ -220,6 +223,26 @@ class Exporter(Part, ABC):
     def restore(self, folder: Path, plan: Plan) -> Mapping[str, Variant]:
         """The variants that ``export`` wrote, by module name; raises ImpqError where a format holds no weights."""
         raise ImpqError(f"{type(self).__name__} writes a recipe, not weights: there is nothing to load")
+
+
+class Refiner(Part, ABC):
+    """Improves a plan by measuring others near it."""
+
+    @abstractmethod
+    def refine(self, plan: Plan, estimate: SensitivityEstimate | None, game: Game, referee: Game, forwards: float,
+               rng: np.random.Generator) -> Plan:
+        """A plan within the same budget that is no worse.
+
+        Args:
+            plan: where to begin.
+            estimate: what is known of the layers; None where the plan was given.
+            game: proposals are measured on it.
+            referee: the same model on windows that no proposal was made from; a plan is taken only where its loss
+                there is less than the last one's by more than the standard error of the difference, paired over
+                windows.
+            forwards: what both may spend together, in full-model forwards of the game's windows.
+            rng: every random draw comes from it.
+        """
 
 
 class Backend(Part, ABC):

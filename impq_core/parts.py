@@ -13,7 +13,18 @@ import numpy as np
 from impq_core.budget import Budget
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError, UsageError, nearest
-from impq_core.interfaces import Allocator, Backend, Estimator, Exporter, Game, Inspector, Probe, Sampler, Surrogate
+from impq_core.interfaces import (
+    Allocator,
+    Backend,
+    Estimator,
+    Exporter,
+    Game,
+    Inspector,
+    Probe,
+    Refiner,
+    Sampler,
+    Surrogate,
+)
 from impq_core.plugins import ROLES, Plugins, build_options, option_names
 from impq_core.space import Choice
 from impq_core.types import Measurements, SensitivityEstimate
@@ -22,7 +33,8 @@ ESTIMATE_WITH = "estimate_with"
 """The slot of a second backend, whose variants are measured in place of the deployed one's."""
 
 _BASES: Mapping[str, Any] = {"estimator": (Inspector, Estimator, Sampler), "surrogate": Surrogate,
-                             "allocator": Allocator, "backend": Backend, "exporter": Exporter}
+                             "allocator": Allocator, "backend": Backend, "refiner": Refiner,
+                             "exporter": Exporter}
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,7 @@ class Parts:
     allocator: Allocator
     backend: Backend
     estimate_with: Backend | None
+    refiner: Refiner | None
     menu: tuple[Choice, ...]
     played: tuple[Choice, ...]
     budget: Budget | None
@@ -49,7 +62,7 @@ class Parts:
         for slot in config.options:
             if slot not in slots:
                 raise UsageError(f"options are given for '{slot}', which this run does not have{nearest(slot, slots)}")
-        built = {"estimate_with": None, **{slot: build_part(config, plugins, slot) for slot in slots}}
+        built = {ESTIMATE_WITH: None, "refiner": None, **{slot: build_part(config, plugins, slot) for slot in slots}}
         menu, played = _menus(config, built["backend"], built["estimate_with"])
         budget = Budget.parse(config.budget) if config.budget else None
         if budget and not config.pins:  # a pin may lie outside the menu
@@ -58,7 +71,7 @@ class Parts:
 
     def options(self) -> dict[str, dict[str, Any]]:
         """Every option of every part, defaults included, as the configuration file writes them."""
-        parts = {slot: getattr(self, slot) for slot in (*ROLES, ESTIMATE_WITH)}
+        parts = {slot: getattr(self, slot) for slot in (*ROLES, ESTIMATE_WITH, "refiner")}
         every = {slot: asdict(part.options) for slot, part in parts.items() if part}
         return {slot: options for slot, options in every.items() if options}
 
@@ -66,7 +79,8 @@ class Parts:
     def needs_calibration(self) -> bool:
         """Whether anyone reads the calibration text."""
         needs = self.backend.needs | (self.estimate_with.needs if self.estimate_with else frozenset())
-        return bool(needs) or not isinstance(self.estimator, Inspector) or bool(self.estimator.needs)
+        looks = isinstance(self.estimator, Inspector) and not self.estimator.needs
+        return bool(needs) or self.refiner is not None or not looks
 
     def estimate(self, game: Game | None, probe: Probe,
                  rng: np.random.Generator) -> tuple[SensitivityEstimate, Measurements | None]:
@@ -85,6 +99,8 @@ def slots_of(config: RunConfig) -> dict[str, str]:
     slots = {role: role for role in ROLES}
     if config.estimate_with:
         slots[ESTIMATE_WITH] = "backend"
+    if config.refine:
+        slots["refiner"] = "refiner"
     return slots
 
 

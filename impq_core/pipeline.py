@@ -229,12 +229,16 @@ def _carry_out(prepared: Prepared, plugins: Plugins, folder: Path) -> RunResult:
         bank.save_record(folder / "variants.json")
     plugins.notify("impq_variants_ready", nbytes=bank.nbytes, seconds=clock.seconds["quantize"])
     search = search or _search(prepared, plugins, folder, runner, bank, clock)
+    refined = 0.0
+    if prepared.parts.refiner:
+        with clock.stage("refine"):
+            search, refined = _refine(prepared, plugins, folder, runner, bank, search)
     with clock.stage("evaluate"):
         evaluator = Evaluator(runner, bank, prepared.evaluation)
         evaluation = evaluate_plan(evaluator, search.plan, prepared.between, prepared.evaluation, prepared.config.seed,
                                    _progress(plugins, "evaluate"))
         evaluation.save(folder / "evaluation.json")
-    forwards = search.estimate.forwards if search.estimate else 0.0
+    forwards = refined + (search.estimate.forwards if search.estimate else 0.0)
     result = RunResult(folder, prepared.config, search.plan, evaluation, search.estimate, search.measurements,
                        search.measured_loss, forwards, prepared.rest_bytes, clock.seconds,
                        {role: text.digest for role, text in (("calibration", prepared.calibration),
@@ -272,6 +276,38 @@ def _search(prepared: Prepared, plugins: Plugins, folder: Path, runner: Blockwis
         return _Search(plan, estimate, measurements, game.loss(plan.pick) if game else None)
     finally:
         log.close()
+
+
+def _refine(prepared: Prepared, plugins: Plugins, folder: Path, runner: BlockwiseModel, bank: Bank,
+            search: _Search) -> tuple[_Search, float]:
+    """A better plan near the one found, and what it cost; proposals are judged on windows held back for that."""
+    config, refiner = prepared.config, prepared.parts.refiner
+    assert refiner is not None and prepared.calibration is not None
+    windows = (prepared.calibration.first(config.game_windows),
+               prepared.calibration.part(config.game_windows, 2 * config.game_windows))
+    logs = [MeasurementLog(folder / f"{name}.jsonl", {"space": prepared.space.fingerprint,
+                                                     **_provenance(prepared, part)})
+            for name, part in zip(("refinement", "referee"), windows, strict=True)]
+    report = _progress(plugins, "refine")
+    games: list[ModelGame] = []
+
+    def watch(done: int, total: int) -> None:
+        report(min(config.refine, round(sum(game.forwards for game in games))), config.refine)
+
+    try:
+        games += [ModelGame(prepared.space, bank, runner, part, log, progress=watch)
+                  for part, log in zip(windows, logs, strict=True)]
+        game, referee = games
+        estimate = search.estimate.on(prepared.space) if search.estimate else None
+        plan = refiner.refine(search.plan, estimate, game, referee, float(config.refine),
+                              np.random.default_rng([config.seed, 1]))
+        plan.save(folder / "plan.json")
+        plugins.notify("impq_plan_ready", plan=plan)
+        report(config.refine, config.refine)
+        return replace(search, plan=plan, measured_loss=game.loss(plan.pick)), game.forwards + referee.forwards
+    finally:
+        for log in logs:
+            log.close()
 
 
 def _progress(plugins: Plugins, stage: str) -> Callable[[int, int], None]:

@@ -27,7 +27,7 @@ GROUP = "impq"
 ROLES = ("estimator", "surrogate", "allocator", "backend")
 """The parts every run is made of."""
 
-OFFERED = (*ROLES, "exporter")
+OFFERED = (*ROLES, "refiner", "exporter")
 """Everything that is chosen by name."""
 
 

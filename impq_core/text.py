@@ -53,7 +53,11 @@ class Windows:
 
     def first(self, count: int) -> Windows:
         """The first ``count`` of them."""
-        return Windows(self.ids[:count], self.source, self.form)
+        return self.part(0, count)
+
+    def part(self, start: int, stop: int) -> Windows:
+        """Some of them, by their numbers."""
+        return Windows(self.ids[start:stop], self.source, self.form)
 
     def __str__(self) -> str:
         count, length = self.ids.shape

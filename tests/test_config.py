@@ -46,7 +46,7 @@ def test_a_wrong_file_is_answered_in_one_line(toml: str, reason: str, tmp_path: 
 
 def test_the_example_configuration_is_valid() -> None:
     config = read_toml(Path(__file__).parents[1] / "examples" / "impq.toml")
-    assert config.options["estimator"]["permutations"] == 20
+    assert config.options["estimator"]["permutations"] == 8
     assert Parts.build(config, Plugins()).budget == Budget(3.0, "bits")
 
 

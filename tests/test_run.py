@@ -19,7 +19,7 @@ from impq_core.hookspecs import hookimpl
 from impq_core.pipeline import RunResult, run
 from impq_core.plugins import Plugins
 from impq_core.tracking import Tracker
-from impq_core.types import Measurements, SensitivityEstimate
+from impq_core.types import Measurements, Plan, SensitivityEstimate
 
 
 @pytest.fixture
@@ -159,6 +159,26 @@ def test_one_backend_is_measured_and_another_deployed(tiny_config: RunConfig) ->
     assert header["measured_with"] == "quanto" and header["measured_options"] == {"group_size": 32}
     deployed = run(replace(tiny_config, plan=str(both.folder / "plan.json")))
     assert deployed.evaluation.plan.nll == both.evaluation.plan.nll
+
+
+@pytest.mark.parametrize("refiner", ["swaps", "evolve"])
+def test_a_plan_is_refined_on_windows_held_back(refiner: str, tiny_config: RunConfig) -> None:
+    config = replace(tiny_config, bits=(2, 3, 4), granularity="linear", estimator="random", allocator="greedy",
+                     refine=12, refiner=refiner, options={"backend": {"clip_search": False}})
+    plain, refined = run(replace(config, refine=0)), run(config)
+    assert refined.forwards == pytest.approx(12, abs=2) and plain.forwards == 0
+    assert refined.plan.nbytes <= plain.plan.budget_bytes and f"+ {refiner}(" in refined.plan.method
+    assert refined.config.options["refiner"] and (refined.folder / "refinement.jsonl").exists()
+    stored = Plan.load(refined.folder / "plan.json", refined.plan.space)
+    np.testing.assert_array_equal(stored.pick, refined.plan.pick)
+    header, judged = MeasurementLog.read(refined.folder / "referee.jsonl")
+    assert header["game_tokens"] == 4 * 47
+    losses = dict(judged)
+    first, last = losses[tuple(plain.plan.pick)], losses[tuple(refined.plan.pick)]
+    assert last < first or (plain.plan.pick == refined.plan.pick).all()
+    # Any start will do: a plan from a file is refined too.
+    again = run(replace(config, plan=str(plain.folder / "plan.json")))
+    assert again.plan.nbytes <= plain.plan.nbytes and again.forwards > 10
 
 
 def test_pinned_and_excluded_layers_stay_and_count(tiny_config: RunConfig) -> None:

@@ -25,11 +25,15 @@ class PlantedGame:
     Args:
         space: the space.
         function: absolute loss of a pick (n,), nats per token.
+        noise: standard deviation of what each of the windows adds to it; the same for a pick whenever it is asked.
+        seed: of that noise.
+        windows: how many there are.
     """
 
-    def __init__(self, space: SearchSpace, function: Callable[[IntArray], float]) -> None:
+    def __init__(self, space: SearchSpace, function: Callable[[IntArray], float], noise: float = 0.0, seed: int = 0,
+                 windows: int = 8) -> None:
         self.space = space
-        self._function = function
+        self._function, self._noise, self._seed, self._count = function, noise, seed, windows
         self.evaluations = 0
         self.tokens = 1000
 
@@ -41,7 +45,7 @@ class PlantedGame:
     @property
     def reference_loss(self) -> float:
         """The function at the all-reference pick."""
-        return self._function(self.space.uniform(0))
+        return float(self._windows(self.space.uniform(0)).mean())
 
     def expect(self, evaluations: int) -> None:
         """Nobody watches."""
@@ -53,7 +57,16 @@ class PlantedGame:
     def losses(self, picks: IntArray) -> FloatArray:
         """The function of each pick, above the reference."""
         self.evaluations += len(picks)
-        return np.array([self._function(pick) for pick in picks]) - self.reference_loss
+        return np.array([self._windows(pick).mean() for pick in picks]) - self.reference_loss
+
+    def window_losses(self, pick: IntArray) -> FloatArray:
+        """The function of a pick, with each window's noise."""
+        self.evaluations += 1
+        return self._windows(pick)
+
+    def _windows(self, pick: IntArray) -> FloatArray:
+        rng = np.random.default_rng([self._seed, *(int(k) for k in pick)])
+        return self._function(pick) + self._noise * rng.normal(size=self._count)
 
 
 def planted_estimate(seed: int, layers: int, bits: Sequence[float] = (4, 2),
