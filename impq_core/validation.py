@@ -62,6 +62,7 @@ def validate(fit: Callable[[Measurements], SensitivityEstimate], measurements: M
         here = size == one
         right, said = losses[here], guesses[here]
         a, b = np.triu_indices(len(right), 1)
+        a, b = a[right[a] != right[b]], b[right[a] != right[b]]  # the same pick twice has no order
         order = np.sign(right[a] - right[b]) * np.sign(said[a] - said[b])
         wrong += float((order < 0).sum() + 0.5 * (order == 0).sum())
         pairs += len(a)

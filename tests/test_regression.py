@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from impq_spqe.sampler import Options, Spqe
+from impq_surrogates.auto import Auto
 from impq_surrogates.regression import Coverage, Regression, RegressionOptions
 from impq_surrogates.shapley import Additive, Covariance
 
@@ -101,9 +102,15 @@ def test_validation_separates_games(surrogate: Surrogate) -> None:
         assert interactions.error < additive.error and interactions.explained > additive.explained
 
 
+def test_auto_takes_what_tells_unseen_losses_best() -> None:
+    assert "auto: regression" in Auto().fit(_measured(_interacting(), 60)).method
+    assert "auto: coverage" in Auto().fit(_measured(_saturating, 10, noise=0.003)).method
+    assert "misordered: additive 0%" in Auto().fit(_measured(_additive)).method
+
+
 def test_one_permutation_cannot_be_validated() -> None:
     measured = Spqe(Options(1, antithetic=False)).sample(PlantedGame(SPACE, _additive), np.random.default_rng(0))
-    for surrogate in (Regression(), Additive()):
+    for surrogate in (Regression(), Additive(), Auto()):
         with pytest.raises(ImpqError, match="at least 2 permutations"):
             validate(surrogate.fit, measured)
     with pytest.raises(ImpqError, match="at least 2 permutations"):

@@ -82,7 +82,7 @@ def test_the_resolved_configuration_makes_the_same_run_again(result: RunResult) 
 
 
 def test_other_surrogates_are_fitted_without_the_model(result: RunResult, capsys: pytest.CaptureFixture[str]) -> None:
-    names = ["additive", "covariance", "coverage", "regression"]
+    names = ["additive", "auto", "covariance", "coverage", "regression"]
     fitted = {one.surrogate: one for one in fit_run(str(result.folder), [], {}, Plugins())}
     assert sorted(fitted) == names
     # Narrower widths may help a random model, which is nothing that coverage could describe.

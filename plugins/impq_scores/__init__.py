@@ -9,6 +9,7 @@ def impq_estimators() -> list[Component]:
     """Played, from gradients, from activations, from weights, and from nothing."""
     return [
         Component("isolated", "impq_scores.played:Isolated", "each layer demoted alone"),
+        Component("clado", "impq_scores.played:Clado", "single and double demotions (CLADO)"),
         Component("llm-mq", "impq_scores.gradients:LlmMq", "gradient times quantization error (LLM-MQ)"),
         Component("fisher", "impq_scores.gradients:Fisher", "second order from one backward a window, with pairs"),
         Component("aumann-shapley", "impq_scores.gradients:AumannShapley", "slopes along the path of all layers"),

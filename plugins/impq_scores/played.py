@@ -59,5 +59,61 @@ class Isolated(Estimator):
         return SensitivityEstimate(space, losses - losses[:, :1], method=method, forwards=game.forwards)
 
 
+@dataclass(frozen=True)
+class CladoOptions:
+    """Options of CLADO.
+
+    Args:
+        pairs: which pairs are measured: ``all``, or those of one ``block`` (the others count as not interacting).
+        psd: project the matrix onto the positive semidefinite ones, as the paper does.
+    """
+
+    pairs: str = "all"
+    psd: bool = True
+
+    def __post_init__(self) -> None:
+        if self.pairs not in ("all", "block"):
+            raise ValueError(f"pairs must be all or block, not '{self.pairs}'")
+
+
+class Clado(Estimator):
+    """CLADO (arXiv 2307.05657): ``Omega_ii = 2 (L(i) - L)``, ``Omega_ij = L(i, j) + L - L(i) - L(j)`` over single and
+    double demotions from the widest, eigenvalues below zero clipped; the loss is ``q' Omega q / 2``.
+
+    Cost: up to (n (m-1))^2 / 2 evaluations; with ``pairs=block`` only those within blocks.
+    """
+
+    Options = CladoOptions
+
+    def estimate(self, game: Game, rng: np.random.Generator) -> SensitivityEstimate:
+        """The quadratic estimate; raises ImpqError where a loss is not finite."""
+        space = game.space
+        n, m = space.nbytes.shape
+        moves = [(i, k) for i in range(n) for k in range(1, m)]
+        near = [(a, b) for a, (i, _) in enumerate(moves) for b, (j, _) in enumerate(moves) if i < j and (
+            self.options.pairs == "all" or space.layers[i].block == space.layers[j].block)]
+        picks = np.zeros((len(moves) + len(near), n), dtype=np.int64)
+        for row, changes in enumerate([*((a,) for a in range(len(moves))), *near]):
+            for change in changes:
+                picks[row, moves[change][0]] = moves[change][1]
+        game.expect(1 + len(picks))
+        losses = game.losses(picks)
+        if not np.isfinite(losses).all():
+            raise ImpqError("a loss with one or two layers demoted is not finite: try --dtype float32 or wider --bits")
+        single = losses[:len(moves)]
+        matrix = np.diag(2 * single)
+        for (a, b), loss in zip(near, losses[len(moves):], strict=True):
+            matrix[a, b] = matrix[b, a] = loss - single[a] - single[b]
+        if self.options.psd:
+            values, vectors = np.linalg.eigh(matrix)
+            matrix = (vectors * np.maximum(values, 0.0)) @ vectors.T
+        linear, pairwise = np.zeros((n, m)), np.zeros((n, m, n, m))
+        linear[:, 1:] = np.diag(matrix).reshape(n, m - 1) / 2
+        pairwise[:, 1:, :, 1:] = matrix.reshape(n, m - 1, n, m - 1)
+        pairwise[np.arange(n), :, np.arange(n)] = 0.0
+        return SensitivityEstimate(space, linear, pairwise, method=f"clado({self.options.pairs})",
+                                   forwards=game.forwards)
+
+
 def _widths(space: SearchSpace) -> list[float]:
     return [choice.bits for choice in space.choices]
