@@ -8,6 +8,7 @@ ways and the logits must agree, so an architecture that does more between its bl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,17 @@ HEAD_ROWS = 64
 
 CHECKED = 8
 """Positions of each window whose logits must be the same by both ways."""
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What a model says of each token after the first of each window, float64 (windows, length - 1): its negative
+    log-likelihood (nats), the KL divergence of its distribution from a reference's (nats), and whether (1 or 0) both
+    hold the same token for the likeliest."""
+
+    nll: FloatArray
+    kl: FloatArray
+    agree: FloatArray
 
 
 class _Stop(Exception):
@@ -134,6 +146,18 @@ class BlockwiseModel:
                 where = slice(at, at + len(parts[0]))
                 yield where, parts, targets[where]
                 at += len(parts[0])
+
+    def compare(self, hidden: Hidden, ids: IntArray, reference: Hidden) -> Comparison:
+        """A model's last hidden states against a reference's: logits are made again from both, a few rows at a time,
+        which costs thousands of times less memory than to keep them."""
+        shape = ids.shape[0], ids.shape[1] - 1
+        nll, kl, agree = (np.empty(shape[0] * shape[1]) for _ in range(3))
+        for where, (logits, other), targets in self.scored(hidden, ids, reference):
+            ours, theirs = functional.log_softmax(logits, dim=-1), functional.log_softmax(other, dim=-1)
+            nll[where] = -ours.gather(1, targets[:, None])[:, 0].double().numpy()
+            kl[where] = functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(dim=1).double().numpy()
+            agree[where] = (logits.argmax(dim=1) == other.argmax(dim=1)).double().numpy()
+        return Comparison(*(values.reshape(shape) for values in (nll, kl, agree)))
 
     def nll(self, hidden: Hidden, ids: IntArray) -> FloatArray:
         """Negative log-likelihood (windows, length - 1) of each token after the first, in nats."""

@@ -15,6 +15,7 @@ from impq_core.errors import UsageError, nearest
 
 DTYPES = ("auto", "float32", "bfloat16")
 GRANULARITIES = ("block", "group", "linear")
+VALUES = ("nll", "kl")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class RunConfig:
         exclude: patterns of layers that stay unquantized; their bytes count too, at 16 bits a weight.
         calibration: text for quantization statistics and the game.
         game_windows: how many of the calibration windows the game is played on.
+        value: what the game's loss is: ``nll``, or ``kl`` to the unquantized model.
         evaluation: held-out text.
         dtype: of the forwards; ``auto`` is bfloat16 where the processor multiplies it natively.
         seed: of every random draw but those of the texts.
@@ -82,6 +84,7 @@ class RunConfig:
     exclude: tuple[str, ...] = ()
     calibration: TextConfig = TextConfig()
     game_windows: int = 8
+    value: str = "nll"
     evaluation: TextConfig = TextConfig()
     dtype: str = "auto"
     seed: int = 0
@@ -93,7 +96,7 @@ class RunConfig:
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, allowed in (("dtype", DTYPES), ("granularity", GRANULARITIES)):
+        for name, allowed in (("dtype", DTYPES), ("granularity", GRANULARITIES), ("value", VALUES)):
             if getattr(self, name) not in allowed:
                 raise UsageError(f"unknown {name} '{getattr(self, name)}'{nearest(getattr(self, name), allowed)}")
         if not 1 <= self.game_windows <= self.calibration.windows:

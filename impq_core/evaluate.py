@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.nn import functional
 
 from impq_core.bank import Assignment, Bank
 from impq_core.blockwise import BlockwiseModel
@@ -158,17 +157,8 @@ class Evaluator:
         return self._scores[key]
 
     def _measure(self, assignment: Assignment) -> Score:
-        hidden = self._run(assignment)
-        windows, length = self._ids.shape
-        nll = np.empty(windows * (length - 1))
-        kl = np.empty_like(nll)
-        agree = np.empty_like(nll)
-        for where, (logits, reference), targets in self._runner.scored(hidden, self._ids, self._reference):
-            ours, theirs = functional.log_softmax(logits, dim=-1), functional.log_softmax(reference, dim=-1)
-            nll[where] = -ours.gather(1, targets[:, None])[:, 0].double().numpy()
-            kl[where] = functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(dim=1).double().numpy()
-            agree[where] = (logits.argmax(dim=1) == reference.argmax(dim=1)).double().numpy()
-        return Score(nll.reshape(windows, -1).mean(axis=1), float(kl.mean()), float(agree.mean()))
+        told = self._runner.compare(self._run(assignment), self._ids, self._reference)
+        return Score(told.nll.mean(axis=1), float(told.kl.mean()), float(told.agree.mean()))
 
 
 def evaluate_plan(evaluator: Evaluator, plan: Plan, between: Sequence[tuple[Choice, int]], windows: Windows, seed: int,

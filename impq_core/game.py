@@ -87,11 +87,13 @@ class ModelGame:
         log: where measured losses go before they are returned.
         watch: told of new losses once they are on disk.
         progress: told (evaluations done, evaluations expected) after each.
+        value: what a loss is: ``nll``, the negative log-likelihood, or ``kl``, the divergence from the unquantized
+            model's distribution, which is less noisy and rewards no luck.
     """
 
     def __init__(self, space: SearchSpace, bank: Bank, runner: BlockwiseModel, windows: Windows,
                  log: MeasurementLog | None = None, watch: Watcher = lambda *facts: None,
-                 progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+                 progress: Callable[[int, int], None] = lambda done, total: None, value: str = "nll") -> None:
         self.space = space
         self._bank, self._runner, self._ids = bank, runner, windows.ids
         self._log, self._watch, self._progress = log, watch, progress
@@ -103,6 +105,11 @@ class ModelGame:
         self._memo: dict[bytes, FloatArray] = {}
         self.block_forwards = 0
         self.tokens = windows.scored_tokens
+        self._unquantized: Hidden | None = None
+        if value == "kl":
+            bank.apply([None] * len(bank.layers))
+            self._unquantized = runner.run_all(self._inputs[0])
+            self.block_forwards += len(runner)
 
     @property
     def forwards(self) -> float:
@@ -193,5 +200,7 @@ class ModelGame:
             self.block_forwards += 1
             self._inputs.append(hidden)
         self._standing = pick.copy()
-        losses: FloatArray = self._runner.nll(hidden, self._ids).mean(axis=1)
+        told = (self._runner.nll(hidden, self._ids) if self._unquantized is None
+                else self._runner.compare(hidden, self._ids, self._unquantized).kl)
+        losses: FloatArray = told.mean(axis=1)
         return losses

@@ -256,7 +256,7 @@ def _search(prepared: Prepared, plugins: Plugins, folder: Path, runner: Blockwis
     log = MeasurementLog(folder / "measurements.jsonl", {"space": played.fingerprint, **provenance})
     try:
         game = None if windows is None else ModelGame(
-            played, bank, runner, windows, log, progress=_progress(plugins, "estimate"),
+            played, bank, runner, windows, log, progress=_progress(plugins, "estimate"), value=prepared.config.value,
             watch=lambda picks, losses, forwards: plugins.notify(
                 "impq_measured", picks=picks, losses=losses, forwards=forwards))
         plan, estimate, measurements = prepared.plan, None, None
@@ -295,7 +295,7 @@ def _refine(prepared: Prepared, plugins: Plugins, folder: Path, runner: Blockwis
         report(min(config.refine, round(sum(game.forwards for game in games))), config.refine)
 
     try:
-        games += [ModelGame(prepared.space, bank, runner, part, log, progress=watch)
+        games += [ModelGame(prepared.space, bank, runner, part, log, progress=watch, value=config.value)
                   for part, log in zip(windows, logs, strict=True)]
         game, referee = games
         estimate = search.estimate.on(prepared.space) if search.estimate else None
@@ -321,7 +321,7 @@ def _provenance(prepared: Prepared, windows: Windows | None) -> dict[str, Any]:
     return {"model": prepared.source.name, "backend": prepared.config.backend,
             "measured_with": prepared.config.estimate_with or prepared.config.backend,
             "backend_options": asdict(prepared.parts.backend.options), "measured_options": asdict(played.options),
-            "dtype": prepared.config.dtype,
+            "dtype": prepared.config.dtype, "value": prepared.config.value,
             "seed": prepared.config.seed, "versions": {name: importlib.metadata.version(name) for name in names},
             **({"calibration": str(prepared.calibration), "calibration_digest": prepared.calibration.digest,
                 "game_digest": windows.digest, "game_tokens": windows.scored_tokens}

@@ -78,6 +78,7 @@ BAD = [
     (["run", "--budget", "5bits"], 2, "2bits to 4bits"),
     (["run", "--budget", "lots"], 2, "write 3.0bits, 3.25bpw"),
     (["run", "--dtype", "float16"], 2, "did you mean 'bfloat16'"),
+    (["run", "--value", "kld"], 2, "unknown value 'kld' (did you mean 'kl'?)"),
     (["run", "--granularity", "layer"], 2, "unknown granularity 'layer'"),
     (["run", "--config", "none.toml"], 2, "cannot read none.toml"),
     (["run", "--config", "typo.toml"], 2, "unknown key 'estimater' (did you mean 'estimator'?)"),

@@ -17,7 +17,7 @@ from impq_core.errors import ImpqError
 from impq_core.game import MeasurementLog, ModelGame
 from impq_core.model import layers_of, search_space
 from impq_core.source import locate_model
-from impq_core.space import SearchSpace
+from impq_core.space import Choice, SearchSpace
 from impq_core.testing import tiny_model
 from impq_core.text import Windows
 
@@ -64,6 +64,21 @@ def test_shared_prefixes_change_nothing(table: Table) -> None:
     np.testing.assert_array_equal(game.losses(picks), losses)
     assert game.forwards == again  # the memo answered
     assert game.loss(table.space.uniform(0)) == 0.0
+
+
+def test_the_value_may_be_the_divergence_from_the_unquantized_model(table: Table) -> None:
+    game = ModelGame(table.space, table.bank, table.runner, WINDOWS, value="kl")
+    pick = np.random.default_rng(4).integers(0, 3, len(table.space))
+    assert game.reference_loss > 0 and game.forwards == 2  # the unquantized model's forward counts
+    ours = game.window_losses(pick)
+
+    def logits(choices: list[Choice | None]) -> torch.Tensor:
+        table.bank.apply(choices)
+        with torch.no_grad():
+            return table.model(input_ids=torch.from_numpy(WINDOWS.ids)).logits[:, :-1].log_softmax(dim=-1)
+
+    p, q = logits([None] * len(table.space)), logits([table.space.choices[k] for k in pick])
+    np.testing.assert_allclose(ours, (p.exp() * (p - q)).sum(dim=-1).mean(dim=1).numpy(), rtol=1e-4)
 
 
 def test_a_permutation_costs_little_more_than_half_a_forward_an_evaluation(table: Table) -> None:
