@@ -32,16 +32,15 @@ def main() -> None:
     for granularity, permutations in PERMUTATIONS.items():
         config = replace(BASE, granularity=granularity)
         bench = whole.at(config)
-        for name, estimator, options in (("spqe", "spqe", {"permutations": permutations}), ("isolated", "isolated", {}),
-                                         ("isolated, base=3", "isolated", {"base": 3.0}), ("fisher", "fisher", {})):
+        for estimator, options in (("spqe", {"permutations": permutations}), ("isolated", {})):
             config = replace(config, estimator=estimator, options={"estimator": options})
             estimate, _ = bench.estimate(config)
             plans = [bench.plan(config, estimate, budget) for budget in BUDGETS]
             scores = [bench.score(plan) for plan in plans]
-            rows.append([granularity, str(len(bench.prepared.space)), name, f"{estimate.forwards:.1f}",
+            rows.append([granularity, str(len(bench.prepared.space)), estimator, f"{estimate.forwards:.1f}",
                          *(plus_minus(score.nll, score.stderr) for score in scores),
                          plus_minus(*scores[1].minus(three), sign=True)])
-            facts.append(f"{granularity}, {name}: " + "; ".join(
+            facts.append(f"{granularity}, {estimator}: " + "; ".join(
                 f"{budget:g} bits {'/'.join(str(int((plan.pick == k).sum())) for k in range(3))} at 4/3/2"
                 + (f", gap {plan.gap:.2g}" if plan.gap is not None else "")
                 for budget, plan in zip(BUDGETS, plans, strict=True)))

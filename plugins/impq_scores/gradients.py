@@ -34,11 +34,12 @@ class FisherOptions:
     Args:
         at: where the gradients are taken, from 0 (all layers at the widest choice) to 1 (all at the narrowest); between
             two choices the weights are blended.
-        curvature: weight of the second-order term.
+        curvature: weight of the second-order term; at 1 it is several times too large on a damaged model, whose
+            residuals the empirical Fisher matrix takes for curvature.
     """
 
-    at: float = 0.5
-    curvature: float = 1.0
+    at: float = 0.25
+    curvature: float = 0.3
 
     def __post_init__(self) -> None:
         if not 0 <= self.at <= 1 or self.curvature < 0:
