@@ -107,7 +107,7 @@ def prepare(config: RunConfig, plugins: Plugins, calibrate: bool = True) -> Prep
     layers = layers_of(skeleton, config.granularity)
     space = search_space(layers, parts.backend, parts.menu, config.pins, config.exclude)
     played = space
-    if parts.estimate_with:
+    if parts.estimate_with and not config.plan:  # a plan that is given is measured as it will be deployed
         played = search_space(layers, parts.estimate_with, parts.played, config.pins, config.exclude)
     for part in (parts.estimator, parts.surrogate, parts.allocator):
         part.check_space(played)

@@ -157,8 +157,9 @@ def test_one_backend_is_measured_and_another_deployed(tiny_config: RunConfig) ->
     assert both.plan.nbytes <= both.plan.budget_bytes
     header, _ = MeasurementLog.read(both.folder / "measurements.jsonl")
     assert header["measured_with"] == "quanto" and header["measured_options"] == {"group_size": 32}
-    deployed = run(replace(tiny_config, plan=str(both.folder / "plan.json")))
-    assert deployed.evaluation.plan.nll == both.evaluation.plan.nll
+    for config in (tiny_config, both.config):
+        deployed = run(replace(config, plan=str(both.folder / "plan.json")))
+        assert deployed.evaluation.plan.nll == both.evaluation.plan.nll
 
 
 @pytest.mark.parametrize("refiner", ["swaps", "evolve"])
