@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from impq_core.errors import ImpqError
 from impq_core.files import write_text
+from impq_core.interfaces import Variant
+from impq_core.space import Choice
+from impq_core.types import Plan
 
 if TYPE_CHECKING:
     import torch
@@ -27,24 +30,41 @@ def write_model(folder: Path, tensors: Mapping[str, torch.Tensor], config: Mappi
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
+def read_variants(folder: Path, plan: Plan, names: Callable[[Choice], Mapping[str, str]]) -> dict[str, Variant]:
+    """The variant of every quantized linear of a plan, by module name.
+
+    Args:
+        folder: an exported folder.
+        plan: the widths.
+        names: for a choice, the name in the file (behind the module's) of each tensor of the variant.
+
+    Raises:
+        ImpqError: the file lacks one.
+    """
+    with read_model(folder) as tensor:
+        return {name: Variant(choice, {ours: tensor(f"{name}.{theirs}") for ours, theirs in names(choice).items()})
+                for name, choice in plan.widths().items() if choice is not None}
+
+
 @contextmanager
 def read_model(folder: Path) -> Iterator[Callable[[str], torch.Tensor]]:
     """Give out the tensors that ``write_model`` wrote, by name; raises ImpqError where the file lacks one."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            yield file.get_tensor
-    except (OSError, SafetensorError) as error:
-        raise ImpqError(f"{folder / WEIGHTS} cannot be read: {error}") from error
+    with _opened(folder) as file:
+        yield file.get_tensor
 
 
 def tensor_names(folder: Path) -> set[str]:
     """Names of the tensors in the file; raises ImpqError where it cannot be read."""
+    with _opened(folder) as file:
+        return set(file.keys())
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
-            return set(file.keys())
+            yield file
     except (OSError, SafetensorError) as error:
         raise ImpqError(f"{folder / WEIGHTS} cannot be read: {error}") from error

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from impq_core.checkpoint import read_model, write_model
+from impq_core.checkpoint import read_variants, write_model
 from impq_core.files import write_text
 from impq_core.interfaces import Checkpoint, Exporter, Variant
 from impq_core.types import Plan
@@ -54,9 +54,4 @@ class GptqExporter(Exporter):
 
     def restore(self, folder: Path, plan: Plan) -> Mapping[str, Variant]:
         """Read the packed linears back; raises ImpqError where the file lacks one."""
-        variants = {}
-        with read_model(folder) as tensor:
-            for name, choice in plan.widths().items():
-                if choice is not None:
-                    variants[name] = Variant(choice, {part: tensor(f"{name}.{part}") for part in TENSORS})
-        return variants
+        return read_variants(folder, plan, lambda choice: {part: part for part in TENSORS})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from impq_core.checkpoint import read_model, write_model
+from impq_core.checkpoint import read_variants, write_model
 from impq_core.interfaces import Checkpoint, Exporter, Variant
 from impq_core.types import Plan
 from impq_hqq.backend import Hqq, Options
@@ -36,10 +36,4 @@ class HqqExporter(Exporter):
 
     def restore(self, folder: Path, plan: Plan) -> Mapping[str, Variant]:
         """Read the packed linears back; raises ImpqError where the file lacks one."""
-        variants = {}
-        with read_model(folder) as tensor:
-            for name, choice in plan.widths().items():
-                if choice is not None:
-                    tensors = {our: tensor(f"{name}.{their}") for our, their in _NAMES.items()}
-                    variants[name] = Variant(choice, tensors)
-        return variants
+        return read_variants(folder, plan, lambda choice: _NAMES)

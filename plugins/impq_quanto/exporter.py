@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from impq_core.checkpoint import read_model, write_model
+from impq_core.checkpoint import read_variants, write_model
 from impq_core.errors import ImpqError
 from impq_core.files import write_text
 from impq_core.interfaces import Checkpoint, Exporter, Variant
+from impq_core.space import Choice
 from impq_core.types import Plan
 
 STOCK_GROUP = 128
@@ -45,7 +46,7 @@ class QuantoExporter(Exporter):
                 raise ImpqError(f"format 'quanto' stores 16-bit floats, which {name} overflows")
         one = torch.ones((), dtype=torch.float16)
         for name, variant in checkpoint.variants.items():
-            tensors |= {f"{name}.{stored}": variant.tensors[ours] for ours, stored in _names(variant).items()}
+            tensors |= {f"{name}.{stored}": variant.tensors[ours] for ours, stored in _names(variant.choice).items()}
             tensors |= {f"{name}.input_scale": one.clone(), f"{name}.output_scale": one.clone()}
         write_model(folder, tensors, {**checkpoint.config, "dtype": "float16"})
         types = {name: {"weights": f"qint{variant.choice}", "activations": "none"}
@@ -54,14 +55,8 @@ class QuantoExporter(Exporter):
 
     def restore(self, folder: Path, plan: Plan) -> Mapping[str, Variant]:
         """Read the packed linears back; raises ImpqError where the file lacks one."""
-        variants = {}
-        with read_model(folder) as tensor:
-            for name, choice in plan.widths().items():
-                if choice is not None:
-                    names = _names(Variant(choice, {}))
-                    variants[name] = Variant(choice, {our: tensor(f"{name}.{their}") for our, their in names.items()})
-        return variants
+        return read_variants(folder, plan, _names)
 
 
-def _names(variant: Variant) -> Mapping[str, str]:
-    return _QBITS if variant.choice.group_size else _QBYTES
+def _names(choice: Choice) -> Mapping[str, str]:
+    return _QBITS if choice.group_size else _QBYTES
