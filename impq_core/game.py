@@ -15,6 +15,7 @@ import numpy as np
 from impq_core.bank import Bank
 from impq_core.blockwise import BlockwiseModel, Hidden
 from impq_core.errors import ImpqError
+from impq_core.probe import ModelProbe
 from impq_core.space import FloatArray, IntArray, SearchSpace
 from impq_core.text import Windows
 
@@ -39,10 +40,11 @@ class MeasurementLog:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
 
-    def append(self, pick: IntArray, windows: FloatArray) -> None:
-        """Add the absolute losses (windows,) of a pick, nats per token. They survive the death of the process at once,
-        and that of the machine after ``sync``."""
-        self._write({"pick": pick.tolist(), "loss": float(windows.mean()), "windows": windows.tolist()})
+    def append(self, pick: IntArray, windows: FloatArray, number: int = 0) -> None:
+        """Add the absolute losses (windows,) of a pick on the set of windows of that number, nats per token. They
+        survive the death of the process at once, and that of the machine after ``sync``."""
+        more = {"set": number} if number else {}
+        self._write({"pick": pick.tolist(), "loss": float(windows.mean()), "windows": windows.tolist(), **more})
 
     def sync(self) -> None:
         """Wait until everything appended is on the disk."""
@@ -89,37 +91,50 @@ class ModelGame:
         progress: told (evaluations done, evaluations expected) after each.
         value: what a loss is: ``nll``, the negative log-likelihood, or ``kl``, the divergence from the unquantized
             model's distribution, which is less noisy and rewards no luck.
+        budget_bytes: what plans are wanted for; None where nobody said.
+        spare: windows of the same length for further sets of as many.
     """
 
     def __init__(self, space: SearchSpace, bank: Bank, runner: BlockwiseModel, windows: Windows,
                  log: MeasurementLog | None = None, watch: Watcher = lambda *facts: None,
-                 progress: Callable[[int, int], None] = lambda done, total: None, value: str = "nll") -> None:
-        self.space = space
-        self._bank, self._runner, self._ids = bank, runner, windows.ids
+                 progress: Callable[[int, int], None] = lambda done, total: None, value: str = "nll",
+                 budget_bytes: int | None = None, spare: Windows | None = None) -> None:
+        self.space, self.budget_bytes = space, budget_bytes
+        self.probe = ModelProbe(space, bank, runner, windows)
+        self._bank, self._runner, self._value = bank, runner, value
+        count = len(windows.ids)
+        more = windows.ids[:0] if spare is None else spare.ids
+        self._sets = [windows.ids, *(more[at:at + count] for at in range(0, len(more) - count + 1, count))]
         self._log, self._watch, self._progress = log, watch, progress
         self._expected = 0
         self._blocks = np.array([layer.block for layer in space.layers])
         self._all_blocks = np.array([layer.block for layer in space.everyone])
-        self._inputs: list[Hidden] = [runner.embed(windows.ids)]
-        self._standing: IntArray | None = None
-        self._memo: dict[bytes, FloatArray] = {}
+        self._memos: list[dict[bytes, FloatArray]] = [{} for _ in self._sets]
         self.block_forwards = 0
         self.tokens = windows.scored_tokens
+        self.redraw(0)
+
+    def redraw(self, number: int) -> None:
+        """Go on with another set of windows; what was measured on it before is still known."""
+        self._number = number % len(self._sets)
+        self._ids, self._memo = self._sets[self._number], self._memos[self._number]
+        self._inputs: list[Hidden] = [self._runner.embed(self._ids)]
+        self._standing: IntArray | None = None
         self._unquantized: Hidden | None = None
-        if value == "kl":
-            bank.apply([None] * len(bank.layers))
-            self._unquantized = runner.run_all(self._inputs[0])
-            self.block_forwards += len(runner)
+        if self._value == "kl":
+            self._bank.apply([None] * len(self._bank.layers))
+            self._unquantized = self._runner.run_all(self._inputs[0])
+            self.block_forwards += len(self._runner)
 
     @property
     def forwards(self) -> float:
-        """Cost so far in full-model forwards: block forwards over blocks."""
-        return self.block_forwards / len(self._runner)
+        """Cost so far in full-model forwards: block forwards over blocks, and the probe's."""
+        return self.block_forwards / len(self._runner) + self.probe.forwards
 
     @property
     def evaluations(self) -> int:
         """Distinct picks measured, the reference included."""
-        return len(self._memo)
+        return sum(map(len, self._memos))
 
     @property
     def reference_loss(self) -> float:
@@ -181,7 +196,7 @@ class ModelGame:
         if key not in self._memo:
             losses = self._measure(pick)
             if self._log:
-                self._log.append(pick, losses)
+                self._log.append(pick, losses, self._number)
             self._memo[key] = losses
             self._progress(self.evaluations, max(self._expected, self.evaluations))
         return self._memo[key]

@@ -8,7 +8,7 @@ heavy libraries inside its methods, so that a typo is answered before they load.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -40,10 +40,30 @@ class Part:
         """Raises ImpqError where the options do not fit a space; asked before any weight is loaded."""
 
 
+Drift = Callable[[Measurements], float]
+"""How far the plan still moves: fed with all measurements so far, time after time, it answers what the plan of the time
+before loses to the new one in the new estimate, nats per token; infinite the first time and where none can be made."""
+
+
+def unknown_drift(measurements: Measurements) -> float:
+    """Nobody plans: infinite."""
+    return float("inf")
+
+
 class Game(Protocol):
-    """The cooperative game of an estimator: a model seen only through the loss of a pick."""
+    """The cooperative game of an estimator: a model seen through the loss of a pick.
+
+    Attributes:
+        space: the choices on play.
+        budget_bytes: what plans are wanted for; None where nobody said.
+    """
 
     space: SearchSpace
+    budget_bytes: int | None
+
+    @property
+    def probe(self) -> Probe:
+        """The same model seen from inside; its forwards count as the game's."""
 
     @property
     def tokens(self) -> int:
@@ -68,6 +88,10 @@ class Game(Protocol):
 
     def window_losses(self, pick: IntArray) -> FloatArray:
         """Absolute losses (windows,) of one pick, nats per token: what paired differences are made of."""
+
+    def redraw(self, number: int) -> None:
+        """Go on with another set of windows, the one of that number (modulo as many as there are): the reference is
+        measured anew, and losses stay above it."""
 
 
 class Probe(Protocol):
@@ -131,8 +155,8 @@ class Sampler(Part, ABC):
     """Plays the game and only measures; the surrogate the user names turns measurements into an estimate."""
 
     @abstractmethod
-    def sample(self, game: Game, rng: np.random.Generator) -> Measurements:
-        """Play the game; every random draw comes from ``rng``."""
+    def sample(self, game: Game, rng: np.random.Generator, drift: Drift = unknown_drift) -> Measurements:
+        """Play the game; every random draw comes from ``rng``, and ``drift`` tells when enough has been played."""
 
 
 class Surrogate(Part, ABC):

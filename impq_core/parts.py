@@ -16,6 +16,7 @@ from impq_core.errors import ImpqError, UsageError, nearest
 from impq_core.interfaces import (
     Allocator,
     Backend,
+    Drift,
     Estimator,
     Exporter,
     Game,
@@ -26,7 +27,7 @@ from impq_core.interfaces import (
     Surrogate,
 )
 from impq_core.plugins import ROLES, Plugins, build_options, option_names
-from impq_core.space import Choice
+from impq_core.space import Choice, IntArray
 from impq_core.types import Measurements, SensitivityEstimate
 
 ESTIMATE_WITH = "estimate_with"
@@ -84,14 +85,35 @@ class Parts:
 
     def estimate(self, game: Game | None, probe: Probe,
                  rng: np.random.Generator) -> tuple[SensitivityEstimate, Measurements | None]:
-        """Let the estimator look or play, and the surrogate fit what was measured where it only measures."""
+        """Let the estimator look or play, and the surrogate fit what was measured where it only measures.
+
+        A game's budget is that of the played space: where the deployed backend's sizes differ, it is the same place
+        between all-low and all-high.
+        """
         if isinstance(self.estimator, Inspector):
             return self.estimator.inspect(probe, rng), None
         assert game is not None
         if isinstance(self.estimator, Estimator):
             return self.estimator.estimate(game, rng), None
-        measurements = self.estimator.sample(game, rng)
+        measurements = self.estimator.sample(game, rng, self._drift(game.budget_bytes))
         return self.surrogate.fit(measurements), measurements
+
+    def _drift(self, budget_bytes: int | None) -> Drift:
+        before: list[IntArray] = []
+
+        def drift(measurements: Measurements) -> float:
+            if budget_bytes is None:
+                return np.inf
+            try:
+                estimate = self.surrogate.fit(measurements)
+            except ImpqError:  # too few permutations for this surrogate
+                return np.inf
+            pick = self.allocator.allocate(estimate, budget_bytes).pick
+            regret = float(np.diff(estimate.predict(np.stack([pick, *before[-1:]])))[0]) if before else np.inf
+            before.append(pick)
+            return regret
+
+        return drift
 
 
 def slots_of(config: RunConfig) -> dict[str, str]:

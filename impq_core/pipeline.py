@@ -85,6 +85,20 @@ class Prepared:
     calibration: Windows | None
     evaluation: Windows
 
+    @property
+    def played_budget(self) -> int:
+        """The budget in the space the estimator sees: the same place between all-low and all-high."""
+        if self.played is self.space:
+            return self.budget_bytes
+        place = (self.budget_bytes - self.space.low_bytes) / max(1, self.space.high_bytes - self.space.low_bytes)
+        return round(self.played.low_bytes + place * (self.played.high_bytes - self.played.low_bytes))
+
+    @property
+    def spare(self) -> Windows | None:
+        """Calibration windows that neither the game nor a refinement's referee takes."""
+        taken = self.config.game_windows * (2 if self.config.refine else 1)
+        return self.calibration.part(taken, len(self.calibration.ids)) if self.calibration else None
+
 
 def prepare(config: RunConfig, plugins: Plugins, calibrate: bool = True) -> Prepared:
     """Resolve and check a configuration: names, options, files, sizes, budget, texts. Loads no weights, writes
@@ -257,12 +271,13 @@ def _search(prepared: Prepared, plugins: Plugins, folder: Path, runner: Blockwis
     try:
         game = None if windows is None else ModelGame(
             played, bank, runner, windows, log, progress=_progress(plugins, "estimate"), value=prepared.config.value,
+            budget_bytes=prepared.played_budget, spare=prepared.spare,
             watch=lambda picks, losses, forwards: plugins.notify(
                 "impq_measured", picks=picks, losses=losses, forwards=forwards))
         plan, estimate, measurements = prepared.plan, None, None
         if plan is None:
             with clock.stage("estimate"):
-                probe = ModelProbe(played, bank, runner, windows)
+                probe = game.probe if game else ModelProbe(played, bank, runner, None)
                 estimate, measurements = parts.estimate(game, probe, np.random.default_rng(prepared.config.seed))
                 if measurements is not None:
                     measurements.save(folder / "measurements.npz")

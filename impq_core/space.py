@@ -20,6 +20,7 @@ from impq_core.errors import ImpqError
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, order=True)

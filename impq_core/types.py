@@ -33,6 +33,8 @@ class Measurements:
         tokens: scored tokens behind each loss.
         reference_loss: absolute loss of the all-reference model, nats per token.
         forwards: cost of the measurements in full-model forwards.
+        budget_bytes: what plans are wanted for: a surrogate that has to choose cares for losses at that size most.
+            None where nobody said.
     """
 
     space: SearchSpace
@@ -44,6 +46,7 @@ class Measurements:
     tokens: int
     reference_loss: float
     forwards: float
+    budget_bytes: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("picks", "path", "step", "replicate"):
@@ -97,7 +100,8 @@ class Measurements:
     def save(self, path: Path) -> None:
         """Write an .npz file without pickle."""
         arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "space"}
-        write_npz(path, {"space": json.dumps(self.space.to_dict()), **arrays})
+        write_npz(path, {"space": json.dumps(self.space.to_dict()),
+                         **{name: array for name, array in arrays.items() if array is not None}})
 
     @classmethod
     def load(cls, path: Path) -> Measurements:
@@ -105,7 +109,8 @@ class Measurements:
         with np.load(path, allow_pickle=False) as data:
             return cls(SearchSpace.from_dict(json.loads(str(data["space"]))), data["picks"], data["losses"],
                        data["path"], data["step"], data["replicate"], int(data["tokens"]),
-                       float(data["reference_loss"]), float(data["forwards"]))
+                       float(data["reference_loss"]), float(data["forwards"]),
+                       int(data["budget_bytes"]) if "budget_bytes" in data else None)
 
 
 @dataclass(frozen=True, eq=False)

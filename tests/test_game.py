@@ -81,6 +81,31 @@ def test_the_value_may_be_the_divergence_from_the_unquantized_model(table: Table
     np.testing.assert_allclose(ours, (p.exp() * (p - q)).sum(dim=-1).mean(dim=1).numpy(), rtol=1e-4)
 
 
+def test_other_windows_are_another_game_and_the_first_is_not_forgotten(table: Table) -> None:
+    spare = Windows(np.random.default_rng(8).integers(0, 256, (13, WINDOWS.ids.shape[1])), "test", "more bytes")
+    game = ModelGame(table.space, table.bank, table.runner, WINDOWS, spare=spare)
+    pick = np.random.default_rng(4).integers(0, 3, len(table.space))
+    first = game.window_losses(pick)
+    game.redraw(2)
+    other = ModelGame(table.space, table.bank, table.runner, spare.part(6, 12))
+    np.testing.assert_array_equal(game.window_losses(pick), other.window_losses(pick))
+    assert game.loss(pick) == other.loss(pick) != float(first.mean()) and game.evaluations == 4
+    before = game.forwards
+    game.redraw(3)  # there are three sets: this is the first again
+    np.testing.assert_array_equal(game.window_losses(pick), first)
+    assert game.forwards == before
+
+
+def test_what_the_probe_looks_at_counts(table: Table) -> None:
+    game = table.game()
+    pick = table.space.uniform(1)
+    loss, spent = game.loss(pick), game.forwards
+    game.probe.slopes(np.array([0.5, 0.5, 0.0]))
+    assert game.forwards == spent + 3
+    game.loss(table.space.uniform(2))
+    assert game.loss(pick) == loss == table.plainly(pick) - table.plainly(table.space.uniform(0))
+
+
 def test_a_permutation_costs_little_more_than_half_a_forward_an_evaluation(table: Table) -> None:
     game = table.game()
     m = Spqe(SpqeOptions(4, antithetic=True)).sample(game, np.random.default_rng(0))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,6 +102,34 @@ def test_validation_separates_games(surrogate: Surrogate) -> None:
     assert additive.explained < 0.97
     if isinstance(surrogate, Regression):
         assert interactions.error < additive.error and interactions.explained > additive.explained
+
+
+def test_a_prior_leaves_only_the_rest_to_be_measured(tmp_path: Path) -> None:
+    """Few losses of an interacting game, and the single costs known but for their scale."""
+    truth = planted_estimate(3, N, BITS, 0.1)
+    known = SensitivityEstimate(SPACE, truth.linear / 3, truth.pairwise / 3, method="a third")
+    known.save(tmp_path / "known.npz")
+    game = _interacting(0.1)
+    measured = _measured(game, 2)
+    plain = Regression(RegressionOptions(link="identity"))
+    beyond = Regression(RegressionOptions(link="identity", prior=str(tmp_path / "known.npz")))
+    assert _error(beyond.fit(measured), game) < 0.05 < _error(plain.fit(measured), game)
+    assert "beyond a third" in beyond.fit(measured).method
+    beyond.check_space(SPACE)
+    with pytest.raises(ImpqError, match=r"known\.npz is no estimate of this model's layers"):
+        beyond.check_space(planted_space(N - 1, BITS))
+    with pytest.raises(ImpqError, match=r"nowhere\.npz"):
+        Regression(RegressionOptions(prior="nowhere.npz")).check_space(SPACE)
+
+
+def test_validation_cares_for_sizes_near_the_budget() -> None:
+    """A game that is additive while few steps are taken, and noise beyond."""
+    wobble = np.random.default_rng(2)
+    measured = _measured(lambda pick: _additive(pick) + (0.5 * wobble.normal() if pick.sum() > N + 2 else 0.0))
+    low, high = SPACE.low_bytes, SPACE.high_bytes
+    near = replace(measured, budget_bytes=round(low + 0.85 * (high - low)))
+    truth = SensitivityEstimate(SPACE, COSTS)
+    assert validate(lambda m: truth, near).misordered == 0 < validate(lambda m: truth, measured).misordered
 
 
 def test_auto_takes_what_tells_unseen_losses_best() -> None:

@@ -48,6 +48,32 @@ def test_additive_games_are_recovered_from_one_permutation() -> None:
     np.testing.assert_allclose(Additive().fit(_sample(game, 1)).linear[:, 1], costs)
 
 
+def test_the_plan_settles_before_the_permutations_end() -> None:
+    told = []
+
+    def drift(measurements: Measurements) -> float:
+        told.append(len(np.unique(measurements.replicate)))
+        return (np.inf, 0.3, 0.001, 0.2, 0.004, 0.003)[len(told) - 1]
+
+    game = PlantedGame(planted_space(5), lambda pick: float(pick.sum()))
+    m = Spqe(Options(40, settle=0.005)).sample(game, np.random.default_rng(0), drift)
+    assert told == [1, 2, 3, 4, 5, 6] == [*np.unique(m.replicate + 1)]
+    assert len(np.unique(Spqe(Options(6, settle=0.005)).sample(game, np.random.default_rng(0)).replicate)) == 3
+
+
+def test_every_draw_may_have_windows_of_its_own() -> None:
+    """Noise that belongs to the windows: with one set it stays in the estimate however many orders are played."""
+    space, truth = planted_space(6), np.arange(6) / 6
+
+    def error(fresh: bool) -> float:
+        game = PlantedGame(space, lambda pick: float(truth @ pick), noise=1.0)
+        m = Spqe(Options(60, antithetic=False, fresh=fresh)).sample(game, np.random.default_rng(0))
+        assert game.set == 0
+        return float(np.abs(Additive().fit(m).linear[:, 1] - truth).mean())
+
+    assert error(True) < 0.6 * error(False)
+
+
 def test_shapley_values_of_a_saturating_game_by_brute_force() -> None:
     costs = np.array([0.2, 0.5, 1.0, 2.0])
     def value(q: FloatArray) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from impq_core.interfaces import Probe
 from impq_core.space import Choice, FloatArray, IntArray, LayerSpec, LinearSpec, SearchSpace
 from impq_core.types import SensitivityEstimate
 
@@ -28,11 +29,15 @@ class PlantedGame:
         noise: standard deviation of what each of the windows adds to it; the same for a pick whenever it is asked.
         seed: of that noise.
         windows: how many there are.
+        probe: what is seen from inside, for estimators that look before they play.
+        budget_bytes: what plans are wanted for.
     """
 
     def __init__(self, space: SearchSpace, function: Callable[[IntArray], float], noise: float = 0.0, seed: int = 0,
-                 windows: int = 8) -> None:
-        self.space = space
+                 windows: int = 8, probe: Probe | None = None, budget_bytes: int | None = None) -> None:
+        self.space, self.budget_bytes = space, budget_bytes
+        self._probe = probe
+        self.set = 0
         self._function, self._noise, self._seed, self._count = function, noise, seed, windows
         self.evaluations = 0
         self.tokens = 1000
@@ -43,12 +48,22 @@ class PlantedGame:
         return float(self.evaluations)
 
     @property
+    def probe(self) -> Probe:
+        """What was given."""
+        assert self._probe is not None, "this planted game was given no probe"
+        return self._probe
+
+    @property
     def reference_loss(self) -> float:
         """The function at the all-reference pick."""
         return float(self._windows(self.space.uniform(0)).mean())
 
     def expect(self, evaluations: int) -> None:
         """Nobody watches."""
+
+    def redraw(self, number: int) -> None:
+        """Other noise."""
+        self.set = number
 
     def loss(self, pick: IntArray) -> float:
         """The function, above the reference."""
@@ -65,7 +80,7 @@ class PlantedGame:
         return self._windows(pick)
 
     def _windows(self, pick: IntArray) -> FloatArray:
-        rng = np.random.default_rng([self._seed, *(int(k) for k in pick)])
+        rng = np.random.default_rng([self._seed, self.set, *(int(k) for k in pick)])
         return self._function(pick) + self._noise * rng.normal(size=self._count)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from impq_core.errors import UsageError
-from impq_core.interfaces import Game, Sampler
+from impq_core.interfaces import Drift, Game, Sampler, unknown_drift
 from impq_core.space import FloatArray, IntArray, SearchSpace
 from impq_core.types import Measurements
 
@@ -23,6 +23,10 @@ class Options:
         antithetic: play each order also backwards, which counts as one of the permutations; false is the paper.
         tolerance: stop early once the mean standard error of the Shapley values is below this share of their spread
             (standard deviation over layers); 0 never stops early.
+        settle: stop early once the plan has stopped changing: twice in a row the plan before an independent draw was
+            less than this worse, in nats per token, than the one after it, by the estimate after it; 0 never does.
+        fresh: play every independent draw on calibration windows of its own, as long as there are any: the same
+            forwards see more text.
         truncate: end an order once the loss is this many nats above the reference, where the model has collapsed and
             further demotions tell nothing (SMPQ); 0 never does. Needs a surrogate that allows gaps, such as additive.
         around: nominal bits that plans are wanted for: of each order only the picks within ``span`` bits of it are
@@ -34,6 +38,8 @@ class Options:
     permutations: int = 4
     antithetic: bool = True
     tolerance: float = 0.0
+    settle: float = 0.0
+    fresh: bool = False
     truncate: float = 0.0
     around: float = 0.0
     span: float = 0.25
@@ -43,8 +49,8 @@ class Options:
             raise ValueError("permutations must be at least 1")
         if self.antithetic and self.permutations % 2:
             raise ValueError("permutations must be even with antithetic pairs (or say antithetic=false)")
-        if self.tolerance < 0 or self.truncate < 0:
-            raise ValueError("tolerance and truncate must not be negative")
+        if min(self.tolerance, self.settle, self.truncate) < 0:
+            raise ValueError("tolerance, settle and truncate must not be negative")
         if self.around < 0 or self.span <= 0:
             raise ValueError("around must not be negative, span must be positive")
 
@@ -61,7 +67,7 @@ class Spqe(Sampler):
 
     Options = Options
 
-    def sample(self, game: Game, rng: np.random.Generator) -> Measurements:
+    def sample(self, game: Game, rng: np.random.Generator, drift: Drift = unknown_drift) -> Measurements:
         """Play up to ``permutations`` orders; losses are on disk after each."""
         space, options = game.space, self.options
         share = min(1.0, 2 * options.span / (space.choices[0].bits - space.choices[-1].bits)) if options.around else 1.0
@@ -69,15 +75,25 @@ class Spqe(Sampler):
         picks: list[IntArray] = []
         losses: list[FloatArray] = []
         replicates: list[int] = []
+        calm = 0
         for order, replicate in self._orders(space, rng):
+            if options.fresh:
+                game.redraw(replicate)
             path = self._wanted(space, demotions(space, order))
             measured = self._play(game, path)
             picks.append(path[:len(measured)])
             losses.append(measured)
             replicates.append(replicate)
-            pair_is_whole = not options.antithetic or len(replicates) % 2 == 0
-            if options.tolerance and pair_is_whole and self._settled(_gather(game, picks, losses, replicates)):
+            if options.antithetic and len(replicates) % 2:
+                continue
+            if options.tolerance and self._tell(_gather(game, picks, losses, replicates)):
                 break
+            if options.settle:
+                calm = calm + 1 if drift(_gather(game, picks, losses, replicates)) < options.settle else 0
+                if calm == 2:
+                    break
+        if options.fresh:
+            game.redraw(0)
         return _gather(game, picks, losses, replicates)
 
     def check_space(self, space: SearchSpace) -> None:
@@ -117,7 +133,8 @@ class Spqe(Sampler):
             if self.options.antithetic:
                 yield order[::-1], replicate
 
-    def _settled(self, measurements: Measurements) -> bool:
+    def _tell(self, measurements: Measurements) -> bool:
+        """Whether the Shapley values are known well enough to be told apart."""
         values, replicates = measurements.marginals()
         draws = np.stack([values[replicates == r].mean(axis=0) for r in np.unique(replicates)])
         if len(draws) < 3 or np.isnan(draws).any():
@@ -141,4 +158,4 @@ def _gather(game: Game, picks: list[IntArray], losses: list[FloatArray], replica
         game.space, np.concatenate(picks), np.concatenate(losses),
         path=np.repeat(np.arange(len(picks)), lengths), step=np.concatenate([np.arange(n) for n in lengths]),
         replicate=np.repeat(replicates, lengths), tokens=game.tokens, reference_loss=game.reference_loss,
-        forwards=game.forwards)
+        forwards=game.forwards, budget_bytes=game.budget_bytes)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from impq_core.errors import ImpqError
 from impq_core.interfaces import Surrogate
-from impq_core.space import FloatArray
+from impq_core.space import FloatArray, SearchSpace
 from impq_core.types import Measurements, SensitivityEstimate
 from impq_core.validation import folds
 from impq_surrogates.steps import from_quadratic, from_steps, taken_steps
@@ -28,9 +29,12 @@ class RegressionOptions:
     Args:
         link: ``identity`` fits the loss, ``log1p`` log(1 + loss), which saturates more slowly; ``auto`` takes the one
             of less cross-validated error.
+        prior: an estimate of the same layers and widths, such as the estimate.npz of another run: only what the losses
+            say beyond it, to scale, is fitted. Empty for none.
     """
 
     link: str = "auto"
+    prior: str = ""
 
     def __post_init__(self) -> None:
         if self.link not in ("auto", "identity", "log1p"):
@@ -67,23 +71,46 @@ class Regression(Surrogate):
         single, pairs = _kernels(steps)
         scales = float(np.diag(single).mean()), float(np.diag(pairs).mean()) or 1.0
         links = ("identity", "log1p") if self.options.link == "auto" else (self.options.link,)
-        best = min(self._candidates(told, single / scales[0], pairs / scales[1], links), key=lambda c: c.error)
+        prior = self._prior(space)
+        known = prior.score(told.picks) if prior else np.zeros(len(told))
+        best = min(self._candidates(told, known, single / scales[0], pairs / scales[1], links), key=lambda c: c.error)
         kernel = single / scales[0] + best.pairs * pairs / scales[1]
-        weights = np.linalg.solve(kernel + best.penalty * np.eye(len(kernel)), _linked(told.losses, best.link))
+        target = _linked(told.losses, best.link)
+        scale = _scale(target, known)
+        weights = np.linalg.solve(kernel + best.penalty * np.eye(len(kernel)), target - scale * known)
         flat = steps.reshape(len(steps), -1)
         linear = weights @ flat / scales[0]
         matrix = best.pairs * (flat * weights[:, None]).T @ flat / scales[1]
         own = np.kron(np.eye(len(space)), np.ones((steps.shape[2],) * 2))
         matrix = np.where(own > 0, 0.0, matrix)
-        terms = from_quadratic(space, linear, 0.5 * matrix)
+        costs, terms = from_quadratic(space, linear, 0.5 * matrix)
+        joint = terms if best.pairs else None
+        if prior:
+            costs = costs + scale * prior.linear
+            if prior.pairwise is not None:
+                joint = scale * prior.pairwise + (0.0 if joint is None else joint)
         link = None
         if best.link == "log1p":
             scores = np.linspace(0.0, 2.0 * float(_linked(told.losses, best.link).max()) + 1.0, 513)
             link = np.stack([scores, np.expm1(scores)])
-        return SensitivityEstimate(space, terms[0], terms[1] if best.pairs else None, forwards=measurements.forwards,
-                                   method=f"regression({best.link}, pairs {best.pairs:g})", link=link)
+        beyond = f", beyond {prior.method}" if prior else ""
+        return SensitivityEstimate(space, costs, joint, forwards=measurements.forwards, link=link,
+                                   method=f"regression({best.link}, pairs {best.pairs:g}{beyond})")
 
-    def _candidates(self, told: Measurements, single: FloatArray, pairs: FloatArray,
+    def check_space(self, space: SearchSpace) -> None:
+        """The prior must be there, and be of these layers and widths."""
+        self._prior(space)
+
+    def _prior(self, space: SearchSpace) -> SensitivityEstimate | None:
+        if not self.options.prior:
+            return None
+        try:
+            return SensitivityEstimate.load(Path(self.options.prior)).on(space)
+        except (OSError, ValueError, KeyError, ImpqError) as error:
+            raise ImpqError(f"surrogate regression: prior {self.options.prior} is no estimate of this model's layers "
+                            f"and widths ({error})") from error
+
+    def _candidates(self, told: Measurements, known: FloatArray, single: FloatArray, pairs: FloatArray,
                     links: tuple[str, ...]) -> Iterator[_Candidate]:
         splits = list(folds(told))
         for share in PAIR_SHARES:
@@ -93,8 +120,10 @@ class Regression(Surrogate):
                 values, vectors = np.linalg.eigh(kernel[np.ix_(kept, kept)])
                 across = kernel[np.ix_(held, kept)] @ vectors
                 for link, penalty in squares:
-                    target = vectors.T @ _linked(told.losses[kept], link)
-                    guess = across @ (target / (np.maximum(values, 0.0) + penalty))
+                    target = _linked(told.losses[kept], link)
+                    scale = _scale(target, known[kept])
+                    target = vectors.T @ (target - scale * known[kept])
+                    guess = across @ (target / (np.maximum(values, 0.0) + penalty)) + scale * known[held]
                     loss = np.expm1(np.minimum(guess, 20.0)) if link == "log1p" else guess
                     squares[link, penalty] += float(((loss - told.losses[held]) ** 2).sum())
             for (link, penalty), square in squares.items():
@@ -143,6 +172,12 @@ def _kernels(steps: FloatArray) -> tuple[FloatArray, FloatArray]:
     for layer in steps.transpose(1, 0, 2):
         same += (layer @ layer.T) ** 2
     return single, (single**2 - same) / 2
+
+
+def _scale(target: FloatArray, known: FloatArray) -> float:
+    """The multiple of what is known that is nearest to the target."""
+    size = float(known @ known)
+    return float(target @ known) / size if size else 0.0
 
 
 def _linked(losses: FloatArray, link: str) -> FloatArray:

@@ -1,0 +1,310 @@
+"""What does a plan cost, and what is it worth? Every estimator, surrogate and refiner on the real model: held-out NLL
+on two texts against full-model forwards spent, beside the paper's protocol and the line of uniforms.
+
+What was measured is kept in ``--work`` and never measured again, so a run that was cut short goes on where it was, and
+a method that is added later costs only itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import Bench
+from frontier_report import Row, write_report
+
+from impq_core.budget import Budget
+from impq_core.config import RunConfig, TextConfig
+from impq_core.errors import ImpqError
+from impq_core.game import ModelGame
+from impq_core.parts import Parts
+from impq_core.space import FloatArray
+from impq_core.text import Windows, draw_windows
+from impq_core.types import Measurements, Plan, SensitivityEstimate
+
+WORK = Path(__file__).parent / "work" / "frontier"
+TEXT_WINDOWS = 16
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to a plan.
+
+    Args:
+        estimator: its name; with ``options``, ``value`` and the seed it decides what is measured.
+        surrogates: those fitted to what was measured, for nothing; the first is the one refined.
+        seeds: how many draws are made.
+        value: of the game.
+        parts: instead of more seeds, this many plans, each from so many of the permutations.
+        refine: refiner and forwards, from the estimate's plan.
+        budgets: those it is asked for; all of the setting's where empty.
+        aimed: whether it is measured, not only fitted, for one budget at a time.
+    """
+
+    estimator: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    surrogates: tuple[str, ...] = ("",)
+    seeds: int = 1
+    value: str = "nll"
+    parts: tuple[int, int] = (0, 0)
+    refine: tuple[str, int] = ("", 0)
+    budgets: tuple[float, ...] = ()
+    aimed: bool = False
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A backend, its menu and the size of a layer, with the methods tried there."""
+
+    backend: str
+    bits: tuple[float, ...]
+    granularity: str
+    budgets: tuple[float, ...]
+    methods: tuple[Method, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.backend} {','.join(f'{b:g}' for b in self.bits)}, {self.granularity}"
+
+
+PLAYED = ("additive", "covariance", "regression", "coverage")
+PAPER = {"permutations": 50, "antithetic": False}
+SLOPES = (Method("fisher", {"at": 0.5}), Method("aumann-shapley"), Method("aumann-shapley", {"nodes": 2}))
+LOW = (2.25, 2.5, 2.75, 3.0, 3.5)
+HIGH = (3.5, 4.25, 5.0, 5.5, 6.5)
+AIM = (2.5, 3.0)
+ALL = (2.0, 3.0, 4.0)
+BOTH = (2.0, 4.0)
+FREE = (Method("random", seeds=3), Method("first-last"))
+FINE = Method("coarse-to-fine", budgets=AIM, aimed=True)
+
+
+def spqe(permutations: int, seeds: int = 1) -> tuple[Method, ...]:
+    """Permutations with every surrogate; ``auto`` chooses for each budget."""
+    options = {"permutations": permutations}
+    return Method("spqe", options, PLAYED, seeds), Method("spqe", options, ("auto",), seeds)
+
+
+SETTINGS = (
+    Setting("gptq", ALL, "group", LOW, (Method("isolated"), *SLOPES, FINE, *FREE)),
+    Setting("gptq", BOTH, "block", LOW, (
+        Method("isolated"), Method("llm-mq"), Method("fisher", {"at": 1.0}), *SLOPES, *spqe(4, seeds=3),
+        Method("spqe", PAPER, PLAYED), Method("spqe", PAPER, ("auto",)),
+        Method("spqe", PAPER, ("covariance",), parts=(3, 10)), *FREE)),
+    Setting("gptq", ALL, "linear", LOW, (Method("isolated"), *SLOPES, FINE, *FREE)),
+    Setting("gptq", ALL, "block", LOW, (
+        Method("isolated"), *SLOPES, *spqe(4), Method("spqe", {"permutations": 4, "fresh": True}, ("additive",)),
+        Method("spqe", {"permutations": 4}, ("additive",), value="kl"), *FREE)),
+    Setting("hqq", (3.0, 8.0), "block", HIGH, (Method("isolated"), *SLOPES, *spqe(4), *FREE)),
+    Setting("gptq", BOTH, "group", LOW, (Method("isolated"), Method("aumann-shapley"))),
+    Setting("gptq", BOTH, "linear", LOW, (Method("isolated"), Method("aumann-shapley"))),
+    Setting("gptq", ALL, "group", LOW, (
+        Method("isolated", refine=("swaps", 60), budgets=AIM), Method("isolated", refine=("evolve", 60), budgets=AIM),
+        Method("random", refine=("evolve", 185), budgets=AIM), Method("spqe", {"permutations": 2}, PLAYED))),
+)
+
+
+class Store:
+    """What was measured, on disk before anything else is.
+
+    Args:
+        folder: where; made where it is missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self._scores = folder / "scores.jsonl"
+        self._known: dict[tuple[str, str], list[float]] = {}
+        if self._scores.exists():
+            for line in self._scores.read_text().splitlines():
+                row = json.loads(line)
+                self._known[row["backend"], row["pick"]] = row["windows"]
+
+    def path(self, *key: Any) -> Path:
+        return self.folder / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
+
+    def score(self, backend: str, pick: str, measure: Callable[[], FloatArray]) -> FloatArray:
+        if (backend, pick) not in self._known:
+            windows = measure().tolist()
+            with self._scores.open("a") as file:
+                file.write(json.dumps({"backend": backend, "pick": pick, "windows": windows}) + "\n")
+            self._known[backend, pick] = windows
+        return np.array(self._known[backend, pick])
+
+
+@dataclass(frozen=True, eq=False)
+class Workshop:
+    """A backend's model with its variants over single linears, the finest there is: every plan is scored there."""
+
+    whole: Bench
+    judge: ModelGame
+    store: Store
+
+    @classmethod
+    def build(cls, backend: str, bits: tuple[float, ...], store: Store) -> Workshop:
+        config = RunConfig(tracking_uri="none", backend=backend, bits=bits, granularity="linear",
+                           evaluation=TextConfig(windows=TEXT_WINDOWS))
+        whole = Bench.build(config)
+        prepared = whole.prepared
+        assert prepared.calibration is not None
+        model = prepared.source
+        # Windows of one text lie on a grid: those of another draw are the same or disjoint.
+        other = draw_windows(TextConfig(windows=256, seed=1), "calibration", model.tokenizer(),
+                             model.skeleton().get_input_embeddings().num_embeddings)
+        known = {row.tobytes() for row in prepared.calibration.ids}
+        fresh = [row for row in other.ids if row.tobytes() not in known][:TEXT_WINDOWS]
+        held = Windows(np.concatenate([prepared.evaluation.ids, np.stack(fresh)]), "two texts", "two texts")
+        return cls(whole, ModelGame(prepared.space, whole.bank, whole.runner, held), store)
+
+    def score(self, plan: Plan) -> FloatArray:
+        """Held-out NLL (windows,) of a plan of any granularity."""
+        widths = plan.widths()
+        choices = self.whole.prepared.space.choices
+        pick = np.array([choices.index(widths[layer.linears[0].name]) for layer in self.whole.prepared.space.layers])
+        return self.score_pick(pick)
+
+    def score_pick(self, pick: Any) -> FloatArray:
+        name = "".join(map(str, pick))
+        return self.store.score(self.whole.prepared.config.backend, name, lambda: self._fresh(pick))
+
+    def _fresh(self, pick: Any) -> FloatArray:
+        losses = self.judge.window_losses(pick)
+        put_back(self.whole)
+        return losses
+
+
+def put_back(bench: Bench) -> None:
+    """Benches share the model, and each believes that its weights stand as it left them."""
+    bench.bank.apply([None] * len(bench.bank.layers))
+
+
+def measured(bench: Bench, config: RunConfig, store: Store,
+             budget: int | None) -> tuple[SensitivityEstimate | None, Measurements | None]:
+    """What a configuration's estimator made of the model, or measured, now or earlier."""
+    path = store.path(config.backend, config.bits, config.granularity, config.estimator,
+                      dict(config.options.get("estimator", {})), config.value, config.seed, budget)
+    kinds = ((SensitivityEstimate, path.with_suffix(".estimate.npz")), (Measurements, path.with_suffix(".losses.npz")))
+    found = [kind.load(file) if file.exists() else None for kind, file in kinds]
+    if not any(found):
+        estimate, losses = bench.estimate(replace(config, surrogate="additive"), budget)
+        put_back(bench)
+        found = [None, losses] if losses is not None else [estimate, None]
+        for thing, (_, file) in zip(found, kinds, strict=True):
+            if thing is not None:
+                thing.save(file)
+    return found[0], found[1]
+
+
+def estimates(bench: Bench, base: RunConfig, method: Method, store: Store,
+              budget: int | None) -> Iterator[tuple[str, int, RunConfig, SensitivityEstimate]]:
+    """Name, seed, configuration and estimate of everything that a method's measurements are good for."""
+    for seed in range(method.seeds):
+        options = {"estimator": dict(method.options)}
+        config = replace(base, estimator=method.estimator, options=options, value=method.value, seed=seed)
+        estimate, losses = measured(bench, config, store, budget if method.aimed else None)
+        name = method.estimator + "".join(f" {k}={v}" for k, v in method.options.items())
+        name += f", {method.value}" if method.value != "nll" else ""
+        if losses is None:
+            assert estimate is not None
+            yield name, seed, config, estimate
+            continue
+        losses, (count, size) = replace(losses, budget_bytes=budget), method.parts
+        pieces = [losses] if not count else [
+            replace(losses.part(rows := np.flatnonzero(losses.path // size == part)),
+                    forwards=losses.forwards * len(rows) / len(losses)) for part in range(count)]
+        for part, piece in enumerate(pieces):
+            for surrogate in method.surrogates:
+                config = replace(config, surrogate=surrogate)
+                try:
+                    fitted = Parts.build(config, bench.plugins).surrogate.fit(piece)
+                except ImpqError as error:
+                    print(f"{name}, {surrogate}: {error}", flush=True)
+                    continue
+                told = name.replace("permutations=", f"permutations={size} of ") if count else name
+                yield f"{told}: {surrogate}", part or seed, config, fitted
+
+
+def rows_of(shop: Workshop, setting: Setting) -> Iterator[Row]:
+    """Every method of a setting at every budget, one after another."""
+    base = RunConfig(tracking_uri="none", backend=setting.backend, bits=setting.bits, granularity=setting.granularity,
+                     evaluation=TextConfig(windows=TEXT_WINDOWS))
+    bench = shop.whole.at(base)
+    for method in setting.methods:
+        sizes = {budget: Budget(budget, "bits").resolve(bench.prepared.space)
+                 for budget in method.budgets or setting.budgets}
+        one_by_one = method.aimed or method.surrogates == ("auto",)
+        for group in ([budget] for budget in sizes) if one_by_one else [list(sizes)]:
+            for name, seed, config, estimate in estimates(bench, base, method, shop.store,
+                                                          sizes[group[0]] if one_by_one else None):
+                allocator = Parts.build(replace(config, options={"allocator": {"time_limit": 10.0}}),
+                                        bench.plugins).allocator
+                for budget in group:
+                    key = [setting.name, name, seed, budget, method.refine]
+                    plan = stored_plan(shop.store, key, bench,
+                                       lambda a=allocator, e=estimate, b=sizes[budget]: a.allocate(e, b))
+                    told, forwards = name, estimate.forwards
+                    if method.refine[0]:
+                        plan, spent = refined(bench, config, plan, estimate, method, shop.store, key)
+                        told, forwards = f"{name} + {method.refine[0]}", forwards + spent
+                    yield Row(setting.name, told, seed, budget, plan.nbytes, forwards, shop.score(plan).tolist())
+
+
+def stored_plan(store: Store, key: Sequence[Any], bench: Bench, make: Callable[[], Plan]) -> Plan:
+    path = store.path("plan", *key).with_suffix(".json")
+    if not path.exists():
+        make().save(path)
+    return Plan.load(path, bench.prepared.space)
+
+
+def refined(bench: Bench, config: RunConfig, plan: Plan, estimate: SensitivityEstimate, method: Method, store: Store,
+            key: Sequence[Any]) -> tuple[Plan, float]:
+    """The plan improved by measuring others, and what that cost in forwards."""
+    path = store.path("refined", *key).with_suffix(".json")
+    cost = path.with_suffix(".cost")
+    if not cost.exists():
+        name, forwards = method.refine
+        refiner = Parts.build(replace(config, refiner=name, refine=forwards, options={}), bench.plugins).refiner
+        calibration, count = bench.prepared.calibration, config.game_windows
+        assert refiner is not None and calibration is not None
+        games = [ModelGame(bench.prepared.space, bench.bank, bench.runner, windows)
+                 for windows in (bench.windows, calibration.part(count, 2 * count))]
+        better = refiner.refine(plan, estimate, *games, float(forwards), np.random.default_rng([config.seed, 1]))
+        put_back(bench)
+        better.save(path)
+        cost.write_text(str(sum(game.forwards for game in games)))
+    return Plan.load(path, bench.prepared.space), float(cost.read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="settings whose name contains this")
+    parser.add_argument("--work", type=Path, default=WORK)
+    given = parser.parse_args()
+    store = Store(given.work)
+    for backend, bits in (("gptq", ALL), ("hqq", (3.0, 4.0, 8.0))):
+        wanted = [s for s in SETTINGS if s.backend == backend and given.only in s.name]
+        if not wanted:
+            continue
+        shop = Workshop.build(backend, bits, store)
+        rows = [Row("uniform", f"uniform {choice}", 0, choice.bits, shop.whole.prepared.space.bytes_of(pick), 0.0,
+                    shop.score_pick(pick).tolist())
+                for k, choice in enumerate(shop.whole.prepared.space.choices)
+                for pick in [shop.whole.prepared.space.uniform(k)]]
+        for setting in wanted:
+            for row in rows_of(shop, setting):
+                rows.append(row)
+                print(f"{row.setting}; {row.method}; seed {row.seed}; {row.budget:g} bits: "
+                      f"{np.mean(row.windows):.4f} for {row.forwards:.1f}", flush=True)
+            (given.work / f"{backend}.rows.json").write_text(json.dumps([vars(row) for row in rows]))
+    write_report(given.work, TEXT_WINDOWS)
+
+
+if __name__ == "__main__":
+    main()
