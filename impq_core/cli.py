@@ -69,7 +69,7 @@ def _text_options(role: str, default: str) -> Any:
 @click.option("--backend", help="Who quantizes [gptq].")
 @click.option("--estimate-with", metavar="BACKEND", help="Let the estimator measure another backend's variants.")
 @click.option("--estimator", help="Who measures or scores the layers [spqe].")
-@click.option("--surrogate", help="What is fitted to the measurements [covariance].")
+@click.option("--surrogate", help="What is fitted to the measurements [auto].")
 @click.option("--allocator", help="Who makes the plan [qp].")
 @click.option("--refine", type=int, metavar="FORWARDS", help="Improve the plan by measuring others near it [0: no].")
 @click.option("--refiner", help="Who improves it [swaps].")

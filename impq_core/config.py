@@ -73,7 +73,7 @@ class RunConfig:
     backend: str = "gptq"
     estimate_with: str = ""
     estimator: str = "spqe"
-    surrogate: str = "covariance"
+    surrogate: str = "auto"
     allocator: str = "qp"
     refiner: str = "swaps"
     refine: int = 0
