@@ -113,8 +113,8 @@ def test_other_menus_and_granularities(change: dict[str, object], tiny_config: R
     assert len(result.plan.space) == (16 if "granularity" in change else 4)
 
 
-BASELINES = {"isolated": 5, "llm-mq": 3, "fisher": 3, "aumann-shapley": 6, "lim": 1, "activation": 1, "zscore": 0,
-             "first-last": 0, "random": 0}
+BASELINES = {"isolated": 5, "llm-mq": 3, "fisher": 3, "aumann-shapley": 6, "hawq": 24, "lim": 1, "activation": 1,
+             "zscore": 0, "first-last": 0, "random": 0}
 """What they cost in forwards with 4 layers and 3 widths; played ones about so."""
 
 

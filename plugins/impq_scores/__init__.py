@@ -13,6 +13,7 @@ def impq_estimators() -> list[Component]:
         Component("llm-mq", "impq_scores.gradients:LlmMq", "gradient times quantization error (LLM-MQ)"),
         Component("fisher", "impq_scores.gradients:Fisher", "second order from one backward a window, with pairs"),
         Component("aumann-shapley", "impq_scores.gradients:AumannShapley", "slopes along the path of all layers"),
+        Component("hawq", "impq_scores.gradients:Hawq", "Hessian trace times squared error of the weights (HAWQ-V2)"),
         Component("lim", "impq_scores.inspected:Lim", "how much a block turns its input (LIM)"),
         Component("activation", "impq_scores.inspected:Activation", "inverse size of a block's output, as in CoopQ"),
         Component("zscore", "impq_scores.inspected:ZScore", "share of outlying weights (ZD), data-free"),
