@@ -1,7 +1,7 @@
-"""The shape of the game on the real model: what k demoted blocks cost together, beside the sum of what each costs alone.
+"""The shape of the game on the real model: what k demoted blocks cost together, beside the sum of what each costs.
 
-The joint damage is measured along SPQE's random orders, the single damages are demotions of one block among widest ones.
-A ratio above 1 means that damages compound, below 1 that they saturate.
+The joint damage is measured along SPQE's random orders, the single damages are of one block among widest ones. A ratio
+above 1 means that damages compound, below 1 that they saturate.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ def report(curves: Sequence[Curve]) -> list[str]:
             f"{permutations} random orders ({permutations // 2} and their reverses) after k demotions ± its standard "
             "error, and the mean sum of the same blocks' single damages. On " + curves[0].text + ".", "",
             *table(["menu", "k", "joint", "sum of singles", "ratio"], rows),
-            "Of the variance of the loss among picks of equally many demotions, the share of order two and above, which "
-            "no additive model explains; and what of it is left behind the best saturating or growing curve of an "
-            "additive model (a curve changes no plan):", "",
+            "Of the variance of the loss among picks of equally many demotions, the share of order two and above, "
+            "which no additive model explains; and what of it is left behind the best saturating or growing curve of "
+            "an additive model (a curve changes no plan):", "",
             *table(["menu", "all-widest NLL", "order two and above", "behind a curve", "forwards"], shares),
             "![The same for every k](shape.png)", ""]
 
