@@ -157,8 +157,8 @@ def test_the_share_of_higher_order_is_that_of_independent_picks(bits: tuple[floa
     assert np.mean(found) == pytest.approx(truth, rel=0.35)
 
 
-def test_the_share_of_higher_order_is_unknown_of_one_path() -> None:
-    measured = Spqe(Options(1, antithetic=False)).sample(PlantedGame(SPACE, _saturating), np.random.default_rng(0))
+def test_the_share_of_higher_order_is_unknown_of_one_draw() -> None:
+    measured = _measured(_saturating, permutations=2)
     assert np.isnan(higher_order_share(measured).loss)
     assert np.isnan(higher_order_share(measured.part(np.array([0]))).linked)
     flat = Spqe(Options(4)).sample(PlantedGame(SPACE, lambda pick: 1.0), np.random.default_rng(0))
