@@ -157,8 +157,8 @@ def fit(run: str, names: tuple[str, ...], options: tuple[str, ...]) -> None:
     found = Plugins()
     for name in names:
         found.find("surrogate", name)
-    fitted = fit_run(run, names, dict(_pair(option) for option in options), found)
-    make_console().print(fit_table(fitted))
+    fits = fit_run(run, names, dict(_pair(option) for option in options), found)
+    make_console().print(fit_table(fits))
 
 
 @cli.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from impq_core.errors import ImpqError
 from impq_core.parts import assign_options, build_part
 from impq_core.plugins import Plugins
 from impq_core.types import Measurements, SensitivityEstimate
-from impq_core.validation import Validation, validate
+from impq_core.validation import HigherOrder, Validation, higher_order_share, validate
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +26,16 @@ class Fitted:
     problem: str = ""
 
 
-def fit_run(run: str, names: Sequence[str], pairs: dict[str, str], plugins: Plugins) -> list[Fitted]:
+@dataclass(frozen=True, eq=False)
+class Fits:
+    """What the losses of a run say: how far its game is from additive (NaN where that cannot be told), and each
+    surrogate's fit."""
+
+    game: HigherOrder
+    surrogates: list[Fitted]
+
+
+def fit_run(run: str, names: Sequence[str], pairs: dict[str, str], plugins: Plugins) -> Fits:
     """Fit surrogates to the losses of a run; each estimate is written to RUN/fits/NAME.npz.
 
     Args:
@@ -53,6 +63,10 @@ def fit_run(run: str, names: Sequence[str], pairs: dict[str, str], plugins: Plug
         if pairs:
             chosen = replace(chosen, options=assign_options(chosen, plugins, pairs))
         built.append((name, build_part(chosen, plugins, "surrogate")))
+    try:
+        game = higher_order_share(measurements)
+    except ImpqError:  # losses that are not finite: every surrogate says so
+        game = HigherOrder(math.nan, math.nan)
     fitted = []
     (folder / "fits").mkdir(exist_ok=True)
     for name, surrogate in built:
@@ -65,4 +79,4 @@ def fit_run(run: str, names: Sequence[str], pairs: dict[str, str], plugins: Plug
             continue
         estimate.save(file)
         fitted.append(Fitted(name, file, estimate, validation))
-    return fitted
+    return Fits(game, fitted)

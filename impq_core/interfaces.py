@@ -128,6 +128,11 @@ class Probe(Protocol):
             mean loss, in layer i's weights, and the way from where they stand to choice k.
         """
 
+    def hessian_traces(self, rng: np.random.Generator) -> Mapping[LinearSpec, float]:
+        """One random draw, right on average, of the trace of the Hessian of the mean loss in each linear's weight, at
+        the unquantized weights: nats per token and squared unit of weight. Costs six forwards. Needs ``gradients``.
+        """
+
 
 class Inspector(Part, ABC):
     """Scores layers from weights, activations or gradients, without playing.

@@ -14,12 +14,11 @@ from rich.table import Table
 from impq_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
     from impq_core.config import RunConfig
     from impq_core.evaluate import Evaluation, Score
-    from impq_core.fit import Fitted
+    from impq_core.fit import Fits
     from impq_core.pipeline import RunResult
     from impq_core.space import SearchSpace
     from impq_core.types import Plan
@@ -163,18 +162,23 @@ def evaluation_table(evaluation: Evaluation) -> Table:
     return table
 
 
-def fit_table(fitted: Sequence[Fitted]) -> Table:
+def fit_table(fits: Fits) -> Table:
     """What ``impq fit`` prints."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("surrogate", "error", "misordered", "explained", "file"):
         table.add_column(name, justify="left" if name in ("surrogate", "file") else "right", overflow="fold")
-    for one in fitted:
+    for one in fits.surrogates:
         if one.validation is None:
             table.add_row(one.surrogate, "", "", "", one.problem)
         else:
             v = one.validation
             table.add_row(one.surrogate, f"{v.error:.4f}", f"{100 * v.misordered:.1f}%", f"{100 * v.explained:.1f}%",
                           str(one.file))
+    if math.isnan(fits.game.loss):
+        table.title = "how far the game is from additive: too few measurements to tell"
+    else:
+        table.title = (f"of the variance among equally many demotions, {100 * fits.game.loss:.1f}% is of order two and "
+                       f"above, {100 * fits.game.linked:.1f}% behind the best saturating or growing curve")
     table.caption = ("of permutations left out: root mean square error in nats per token; pairs of equally many "
                      "demotions in the wrong order (50% is a guess); variance among such explained")
     return table

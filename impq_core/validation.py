@@ -8,13 +8,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from impq_core.errors import ImpqError
-from impq_core.space import BoolArray, FloatArray, IntArray
+from impq_core.space import BoolArray, FloatArray, IntArray, SearchSpace
 from impq_core.types import Measurements, SensitivityEstimate
 
 FOLDS = 5
 
 NEAR = 0.25
 """Sizes count as near a budget up to this share of the way from the smallest to the largest plan."""
+
+CURVES = np.concatenate([1.0 / (1.0 + 10.0 ** np.linspace(-2.0, 2.0, 25)), -(10.0 ** np.linspace(-2.0, 1.0, 19))])
+"""The largest loss over the ceilings c of the curves tried."""
+
+PAIR_GAMES, INDEPENDENT = 32, 1000
+"""Random games of pairs, and at least so many independent picks, that tell what least squares takes for costs."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,90 @@ class Validation:
     error: float
     misordered: float
     explained: float
+
+
+@dataclass(frozen=True)
+class HigherOrder:
+    """Shares of the variance of the loss, among random picks of one size, that are of order two and above: what is
+    left of it by the best additive model of width steps, whatever surrogate is fitted (the certificate of
+    arXiv 2607.12266). 0 is an additive game, whose ranking of layers says all; NaN where there are too few
+    measurements to tell.
+
+    Args:
+        loss: of the loss itself.
+        linked: after the best of the curves ``-c log(1 - loss/c)``, saturating (c > 0) or growing (c < 0), in the units
+            of the loss as well: couplings of particular layers, which no plan's total damage explains.
+    """
+
+    loss: float
+    linked: float
+
+
+def higher_order_share(measurements: Measurements) -> HigherOrder:
+    """How far a game is from additive; a property of the game, not of a surrogate.
+
+    The picks of SPQE are random coalitions of every size. Sizes have means of their own and layers have costs common to
+    all sizes, fitted by least squares; the variances left and whole are over the degrees of freedom they keep, so that
+    an additive game has 0 with few permutations too. Picks of one path look alike, and least squares takes more of
+    their interactions for costs than it would of independent picks': how much more is seen on random games of pairs.
+    With four orders a share is right on average and within about half of itself; one pair of orders does not tell.
+
+    Raises:
+        ImpqError: a loss is not finite.
+    """
+    measurements.require_finite()
+    told = measurements.part(_told(measurements))
+    losses = told.losses
+    if len(np.unique(told.replicate)) < 2:
+        return HigherOrder(np.nan, np.nan)
+    steps, sizes = _steps_and_sizes(told.space, told.picks)
+    design, whole = np.concatenate([steps, sizes], axis=1), _unexplained(_basis(sizes), losses)
+    if not whole > 0:
+        return HigherOrder(np.nan, np.nan)
+    rng = np.random.default_rng(0)
+    shuffled = rng.permuted(np.tile(told.picks, (-(-INDEPENDENT // len(told)), 1)), axis=1)  # layers within a pick
+    left = []
+    for part in (shuffled, told.picks):
+        taken, size = _steps_and_sizes(told.space, part)
+        basis, draw = _basis(np.concatenate([taken, size], axis=1)), np.random.default_rng(1)
+        # What a game of pairs holds of a step with itself or its layer's others is a cost, which the basis explains.
+        left.append(sum(_unexplained(basis, ((taken @ draw.normal(size=(taken.shape[1],) * 2)) * taken).sum(axis=1))
+                        for _ in range(PAIR_GAMES)))
+    shares = []
+    for rate in (0.0, *CURVES / np.abs(losses).max()):
+        inside = 1.0 - rate * losses  # d loss = inside d score: with this weight the errors are the loss's
+        if inside.min() > 0:
+            scores = -np.log(inside) / rate if rate else losses
+            rest = _unexplained(_basis(design * inside[:, None]), scores * inside)
+            shares.append(min(1.0, rest / whole * left[0] / left[1]))
+    return HigherOrder(shares[0], min(shares))
+
+
+def _steps_and_sizes(space: SearchSpace, picks: IntArray) -> tuple[FloatArray, FloatArray]:
+    """Columns of 0 and 1 for the width steps that picks have taken, and for their numbers of steps."""
+    size = picks.sum(axis=1)
+    steps = (picks[:, :, None] > np.arange(len(space.choices) - 1)).astype(np.float64)
+    return steps.reshape(len(picks), -1), (size[:, None] == np.unique(size)).astype(np.float64)
+
+
+def _basis(design: FloatArray) -> FloatArray:
+    """Orthonormal columns that span those of a design."""
+    spread, vectors = np.linalg.eigh(design.T @ design)
+    keep = spread > 1e-10 * spread[-1]
+    basis: FloatArray = design @ (vectors[:, keep] / np.sqrt(spread[keep]))
+    return basis
+
+
+def _unexplained(basis: FloatArray, values: FloatArray) -> float:
+    """Mean square that least squares leaves, over the degrees of freedom; NaN where there are none."""
+    free = len(values) - basis.shape[1]
+    return float(((values - basis @ (basis.T @ values)) ** 2).sum() / free) if free > 0 else np.nan
+
+
+def _told(measurements: Measurements) -> IntArray:
+    """Numbers of the measurements at sizes that more than one pick has: neither all-widest nor all-narrowest."""
+    narrowest = len(measurements.space.choices) - 1
+    return np.flatnonzero(measurements.picks.any(axis=1) & (measurements.picks.min(axis=1) < narrowest))
 
 
 def folds(measurements: Measurements) -> Iterator[tuple[IntArray, IntArray]]:
@@ -56,11 +146,10 @@ def validate(fit: Callable[[Measurements], SensitivityEstimate], measurements: M
     Raises:
         ImpqError: there are too few permutations to leave some out.
     """
-    guesses = np.empty(len(measurements))
+    guesses: FloatArray = np.empty(len(measurements))
     for kept, held in folds(measurements):
         guesses[held] = fit(measurements.part(kept)).predict(measurements.picks[held])
-    told = measurements.picks.any(axis=1) & (measurements.picks.min(axis=1) < len(measurements.space.choices) - 1)
-    told &= near_budget(measurements)
+    told = _told(measurements) & near_budget(measurements)
     size, losses, seen = measurements.picks[told].sum(axis=1), measurements.losses[told], guesses[told]
     wrong, pairs, left, whole = 0.0, 0, 0.0, 0.0
     for one in np.unique(size):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +15,21 @@ from impq_scores.gradients import (
     AumannShapleyOptions,
     Fisher,
     FisherOptions,
+    Hawq,
+    HawqOptions,
     LlmMq,
     quadratic,
     shares_at,
 )
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedModel
 
 from impq_core.bank import Bank, fill_bank
 from impq_core.blockwise import BlockwiseModel
 from impq_core.model import layers_of, search_space
 from impq_core.probe import ModelProbe
 from impq_core.source import locate_model
+from impq_core.space import Choice, LinearSpec
 from impq_core.testing import planted_space, tiny_model
 from impq_core.text import Windows
 
@@ -33,12 +40,12 @@ RNG = np.random.default_rng(0)
 class Table:
     """A tiny model with three widths, its loss at blended weights, and a probe."""
 
-    def __init__(self, folder: Path, architecture: str) -> None:
-        self.model = locate_model(str(tiny_model(folder, architecture, blocks=3))).load(torch.float32)
+    def __init__(self, folder: Path, architecture: str, dtype: torch.dtype = torch.float32) -> None:
+        self.model = locate_model(str(tiny_model(folder, architecture, blocks=3))).load(dtype)
         self.runner, backend = BlockwiseModel(self.model), Hqq()
         choices = backend.choices()[:3]
         self.space = search_space(layers_of(self.model, "group"), backend, choices, exclude=("*.2.*",))
-        self.bank = Bank(self.model, self.space.everyone, backend, torch.float32)
+        self.bank = Bank(self.model, self.space.everyone, backend, dtype)
         menus = [choices] * len(self.space) + [[]] * len(self.space.pinned)
         fill_bank(self.bank, self.runner, None, menus, lambda done, total: None)
 
@@ -129,6 +136,108 @@ def test_a_quadratic_form_is_measured_from_the_reference() -> None:
     picks = RNG.integers(0, 3, (30, 4))
     expected = np.array([form(pick) for pick in picks]) - form(np.zeros(4, dtype=int))
     np.testing.assert_allclose(estimate.predict(picks), expected)
+
+
+@contextmanager
+def _differentiable(model: PreTrainedModel, weights: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Gradients of the mean loss in some weights, which can be differentiated once more."""
+    ids = torch.from_numpy(WINDOWS.ids)
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+            yield torch.autograd.grad(loss, weights, create_graph=True)
+    finally:
+        for weight in weights:
+            weight.requires_grad_(False)
+
+
+def test_a_draw_of_the_traces_is_a_second_derivative(table: Table) -> None:
+    found = table.probe().hessian_traces(np.random.default_rng(1))
+    again = np.random.default_rng(1)  # the signs it drew
+    signs = [torch.from_numpy(2.0 * again.integers(0, 2, (spec.rows, spec.columns), dtype=np.int8) - 1).float()
+             for spec in found]
+    weights = [table.bank.module(spec).weight for spec in found]
+    sizes = [weight.square().mean().sqrt() for weight in weights]
+    with _differentiable(table.model, weights) as slopes:
+        along = sum(((slope * sign * size).sum() for slope, sign, size in zip(slopes, signs, sizes, strict=True)),
+                    torch.zeros(()))
+        second = torch.autograd.grad(along, weights)
+    exact = [float((h * sign).sum() / size) for h, sign, size in zip(second, signs, sizes, strict=True)]
+    scale = np.abs(exact).max()
+    np.testing.assert_allclose(np.array(list(found.values())) / scale, np.array(exact) / scale, atol=2e-3)
+
+
+def test_the_traces_are_right_on_average(tmp_path: Path) -> None:
+    model = locate_model(str(tiny_model(tmp_path / "m", blocks=1))).load(torch.float32)
+    space = search_space(layers_of(model, "linear"), Hqq(), Hqq().choices()[:2], exclude=("*.mlp.*", "*.[vqo]_proj"))
+    bank = Bank(model, space.everyone, Hqq(), torch.float32)
+    [linear] = [spec for layer in space.layers for spec in layer.linears]
+    probe, rng = ModelProbe(space, bank, BlockwiseModel(model), WINDOWS), np.random.default_rng(0)
+    draws = np.array([probe.hessian_traces(rng)[linear] for _ in range(64)])
+    assert linear.name.endswith("k_proj") and probe.forwards == 6 * 64
+    weight = bank.module(linear).weight
+    with _differentiable(model, [weight]) as [slope]:
+        rows = [torch.autograd.grad(slope.flatten(), weight, unit, retain_graph=True, is_grads_batched=True)[0]
+                .flatten(1).mul(unit).sum() for unit in torch.eye(weight.numel()).split(64)]
+    stderr = draws.std(ddof=1) / 8
+    assert draws.mean() == pytest.approx(float(sum(rows)), abs=3 * stderr)
+    assert stderr < 0.2 * draws.mean()
+
+
+def test_hessian_traces_need_no_float32_model_and_leave_it_as_it_was(tmp_path: Path) -> None:
+    tables = [Table(tmp_path / str(dtype), "llama", dtype) for dtype in (torch.float32, torch.bfloat16)]
+    for table in tables:
+        table.bank.apply([None] * len(table.bank.layers))
+    before = [[(p.data_ptr(), p.detach().clone()) for p in table.model.parameters()] for table in tables]
+    fine, coarse = (table.probe().hessian_traces(np.random.default_rng(1)) for table in tables)
+    assert list(fine) == list(coarse) and len(fine) == sum(len(layer.linears) for layer in tables[0].space.layers)
+    assert np.corrcoef(list(fine.values()), list(coarse.values()))[0, 1] > 0.99
+    for table, kept in zip(tables, before, strict=True):
+        for p, (place, value) in zip(table.model.parameters(), kept, strict=True):
+            assert p.data_ptr() == place and p.dtype == value.dtype and torch.equal(p, value) and not p.requires_grad
+
+
+class PlantedProbe:
+    """The quadratic loss ``1/2 sum_l h_l ||W_l - W_l0||^2``: HAWQ's own assumption."""
+
+    def __init__(self, curvatures: list[float], noise: float = 0.0) -> None:
+        self.space = planted_space(len(curvatures), bits=(4, 3, 2))
+        self.curvatures, self.noise, self.forwards, self.window_tokens = curvatures, noise, 0.0, 1
+
+    def weight(self, linear: LinearSpec) -> torch.Tensor:
+        return torch.zeros(linear.rows, linear.columns)
+
+    def variant(self, linear: LinearSpec, choice: Choice) -> torch.Tensor:
+        return torch.full((linear.rows, linear.columns), 2.0**-choice.bits)
+
+    def hessian_traces(self, rng: np.random.Generator) -> dict[LinearSpec, float]:
+        self.forwards += 6
+        return {layer.linears[0]: layer.parameters * (h + self.noise * rng.normal())
+                for layer, h in zip(self.space.layers, self.curvatures, strict=True)}
+
+
+def test_hawq_is_the_second_order_term() -> None:
+    probe = PlantedProbe([1.0, 0.5, -1.0])
+    estimate = Hawq(HawqOptions(samples=2)).inspect(probe, RNG)  # type: ignore[arg-type]
+    errors = np.array([4.0**-bits for bits in (4, 3, 2)])
+    expected = [[0.5 * h * layer.parameters * (e - errors[0]) for e in errors]
+                for h, layer in zip((1.0, 0.5, 0.0), probe.space.layers, strict=True)]
+    np.testing.assert_allclose(estimate.linear, expected)
+    assert estimate.forwards == 12 and estimate.stderr is not None and np.abs(estimate.stderr).max() < 1e-12
+    noisy = Hawq(HawqOptions(samples=400)).inspect(PlantedProbe([1.0], 0.5), RNG)  # type: ignore[arg-type]
+    assert noisy.stderr is not None
+    assert noisy.stderr[0, 2] == pytest.approx(0.5 / 20 * noisy.linear[0, 2], rel=0.2)
+    with pytest.raises(ValueError, match="at least 1"):
+        HawqOptions(samples=0)
+
+
+def test_hawq_never_pays_for_the_reference(table: Table) -> None:
+    estimate = Hawq().inspect(table.probe(), RNG)
+    assert estimate.forwards == 24 and (estimate.linear[:, 0] == 0).all()
+    assert (np.diff(estimate.linear, axis=1) >= 0).all() and (estimate.linear[:, 2] > 0).any()
 
 
 def test_places_between_the_widths() -> None:

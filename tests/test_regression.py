@@ -18,7 +18,7 @@ from impq_core.interfaces import Surrogate
 from impq_core.space import IntArray
 from impq_core.testing import PlantedGame, planted_estimate, planted_space
 from impq_core.types import Measurements, SensitivityEstimate
-from impq_core.validation import validate
+from impq_core.validation import higher_order_share, validate
 
 N, BITS = 8, (4, 3, 2)
 SPACE = planted_space(N, BITS)
@@ -145,6 +145,54 @@ def test_one_permutation_cannot_be_validated() -> None:
             validate(surrogate.fit, measured)
     with pytest.raises(ImpqError, match="at least 2 permutations"):
         Regression().fit(measured)
+
+
+@pytest.mark.parametrize("bits", [(4, 2), (4, 3, 2)])
+def test_the_share_of_higher_order_separates_games(bits: tuple[float, ...]) -> None:
+    layers = 16
+    rng = np.random.default_rng(2)
+    costs = np.concatenate([np.zeros((layers, 1)), rng.random((layers, len(bits) - 1)).cumsum(axis=1)], axis=1) / layers
+    coupled = planted_estimate(3, layers, bits, strength=0.5)
+
+    def additive(pick: IntArray) -> float:
+        return float(costs[np.arange(layers), pick].sum())
+
+    games = {"additive": additive, "saturating": lambda pick: float(-np.expm1(-4 * additive(pick))),
+             "growing": lambda pick: float(np.expm1(3 * additive(pick))),
+             "coupled": lambda pick: float(coupled.predict(pick)[0])}
+    for permutations in (4, 12):
+        found = {name: higher_order_share(Spqe(Options(permutations)).sample(
+            PlantedGame(coupled.space, game), np.random.default_rng(0))) for name, game in games.items()}
+        assert found["additive"].loss < 1e-6 and found["additive"].linked <= found["additive"].loss
+        for name in ("saturating", "growing"):
+            assert found[name].loss > 0.05 and found[name].linked < 0.01
+        assert found["coupled"].loss >= found["coupled"].linked > 0.1
+
+
+@pytest.mark.parametrize("bits", [(4, 2), (4, 3, 2)])
+def test_the_share_of_higher_order_is_that_of_independent_picks(bits: tuple[float, ...]) -> None:
+    layers, draws = 16, 6
+    game = planted_estimate(3, layers, bits, strength=0.2)
+    rng = np.random.default_rng(0)
+    tickets = np.repeat(np.arange(layers), len(bits) - 1)
+    size = np.tile(np.arange(1, len(tickets)), 200)
+    picks = np.array([np.bincount(rng.permutation(tickets)[:k], minlength=layers) for k in size])
+    columns = np.concatenate([size[:, None] == np.unique(size), *(picks == k for k in range(1, len(bits)))], axis=1)
+    losses = game.predict(picks)
+    within = losses - (np.bincount(size, losses) / np.maximum(np.bincount(size), 1))[size]
+    left = losses - columns @ np.linalg.lstsq(columns.astype(float), losses, rcond=1e-9)[0]
+    truth = (left**2).sum() / (within**2).sum()
+    found = [higher_order_share(Spqe(Options(8)).sample(PlantedGame(game.space, lambda q: float(game.predict(q)[0])),
+                                                        np.random.default_rng(seed))).loss for seed in range(draws)]
+    assert np.mean(found) == pytest.approx(truth, rel=0.35)
+
+
+def test_the_share_of_higher_order_is_unknown_of_one_draw() -> None:
+    measured = _measured(_saturating, permutations=2)
+    assert np.isnan(higher_order_share(measured).loss)
+    assert np.isnan(higher_order_share(measured.part(np.array([0]))).linked)
+    flat = Spqe(Options(4)).sample(PlantedGame(SPACE, lambda pick: 1.0), np.random.default_rng(0))
+    assert np.isnan(higher_order_share(flat).loss)
 
 
 def test_estimates_with_a_link_come_back_from_disk(tmp_path) -> None:  # type: ignore[no-untyped-def]

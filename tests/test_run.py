@@ -83,14 +83,16 @@ def test_the_resolved_configuration_makes_the_same_run_again(result: RunResult) 
 
 def test_other_surrogates_are_fitted_without_the_model(result: RunResult, capsys: pytest.CaptureFixture[str]) -> None:
     names = ["additive", "auto", "covariance", "coverage", "regression"]
-    fitted = {one.surrogate: one for one in fit_run(str(result.folder), [], {}, Plugins())}
+    fits = fit_run(str(result.folder), [], {}, Plugins())
+    fitted = {one.surrogate: one for one in fits.surrogates}
+    assert 0 <= fits.game.linked <= fits.game.loss <= 1
     assert sorted(fitted) == names
     # Narrower widths may help a random model, which is nothing that coverage could describe.
     assert {one.surrogate for one in fitted.values() if one.problem} <= {"coverage"}
     again = SensitivityEstimate.load(fitted["covariance"].file)
     assert result.estimate is not None
     np.testing.assert_array_equal(again.linear, result.estimate.linear)
-    [plain] = fit_run(str(result.folder), ["covariance"], {"alpha": "1"}, Plugins())
+    [plain] = fit_run(str(result.folder), ["covariance"], {"alpha": "1"}, Plugins()).surrogates
     assert plain.estimate is not None and "alpha=1" in plain.estimate.method
     main(["fit", str(result.folder), "--surrogate", "regression"])
     assert "regression" in capsys.readouterr().out
@@ -113,8 +115,8 @@ def test_other_menus_and_granularities(change: dict[str, object], tiny_config: R
     assert len(result.plan.space) == (16 if "granularity" in change else 4)
 
 
-BASELINES = {"isolated": 5, "llm-mq": 3, "fisher": 3, "aumann-shapley": 6, "lim": 1, "activation": 1, "zscore": 0,
-             "first-last": 0, "random": 0}
+BASELINES = {"isolated": 5, "llm-mq": 3, "fisher": 3, "aumann-shapley": 6, "hawq": 24, "lim": 1, "activation": 1,
+             "zscore": 0, "first-last": 0, "random": 0}
 """What they cost in forwards with 4 layers and 3 widths; played ones about so."""
 
 

@@ -15,6 +15,7 @@ def impq_estimators() -> list[Component]:
         Component("aumann-shapley", "impq_scores.gradients:AumannShapley", "slopes along the path of all layers"),
         Component("coarse-to-fine", "impq_scores.fine:CoarseToFine",
                   "aumann-shapley, and measured moves of the layers that the budget leaves undecided"),
+        Component("hawq", "impq_scores.gradients:Hawq", "Hessian trace times squared error of the weights (HAWQ-V2)"),
         Component("lim", "impq_scores.inspected:Lim", "how much a block turns its input (LIM)"),
         Component("activation", "impq_scores.inspected:Activation", "inverse size of a block's output, as in CoopQ"),
         Component("zscore", "impq_scores.inspected:ZScore", "share of outlying weights (ZD), data-free"),

@@ -106,6 +106,52 @@ class AumannShapley(Inspector):
                                    forwards=probe.forwards)
 
 
+@dataclass(frozen=True)
+class HawqOptions:
+    """Options of the HAWQ estimator.
+
+    Args:
+        samples: random vectors for the Hessian traces, six forwards each.
+    """
+
+    samples: int = 4
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ValueError(f"samples must be at least 1, not {self.samples}")
+
+
+class Hawq(Inspector):
+    """HAWQ-V2 (arXiv 1911.03852): ``1/2 sum_l trace(H_l) / size_l ||Q_b(W_l) - W_l||^2`` over a layer's linears, the
+    second-order term of the loss at the unquantized weights with each linear's average curvature for all directions.
+
+    The cost of a choice is its term minus the reference's, and never less than zero; so is a trace, which is the
+    curvature of the loss itself and not of a Gauss-Newton matrix.
+    """
+
+    Options = HawqOptions
+    needs = frozenset({"gradients"})
+
+    def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
+        """``samples`` draws of the traces: six forwards each."""
+        space = probe.space
+        draws = [probe.hessian_traces(rng) for _ in range(self.options.samples)]
+        terms = np.zeros((len(draws), *space.nbytes.shape))
+        linear = np.zeros(space.nbytes.shape)
+        for i, layer in enumerate(space.layers):
+            for spec in layer.linears:
+                weight = probe.weight(spec)
+                errors = np.array([float((probe.variant(spec, choice) - weight).square().sum())
+                                   for choice in space.choices])
+                traces = np.array([draw[spec] for draw in draws])
+                terms[:, i] += 0.5 * traces[:, None] / spec.parameters * (errors - errors[0])
+                linear[i] += 0.5 * max(0.0, traces.mean()) / spec.parameters * errors
+        several = len(draws) > 1
+        stderr = terms.std(axis=0, ddof=1) / np.sqrt(len(draws)) if several else np.full(linear.shape, np.nan)
+        return SensitivityEstimate(space, np.maximum(linear - linear[:, :1], 0.0), stderr=stderr,
+                                   method=f"hawq({len(draws)} samples)", forwards=probe.forwards)
+
+
 def shares_at(space: SearchSpace, at: float) -> FloatArray:
     """Shares (m,) of the two choices on either side of a place between all-widest (0) and all-narrowest (1)."""
     m = len(space.choices)
