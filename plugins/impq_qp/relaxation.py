@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import brentq
 
 from impq_core.space import FloatArray, IntArray
 from impq_core.types import SensitivityEstimate
@@ -105,14 +106,28 @@ class Program:
         def short(price: float) -> bool:
             return bool(saved[rows, (costs - price * saved).argmin(axis=1)].sum() < self.needed)
 
-        price = _least_price(short)
+        low, high = 0.0, 1.0
+        while short(high) and high < _NEVER:
+            low, high = high, 2 * high
+        while high - low > 1e-13 * high and short(0.0):
+            middle = (low + high) / 2
+            low, high = (middle, high) if short(middle) else (low, middle)
+        price = high if short(0.0) else 0.0
         reduced = costs - price * saved
         lowest = reduced.min(axis=1)
         return float(lowest.sum() + price * self.needed), reduced - lowest[:, None]
 
     def nearest(self, point: FloatArray) -> FloatArray:
         """The nearest point of the relaxed program."""
-        price = _least_price(lambda p: bool((self.saved * _capped(point + p * self.saved)).sum() < self.needed))
+        def missing(price: float) -> float:
+            return self.needed - float((self.saved * _capped(point + price * self.saved)).sum())
+
+        if missing(0.0) <= 0:
+            return _capped(point)
+        high = 1.0
+        while missing(high) > 0 and high < _NEVER:
+            high *= 2
+        price = brentq(missing, 0.0, high, xtol=1e-12) if missing(high) <= 0 else high
         return _capped(point + price * self.saved)
 
 
@@ -213,19 +228,6 @@ def _minimum(program: Program, matrix: FloatArray, linear: FloatArray, start: Fl
         if step % 20 == 0 and (slope(x) * x).sum() - program.least(slope(x))[0] <= close:
             break
     return x
-
-
-def _least_price(short: Any) -> float:
-    """The least price at which nothing is short any more."""
-    if not short(0.0):
-        return 0.0
-    low, high = 0.0, 1.0
-    while high < _NEVER / 1e3 and short(high):
-        low, high = high, 2 * high
-    while high - low > 1e-13 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if short(middle) else (low, middle)
-    return high
 
 
 def _diagonal(blocks: FloatArray) -> FloatArray:
