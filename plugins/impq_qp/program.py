@@ -87,7 +87,7 @@ def solve(estimate: SensitivityEstimate, budget: int, options: Options) -> tuple
         return best.pick, bound
     parts: list[tuple[float, int, _Allowed]] = [(-np.inf, 0, whole)]  # what is not settled yet, least bound first
     number, settled = 0, np.inf
-    while parts and parts[0][0] < best.target and time.monotonic() < deadline:
+    while parts and parts[0][0] < best.target and (time.monotonic() < deadline or not number):
         floor, _, allowed = heapq.heappop(parts)
         left = _narrow(best, allowed, floor, deadline)
         settled = min(settled, left.closed)
@@ -140,7 +140,7 @@ class _Left:
     def halves(self) -> Iterator[_Allowed]:
         """Two parts of it: with and without the likeliest choice of the layer least sure of its own."""
         assert self.program is not None
-        shares = np.concatenate([1 - self.point.sum(axis=1, keepdims=True), self.point], axis=1)
+        shares = self.program.shares(self.point)
         shares[~self.allowed[self.program.layers[:, None], self.program.choices]] = -np.inf
         layer = int(shares.max(axis=1).argmin())
         where = self.program.layers[layer], self.program.choices[layer, shares[layer].argmax()]
@@ -184,7 +184,7 @@ def _narrow(best: _Best, allowed: _Allowed, floor: float, deadline: float) -> _L
                 return _Left(allowed, None, (), point, floor, min(closed, best.target))
             still = int(allowed.sum()) - len(allowed)
             if (still <= program.open.sum() / 2 or time.monotonic() > deadline
-                    or len(bounds) > 5 and bounds[-1] - bounds[-6] < 0.02 * (best.value - floor)):
+                    or (len(bounds) > 3 and floor - bounds[-4] < 0.03 * (best.value - floor))):
                 break
         best.offer(program.pick(point))
         if still > 0.9 * program.open.sum() or time.monotonic() > deadline:

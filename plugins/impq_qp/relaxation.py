@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import brentq
 
 from impq_core.space import FloatArray, IntArray
 from impq_core.types import SensitivityEstimate
 
 _ROUNDING = 1e-12
 _NEVER = 1e9
+_SWEEPS = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,14 +88,13 @@ class Program:
 
     def pick(self, x: FloatArray) -> IntArray:
         """The pick (layers,) of a binary x (n, K); of another the likeliest choices."""
-        taken = np.concatenate([1 - x.sum(axis=1, keepdims=True), x], axis=1).argmax(axis=1)
-        pick = self.base.copy()
-        pick[self.layers] = self.choices[np.arange(len(x)), taken]
+        pick: IntArray = self.base.copy()
+        pick[self.layers] = self.choices[np.arange(len(x)), self.shares(x).argmax(axis=1)]
         return pick
 
-    def chosen(self, pick: IntArray) -> FloatArray:
-        """The x (n, K) of a pick that is among the open choices."""
-        return ((pick[self.layers][:, None] == self.choices[:, 1:]) & self.open).astype(np.float64)
+    def shares(self, x: FloatArray) -> FloatArray:
+        """(n, K+1): the share of each choice in x, that of the first included."""
+        return np.concatenate([1 - x.sum(axis=1, keepdims=True), x], axis=1)
 
     def least(self, costs: FloatArray) -> tuple[float, FloatArray]:
         """A lower bound of ``costs'x`` over the relaxed program, and how much more each choice costs at least
@@ -115,10 +114,13 @@ class Program:
         price = high if short(0.0) else 0.0
         reduced = costs - price * saved
         lowest = reduced.min(axis=1)
-        return float(lowest.sum() + price * self.needed), reduced - lowest[:, None]
+        rounding = 1e-14 * len(costs) * price
+        return float(lowest.sum() + price * self.needed - rounding), reduced - lowest[:, None]
 
     def nearest(self, point: FloatArray) -> FloatArray:
         """The nearest point of the relaxed program."""
+        from scipy.optimize import brentq
+
         def missing(price: float) -> float:
             return self.needed - float((self.saved * _capped(point + price * self.saved)).sum())
 
@@ -148,8 +150,8 @@ class Tangent:
 def relaxations(program: Program, rounds: int, close: float) -> Iterator[tuple[FloatArray, Tangent]]:
     """Points and tangents of ever better convex relaxations.
 
-    The bound is concave in the shift S, with slope ``-W`` at the relaxation's optimum x, ``W_i = diag(x_i) - x_i x_i'``:
-    Frank-Wolfe steps towards the shift of least ``<W, S>`` climb it.
+    The bound is concave in the shift S, with slope ``-W / 2`` where ``W_i = diag(x_i) - x_i x_i'`` at the relaxation's
+    optimum x: Frank-Wolfe steps towards the shift of least ``<W, S>`` climb it.
 
     Args:
         program: what is relaxed.
@@ -162,8 +164,7 @@ def relaxations(program: Program, rounds: int, close: float) -> Iterator[tuple[F
         return
     # A rank above sqrt(2 * constraints) is enough for the semidefinite optimum (Barvinok, Pataki).
     rank = max(k, int(np.sqrt(n * k * (k + 1))) + 1)
-    vectors = np.random.default_rng(0).normal(size=(n, rank, k))
-    vectors = np.linalg.qr(vectors)[0].transpose(0, 2, 1)
+    vectors: FloatArray = np.linalg.qr(np.random.default_rng(0).normal(size=(n, rank, k)))[0].transpose(0, 2, 1)
     point = program.nearest(np.full((n, k), 1 / (k + 1)))
     shift = np.zeros((n, k, k))
     for number in range(rounds):
@@ -193,7 +194,7 @@ def _least_shift(program: Program, weights: FloatArray, vectors: FloatArray) -> 
     root, inverse = ((axes * scale[:, None]) @ axes.transpose(0, 2, 1) for scale in (values**0.5, values**-0.5))
     scaled = np.einsum("iab,ibjc,jcd->iajd", root, program.pairs, root, optimize=True).reshape(n, k, n * k)
     flat: Any = vectors.reshape(n * k, -1).copy()
-    for _ in range(30):
+    for _ in range(_SWEEPS):
         before = flat.copy()
         for i in range(n):
             left, _, right = np.linalg.svd(scaled[i] @ flat, full_matrices=False)
