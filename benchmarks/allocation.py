@@ -135,7 +135,7 @@ def row(kind: str, coupling: str, estimate: SensitivityEstimate, limit: float, l
     def share(difference: float | None) -> str:
         if difference is None or not abs(difference) < 1e15:  # SCIP's infinity is 1e20
             return "none"
-        return f"{max(0.0, round(100 * difference / abs(value), 4)):.3g}"
+        return f"{round(100 * difference / abs(value), 4) + 0.0:.3g}"
 
     began = time.perf_counter()
     local = float(estimate.score(search(estimate, budget, Options().starts, np.random.default_rng(0)))[0])
@@ -170,10 +170,10 @@ def main() -> None:
     lines = heading(title, command + (" --measured FOLDER" if args.measured else ""))
     lines += [f"The budget is midway between all-low and all-high. `qp` has {args.limit:g} s in all, its local search "
               f"included. HiGHS on the whole program, in the paper's linearisation and in Glover's compact one, has "
-              f"{args.losers:g} s after a local search, and so has SCIP on the quadratic program as it stands. Gaps are "
-              "the value of qp's plan minus the proven bound, in % of that value; at 0.0001 a plan counts as proven. "
-              "*Worse by* is in % of it too, *exhaustive* is the plan's value minus the least of all plans. The paper's "
-              f"form is left out above {MOST_PRODUCTS:,} products.", ""]
+              f"{args.losers:g} s after a local search, and so has SCIP on the quadratic program as it stands. Gaps "
+              "are the value of qp's plan minus the proven bound, in % of that value; at 0.0001 a plan counts as "
+              "proven. *Worse by* is in % of it too, *exhaustive* is the plan's value minus the least of all plans. "
+              f"The paper's form is left out above {MOST_PRODUCTS:,} products.", ""]
     if not args.measured:
         lines += ["Random programs: the mean absolute row sum of the pair terms is 1 (moderate) or 5 (strong) standard "
                   "deviations of the linear terms; pair terms are a Gram matrix (positive semidefinite, but for the "
