@@ -49,8 +49,9 @@ def branch(program: Program, cuts: Sequence[Tangent], form: str, target: float,
     solver.highs_options = {"random_seed": 0, "output_flag": False, "mip_rel_gap": 0.0, "mip_abs_gap": 1e-7,
                             "objective_bound": (target - program.constant) / program.unit}
     result = solver.solve(model)
-    if result.termination_condition in (TerminationCondition.infeasible, TerminationCondition.infeasibleOrUnbounded):
-        return None, target
+    if result.termination_condition in (TerminationCondition.infeasible, TerminationCondition.infeasibleOrUnbounded,
+                                        TerminationCondition.objectiveLimit):
+        return None, target  # every pick is above the objective bound
     if result.termination_condition not in (TerminationCondition.optimal, TerminationCondition.maxTimeLimit):
         raise ImpqError(f"HiGHS ended with '{result.termination_condition.name}'; -o starts and budgets as they are, "
                         "this is a bug worth reporting")

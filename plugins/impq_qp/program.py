@@ -87,7 +87,7 @@ def solve(estimate: SensitivityEstimate, budget: int, options: Options) -> tuple
         return best.pick, bound
     parts: list[tuple[float, int, _Allowed]] = [(-np.inf, 0, whole)]  # what is not settled yet, least bound first
     number, settled = 0, np.inf
-    while parts and parts[0][0] < best.target and (time.monotonic() < deadline or not number):
+    while parts and parts[0][0] < best.target and (time.monotonic() < deadline or not number):  # once at least
         floor, _, allowed = heapq.heappop(parts)
         left = _narrow(best, allowed, floor, deadline)
         settled = min(settled, left.closed)
@@ -105,7 +105,7 @@ def solve(estimate: SensitivityEstimate, budget: int, options: Options) -> tuple
 
 
 class _Best:
-    """The best pick so far, first the local search's, and the score that a better one must be below."""
+    """The best pick so far, the local search's at first."""
 
     def __init__(self, estimate: SensitivityEstimate, budget: int, options: Options) -> None:
         self.estimate, self.budget, self.gap = estimate, budget, options.gap
@@ -114,9 +114,11 @@ class _Best:
 
     @property
     def target(self) -> float:
+        """The score that a pick must be below to be worth more search."""
         return self.value - self.gap * abs(self.value)
 
     def offer(self, pick: IntArray | None) -> None:
+        """Take a pick where it fits and is better, once local moves have improved it."""
         if pick is None or self.estimate.space.bytes_of(pick) > self.budget:
             return
         pick = descend(self.estimate, pick, self.budget)
@@ -140,15 +142,18 @@ class _Left:
     def halves(self) -> Iterator[_Allowed]:
         """Two parts of it: with and without the likeliest choice of the layer least sure of its own."""
         assert self.program is not None
-        shares = self.program.shares(self.point)
-        shares[~self.allowed[self.program.layers[:, None], self.program.choices]] = -np.inf
-        layer = int(shares.max(axis=1).argmin())
+        still = self.allowed[self.program.layers[:, None], self.program.choices] & np.pad(
+            self.program.open, ((0, 0), (1, 0)), constant_values=True)
+        shares = np.where(still, self.program.shares(self.point), -np.inf)
+        layer = int(np.where(still.sum(axis=1) > 1, shares.max(axis=1), np.inf).argmin())
         where = self.program.layers[layer], self.program.choices[layer, shares[layer].argmax()]
         with_it, without = self.allowed.copy(), self.allowed.copy()
         with_it[where[0]] = False
         with_it[where] = True
         without[where] = False
-        yield from (with_it, without)
+        yield with_it
+        if without[where[0]].any():
+            yield without
 
 
 def _narrow(best: _Best, allowed: _Allowed, floor: float, deadline: float) -> _Left:

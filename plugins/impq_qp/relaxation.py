@@ -164,9 +164,10 @@ def relaxations(program: Program, rounds: int, close: float) -> Iterator[tuple[F
         return
     # A rank above sqrt(2 * constraints) is enough for the semidefinite optimum (Barvinok, Pataki).
     rank = max(k, int(np.sqrt(n * k * (k + 1))) + 1)
-    vectors: FloatArray = np.linalg.qr(np.random.default_rng(0).normal(size=(n, rank, k)))[0].transpose(0, 2, 1)
+    random = np.random.default_rng(0).normal(size=(n, rank, k))
+    vectors: FloatArray = np.linalg.qr(random)[0].transpose(0, 2, 1)
     point = program.nearest(np.full((n, k), 1 / (k + 1)))
-    shift = np.zeros((n, k, k))
+    shift: FloatArray = np.zeros((n, k, k))
     for number in range(rounds):
         inner = (1 - 0.1 / (number + 1)) * point + 0.1 / (number + 1) / (k + 1)  # W must have an inverse
         weights = inner[:, :, None] * (np.eye(k) - inner[:, None, :])
