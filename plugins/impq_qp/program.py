@@ -180,7 +180,7 @@ def _narrow(best: _Best, allowed: _Allowed, floor: float, deadline: float) -> _L
             cuts.append(cut)
             whole, each = cut.bound(program)
             floor = max(floor, whole)
-            bounds.append(floor)
+            bounds.append(max([whole, *bounds[-1:]]))
             worse = each >= best.target
             if worse.any():
                 closed = min(closed, best.target)
@@ -189,7 +189,7 @@ def _narrow(best: _Best, allowed: _Allowed, floor: float, deadline: float) -> _L
                 return _Left(allowed, None, (), point, floor, min(closed, best.target))
             still = int(allowed.sum()) - len(allowed)
             if (still <= program.open.sum() / 2 or time.monotonic() > deadline
-                    or (len(bounds) > 3 and floor - bounds[-4] < 0.03 * (best.value - floor))):
+                    or (len(bounds) > 3 and bounds[-1] - bounds[-4] < 0.03 * (best.value - floor))):
                 break
         best.offer(program.pick(point))
         if still > 0.9 * program.open.sum() or time.monotonic() > deadline:
