@@ -64,7 +64,7 @@ def gram_estimate(seed: int, layers: int, bits: tuple[float, ...], strength: flo
     return replace(estimate, pairwise=pairs)
 
 
-@given(seed=st.integers(0, 10_000), n=st.integers(1, 6), bits=st.sampled_from([(4, 2), (4, 3, 2)]),
+@given(seed=st.integers(0, 10_000), n=st.integers(1, 6), bits=st.sampled_from([(4, 2), (4, 3, 2), (8, 4, 3, 2)]),
        strength=st.sampled_from([0.01, 0.3, 2.0]), share=st.floats(0, 1), gram=st.booleans(),
        scale=st.sampled_from([1.0, 1e-6]))
 @settings(max_examples=60, deadline=None)

@@ -20,8 +20,13 @@ from impq_core.space import FloatArray, IntArray
 from impq_core.types import SensitivityEstimate
 
 _ROUNDING = 1e-12
+"""What bounds give way to floating point, relative to what they are made of."""
+
 _NEVER = 1e9
+"""More than any cost or price of a program."""
+
 _SWEEPS = 10
+"""Of coordinate descent in each round; the next round goes on from there."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +63,6 @@ class Program:
     def of(cls, estimate: SensitivityEstimate, budget: int, allowed: NDArray[np.bool_]) -> Program:
         """The program over the choices ``allowed`` (layers, widths), of which every layer has at least one."""
         space = estimate.space
-        m = allowed.shape[1]
         everyone = np.arange(len(allowed))
         base = allowed.argmax(axis=1)
         layers = np.flatnonzero(allowed.sum(axis=1) > 1)
@@ -69,10 +73,9 @@ class Program:
         field = estimate.linear
         pairs = np.zeros((*is_open.shape, *is_open.shape))
         if estimate.pairwise is not None:
-            field = field + estimate.pairwise[:, :, everyone, base].sum(axis=2)
-            flat = (rows * m + choices).ravel()
-            both = estimate.pairwise.reshape(len(allowed) * m, -1)[np.ix_(flat, flat)]
-            both = both.reshape(*choices.shape, *choices.shape)
+            both = (estimate.pairwise + estimate.pairwise.transpose(2, 3, 0, 1)) / 2  # an estimate's may be off by 1e-9
+            field = field + both[:, :, everyone, base].sum(axis=2)
+            both = both[rows, choices][:, :, rows, choices]
             both = both[:, 1:] - both[:, :1]
             pairs = (both[..., 1:] - both[..., :1]) * is_open[:, :, None, None] * is_open
         linear = (field[rows, choices[:, 1:]] - field[rows, choices[:, :1]]) * is_open
@@ -103,7 +106,7 @@ class Program:
         costs, saved = (np.pad(table, ((0, 0), (1, 0))) for table in (costs, self.saved))
 
         def short(price: float) -> bool:
-            return bool(saved[rows, (costs - price * saved).argmin(axis=1)].sum() < self.needed)
+            return bool(saved[rows, (costs - price * saved).argmin(axis=1)].sum() < self.needed - _ROUNDING)
 
         low, high = 0.0, 1.0
         while short(high) and high < _NEVER:
@@ -114,7 +117,7 @@ class Program:
         price = high if short(0.0) else 0.0
         reduced = costs - price * saved
         lowest = reduced.min(axis=1)
-        rounding = 1e-14 * len(costs) * price
+        rounding = 1e-14 * (len(costs) * price + np.abs(lowest).sum())
         return float(lowest.sum() + price * self.needed - rounding), reduced - lowest[:, None]
 
     def nearest(self, point: FloatArray) -> FloatArray:
