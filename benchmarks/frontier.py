@@ -75,7 +75,8 @@ class Setting:
 
 PLAYED = ("additive", "covariance", "regression", "coverage")
 PAPER = {"permutations": 50, "antithetic": False}
-SLOPES = (Method("fisher", {"at": 0.5}), Method("aumann-shapley"), Method("aumann-shapley", {"nodes": 2}))
+SLOPES = (Method("fisher", {"at": 0.5}), Method("aumann-shapley"), Method("aumann-shapley", {"nodes": 2}),
+          Method("hawq"))
 LOW = (2.25, 2.5, 2.75, 3.0, 3.5)
 HIGH = (3.5, 4.25, 5.0, 5.5, 6.5)
 AIM = (2.5, 3.0)

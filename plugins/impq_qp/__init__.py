@@ -7,5 +7,5 @@ from impq_core.plugins import Component
 @hookimpl
 def impq_allocators() -> list[Component]:
     """``qp``."""
-    return [Component("qp", "impq_qp.program:QuadraticProgram", "local search, then a proof by Pyomo and HiGHS",
-                      needs=("pyomo", "highspy"))]
+    return [Component("qp", "impq_qp.program:QuadraticProgram",
+                      "local search, then a proof by convex relaxations, Pyomo and HiGHS", needs=("pyomo", "highspy"))]

@@ -66,7 +66,8 @@ def _field(estimate: SensitivityEstimate, pick: IntArray) -> FloatArray:
     """(n, m): predicted loss of each choice of each layer while the others stay, up to a constant a layer."""
     if estimate.pairwise is None:
         return estimate.linear
-    return estimate.linear + estimate.pairwise[:, :, np.arange(len(pick)), pick].sum(axis=2)
+    field: FloatArray = estimate.linear + estimate.pairwise[:, :, np.arange(len(pick)), pick].sum(axis=2)
+    return field
 
 
 def _greedy(estimate: SensitivityEstimate, budget: int) -> IntArray:

@@ -1,21 +1,29 @@
-"""The paper's program, linearised, with the local search as its incumbent."""
+"""The paper's program: local search for a plan, convex relaxations and HiGHS for the proof."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import heapq
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from impq_core.errors import ImpqError
 from impq_core.interfaces import Allocator
-from impq_core.space import IntArray
+from impq_core.space import FloatArray, IntArray
 from impq_core.types import Plan, SensitivityEstimate
-from impq_qp.local import search
+from impq_qp.linearized import branch
+from impq_qp.local import descend, search
+from impq_qp.relaxation import Program, Tangent, relaxations
 
-_Key = tuple[int, int]
-"""A layer and one of its narrower choices."""
+_Allowed = NDArray[np.bool_]
+"""(layers, widths): the choices of a part of the program."""
+
+_ROUNDS = 40
+_PRODUCTS = 500
+"""Up to so many HiGHS solves the paper's form in seconds."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +31,13 @@ class Options:
     """Options of the quadratic program.
 
     Args:
-        time_limit: seconds the solver may spend on the proof.
+        time_limit: seconds for the plan and its proof; the local search is never cut short.
         gap: relative gap at which a plan counts as proven.
-        starts: starts of the local search that gives the solver its incumbent.
+        starts: starts of the local search.
         seed: of the local search.
-        linearization: ``paper`` (a variable for each product of two choices) or ``compact`` (Glover: one for each
-            choice), the same program with a weaker relaxation that scales further; ``auto`` is the paper's up to
-            500 products.
+        linearization: ``auto`` closes choices by convex relaxations, splits what stays open, and gives HiGHS each part
+            once it has no more than 500 products, in the paper's form; ``paper`` (a variable for each product of two
+            choices) and ``compact`` (Glover: one for each choice) give HiGHS the whole program as it is.
     """
 
     time_limit: float = 60.0
@@ -48,10 +56,10 @@ class Options:
 class QuadraticProgram(Allocator):
     """``min sum_i linear[i, q_i] + sum_{i<j} pairwise[i, q_i, j, q_j]`` within a budget in bytes.
 
-    Products of choices become continuous variables ``y >= x + x' - 1, y <= x, y <= x'`` (IMPQ, section on allocation;
-    there with two widths and SCIP), or, where they are many, Glover's compact form. A multi-start local search comes
-    first and is given to HiGHS as its start; the plan returned is the better of the two, so it is never worse than the
-    heuristic's, and the bound is HiGHS's proof.
+    A multi-start local search finds a plan, which is replaced only by a better one. Convex relaxations bound the
+    program and close choices that no better plan can take; HiGHS solves what they leave open, with products of choices
+    linearised (IMPQ, section on allocation; there with two widths and SCIP). Only the time limit, where it is reached,
+    makes a result depend on the machine.
     """
 
     Options = Options
@@ -61,105 +69,128 @@ class QuadraticProgram(Allocator):
         space = estimate.space
         if budget_bytes < space.low_bytes:
             raise ImpqError(f"a budget of {budget_bytes} bytes is below the smallest plan, {space.low_bytes} bytes")
-        rng = np.random.default_rng(self.options.seed)
-        pick = search(estimate, budget_bytes, self.options.starts, rng)
+        pick, least = solve(estimate, budget_bytes, self.options)
         value = float(estimate.score(pick)[0])
-        solved, bound = solve(estimate, budget_bytes, pick, self.options)
-        if solved is not None and space.bytes_of(solved) <= budget_bytes:
-            other = float(estimate.score(solved)[0])
-            if other < value - 1e-9 * max(1.0, abs(value)):
-                pick, value = solved, other
-        loss, least = (None if score is None else float(estimate.losses_of(np.array(score)))
-                       for score in (value, None if bound is None else min(bound, value)))
-        return Plan(space, pick, budget_bytes, loss, least, method="qp")
+        loss, bound = (float(estimate.losses_of(np.array(score))) for score in (value, min(least, value)))
+        return Plan(space, pick, budget_bytes, loss, bound if np.isfinite(bound) else None, method="qp")
 
 
-def solve(estimate: SensitivityEstimate, budget: int, start: IntArray,
-          options: Options) -> tuple[IntArray | None, float | None]:
-    """HiGHS's pick and its proven lower bound on the score; None for what it did not find in time.
+def solve(estimate: SensitivityEstimate, budget: int, options: Options) -> tuple[IntArray, float]:
+    """The best pick found, and a proven lower bound on the score of all; -inf where nothing was proven in time."""
+    deadline = time.monotonic() + options.time_limit
+    best = _Best(estimate, budget, options)
+    whole = np.ones(estimate.space.nbytes.shape, dtype=bool)
+    if options.linearization != "auto":
+        found, bound = branch(Program.of(estimate, budget, whole), (), options.linearization, best.target,
+                              deadline - time.monotonic())
+        best.offer(found)
+        return best.pick, bound
+    parts: list[tuple[float, int, _Allowed]] = [(-np.inf, 0, whole)]  # what is not settled yet, least bound first
+    number, settled = 0, np.inf
+    while parts and parts[0][0] < best.target and (time.monotonic() < deadline or not number):  # once at least
+        floor, _, allowed = heapq.heappop(parts)
+        left = _narrow(best, allowed, floor, deadline)
+        settled = min(settled, left.closed)
+        if left.program is None:
+            continue
+        if np.count_nonzero(left.program.pairs) <= 2 * _PRODUCTS and time.monotonic() < deadline:
+            found, bound = branch(left.program, left.cuts, "paper", best.target, deadline - time.monotonic())
+            best.offer(found)
+            settled = min(settled, max(bound, left.bound))
+            continue
+        for half in left.halves():
+            number += 1
+            heapq.heappush(parts, (left.bound, number, half))
+    return best.pick, min(settled, parts[0][0]) if parts else settled
 
-    Raises:
-        ImpqError: the solver failed, which must not look like a plan.
+
+class _Best:
+    """The best pick so far, the local search's at first."""
+
+    def __init__(self, estimate: SensitivityEstimate, budget: int, options: Options) -> None:
+        self.estimate, self.budget, self.gap = estimate, budget, options.gap
+        self.pick = search(estimate, budget, options.starts, np.random.default_rng(options.seed))
+        self.value = float(estimate.score(self.pick)[0])
+
+    @property
+    def target(self) -> float:
+        """The score that a pick must be below to be worth more search."""
+        return self.value - self.gap * abs(self.value)
+
+    def offer(self, pick: IntArray | None) -> None:
+        """Take a pick where it fits and is better, once local moves have improved it."""
+        if pick is None or self.estimate.space.bytes_of(pick) > self.budget:
+            return
+        pick = descend(self.estimate, pick, self.budget)
+        value = float(self.estimate.score(pick)[0])
+        if value < self.value - 1e-9 * abs(self.value):
+            self.pick, self.value = pick, value
+
+
+@dataclass(frozen=True, eq=False)
+class _Left:
+    """What relaxations leave of a part of the program (None: nothing), with tangents of its pair terms, the last
+    relaxation's optimum, a lower bound on its picks' scores, and one on those of the picks closed."""
+
+    allowed: _Allowed
+    program: Program | None
+    cuts: tuple[Tangent, ...]
+    point: FloatArray
+    bound: float
+    closed: float
+
+    def halves(self) -> Iterator[_Allowed]:
+        """Two parts of it: with and without the likeliest choice of the layer least sure of its own."""
+        assert self.program is not None
+        still = self.allowed[self.program.layers[:, None], self.program.choices] & np.pad(
+            self.program.open, ((0, 0), (1, 0)), constant_values=True)
+        shares = np.where(still, self.program.shares(self.point), -np.inf)
+        layer = int(np.where(still.sum(axis=1) > 1, shares.max(axis=1), np.inf).argmin())
+        where = self.program.layers[layer], self.program.choices[layer, shares[layer].argmax()]
+        with_it, without = self.allowed.copy(), self.allowed.copy()
+        with_it[where[0]] = False
+        with_it[where] = True
+        without[where] = False
+        yield with_it
+        if without[where[0]].any():
+            yield without
+
+
+def _narrow(best: _Best, allowed: _Allowed, floor: float, deadline: float) -> _Left:
+    """Close the choices that no better plan can take, as relaxations prove, until they prove little more.
+
+    Args:
+        best: offered what relaxations suggest.
+        allowed: the choices open in this part.
+        floor: a known lower bound on the scores of its picks.
+        deadline: of ``time.monotonic``.
     """
-    import pyomo.environ as pyo
-    from pyomo.contrib.appsi.base import TerminationCondition
-    from pyomo.contrib.appsi.solvers.highs import Highs
-
-    space = estimate.space
-    n, m = space.nbytes.shape
-    keys = [(i, k) for i in range(n) for k in range(1, m)]
-    # HiGHS's tolerances are absolute, so losses are scaled to the order of 1.
-    scale = max(float(np.abs(estimate.linear).max()), 1e-9)
-    pairs = {(a, b): float(estimate.pairwise[a[0], a[1], b[0], b[1]]) / scale
-             for a in keys for b in keys if a[0] < b[0]} if estimate.pairwise is not None else {}
-    pairs = {key: value for key, value in pairs.items() if abs(value) > 1e-12}
-    chosen = {key: int(start[key[0]] == key[1]) for key in keys}
-
-    model = pyo.ConcreteModel()
-    model.x = pyo.Var(keys, domain=pyo.Binary, initialize=chosen)
-    compact = options.linearization == "compact" or (options.linearization == "auto" and len(pairs) > 500)
-    products = (_compact if compact else _paper)(model, keys, pairs, chosen)
-    model.loss = pyo.Objective(expr=sum(estimate.linear[i, k] / scale * model.x[i, k] for i, k in keys) + products)
-    model.one = pyo.Constraint(range(n), rule=lambda mod, i: sum(mod.x[i, k] for k in range(1, m)) <= 1)
-    saved = {(i, k): int(space.nbytes[i, 0] - space.nbytes[i, k]) for i, k in keys}
-    unit = max(saved.values(), default=1) or 1
-    model.budget = pyo.Constraint(expr=sum(saved[key] / unit * model.x[key] for key in keys)
-                                  >= (space.high_bytes - budget) / unit - 1e-12) if keys else pyo.Constraint.Skip
-
-    solver: Any = Highs()
-    solver.config.time_limit = options.time_limit
-    solver.config.mip_gap = options.gap
-    solver.config.load_solution = False
-    solver.config.warmstart = True
-    solver.highs_options = {"random_seed": 0, "output_flag": False}
-    result = solver.solve(model)
-    if result.termination_condition not in (TerminationCondition.optimal, TerminationCondition.maxTimeLimit):
-        raise ImpqError(f"HiGHS ended with '{result.termination_condition.name}'; -o starts and budgets as they are, "
-                        "this is a bug worth reporting")
-    bound = result.best_objective_bound
-    proven = None if bound is None or not np.isfinite(bound) else float(bound) * scale
-    if result.best_feasible_objective is None:
-        return None, proven
-    values = result.solution_loader.get_primals([model.x[key] for key in keys])
-    pick = np.zeros(n, dtype=np.int64)
-    for i, k in keys:
-        if values[model.x[i, k]] > 0.5:
-            pick[i] = k
-    return pick, proven
-
-
-def _paper(model: Any, keys: list[_Key], pairs: Mapping[tuple[_Key, _Key], float], chosen: Mapping[_Key, int]) -> Any:
-    """The sum of pair terms with a variable for each product, as the paper has it."""
-    import pyomo.environ as pyo
-
-    model.y = pyo.Var(list(pairs), bounds=(0, 1), initialize={(*a, *b): chosen[a] * chosen[b] for a, b in pairs})
-    model.low = pyo.Constraint(list(pairs), rule=lambda mod, *ab: mod.y[ab] >= mod.x[ab[:2]] + mod.x[ab[2:]] - 1)
-    model.left = pyo.Constraint(list(pairs), rule=lambda mod, *ab: mod.y[ab] <= mod.x[ab[:2]])
-    model.right = pyo.Constraint(list(pairs), rule=lambda mod, *ab: mod.y[ab] <= mod.x[ab[2:]])
-    return sum(value * model.y[key] for key, value in pairs.items())
-
-
-def _compact(model: Any, keys: list[_Key], pairs: Mapping[tuple[_Key, _Key], float], chosen: Mapping[_Key, int]) -> Any:
-    """The sum of pair terms with one variable a choice (Glover 1975): ``z_a = x_a s_a`` for the row sum ``s_a = sum_b
-    P_ab x_b / 2`` is the least z with ``z >= L_a x_a`` and ``z >= s_a - U_a (1 - x_a)``, where ``L_a <= s_a <= U_a``;
-    as a layer takes one choice at most, each layer counts in the bounds once."""
-    import pyomo.environ as pyo
-
-    rows: dict[_Key, dict[_Key, float]] = {key: {} for key in keys}
-    for (a, b), value in pairs.items():
-        rows[a][b] = rows[b][a] = value / 2
-
-    def reach(row: Mapping[_Key, float], end: Callable[..., float]) -> float:
-        layers: dict[int, float] = {}
-        for (layer, _), value in row.items():
-            layers[layer] = end(layers.get(layer, 0.0), value)
-        return sum(layers.values())
-
-    bounds = {key: (reach(row, min), reach(row, max)) for key, row in rows.items()}
-    now = {key: chosen[key] * sum(value * chosen[b] for b, value in row.items()) for key, row in rows.items()}
-    model.z = pyo.Var(keys, bounds=lambda mod, *key: (min(0.0, bounds[key][0]), max(0.0, bounds[key][1])),
-                      initialize=now)
-    model.floor = pyo.Constraint(keys, rule=lambda mod, *key: mod.z[key] >= bounds[key][0] * mod.x[key])
-    model.row = pyo.Constraint(keys, rule=lambda mod, *key: mod.z[key] >= sum(
-        value * mod.x[b] for b, value in rows[key].items()) - bounds[key][1] * (1 - mod.x[key]))
-    return sum(model.z[key] for key in keys)
+    allowed, closed = allowed.copy(), np.inf
+    while True:
+        program = Program.of(best.estimate, best.budget, allowed)
+        if not len(program):
+            if program.needed > 0:
+                return _Left(allowed, None, (), np.zeros((0, 0)), np.inf, closed)
+            best.offer(program.base)
+            return _Left(allowed, None, (), np.zeros((0, 0)), program.constant, min(closed, program.constant))
+        close = 0.01 * min(best.value - floor, 0.1 * program.unit) / program.unit
+        cuts: list[Tangent] = []
+        bounds: list[float] = []
+        for point, cut in relaxations(program, _ROUNDS, close):
+            cuts.append(cut)
+            whole, each = cut.bound(program)
+            floor = max(floor, whole)
+            bounds.append(max([whole, *bounds[-1:]]))
+            worse = each >= best.target
+            if worse.any():
+                closed = min(closed, best.target)
+                allowed[program.layers[:, None], program.choices] &= ~worse
+            if floor >= best.target or not allowed.any(axis=1).all():
+                return _Left(allowed, None, (), point, floor, min(closed, best.target))
+            still = int(allowed.sum()) - len(allowed)
+            if (still <= program.open.sum() / 2 or time.monotonic() > deadline
+                    or (len(bounds) > 3 and bounds[-1] - bounds[-4] < 0.03 * (best.value - floor))):
+                break
+        best.offer(program.pick(point))
+        if still > 0.9 * program.open.sum() or time.monotonic() > deadline:
+            return _Left(allowed, program, tuple(cuts), point, floor, closed)

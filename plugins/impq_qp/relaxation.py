@@ -1,0 +1,255 @@
+"""Convex relaxations of the quadratic program: bounds, linear cuts, and choices that no better plan can take.
+
+Within a layer at most one narrower choice x_a is 1, so ``x_i' S_i x_i = diag(S_i)'x_i`` for any symmetric block S_i:
+such a shift S, taken back from the linear terms, changes no plan. Where ``P + S`` is positive semidefinite,
+``x'Px/2 >= x'(P + S)x/2 - diag(S)'x/2`` is an equality at every plan and convex on the right, so that any tangent of it
+bounds the pair terms of all plans from below: quadratic convex reformulation (Billionnet, Elloumi, Plateau 2009) with
+blocks in place of a diagonal. Its best bound is that of the semidefinite relaxation with ``X_ii = diag(x_i)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from impq_core.space import FloatArray, IntArray
+from impq_core.types import SensitivityEstimate
+
+_ROUNDING = 1e-12
+"""What bounds give way to floating point, relative to what they are made of."""
+
+_NEVER = 1e9
+"""More than any cost or price of a program."""
+
+_SWEEPS = 10
+"""Of coordinate descent in each round; the next round goes on from there."""
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """The choices still open, as ``constant + unit * min (linear'x + x' pairs x / 2)`` over binary x (n, K) with at
+    most one 1 in a row and ``saved'x >= needed``.
+
+    Args:
+        choices: (n, K+1), the choices of each layer that has more than one, from wide to narrow; x_ik is
+            ``choices[i, k+1]``, a row of zeros the first.
+        layers: (n,), those layers.
+        base: the pick of x = 0, which all other layers keep.
+        open: (n, K), whether there is such a choice.
+        constant: score of ``base``.
+        unit: score that is 1 here, so that the numbers a solver sees are of the order of 1.
+        linear: (n, K).
+        pairs: (n, K, n, K), symmetric, 0 within a layer.
+        saved: (n, K) bytes below the first choice, largest 1.
+        needed: what must be saved.
+    """
+
+    choices: IntArray
+    layers: IntArray
+    base: IntArray
+    open: NDArray[np.bool_]
+    constant: float
+    unit: float
+    linear: FloatArray
+    pairs: FloatArray
+    saved: FloatArray
+    needed: float
+
+    @classmethod
+    def of(cls, estimate: SensitivityEstimate, budget: int, allowed: NDArray[np.bool_]) -> Program:
+        """The program over the choices ``allowed`` (layers, widths), of which every layer has at least one."""
+        space = estimate.space
+        everyone = np.arange(len(allowed))
+        base = allowed.argmax(axis=1)
+        layers = np.flatnonzero(allowed.sum(axis=1) > 1)
+        order = np.argsort(~allowed, axis=1, kind="stable")[:, :allowed.sum(axis=1).max()]
+        choices = order[layers]
+        rows = layers[:, None]
+        is_open = allowed[rows, choices][:, 1:]
+        field = estimate.linear
+        pairs = np.zeros((*is_open.shape, *is_open.shape))
+        if estimate.pairwise is not None:
+            both = (estimate.pairwise + estimate.pairwise.transpose(2, 3, 0, 1)) / 2  # an estimate's may be off by 1e-9
+            field = field + both[:, :, everyone, base].sum(axis=2)
+            both = both[rows, choices][:, :, rows, choices]
+            both = both[:, 1:] - both[:, :1]
+            pairs = (both[..., 1:] - both[..., :1]) * is_open[:, :, None, None] * is_open
+        linear = (field[rows, choices[:, 1:]] - field[rows, choices[:, :1]]) * is_open
+        unit = max(float(np.abs(linear).max(initial=0)), float(np.abs(pairs).max(initial=0)), 1e-9)
+        saved = (space.nbytes[rows, choices[:, :1]] - space.nbytes[rows, choices[:, 1:]]) * is_open
+        size = max(int(saved.max(initial=0)), 1)
+        return cls(choices, layers, base, is_open, float(estimate.score(base)[0]), unit,
+                   np.where(is_open, linear / unit, _NEVER), pairs / unit, saved / size,
+                   (space.bytes_of(base) - budget) / size)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def pick(self, x: FloatArray) -> IntArray:
+        """The pick (layers,) of a binary x (n, K); of another the likeliest choices."""
+        pick: IntArray = self.base.copy()
+        pick[self.layers] = self.choices[np.arange(len(x)), self.shares(x).argmax(axis=1)]
+        return pick
+
+    def shares(self, x: FloatArray) -> FloatArray:
+        """(n, K+1): the share of each choice in x, that of the first included."""
+        return np.concatenate([1 - x.sum(axis=1, keepdims=True), x], axis=1)
+
+    def least(self, costs: FloatArray) -> tuple[float, FloatArray]:
+        """A lower bound of ``costs'x`` over the relaxed program, and how much more each choice costs at least
+        (n, K+1): the Lagrange dual in the price of the budget, valid at any price and exact at the best."""
+        rows = np.arange(len(costs))
+        costs, saved = (np.pad(table, ((0, 0), (1, 0))) for table in (costs, self.saved))
+
+        def short(price: float) -> bool:
+            return bool(saved[rows, (costs - price * saved).argmin(axis=1)].sum() < self.needed - _ROUNDING)
+
+        low, high = 0.0, 1.0
+        while short(high) and high < _NEVER:
+            low, high = high, 2 * high
+        while high - low > 1e-13 * high and short(0.0):
+            middle = (low + high) / 2
+            low, high = (middle, high) if short(middle) else (low, middle)
+        price = high if short(0.0) else 0.0
+        reduced = costs - price * saved
+        lowest = reduced.min(axis=1)
+        rounding = 1e-14 * (len(costs) * price + np.abs(lowest).sum())
+        return float(lowest.sum() + price * self.needed - rounding), reduced - lowest[:, None]
+
+    def nearest(self, point: FloatArray) -> FloatArray:
+        """The nearest point of the relaxed program."""
+        from scipy.optimize import brentq
+
+        def missing(price: float) -> float:
+            return self.needed - float((self.saved * _capped(point + price * self.saved)).sum())
+
+        if missing(0.0) <= 0:
+            return _capped(point)
+        high = 1.0
+        while missing(high) > 0 and high < _NEVER:
+            high *= 2
+        price = brentq(missing, 0.0, high, xtol=1e-12) if missing(high) <= 0 else high
+        return _capped(point + price * self.saved)
+
+
+@dataclass(frozen=True, eq=False)
+class Tangent:
+    """``constant + slope'x``, above the pair terms of no plan; ``slope`` is (n, K)."""
+
+    slope: FloatArray
+    constant: float
+
+    def bound(self, program: Program) -> tuple[float, FloatArray]:
+        """The score it proves, and (n, K+1) the score it proves of plans with each choice."""
+        least, more = program.least(program.linear + self.slope)
+        whole = program.constant + program.unit * (least + self.constant)
+        return whole, whole + program.unit * more
+
+
+def relaxations(program: Program, rounds: int, close: float) -> Iterator[tuple[FloatArray, Tangent]]:
+    """Points and tangents of ever better convex relaxations.
+
+    The bound is concave in the shift S, with slope ``-W / 2`` where ``W_i = diag(x_i) - x_i x_i'`` at the relaxation's
+    optimum x: Frank-Wolfe steps towards the shift of least ``<W, S>`` climb it.
+
+    Args:
+        program: what is relaxed.
+        rounds: how many.
+        close: how near to its optimum each relaxation is solved, in units of the program.
+    """
+    n, k = program.linear.shape
+    if not program.pairs.any():
+        yield np.zeros((n, k)), Tangent(np.zeros((n, k)), 0.0)
+        return
+    # A rank above sqrt(2 * constraints) is enough for the semidefinite optimum (Barvinok, Pataki).
+    rank = max(k, int(np.sqrt(n * k * (k + 1))) + 1)
+    random = np.random.default_rng(0).normal(size=(n, rank, k))
+    vectors: FloatArray = np.linalg.qr(random)[0].transpose(0, 2, 1)
+    point = program.nearest(np.full((n, k), 1 / (k + 1)))
+    shift: FloatArray = np.zeros((n, k, k))
+    for number in range(rounds):
+        inner = (1 - 0.1 / (number + 1)) * point + 0.1 / (number + 1) / (k + 1)  # W must have an inverse
+        weights = inner[:, :, None] * (np.eye(k) - inner[:, None, :])
+        best, vectors = _least_shift(program, weights, vectors)
+        shift = shift + (best - shift) * (2 / (number + 2))
+        matrix = program.pairs.reshape(n * k, n * k) + _diagonal(shift)
+        linear = program.linear - np.einsum("ikk->ik", shift) / 2
+        point = _minimum(program, matrix, linear, point, close)
+        curved = matrix @ point.ravel()
+        rounding = _ROUNDING * float(np.abs(matrix).sum() + np.abs(linear[program.open]).sum())
+        yield point, Tangent(curved.reshape(n, k) - np.einsum("ikk->ik", shift) / 2,
+                             -0.5 * float(curved @ point.ravel()) - rounding)
+
+
+def _least_shift(program: Program, weights: FloatArray, vectors: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """The shift S (n, K, K) of nearly least ``<weights, S>`` with ``P + S`` positive semidefinite, and vectors to go on
+    from.
+
+    Its dual is ``min <P, VV'>`` with ``V_i V_i' = weights_i``: coordinate descent over the blocks (the mixing method,
+    Wang, Chang, Kolter 2017, with ``V_i = weights_i^(1/2) U_i`` and orthonormal rows in U_i). What it leaves below zero
+    the least eigenvalue makes up for.
+    """
+    n, k = program.linear.shape
+    values, axes = np.linalg.eigh(weights)
+    root, inverse = ((axes * scale[:, None]) @ axes.transpose(0, 2, 1) for scale in (values**0.5, values**-0.5))
+    scaled = np.einsum("iab,ibjc,jcd->iajd", root, program.pairs, root, optimize=True).reshape(n, k, n * k)
+    flat: Any = vectors.reshape(n * k, -1).copy()
+    for _ in range(_SWEEPS):
+        before = flat.copy()
+        for i in range(n):
+            left, _, right = np.linalg.svd(scaled[i] @ flat, full_matrices=False)
+            flat[i * k:(i + 1) * k] = -left @ right
+        if np.abs(flat - before).max() < 1e-4:
+            break
+    left, size, _ = np.linalg.svd((scaled.reshape(n * k, n * k) @ flat).reshape(n, k, -1), full_matrices=False)
+    shift = (left * size[:, None]) @ left.transpose(0, 2, 1)
+    spectrum = np.linalg.eigvalsh(scaled.reshape(n * k, n * k) + _diagonal(shift))
+    shift = shift + (max(-spectrum[0], 0.0) + _ROUNDING * spectrum[-1]) * np.eye(k)
+    shift = inverse @ shift @ inverse
+    return (shift + shift.transpose(0, 2, 1)) / 2, flat.reshape(vectors.shape)
+
+
+def _minimum(program: Program, matrix: FloatArray, linear: FloatArray, start: FloatArray, close: float) -> FloatArray:
+    """Where ``linear'x + x' matrix x / 2`` is least over the relaxed program: accelerated projected gradients (FISTA,
+    Beck, Teboulle 2009, with restarts)."""
+    def slope(x: FloatArray) -> FloatArray:
+        result: FloatArray = linear + (matrix @ x.ravel()).reshape(x.shape)
+        return result
+
+    length = 1 / max(float(np.linalg.eigvalsh(matrix)[-1]), 1e-2)
+    x = ahead = start
+    momentum = 1.0
+    for step in range(1, 301):
+        after = program.nearest(ahead - length * slope(ahead))
+        if ((ahead - after) * (after - x)).sum() > 0:
+            momentum = 1.0
+        following = (1 + np.sqrt(1 + 4 * momentum**2)) / 2
+        ahead = after + (momentum - 1) / following * (after - x)
+        x, momentum = after, following
+        if step % 20 == 0 and (slope(x) * x).sum() - program.least(slope(x))[0] <= close:
+            break
+    return x
+
+
+def _diagonal(blocks: FloatArray) -> FloatArray:
+    n, k = blocks.shape[:2]
+    whole = np.zeros((n, k, n, k))
+    whole[np.arange(n), :, np.arange(n)] = blocks
+    return whole.reshape(n * k, n * k)
+
+
+def _capped(point: FloatArray) -> FloatArray:
+    """The nearest point with ``x >= 0`` and at most 1 in the sum of a row."""
+    clipped = np.maximum(point, 0.0)
+    over = clipped.sum(axis=1) > 1
+    if over.any():
+        rows = point[over]
+        ordered = -np.sort(-rows, axis=1)
+        excess = (ordered.cumsum(axis=1) - 1) / np.arange(1, rows.shape[1] + 1)
+        count = (ordered > excess).sum(axis=1)
+        clipped[over] = np.maximum(rows - excess[np.arange(len(rows)), count - 1][:, None], 0.0)
+    return clipped
