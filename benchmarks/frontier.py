@@ -73,41 +73,28 @@ class Setting:
         return f"{self.backend} {','.join(f'{b:g}' for b in self.bits)}, {self.granularity}"
 
 
-PLAYED = ("additive", "covariance", "regression", "coverage")
 PAPER = {"permutations": 50, "antithetic": False}
-SLOPES = (Method("fisher", {"at": 0.5}), Method("aumann-shapley"), Method("aumann-shapley", {"nodes": 2}),
-          Method("hawq"))
 LOW = (2.25, 2.5, 2.75, 3.0, 3.5)
 HIGH = (3.5, 4.25, 5.0, 5.5, 6.5)
 AIM = (2.5, 3.0)
 ALL = (2.0, 3.0, 4.0)
-BOTH = (2.0, 4.0)
-FREE = (Method("random", seeds=3), Method("first-last"))
+SLOPES = (Method("aumann-shapley"), Method("aumann-shapley", {"nodes": 2}),
+          Method("fisher", {"at": 0.5}, budgets=AIM), Method("hawq", budgets=AIM))
 FINE = Method("coarse-to-fine", budgets=AIM, aimed=True)
-
-
-def spqe(permutations: int, seeds: int = 1) -> tuple[Method, ...]:
-    """Permutations with every surrogate; ``auto`` chooses for each budget."""
-    options = {"permutations": permutations}
-    return Method("spqe", options, PLAYED, seeds), Method("spqe", options, ("auto",), seeds)
-
-
+FREE = (Method("random", seeds=3, budgets=AIM), Method("first-last", budgets=AIM))
 SETTINGS = (
     Setting("gptq", ALL, "group", LOW, (Method("isolated"), *SLOPES, FINE, *FREE)),
-    Setting("gptq", BOTH, "block", LOW, (
-        Method("isolated"), Method("llm-mq"), Method("fisher", {"at": 1.0}), *SLOPES, *spqe(4, seeds=3),
-        Method("spqe", PAPER, PLAYED), Method("spqe", PAPER, ("auto",)),
-        Method("spqe", PAPER, ("covariance",), parts=(3, 10)), *FREE)),
+    Setting("gptq", (2.0, 4.0), "block", LOW, (
+        Method("isolated"), *SLOPES, Method("llm-mq", budgets=AIM), Method("fisher", {"at": 1.0}, budgets=AIM), *FREE,
+        Method("spqe", PAPER, ("covariance", "additive")),
+        Method("spqe", PAPER, ("regression", "coverage"), budgets=AIM),
+        Method("spqe", PAPER, ("auto",), budgets=AIM), Method("spqe", PAPER, ("covariance",), parts=(3, 10)))),
     Setting("gptq", ALL, "linear", LOW, (Method("isolated"), *SLOPES, FINE, *FREE)),
-    Setting("gptq", ALL, "block", LOW, (
-        Method("isolated"), *SLOPES, *spqe(4), Method("spqe", {"permutations": 4, "fresh": True}, ("additive",)),
-        Method("spqe", {"permutations": 4}, ("additive",), value="kl"), *FREE)),
-    Setting("hqq", (3.0, 8.0), "block", HIGH, (Method("isolated"), *SLOPES, *spqe(4), *FREE)),
-    Setting("gptq", BOTH, "group", LOW, (Method("isolated"), Method("aumann-shapley"))),
-    Setting("gptq", BOTH, "linear", LOW, (Method("isolated"), Method("aumann-shapley"))),
-    Setting("gptq", ALL, "group", LOW, (
-        Method("isolated", refine=("swaps", 60), budgets=AIM), Method("isolated", refine=("evolve", 60), budgets=AIM),
-        Method("random", refine=("evolve", 185), budgets=AIM), Method("spqe", {"permutations": 2}, PLAYED))),
+    Setting("gptq", ALL, "group", LOW, (Method("isolated", refine=("swaps", 60), budgets=AIM[1:]),
+                                        Method("isolated", refine=("evolve", 60), budgets=AIM[1:]))),
+    Setting("hqq", (3.0, 8.0), "block", HIGH, (
+        Method("isolated"), *(replace(method, budgets=()) for method in SLOPES), Method("spqe", {"permutations": 4}, (
+            "covariance", "additive", "regression", "coverage")), *(replace(m, budgets=HIGH[1::2]) for m in FREE))),
 )
 
 
@@ -240,7 +227,7 @@ def rows_of(shop: Workshop, setting: Setting) -> Iterator[Row]:
     for method in setting.methods:
         sizes = {budget: Budget(budget, "bits").resolve(bench.prepared.space)
                  for budget in method.budgets or setting.budgets}
-        one_by_one = method.aimed or method.surrogates == ("auto",)
+        one_by_one = method.aimed or "auto" in method.surrogates
         for group in ([budget] for budget in sizes) if one_by_one else [list(sizes)]:
             for name, seed, config, estimate in estimates(bench, base, method, shop.store,
                                                           sizes[group[0]] if one_by_one else None):

@@ -149,7 +149,7 @@ def validate(fit: Callable[[Measurements], SensitivityEstimate], measurements: M
     guesses: FloatArray = np.empty(len(measurements))
     for kept, held in folds(measurements):
         guesses[held] = fit(measurements.part(kept)).predict(measurements.picks[held])
-    told = _told(measurements) & near_budget(measurements)
+    told = np.intersect1d(_told(measurements), np.flatnonzero(near_budget(measurements)))
     size, losses, seen = measurements.picks[told].sum(axis=1), measurements.losses[told], guesses[told]
     wrong, pairs, left, whole = 0.0, 0, 0.0, 0.0
     for one in np.unique(size):
