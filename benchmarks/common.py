@@ -66,14 +66,15 @@ class Bench:
         return ModelGame(self.prepared.space, self.bank, self.runner, self.windows, progress=say("estimate"),
                          value=value, budget_bytes=budget_bytes, spare=self.prepared.spare)
 
-    def probe(self) -> ModelProbe:
-        return ModelProbe(self.prepared.space, self.bank, self.runner, self.windows)
+    def probe(self, value: str = "nll") -> ModelProbe:
+        return ModelProbe(self.prepared.space, self.bank, self.runner, self.windows, value)
 
     def estimate(self, config: RunConfig,
                  budget_bytes: int | None = None) -> tuple[SensitivityEstimate, Measurements | None]:
         """What a configuration's estimator makes of this model, and what it measured for a surrogate to fit."""
         parts = Parts.build(config, self.plugins)
-        return parts.estimate(self.game(config.value, budget_bytes), self.probe(), np.random.default_rng(config.seed))
+        return parts.estimate(self.game(config.value, budget_bytes), self.probe(config.value),
+                              np.random.default_rng(config.seed))
 
     def plan(self, config: RunConfig, estimate: SensitivityEstimate, budget: float) -> Plan:
         """The plan of a configuration's allocator at a budget in nominal bits."""

@@ -102,7 +102,7 @@ class BlockwiseModel:
 
     def _agrees(self, hidden: torch.Tensor, logits: torch.Tensor) -> bool:
         [last] = self.run_all([hidden])
-        replayed = self._logits(last[:, -CHECKED:])
+        replayed = self.logits(last[:, -CHECKED:])
         return bool((replayed - logits).abs().max() <= 0.05 * logits.std())
 
     @torch.inference_mode()
@@ -123,7 +123,8 @@ class BlockwiseModel:
             hidden = self.run(index, hidden)
         return hidden
 
-    def _logits(self, rows: torch.Tensor) -> torch.Tensor:
+    def logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """Float32 logits (..., vocabulary) of the last block's output (..., width)."""
         logits = self._head(self._norm(rows)).float()
         return torch.tanh(logits / self._softcap) * self._softcap if self._softcap else logits
 
@@ -142,7 +143,7 @@ class BlockwiseModel:
         for batches in zip(hidden, *more, strict=True):
             rows = [batch[:, :length - 1].flatten(0, 1) for batch in batches]
             for start in range(0, len(rows[0]), HEAD_ROWS):
-                parts = [self._logits(part[start:start + HEAD_ROWS]) for part in rows]
+                parts = [self.logits(part[start:start + HEAD_ROWS]) for part in rows]
                 where = slice(at, at + len(parts[0]))
                 yield where, parts, targets[where]
                 at += len(parts[0])

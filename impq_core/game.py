@@ -100,7 +100,7 @@ class ModelGame:
                  progress: Callable[[int, int], None] = lambda done, total: None, value: str = "nll",
                  budget_bytes: int | None = None, spare: Windows | None = None) -> None:
         self.space, self.budget_bytes = space, budget_bytes
-        self.probe = ModelProbe(space, bank, runner, windows)
+        self.probe = ModelProbe(space, bank, runner, windows, value)
         self._bank, self._runner, self._value = bank, runner, value
         count = len(windows.ids)
         more = windows.ids[:0] if spare is None else spare.ids

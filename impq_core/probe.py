@@ -36,11 +36,15 @@ class ModelProbe:
         bank: the variants and the unquantized weights.
         runner: the model.
         windows: calibration windows; None where nobody needs text.
+        value: the loss that has slopes: ``nll``, or ``kl`` to the unquantized model, which is flat where the model is
+            unquantized, so that its slopes hold nothing of the chance that a text likes an error.
     """
 
-    def __init__(self, space: SearchSpace, bank: Bank, runner: BlockwiseModel, windows: Windows | None) -> None:
+    def __init__(self, space: SearchSpace, bank: Bank, runner: BlockwiseModel, windows: Windows | None,
+                 value: str = "nll") -> None:
         self.space = space
-        self._bank, self._runner, self._windows = bank, runner, windows
+        self._bank, self._runner, self._windows, self._value = bank, runner, windows, value
+        self._unquantized: torch.Tensor | None = None
         self.forwards = 0.0
 
     @property
@@ -68,6 +72,7 @@ class ModelProbe:
 
     def slopes(self, at: FloatArray | None = None) -> FloatArray:
         """First-order changes (windows, n, m) of each window's loss; costs three forwards in all."""
+        self._remember()
         layers = self._bank.layers
         if at is None:
             self._bank.apply([None] * len(layers))
@@ -94,6 +99,7 @@ class ModelProbe:
         ``v' H v`` for one random sign vector v over all linears at once (Hutchinson; terms between linears have mean
         zero), with ``H v`` from slopes on either side of the weights, as attention may have no second derivative.
         """
+        self._remember()
         linears = [linear for layer in self.space.layers for linear in layer.linears]
         signs = {linear: torch.from_numpy(2 * rng.integers(0, 2, (linear.rows, linear.columns), dtype=np.int8) - 1)
                  for linear in linears}
@@ -131,13 +137,21 @@ class ModelProbe:
         No gradient of a weight is ever made: its inner product with a change D of the weight is that of the gradient
         of the linear's output with D x, token by token, which keeps the windows of a batch apart.
         """
-        ids = torch.from_numpy(np.asarray(self._text.ids))
-        batches = torch.split(ids, max(1, BATCH_TOKENS // ids.shape[1]))
+        count, length = self._text.ids.shape
+        batches = torch.split(torch.arange(count), max(1, BATCH_TOKENS // length))
         parts = [self._products_of(batch, changes) for batch in batches]
         self.forwards += 3
         return {linear: np.concatenate([part[linear] for part in parts]) for linear in parts[0]}
 
-    def _products_of(self, ids: torch.Tensor, changes: Changes) -> dict[LinearSpec, FloatArray]:
+    def _remember(self) -> None:
+        """Keep the unquantized model's last hidden states, where the loss is a divergence from it; costs a forward."""
+        if self._value == "kl" and self._unquantized is None:
+            self._bank.apply([None] * len(self._bank.layers))
+            self._unquantized = torch.cat(self._runner.run_all(self._runner.embed(self._text.ids)))
+            self.forwards += 1
+
+    def _products_of(self, rows: torch.Tensor, changes: Changes) -> dict[LinearSpec, FloatArray]:
+        ids = torch.from_numpy(np.asarray(self._text.ids))[rows]
         found: dict[LinearSpec, FloatArray] = {}
         model, handles = self._runner.model, []
 
@@ -162,7 +176,12 @@ class ModelProbe:
                 for linear in spec.linears:
                     watch(linear)
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-            loss = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+            if self._unquantized is None:
+                loss = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+            else:
+                with torch.no_grad():
+                    target = self._runner.logits(self._unquantized[rows].clone())[:, :-1].log_softmax(dim=-1)
+                loss = functional.kl_div(logits.log_softmax(dim=-1), target, reduction="sum", log_target=True)
             (loss / (ids.shape[1] - 1)).backward()  # type: ignore[no-untyped-call]
         finally:
             for handle in handles:

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from impq_core.bank import Bank, fill_bank
 from impq_core.blockwise import BlockwiseModel
+from impq_core.game import ModelGame
 from impq_core.model import layers_of, search_space
 from impq_core.probe import ModelProbe
 from impq_core.source import locate_model
@@ -79,6 +80,24 @@ def test_slopes_are_the_derivatives_of_each_windows_loss(table: Table) -> None:
             moved.append(table.losses(shares))
         numeric = (moved[0] - moved[1]) / (2 * step)
         np.testing.assert_allclose(slopes[:, layer, choice], numeric, rtol=0.03, atol=2e-4)
+
+
+def test_the_divergence_from_the_unquantized_model_is_flat_there_and_has_slopes_elsewhere(table: Table) -> None:
+    n, m = table.space.nbytes.shape
+    probe = ModelProbe(table.space, table.bank, table.runner, WINDOWS, value="kl")
+    steep = np.abs(table.probe().slopes()).max()
+    assert np.abs(probe.slopes()).max() < 1e-3 * steep and probe.forwards == 4  # the unquantized model's counts
+    at, layer, step = np.array([0.0, 0.5, 0.5]), 3, 0.05
+    slopes = probe.slopes(at)
+    game, ends = ModelGame(table.space, table.bank, table.runner, WINDOWS, value="kl"), []
+    for sign in (1, -1):
+        shares = np.tile(at, (n, 1))
+        shares[layer] = (1 - sign * step) * at + sign * step * np.eye(m)[2]
+        table.losses(shares)  # leaves the weights blended
+        hidden = table.runner.run_all(table.runner.embed(WINDOWS.ids))
+        assert game._unquantized is not None
+        ends.append(table.runner.compare(hidden, WINDOWS.ids, game._unquantized).kl.mean(axis=1))
+    np.testing.assert_allclose(slopes[:, layer, 2], (ends[0] - ends[1]) / (2 * step), rtol=0.05, atol=2e-4)
 
 
 def test_slopes_are_the_same_in_any_batch_and_leave_the_model_as_it_was(table: Table,
