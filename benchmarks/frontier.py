@@ -30,6 +30,7 @@ from impq_core.types import Measurements, Plan, SensitivityEstimate
 
 WORK = Path(__file__).parent / "work" / "frontier"
 TEXT_WINDOWS = 16
+GAME_WINDOWS = 4
 
 
 @dataclass(frozen=True)
@@ -78,18 +79,18 @@ LOW = (2.25, 2.5, 2.75, 3.0, 3.5)
 HIGH = (3.5, 4.25, 5.0, 5.5, 6.5)
 AIM = (2.5, 3.0)
 ALL = (2.0, 3.0, 4.0)
-SLOPES = (Method("aumann-shapley"), Method("aumann-shapley", {"nodes": 2}),
+SLOPES = (Method("aumann-shapley"), Method("aumann-shapley", {"nodes": 2}), Method("aumann-shapley", {"nodes": 4}),
           Method("fisher", {"at": 0.5}, budgets=AIM), Method("hawq", budgets=AIM))
 FINE = Method("coarse-to-fine", budgets=AIM, aimed=True)
 FREE = (Method("random", seeds=3, budgets=AIM), Method("first-last", budgets=AIM))
 SETTINGS = (
-    Setting("gptq", ALL, "group", LOW, (Method("isolated"), *SLOPES, FINE, *FREE)),
     Setting("gptq", (2.0, 4.0), "block", LOW, (
         Method("isolated"), *SLOPES, Method("llm-mq", budgets=AIM), Method("fisher", {"at": 1.0}, budgets=AIM), *FREE,
         Method("spqe", PAPER, ("covariance", "additive")),
         Method("spqe", PAPER, ("regression", "coverage"), budgets=AIM),
         Method("spqe", PAPER, ("auto",), budgets=AIM), Method("spqe", PAPER, ("covariance",), parts=(3, 10)))),
-    Setting("gptq", ALL, "linear", LOW, (Method("isolated"), *SLOPES, FINE, *FREE)),
+    Setting("gptq", ALL, "group", LOW, (Method("isolated"), *SLOPES, FINE, *FREE)),
+    Setting("gptq", ALL, "linear", LOW, (Method("isolated"), *SLOPES, FINE)),
     Setting("gptq", ALL, "group", LOW, (Method("isolated", refine=("swaps", 60), budgets=AIM[1:]),
                                         Method("isolated", refine=("evolve", 60), budgets=AIM[1:]))),
     Setting("hqq", (3.0, 8.0), "block", HIGH, (
@@ -138,7 +139,7 @@ class Workshop:
     @classmethod
     def build(cls, backend: str, bits: tuple[float, ...], store: Store) -> Workshop:
         config = RunConfig(tracking_uri="none", backend=backend, bits=bits, granularity="linear",
-                           evaluation=TextConfig(windows=TEXT_WINDOWS))
+                           game_windows=GAME_WINDOWS, evaluation=TextConfig(windows=TEXT_WINDOWS))
         whole = Bench.build(config)
         prepared = whole.prepared
         assert prepared.calibration is not None
@@ -222,7 +223,7 @@ def estimates(bench: Bench, base: RunConfig, method: Method, store: Store,
 def rows_of(shop: Workshop, setting: Setting) -> Iterator[Row]:
     """Every method of a setting at every budget, one after another."""
     base = RunConfig(tracking_uri="none", backend=setting.backend, bits=setting.bits, granularity=setting.granularity,
-                     evaluation=TextConfig(windows=TEXT_WINDOWS))
+                     game_windows=GAME_WINDOWS, evaluation=TextConfig(windows=TEXT_WINDOWS))
     bench = shop.whole.at(base)
     for method in setting.methods:
         sizes = {budget: Budget(budget, "bits").resolve(bench.prepared.space)

@@ -76,7 +76,7 @@ def write_report(work: Path, text_windows: int) -> None:
     lines = heading("What a plan costs and what it is worth, SmolLM2-135M", "python benchmarks/frontier.py")
     lines += [f"Held-out NLL, nats per token, mean over {text_windows} windows of 256 tokens of Wikipedia and as many "
               f"of C4 ({2 * text_windows * 255} scored tokens; no window is among those of calibration or game); "
-              "differences are paired over windows, ± their standard error. Losses of the game are measured on 2,040 "
+              "differences are paired over windows, ± their standard error. Losses of the game are measured on 1,020 "
               "tokens of C4, and a forward is one of the whole model over these (a backward counts two). *Regret* is "
               "the NLL above the best plan that anything here found at the budget, mean over budgets. Methods with "
               "several seeds: mean, and *sd* their standard deviation, mean over budgets. Plans are made by `qp` in "

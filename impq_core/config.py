@@ -59,7 +59,7 @@ class RunConfig:
         game_windows: how many of the calibration windows the game is played on.
         value: what the game's loss is: ``nll``, or ``kl`` to the unquantized model.
         evaluation: held-out text.
-        dtype: of the forwards; ``auto`` is bfloat16 where the processor multiplies it natively.
+        dtype: of the forwards; ``auto`` is bfloat16 where the processor multiplies tiles of it (AMX).
         seed: of every random draw but those of the texts.
         plan: a plan file to apply instead of estimating and allocating.
         output: folder that run folders are made in.

@@ -117,7 +117,8 @@ def _matches(pattern: str, layer: LayerSpec) -> bool:
 
 
 def resolve_dtype(name: str) -> torch.dtype:
-    """The dtype of the forwards: ``auto`` is bfloat16 where the processor multiplies it natively, else float32."""
+    """The dtype of the forwards: ``auto`` is bfloat16 where the processor multiplies tiles of it (AMX), else float32:
+    with AVX-512's bfloat16 alone a linear was measured to take 1.8 times as long as in float32."""
     if name == "auto":
-        name = "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+        name = "bfloat16" if torch.cpu._is_amx_tile_supported() else "float32"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
