@@ -46,6 +46,7 @@ class Method:
         refine: refiner and forwards, from the estimate's plan.
         budgets: those it is asked for; all of the setting's where empty.
         aimed: whether it is measured, not only fitted, for one budget at a time.
+        windows: of the game; a forward over more of them counts as so many more.
     """
 
     estimator: str
@@ -57,6 +58,7 @@ class Method:
     refine: tuple[str, int] = ("", 0)
     budgets: tuple[float, ...] = ()
     aimed: bool = False
+    windows: int = GAME_WINDOWS
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ ALL = (2.0, 3.0, 4.0)
 SLOPES = (Method("aumann-shapley"), Method("aumann-shapley", {"nodes": 2}), Method("aumann-shapley", {"nodes": 4}),
           Method("fisher", {"at": 0.5}, budgets=AIM), Method("hawq", budgets=AIM))
 FINE = Method("coarse-to-fine", budgets=AIM, aimed=True)
+WIDE = Method("aumann-shapley", {"nodes": 2}, windows=32)
 FREE = (Method("random", seeds=3, budgets=AIM), Method("first-last", budgets=AIM))
 SETTINGS = (
     Setting("gptq", (2.0, 4.0), "block", LOW, (
@@ -89,10 +92,8 @@ SETTINGS = (
         Method("spqe", PAPER, ("covariance", "additive")),
         Method("spqe", PAPER, ("regression", "coverage"), budgets=AIM),
         Method("spqe", PAPER, ("auto",), budgets=AIM), Method("spqe", PAPER, ("covariance",), parts=(3, 10)))),
-    Setting("gptq", ALL, "group", LOW, (Method("isolated"), *SLOPES, FINE, *FREE)),
-    Setting("gptq", ALL, "linear", LOW, (Method("isolated"), *SLOPES, FINE)),
-    Setting("gptq", ALL, "group", LOW, (Method("isolated", refine=("swaps", 60), budgets=AIM[1:]),
-                                        Method("isolated", refine=("evolve", 60), budgets=AIM[1:]))),
+    Setting("gptq", ALL, "group", LOW, (Method("isolated"), *SLOPES[:3], WIDE, FINE, *SLOPES[3:], *FREE)),
+    Setting("gptq", ALL, "linear", LOW, (*SLOPES[:3], WIDE)),
     Setting("hqq", (3.0, 8.0), "block", HIGH, (
         Method("isolated"), *(replace(method, budgets=()) for method in SLOPES), Method("spqe", {"permutations": 4}, (
             "covariance", "additive", "regression", "coverage")), *(replace(m, budgets=HIGH[1::2]) for m in FREE))),
@@ -178,11 +179,14 @@ def measured(bench: Bench, config: RunConfig, store: Store,
              budget: int | None) -> tuple[SensitivityEstimate | None, Measurements | None]:
     """What a configuration's estimator made of the model, or measured, now or earlier."""
     path = store.path(config.backend, config.bits, config.granularity, config.estimator,
-                      dict(config.options.get("estimator", {})), config.value, config.seed, budget)
+                      dict(config.options.get("estimator", {})), config.value, config.seed, budget,
+                      *([config.game_windows] if config.game_windows != GAME_WINDOWS else []))
     kinds = ((SensitivityEstimate, path.with_suffix(".estimate.npz")), (Measurements, path.with_suffix(".losses.npz")))
     found = [kind.load(file) if file.exists() else None for kind, file in kinds]
     if not any(found):
-        estimate, losses = bench.estimate(replace(config, surrogate="additive"), budget)
+        assert bench.prepared.calibration is not None
+        wide = replace(bench, windows=bench.prepared.calibration.first(config.game_windows))
+        estimate, losses = wide.estimate(replace(config, surrogate="additive"), budget)
         put_back(bench)
         found = [None, losses] if losses is not None else [estimate, None]
         for thing, (_, file) in zip(found, kinds, strict=True):
@@ -196,10 +200,12 @@ def estimates(bench: Bench, base: RunConfig, method: Method, store: Store,
     """Name, seed, configuration and estimate of everything that a method's measurements are good for."""
     for seed in range(method.seeds):
         options = {"estimator": dict(method.options)}
-        config = replace(base, estimator=method.estimator, options=options, value=method.value, seed=seed)
+        config = replace(base, estimator=method.estimator, options=options, value=method.value, seed=seed,
+                         game_windows=method.windows)
         estimate, losses = measured(bench, config, store, budget if method.aimed else None)
         name = method.estimator + "".join(f" {k}={v}" for k, v in method.options.items())
         name += f", {method.value}" if method.value != "nll" else ""
+        name += f" on {method.windows} windows" if method.windows != GAME_WINDOWS else ""
         if losses is None:
             assert estimate is not None
             yield name, seed, config, estimate
@@ -238,7 +244,7 @@ def rows_of(shop: Workshop, setting: Setting) -> Iterator[Row]:
                     key = [setting.name, name, seed, budget, method.refine]
                     plan = stored_plan(shop.store, key, bench,
                                        lambda a=allocator, e=estimate, b=sizes[budget]: a.allocate(e, b))
-                    told, forwards = name, estimate.forwards
+                    told, forwards = name, estimate.forwards * method.windows / GAME_WINDOWS
                     if method.refine[0]:
                         plan, spent = refined(bench, config, plan, estimate, method, shop.store, key)
                         told, forwards = f"{name} + {method.refine[0]}", forwards + spent

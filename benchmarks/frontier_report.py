@@ -15,6 +15,9 @@ from impq_core.space import FloatArray
 PAPER = ("gptq 2,4, block", "spqe permutations=50 antithetic=False: covariance")
 """The paper's protocol: setting and method."""
 
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+GREY = "#777777"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -157,27 +160,36 @@ def stderr(values: FloatArray) -> float:
 
 
 def draw(board: Board, path: Path) -> None:
-    """NLL above the best plan against forwards, a panel for each of two budgets, a colour for each setting."""
+    """NLL against forwards: a panel for each of two budgets, a colour for each setting, a sign for each estimator."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     shared = set.intersection(*(set(board.budgets(setting)) for setting in board.settings))
-    budgets = sorted(shared)[1::2]
-    figure = Figure(figsize=(6.2 * len(budgets), 5.4), layout="constrained", dpi=110)
-    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777")
+    budgets = [budget for budget in sorted(shared) if budget in (2.5, 3.0)] or sorted(shared)[1::2]
+    estimators = list(dict.fromkeys(row.method.split(" ")[0].strip(",:") for row in board.rows
+                                    if row.setting != "uniform" and not row.method.startswith("random")))
+    signs = dict(zip(estimators, "o^vsDPX*<>hp", strict=False))
+    colours = dict(zip(board.settings, COLOURS, strict=False))
+    figure = Figure(figsize=(6.4 * len(budgets), 5.2), layout="constrained", dpi=110)
     for axes, budget in zip(figure.subplots(1, len(budgets), squeeze=False)[0], budgets, strict=True):
-        for colour, setting in zip(colours, board.settings, strict=False):
-            points = [(max(plan.forwards, 0.5), float(np.mean(plan.windows)) - board.best(budget), method)
-                      for method in board.methods(setting) if method != "random"
-                      for plan in board.plans(setting, method, budget)]
-            axes.scatter([x for x, *_ in points], [max(y, 1e-3) for _, y, _ in points], s=22, color=colour,
-                         label=setting)
-            seen = [(x, y, m) for x, y, m in points if y < 0.06 or m == PAPER[1]]
-            for x, y, method in seen:
-                axes.annotate(method, (x, max(y, 1e-3)), fontsize=5.5, xytext=(3, 2), textcoords="offset points")
-        size = next(row.nbytes for row in board.rows if row.budget == budget and row.setting != "uniform")
-        line = max(float(board.line(size).mean()) - board.best(budget), 1e-3)
-        axes.axhline(line, color="#777777", linewidth=1, linestyle="--", label="line of uniforms")
-        axes.set(xscale="log", yscale="log", title=f"{budget:g} nominal bits", xlabel="forwards spent (0 drawn at 0.5)",
-                 ylabel="held-out NLL above the best plan, nats per token")
-        axes.legend(fontsize=7)
+        for setting, colour in colours.items():
+            for method in board.methods(setting):
+                for plan in board.plans(setting, method, budget) if not method.startswith("random") else ():
+                    axes.plot(max(plan.forwards, 0.7), np.mean(plan.windows), signs[method.split(" ")[0].strip(",:")],
+                              color=colour, markersize=6, alpha=0.8, clip_on=True)
+            size = next(row.nbytes for row in board.rows if (row.setting, row.budget) == (setting, budget))
+        line = float(board.line(size).mean())
+        axes.axhline(line, color=GREY, linewidth=1, linestyle="--")
+        axes.annotate("line of uniforms", (0.75, line), xytext=(0, 3), textcoords="offset points", fontsize=8,
+                      color=GREY)
+        paper = board.plans(*PAPER, budget)
+        if paper:
+            axes.annotate("the paper's protocol", (paper[0].forwards, float(np.mean(paper[0].windows))), fontsize=8,
+                          xytext=(-30, 14), textcoords="offset points", arrowprops={"arrowstyle": "-", "color": GREY})
+        axes.set(xscale="log", title=f"{budget:g} nominal bits", xlim=(0.6, 2000),
+                 ylim=(board.best(budget) - 0.05, max(line, board.best(budget)) + 0.6),
+                 xlabel="forwards spent (none drawn at 0.7)", ylabel="held-out NLL, nats per token")
+        axes.legend(fontsize=7, loc="upper right", ncols=2, handles=[
+            *(Line2D([], [], marker="s", linestyle="", color=colour, label=name) for name, colour in colours.items()),
+            *(Line2D([], [], marker=sign, linestyle="", color="black", label=name) for name, sign in signs.items())])
     figure.savefig(path)
