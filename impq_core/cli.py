@@ -81,6 +81,7 @@ def _text_options(role: str, default: str) -> Any:
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave the layers that match unquantized.")
 @_text_options("calibration", "Calibration")
 @click.option("--game-windows", type=int, help="Calibration windows the game is played on [8].")
+@click.option("--probe-windows", type=int, help="Calibration windows that gradients are taken on [all].")
 @click.option("--value", help="What the game measures: nll, or kl to the unquantized model [nll].")
 @_text_options("evaluation", "Held-out")
 @click.option("--dtype", help="auto, float32 or bfloat16 [auto].")

@@ -57,6 +57,7 @@ class RunConfig:
         exclude: patterns of layers that stay unquantized; their bytes count too, at 16 bits a weight.
         calibration: text for quantization statistics and the game.
         game_windows: how many of the calibration windows the game is played on.
+        probe_windows: how many of them gradients and activations are read on; 0 is all (but a referee's).
         value: what the game's loss is: ``nll``, or ``kl`` to the unquantized model.
         evaluation: held-out text.
         dtype: of the forwards; ``auto`` is bfloat16 where the processor multiplies tiles of it (AMX).
@@ -84,6 +85,7 @@ class RunConfig:
     exclude: tuple[str, ...] = ()
     calibration: TextConfig = TextConfig()
     game_windows: int = 8
+    probe_windows: int = 0
     value: str = "nll"
     evaluation: TextConfig = TextConfig()
     dtype: str = "auto"
@@ -102,6 +104,9 @@ class RunConfig:
         if not 1 <= self.game_windows <= self.calibration.windows:
             raise UsageError(f"game_windows must be 1 to the {self.calibration.windows} calibration windows, "
                              f"not {self.game_windows}")
+        if not 0 <= self.probe_windows <= self.calibration.windows:
+            raise UsageError(f"probe_windows must be 1 to the {self.calibration.windows} calibration windows, or 0 for "
+                             f"all, not {self.probe_windows}")
         if self.refine < 0:
             raise UsageError(f"refine is a number of forwards, not {self.refine}")
         if self.refine and 2 * self.game_windows > self.calibration.windows:

@@ -93,14 +93,16 @@ class ModelGame:
             model's distribution, which is less noisy and rewards no luck.
         budget_bytes: what plans are wanted for; None where nobody said.
         spare: windows of the same length for further sets of as many.
+        probe: what looks inside the same model; one over the game's windows by default.
     """
 
     def __init__(self, space: SearchSpace, bank: Bank, runner: BlockwiseModel, windows: Windows,
                  log: MeasurementLog | None = None, watch: Watcher = lambda *facts: None,
                  progress: Callable[[int, int], None] = lambda done, total: None, value: str = "nll",
-                 budget_bytes: int | None = None, spare: Windows | None = None) -> None:
+                 budget_bytes: int | None = None, spare: Windows | None = None,
+                 probe: ModelProbe | None = None) -> None:
         self.space, self.budget_bytes = space, budget_bytes
-        self.probe = ModelProbe(space, bank, runner, windows, value)
+        self.probe = probe or ModelProbe(space, bank, runner, windows, value)
         self._bank, self._runner, self._value = bank, runner, value
         count = len(windows.ids)
         more = windows.ids[:0] if spare is None else spare.ids

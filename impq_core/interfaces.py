@@ -75,7 +75,7 @@ class Game(Protocol):
 
     @property
     def forwards(self) -> float:
-        """Cost so far, in full-model forwards of the calibration windows."""
+        """Cost so far, in full-model forwards of its windows."""
 
     def expect(self, evaluations: int) -> None:
         """Tell whoever watches how many evaluations will have been asked for in all."""
@@ -105,7 +105,8 @@ class Probe(Protocol):
 
     @property
     def forwards(self) -> float:
-        """Cost so far, in full-model forwards of the calibration windows; a backward counts two."""
+        """Cost so far, in full-model forwards of the game's windows, however many are looked at; a backward counts
+        two."""
 
     def weight(self, linear: LinearSpec) -> torch.Tensor:
         """The unquantized weight (rows, columns), float32."""

@@ -99,6 +99,17 @@ class Prepared:
         taken = self.config.game_windows * (2 if self.config.refine else 1)
         return self.calibration.part(taken, len(self.calibration.ids)) if self.calibration else None
 
+    @property
+    def probed(self) -> Windows | None:
+        """Calibration windows that are looked at from inside: all but a refinement's referee's, or as many of them as
+        asked for."""
+        if self.calibration is None:
+            return None
+        played, config = self.config.game_windows, self.config
+        ids = self.calibration.ids
+        kept = np.concatenate([ids[:played], ids[played * (2 if config.refine else 1):]])
+        return replace(self.calibration, ids=kept[:config.probe_windows or len(kept)])
+
 
 def prepare(config: RunConfig, plugins: Plugins, calibrate: bool = True) -> Prepared:
     """Resolve and check a configuration: names, options, files, sizes, budget, texts. Loads no weights, writes
@@ -269,15 +280,15 @@ def _search(prepared: Prepared, plugins: Plugins, folder: Path, runner: Blockwis
     provenance = _provenance(prepared, windows)
     log = MeasurementLog(folder / "measurements.jsonl", {"space": played.fingerprint, **provenance})
     try:
+        probe = ModelProbe(played, bank, runner, prepared.probed, prepared.config.value, prepared.config.game_windows)
         game = None if windows is None else ModelGame(
             played, bank, runner, windows, log, progress=_progress(plugins, "estimate"), value=prepared.config.value,
-            budget_bytes=prepared.played_budget, spare=prepared.spare,
+            budget_bytes=prepared.played_budget, spare=prepared.spare, probe=probe,
             watch=lambda picks, losses, forwards: plugins.notify(
                 "impq_measured", picks=picks, losses=losses, forwards=forwards))
         plan, estimate, measurements = prepared.plan, None, None
         if plan is None:
             with clock.stage("estimate"):
-                probe = game.probe if game else ModelProbe(played, bank, runner, None)
                 estimate, measurements = parts.estimate(game, probe, np.random.default_rng(prepared.config.seed))
                 if measurements is not None:
                     measurements.save(folder / "measurements.npz")

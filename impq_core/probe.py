@@ -38,14 +38,16 @@ class ModelProbe:
         windows: calibration windows; None where nobody needs text.
         value: the loss that has slopes: ``nll``, or ``kl`` to the unquantized model, which is flat where the model is
             unquantized, so that its slopes hold nothing of the chance that a text likes an error.
+        game_windows: how many windows a forward is counted over; as many as there are by default.
     """
 
     def __init__(self, space: SearchSpace, bank: Bank, runner: BlockwiseModel, windows: Windows | None,
-                 value: str = "nll") -> None:
+                 value: str = "nll", game_windows: int = 0) -> None:
         self.space = space
         self._bank, self._runner, self._windows, self._value = bank, runner, windows, value
         self._unquantized: torch.Tensor | None = None
         self.forwards = 0.0
+        self._unit = len(windows.ids) / (game_windows or len(windows.ids)) if windows else 1.0
 
     @property
     def window_tokens(self) -> int:
@@ -66,7 +68,7 @@ class ModelProbe:
         hidden = self._runner.embed(self._text.ids)
         for index in range(len(self._runner)):
             output = self._runner.run(index, hidden)
-            self.forwards += 1 / len(self._runner)
+            self.forwards += self._unit / len(self._runner)
             yield index, hidden, output
             hidden = output
 
@@ -140,7 +142,7 @@ class ModelProbe:
         count, length = self._text.ids.shape
         batches = torch.split(torch.arange(count), max(1, BATCH_TOKENS // length))
         parts = [self._products_of(batch, changes) for batch in batches]
-        self.forwards += 3
+        self.forwards += 3 * self._unit
         return {linear: np.concatenate([part[linear] for part in parts]) for linear in parts[0]}
 
     def _remember(self) -> None:
@@ -148,7 +150,7 @@ class ModelProbe:
         if self._value == "kl" and self._unquantized is None:
             self._bank.apply([None] * len(self._bank.layers))
             self._unquantized = torch.cat(self._runner.run_all(self._runner.embed(self._text.ids)))
-            self.forwards += 1
+            self.forwards += self._unit
 
     def _products_of(self, rows: torch.Tensor, changes: Changes) -> dict[LinearSpec, FloatArray]:
         ids = torch.from_numpy(np.asarray(self._text.ids))[rows]

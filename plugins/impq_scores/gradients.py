@@ -77,7 +77,7 @@ class AumannShapleyOptions:
         nodes: Gauss-Legendre nodes on each step from a width to the next.
     """
 
-    nodes: int = 1
+    nodes: int = 2
 
     def __post_init__(self) -> None:
         if not 1 <= self.nodes <= 8:
@@ -114,7 +114,7 @@ class HawqOptions:
         samples: random vectors for the Hessian traces, six forwards each.
     """
 
-    samples: int = 4
+    samples: int = 2
 
     def __post_init__(self) -> None:
         if self.samples < 1:
