@@ -180,7 +180,7 @@ def measured(bench: Bench, config: RunConfig, store: Store,
     """What a configuration's estimator made of the model, or measured, now or earlier."""
     path = store.path(config.backend, config.bits, config.granularity, config.estimator,
                       dict(config.options.get("estimator", {})), config.value, config.seed, budget,
-                      *([config.game_windows] if config.game_windows != GAME_WINDOWS else []))
+                      config.game_windows)
     kinds = ((SensitivityEstimate, path.with_suffix(".estimate.npz")), (Measurements, path.with_suffix(".losses.npz")))
     found = [kind.load(file) if file.exists() else None for kind, file in kinds]
     if not any(found):
