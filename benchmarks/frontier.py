@@ -78,12 +78,11 @@ class Setting:
 
 PAPER = {"permutations": 50, "antithetic": False}
 LOW = (2.25, 2.5, 2.75, 3.0, 3.5)
-HIGH = (3.5, 4.25, 5.0, 5.5, 6.5)
 AIM = (2.5, 3.0)
 ALL = (2.0, 3.0, 4.0)
-SLOPES = (Method("aumann-shapley"), Method("aumann-shapley", {"nodes": 2}), Method("aumann-shapley", {"nodes": 4}),
-          Method("fisher", {"at": 0.5}, budgets=AIM), Method("hawq", budgets=AIM))
-FINE = Method("coarse-to-fine", budgets=AIM, aimed=True)
+SLOPES = (*(Method("aumann-shapley", {"nodes": nodes}) for nodes in (1, 2, 4)),
+          Method("fisher", {"at": 0.5}, budgets=AIM), Method("hawq", {"samples": 4}, budgets=AIM))
+FINE = Method("coarse-to-fine", budgets=(3.0,), aimed=True)
 WIDE = Method("aumann-shapley", {"nodes": 2}, windows=32)
 FREE = (Method("random", seeds=3, budgets=AIM), Method("first-last", budgets=AIM))
 SETTINGS = (
@@ -92,11 +91,10 @@ SETTINGS = (
         Method("spqe", PAPER, ("covariance", "additive")),
         Method("spqe", PAPER, ("regression", "coverage"), budgets=AIM),
         Method("spqe", PAPER, ("auto",), budgets=AIM), Method("spqe", PAPER, ("covariance",), parts=(3, 10)))),
-    Setting("gptq", ALL, "group", LOW, (Method("isolated"), *SLOPES[:3], WIDE, FINE, *SLOPES[3:], *FREE)),
-    Setting("gptq", ALL, "linear", LOW, (*SLOPES[:3], WIDE)),
-    Setting("hqq", (3.0, 8.0), "block", HIGH, (
-        Method("isolated"), *(replace(method, budgets=()) for method in SLOPES), Method("spqe", {"permutations": 4}, (
-            "covariance", "additive", "regression", "coverage")), *(replace(m, budgets=HIGH[1::2]) for m in FREE))),
+    Setting("gptq", ALL, "group", LOW, (
+        Method("isolated"), *SLOPES[:3], WIDE, FINE, replace(WIDE, refine=("swaps", 60), budgets=(3.0,)),
+        replace(WIDE, refine=("evolve", 60), budgets=(3.0,)))),
+    Setting("gptq", ALL, "linear", LOW, (WIDE,)),
 )
 
 
@@ -266,10 +264,10 @@ def refined(bench: Bench, config: RunConfig, plan: Plan, estimate: SensitivityEs
     if not cost.exists():
         name, forwards = method.refine
         refiner = Parts.build(replace(config, refiner=name, refine=forwards, options={}), bench.plugins).refiner
-        calibration, count = bench.prepared.calibration, config.game_windows
+        calibration, seen = bench.prepared.calibration, method.windows
         assert refiner is not None and calibration is not None
         games = [ModelGame(bench.prepared.space, bench.bank, bench.runner, windows)
-                 for windows in (bench.windows, calibration.part(count, 2 * count))]
+                 for windows in (bench.windows, calibration.part(seen, seen + GAME_WINDOWS))]
         better = refiner.refine(plan, estimate, *games, float(forwards), np.random.default_rng([config.seed, 1]))
         put_back(bench)
         better.save(path)
@@ -283,7 +281,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=WORK)
     given = parser.parse_args()
     store = Store(given.work)
-    for backend, bits in (("gptq", ALL), ("hqq", (3.0, 4.0, 8.0))):
+    for backend, bits in (("gptq", ALL),):
         wanted = [s for s in SETTINGS if s.backend == backend and given.only in s.name]
         if not wanted:
             continue
