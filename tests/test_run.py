@@ -255,7 +255,7 @@ def test_a_crash_leaves_a_failed_run_and_a_whole_log(tiny_config: RunConfig, mon
     def crash(*args: object, **kwargs: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("impq_surrogates.shapley.Covariance.fit", crash)
+    monkeypatch.setattr("impq_surrogates.auto.Auto.fit", crash)
     with pytest.raises(RuntimeError):
         _tracked(tiny_config)
     assert _statuses(tiny_config) == ["FAILED"]
