@@ -28,7 +28,7 @@ from impq_core.space import FloatArray
 from impq_core.text import Windows, draw_windows
 from impq_core.types import Measurements, Plan, SensitivityEstimate
 
-WORK = Path(__file__).parent / "work" / "frontier"
+WORK = Path(__file__).parent / "kept" / "frontier"
 TEXT_WINDOWS = 16
 GAME_WINDOWS = 4
 
@@ -281,21 +281,16 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=WORK)
     given = parser.parse_args()
     store = Store(given.work)
-    for backend, bits in (("gptq", ALL),):
-        wanted = [s for s in SETTINGS if s.backend == backend and given.only in s.name]
-        if not wanted:
-            continue
-        shop = Workshop.build(backend, bits, store)
-        rows = [Row("uniform", f"uniform {choice}", 0, choice.bits, shop.whole.prepared.space.bytes_of(pick), 0.0,
-                    shop.score_pick(pick).tolist())
-                for k, choice in enumerate(shop.whole.prepared.space.choices)
-                for pick in [shop.whole.prepared.space.uniform(k)]]
-        for setting in wanted:
-            for row in rows_of(shop, setting):
-                rows.append(row)
-                print(f"{row.setting}; {row.method}; seed {row.seed}; {row.budget:g} bits: "
-                      f"{np.mean(row.windows):.4f} for {row.forwards:.1f}", flush=True)
-            (given.work / f"{backend}.rows.json").write_text(json.dumps([vars(row) for row in rows]))
+    shop = Workshop.build("gptq", ALL, store)
+    space = shop.whole.prepared.space
+    rows = [Row("uniform", f"uniform {choice}", 0, choice.bits, space.bytes_of(space.uniform(k)), 0.0,
+                shop.score_pick(space.uniform(k)).tolist()) for k, choice in enumerate(space.choices)]
+    for setting in SETTINGS:
+        for row in rows_of(shop, setting) if given.only in setting.name else ():
+            rows.append(row)
+            print(f"{row.setting}; {row.method}; seed {row.seed}; {row.budget:g} bits: "
+                  f"{np.mean(row.windows):.4f} for {row.forwards:.1f}", flush=True)
+        (given.work / "gptq.rows.json").write_text(json.dumps([vars(row) for row in rows]))
     write_report(given.work, TEXT_WINDOWS)
 
 

@@ -182,7 +182,8 @@ class ModelProbe:
                 loss = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
             else:
                 with torch.no_grad():
-                    target = self._runner.logits(self._unquantized[rows].clone())[:, :-1].log_softmax(dim=-1)
+                    hidden = self._unquantized[rows].to(next(model.parameters()).dtype, copy=True)  # float32 for hawq
+                    target = self._runner.logits(hidden)[:, :-1].log_softmax(dim=-1)
                 loss = functional.kl_div(logits.log_softmax(dim=-1), target, reduction="sum", log_target=True)
             (loss / (ids.shape[1] - 1)).backward()  # type: ignore[no-untyped-call]
         finally:

@@ -177,6 +177,10 @@ class SearchSpace:
         """True stored bits per quantizable weight."""
         return 8.0 * nbytes / self.parameters
 
+    def steps_taken(self, picks: IntArray) -> FloatArray:
+        """(N, n, m-1): 1 where a pick of (N, n) has taken a width step, 0 elsewhere; choice k takes the first k."""
+        return (picks[:, :, None] > np.arange(len(self.choices) - 1)).astype(np.float64)
+
     def check_pick(self, pick: IntArray) -> IntArray:
         """The pick as int64 (n,); raises ImpqError where it does not fit this space."""
         pick = np.asarray(pick, dtype=np.int64)

@@ -101,8 +101,7 @@ def higher_order_share(measurements: Measurements) -> HigherOrder:
 def _steps_and_sizes(space: SearchSpace, picks: IntArray) -> tuple[FloatArray, FloatArray]:
     """Columns of 0 and 1 for the width steps that picks have taken, and for their numbers of steps."""
     size = picks.sum(axis=1)
-    steps = (picks[:, :, None] > np.arange(len(space.choices) - 1)).astype(np.float64)
-    return steps.reshape(len(picks), -1), (size[:, None] == np.unique(size)).astype(np.float64)
+    return space.steps_taken(picks).reshape(len(picks), -1), (size[:, None] == np.unique(size)).astype(np.float64)
 
 
 def _basis(design: FloatArray) -> FloatArray:

@@ -263,3 +263,9 @@ def test_places_between_the_widths() -> None:
     space = planted_space(2, bits=(4, 3, 2))
     shares = [shares_at(space, at).tolist() for at in (0, 0.25, 0.5, 1)]
     assert shares == [[1, 0, 0], [0.5, 0.5, 0], [0, 1, 0], [0, 0, 1]]
+
+
+def test_hawq_sees_the_divergence_of_a_model_in_bfloat16(tmp_path: Path) -> None:
+    table = Table(tmp_path / "m", "llama", torch.bfloat16)
+    probe = ModelProbe(table.space, table.bank, table.runner, WINDOWS, value="kl")
+    assert np.isfinite(Hawq().inspect(probe, RNG).linear).all() and probe.forwards == 13

@@ -13,7 +13,7 @@ from impq_core.interfaces import Surrogate
 from impq_core.space import FloatArray, SearchSpace
 from impq_core.types import Measurements, SensitivityEstimate
 from impq_core.validation import folds
-from impq_surrogates.steps import from_quadratic, from_steps, taken_steps
+from impq_surrogates.steps import from_quadratic, from_steps
 
 PENALTIES = 10.0 ** np.arange(-7.0, 2.0)
 """Ridge penalties tried, relative to features scaled to a mean square of 1."""
@@ -67,7 +67,7 @@ class Regression(Surrogate):
         if not len(rows):
             raise ImpqError("surrogate 'regression' needs losses of other picks than the reference")
         told = measurements.part(rows)
-        steps = taken_steps(space, told.picks)
+        steps = space.steps_taken(told.picks)
         single, pairs = _kernels(steps)
         scales = float(np.diag(single).mean()), float(np.diag(pairs).mean()) or 1.0
         links = ("identity", "log1p") if self.options.link == "auto" else (self.options.link,)
@@ -148,7 +148,7 @@ class Coverage(Surrogate):
         losses = measurements.losses[rows]
         if not len(rows) or losses.max() <= 0:
             raise ImpqError("surrogate 'coverage' needs losses above the reference")
-        flat = taken_steps(space, measurements.picks[rows]).reshape(len(rows), -1)
+        flat = space.steps_taken(measurements.picks[rows]).reshape(len(rows), -1)
         best = (np.inf, 0.0, np.zeros(flat.shape[1]))
         for ceiling in float(losses.max()) * (1.0 + 10.0 ** np.linspace(-2.0, 2.0, 33)):
             left = 1.0 - losses / ceiling

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from impq_core.space import FloatArray, IntArray, SearchSpace
-
-
-def taken_steps(space: SearchSpace, picks: IntArray) -> FloatArray:
-    """(N, n, m-1): 1 where a pick (N, n) has taken a step."""
-    return (picks[:, :, None] > np.arange(len(space.choices) - 1)).astype(np.float64)
+from impq_core.space import FloatArray, SearchSpace
 
 
 def from_steps(values: FloatArray) -> FloatArray:
