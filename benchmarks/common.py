@@ -72,9 +72,15 @@ class Bench:
     def estimate(self, config: RunConfig,
                  budget_bytes: int | None = None) -> tuple[SensitivityEstimate, Measurements | None]:
         """What a configuration's estimator makes of this model, and what it measured for a surrogate to fit."""
-        parts = Parts.build(config, self.plugins)
-        return parts.estimate(self.game(config.value, budget_bytes), self.probe(config.value),
-                              np.random.default_rng(config.seed))
+        calibration = self.prepared.calibration
+        assert calibration is not None
+        probe = ModelProbe(self.prepared.space, self.bank, self.runner,
+                           calibration.first(config.probe_windows or config.game_windows), config.value,
+                           config.game_windows)
+        game = ModelGame(self.prepared.space, self.bank, self.runner, calibration.first(config.game_windows),
+                         progress=say("estimate"), value=config.value, budget_bytes=budget_bytes,
+                         spare=calibration.part(config.game_windows, len(calibration.ids)), probe=probe)
+        return Parts.build(config, self.plugins).estimate(game, probe, np.random.default_rng(config.seed))
 
     def plan(self, config: RunConfig, estimate: SensitivityEstimate, budget: float) -> Plan:
         """The plan of a configuration's allocator at a budget in nominal bits."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from common import Bench
-from frontier_report import Row, write_report
+from frontier_report import AIMS, Row, write_report
 
 from impq_core.budget import Budget
 from impq_core.config import RunConfig, TextConfig
@@ -46,7 +46,8 @@ class Method:
         refine: refiner and forwards, from the estimate's plan.
         budgets: those it is asked for; all of the setting's where empty.
         aimed: whether it is measured, not only fitted, for one budget at a time.
-        windows: of the game; a forward over more of them counts as so many more.
+        game: windows that a loss is measured on; a forward over more than the setting's counts as so many more.
+        text: windows that gradients are read on, counted likewise.
     """
 
     estimator: str
@@ -58,7 +59,8 @@ class Method:
     refine: tuple[str, int] = ("", 0)
     budgets: tuple[float, ...] = ()
     aimed: bool = False
-    windows: int = GAME_WINDOWS
+    game: int = GAME_WINDOWS
+    text: int = GAME_WINDOWS
 
 
 @dataclass(frozen=True)
@@ -77,25 +79,56 @@ class Setting:
 
 
 PAPER = {"permutations": 50, "antithetic": False}
+TEN = {**PAPER, "permutations": 10}
 LOW = (2.25, 2.5, 2.75, 3.0, 3.5)
-AIM = (2.5, 3.0)
+HIGH = (3.5, 4.0, 4.5, 5.5, 6.5)
 ALL = (2.0, 3.0, 4.0)
-SLOPES = (*(Method("aumann-shapley", {"nodes": nodes}) for nodes in (1, 2, 4)),
-          Method("fisher", {"at": 0.5}, budgets=AIM), Method("hawq", {"samples": 4}, budgets=AIM))
+WIDE = Method("aumann-shapley", {"nodes": 2}, text=32)
+WIDEST = replace(WIDE, text=64)
+ISOLATED = Method("isolated")
+
+
+def slopes(aim: tuple[float, ...]) -> tuple[Method, ...]:
+    return (*(Method("aumann-shapley", {"nodes": nodes}) for nodes in (1, 2, 4)), WIDE,
+            *(Method(name, options, budgets=aim) for name, options in (
+                ("fisher", {"at": 0.5}), ("hawq", {"samples": 4}), ("llm-mq", {}), ("fisher", {"at": 1.0}))))
+
+
+def blocks(aim: tuple[float, float]) -> tuple[Method, ...]:
+    """What is tried with the paper's players and menu."""
+    top = aim[1:]
+    return (ISOLATED, *slopes(aim), Method("random", seeds=3, budgets=aim), Method("first-last", budgets=aim),
+            Method("spqe", PAPER, ("covariance", "additive")),
+            Method("spqe", PAPER, ("regression", "coverage"), budgets=aim),
+            Method("spqe", PAPER, ("auto",), budgets=aim), Method("spqe", PAPER, ("covariance",), parts=(3, 10)),
+            Method("spqe", {**TEN, "fresh": True}, ("covariance",), seeds=3),
+            Method("spqe", {**PAPER, "settle": 0.02}, ("covariance",), budgets=top, aimed=True),
+            Method("spqe", TEN, ("covariance",), value="kl"),
+            Method("spqe", {**TEN, "antithetic": True, "around": top[0]}, ("additive", "regression"), seeds=3,
+                   budgets=top),
+            Method("clado", budgets=aim),
+            Method("random", refine=("evolve", 150), budgets=top, seeds=3))
+
+
 FINE = Method("coarse-to-fine", budgets=(3.0,), aimed=True)
-WIDE = Method("aumann-shapley", {"nodes": 2}, windows=32)
-FREE = (Method("random", seeds=3, budgets=AIM), Method("first-last", budgets=AIM))
 SETTINGS = (
-    Setting("gptq", (2.0, 4.0), "block", LOW, (
-        Method("isolated"), *SLOPES, Method("llm-mq", budgets=AIM), Method("fisher", {"at": 1.0}, budgets=AIM), *FREE,
-        Method("spqe", PAPER, ("covariance", "additive")),
-        Method("spqe", PAPER, ("regression", "coverage"), budgets=AIM),
-        Method("spqe", PAPER, ("auto",), budgets=AIM), Method("spqe", PAPER, ("covariance",), parts=(3, 10)))),
+    Setting("gptq", (2.0, 4.0), "block", LOW, blocks(AIMS["gptq"])),
     Setting("gptq", ALL, "group", LOW, (
-        Method("isolated"), *SLOPES[:3], WIDE, FINE, replace(WIDE, refine=("swaps", 60), budgets=(3.0,)),
-        replace(WIDE, refine=("evolve", 60), budgets=(3.0,)))),
-    Setting("gptq", ALL, "linear", LOW, (WIDE,)),
+        ISOLATED, replace(ISOLATED, game=16), *slopes(AIMS["gptq"]), WIDEST, FINE, replace(FINE, text=32),
+        replace(WIDE, refine=("swaps", 60), budgets=(3.0,)), replace(WIDE, refine=("evolve", 60), budgets=(3.0,)),
+        replace(WIDE, refine=("swaps", 60), budgets=(3.0,), game=16))),
+    Setting("gptq", ALL, "linear", LOW, (
+        ISOLATED, *slopes(AIMS["gptq"]), WIDEST, replace(FINE, text=32))),
+    Setting("gptq", ALL, "block", LOW, (
+        ISOLATED, *slopes(AIMS["gptq"]), Method("spqe", {"permutations": 4}, ("covariance", "auto"), seeds=3))),
+    Setting("gptq", (2.0, 4.0), "group", LOW, (ISOLATED, WIDE)),
+    Setting("gptq", (2.0, 4.0), "linear", LOW, (ISOLATED, WIDE)),
+    Setting("hqq", (3.0, 8.0), "block", HIGH, blocks(AIMS["hqq"])),
+    Setting("hqq", (3.0, 8.0), "group", HIGH, (ISOLATED, WIDE)),
+    Setting("hqq", (3.0, 8.0), "linear", HIGH, (ISOLATED, WIDE)),
 )
+MENUS = {"gptq": ALL, "hqq": (3.0, 4.0, 8.0)}
+"""The widths that a backend's settings and uniform references are made of."""
 
 
 class Store:
@@ -178,13 +211,11 @@ def measured(bench: Bench, config: RunConfig, store: Store,
     """What a configuration's estimator made of the model, or measured, now or earlier."""
     path = store.path(config.backend, config.bits, config.granularity, config.estimator,
                       dict(config.options.get("estimator", {})), config.value, config.seed, budget,
-                      config.game_windows)
+                      config.game_windows, config.probe_windows)
     kinds = ((SensitivityEstimate, path.with_suffix(".estimate.npz")), (Measurements, path.with_suffix(".losses.npz")))
     found = [kind.load(file) if file.exists() else None for kind, file in kinds]
     if not any(found):
-        assert bench.prepared.calibration is not None
-        wide = replace(bench, windows=bench.prepared.calibration.first(config.game_windows))
-        estimate, losses = wide.estimate(replace(config, surrogate="additive"), budget)
+        estimate, losses = bench.estimate(replace(config, surrogate="additive"), budget)
         put_back(bench)
         found = [None, losses] if losses is not None else [estimate, None]
         for thing, (_, file) in zip(found, kinds, strict=True):
@@ -199,11 +230,12 @@ def estimates(bench: Bench, base: RunConfig, method: Method, store: Store,
     for seed in range(method.seeds):
         options = {"estimator": dict(method.options)}
         config = replace(base, estimator=method.estimator, options=options, value=method.value, seed=seed,
-                         game_windows=method.windows)
+                         game_windows=method.game, probe_windows=method.text)
         estimate, losses = measured(bench, config, store, budget if method.aimed else None)
         name = method.estimator + "".join(f" {k}={v}" for k, v in method.options.items())
         name += f", {method.value}" if method.value != "nll" else ""
-        name += f" on {method.windows} windows" if method.windows != GAME_WINDOWS else ""
+        name += f" on {method.game} windows" if method.game != GAME_WINDOWS and not method.refine[0] else ""
+        name += f", gradients of {method.text} windows" if method.text != GAME_WINDOWS else ""
         if losses is None:
             assert estimate is not None
             yield name, seed, config, estimate
@@ -239,13 +271,16 @@ def rows_of(shop: Workshop, setting: Setting) -> Iterator[Row]:
                 allocator = Parts.build(replace(config, options={"allocator": {"time_limit": 10.0}}),
                                         bench.plugins).allocator
                 for budget in group:
-                    key = [setting.name, name, seed, budget, method.refine]
+                    key = [setting.name, name, seed, budget]
                     plan = stored_plan(shop.store, key, bench,
                                        lambda a=allocator, e=estimate, b=sizes[budget]: a.allocate(e, b))
-                    told, forwards = name, estimate.forwards * method.windows / GAME_WINDOWS
+                    unit = method.game / GAME_WINDOWS
+                    told, forwards = name, estimate.forwards * unit
                     if method.refine[0]:
-                        plan, spent = refined(bench, config, plan, estimate, method, shop.store, key)
-                        told, forwards = f"{name} + {method.refine[0]}", forwards + spent
+                        plan, spent = refined(bench, config, plan, estimate, method, shop.store,
+                                              [*key, method.refine, method.game])
+                        told, forwards = f"{name} + {method.refine[0]}", forwards + spent * unit
+                        told += f" on {method.game} windows" if unit != 1 else ""
                     yield Row(setting.name, told, seed, budget, plan.nbytes, forwards, shop.score(plan).tolist())
 
 
@@ -264,10 +299,10 @@ def refined(bench: Bench, config: RunConfig, plan: Plan, estimate: SensitivityEs
     if not cost.exists():
         name, forwards = method.refine
         refiner = Parts.build(replace(config, refiner=name, refine=forwards, options={}), bench.plugins).refiner
-        calibration, seen = bench.prepared.calibration, method.windows
+        calibration, seen = bench.prepared.calibration, max(method.text, method.game)
         assert refiner is not None and calibration is not None
         games = [ModelGame(bench.prepared.space, bench.bank, bench.runner, windows)
-                 for windows in (bench.windows, calibration.part(seen, seen + GAME_WINDOWS))]
+                 for windows in (calibration.first(method.game), calibration.part(seen, seen + method.game))]
         better = refiner.refine(plan, estimate, *games, float(forwards), np.random.default_rng([config.seed, 1]))
         put_back(bench)
         better.save(path)
@@ -281,17 +316,25 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=WORK)
     given = parser.parse_args()
     store = Store(given.work)
-    shop = Workshop.build("gptq", ALL, store)
+    for backend, bits in MENUS.items():
+        settings = [setting for setting in SETTINGS if setting.backend == backend and given.only in setting.name]
+        if settings:
+            rows = list(measure(Workshop.build(backend, bits, store), settings))
+            (given.work / f"{backend}.rows.json").write_text(json.dumps([vars(row) for row in rows]))
+    write_report(given.work, TEXT_WINDOWS)
+
+
+def measure(shop: Workshop, settings: Sequence[Setting]) -> Iterator[Row]:
+    """The uniform models of a backend, then every setting's plans."""
     space = shop.whole.prepared.space
-    rows = [Row("uniform", f"uniform {choice}", 0, choice.bits, space.bytes_of(space.uniform(k)), 0.0,
-                shop.score_pick(space.uniform(k)).tolist()) for k, choice in enumerate(space.choices)]
-    for setting in SETTINGS:
-        for row in rows_of(shop, setting) if given.only in setting.name else ():
-            rows.append(row)
+    for k, choice in enumerate(space.choices):
+        yield Row("uniform", f"uniform {choice}", 0, choice.bits, space.bytes_of(space.uniform(k)), 0.0,
+                  shop.score_pick(space.uniform(k)).tolist())
+    for setting in settings:
+        for row in rows_of(shop, setting):
             print(f"{row.setting}; {row.method}; seed {row.seed}; {row.budget:g} bits: "
                   f"{np.mean(row.windows):.4f} for {row.forwards:.1f}", flush=True)
-        (given.work / "gptq.rows.json").write_text(json.dumps([vars(row) for row in rows]))
-    write_report(given.work, TEXT_WINDOWS)
+            yield row
 
 
 if __name__ == "__main__":

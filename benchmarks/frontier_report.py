@@ -12,8 +12,14 @@ from common import RESULTS, heading, plus_minus, table, write
 
 from impq_core.space import FloatArray
 
-PAPER = ("gptq 2,4, block", "spqe permutations=50 antithetic=False: covariance")
-"""The paper's protocol: setting and method."""
+PAPERS = {"gptq": "gptq 2,4, block", "hqq": "hqq 3,8, block"}
+"""The setting of the paper's protocol, by backend."""
+
+PAPER = "spqe permutations=50 antithetic=False: covariance"
+"""The paper's method."""
+
+AIMS = {"gptq": (2.5, 3.0), "hqq": (4.0, 5.5)}
+"""The two budgets, nominal bits, at which everything is tried, by backend."""
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GREY = "#777777"
@@ -36,7 +42,12 @@ class Row:
 class Board:
     """All rows of one backend."""
 
+    backend: str
     rows: list[Row]
+
+    def paper(self, budget: float) -> list[Row]:
+        """The plan of the paper's protocol, where it was made."""
+        return self.plans(PAPERS[self.backend], PAPER, budget)
 
     @cached_property
     def uniforms(self) -> list[Row]:
@@ -85,12 +96,12 @@ def write_report(work: Path, text_windows: int) -> None:
               "several seeds: mean, and *sd* their standard deviation, mean over budgets. Plans are made by `qp` in "
               "10 s. `permutations=10 of 50`: plans from parts of one run.", ""]
     for file in sorted(work.glob("*.rows.json")):
-        board = Board([Row(**row) for row in json.loads(file.read_text())])
         backend = file.name.split(".")[0]
+        board = Board(backend, [Row(**row) for row in json.loads(file.read_text())])
         lines += [f"## {backend}", "", *uniform_lines(board, text_windows)]
         for setting in board.settings:
             lines += [f"### {setting}", "", *setting_table(board, setting)]
-        if PAPER[0] in board.settings:
+        if board.paper(AIMS[backend][0]):
             lines += ["### Against the paper's protocol and the line of uniforms", "", *against_paper(board)]
         draw(board, RESULTS / f"frontier-{backend}.png")
         lines += [f"![NLL above the best plan against forwards, {backend}](frontier-{backend}.png)", ""]
@@ -136,8 +147,9 @@ def against_paper(board: Board) -> list[str]:
     for setting in board.settings:
         for method in board.methods(setting):
             cells = []
-            for budget in (2.5, 3.0):
-                windows, paper = board.windows(setting, method, budget), board.windows(*PAPER, budget)
+            for budget in AIMS[board.backend]:
+                windows, paper = board.windows(setting, method, budget), board.windows(
+                    PAPERS[board.backend], PAPER, budget)
                 if windows is None or paper is None:
                     continue
                 line = board.line(board.plans(setting, method, budget)[0].nbytes)
@@ -145,9 +157,9 @@ def against_paper(board: Board) -> list[str]:
             if len(cells) == 4:
                 forwards = next(r.forwards for r in board.rows if (r.setting, r.method) == (setting, method))
                 rows.append([setting, method, f"{forwards:.1f}", *cells])
+    header = [told for budget in AIMS[board.backend] for told in (f"{budget:g} bits, minus paper", "minus line")]
     return ["Bold: better by more than three standard errors.", "",
-            *table(["setting", "method", "forwards", "2.5 bits, minus paper", "minus line", "3 bits, minus paper",
-                    "minus line"], rows)]
+            *table(["setting", "method", "forwards", *header], rows)]
 
 
 def starred(difference: FloatArray) -> str:
@@ -159,30 +171,33 @@ def stderr(values: FloatArray) -> float:
     return float(values.std(ddof=1) / np.sqrt(len(values)))
 
 
+def family(method: str) -> str:
+    """Who made a plan: the refiner where there was one, or else the estimator."""
+    return method.split(" + ")[-1].split(" ")[0].strip(",:")
+
+
 def draw(board: Board, path: Path) -> None:
     """NLL against forwards: a panel for each of two budgets, a colour for each setting, a sign for each estimator."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    shared = set.intersection(*(set(board.budgets(setting)) for setting in board.settings))
-    budgets = [budget for budget in sorted(shared) if budget in (2.5, 3.0)] or sorted(shared)[1::2]
-    estimators = list(dict.fromkeys(row.method.split(" ")[0].strip(",:") for row in board.rows
-                                    if row.setting != "uniform" and not row.method.startswith("random")))
-    signs = dict(zip(estimators, "o^vsDPX*<>hp", strict=False))
+    budgets = AIMS[board.backend]
+    families = dict.fromkeys(family(row.method) for row in board.rows if row.setting != "uniform")
+    signs = dict(zip((name for name in families if name != "random"), "o^vsDPX*<>hp", strict=False))
     colours = dict(zip(board.settings, COLOURS, strict=False))
     figure = Figure(figsize=(6.4 * len(budgets), 5.2), layout="constrained", dpi=110)
     for axes, budget in zip(figure.subplots(1, len(budgets), squeeze=False)[0], budgets, strict=True):
         for setting, colour in colours.items():
             for method in board.methods(setting):
-                for plan in board.plans(setting, method, budget) if not method.startswith("random") else ():
-                    axes.plot(max(plan.forwards, 0.7), np.mean(plan.windows), signs[method.split(" ")[0].strip(",:")],
+                for plan in board.plans(setting, method, budget) if family(method) in signs else ():
+                    axes.plot(max(plan.forwards, 0.7), np.mean(plan.windows), signs[family(method)],
                               color=colour, markersize=6, alpha=0.8, clip_on=True)
             size = next(row.nbytes for row in board.rows if (row.setting, row.budget) == (setting, budget))
         line = float(board.line(size).mean())
         axes.axhline(line, color=GREY, linewidth=1, linestyle="--")
         axes.annotate("line of uniforms", (0.75, line), xytext=(0, 3), textcoords="offset points", fontsize=8,
                       color=GREY)
-        paper = board.plans(*PAPER, budget)
+        paper = board.paper(budget)
         if paper:
             axes.annotate("the paper's protocol", (paper[0].forwards, float(np.mean(paper[0].windows))), fontsize=8,
                           xytext=(-30, 14), textcoords="offset points", arrowprops={"arrowstyle": "-", "color": GREY})

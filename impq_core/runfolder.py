@@ -1,0 +1,176 @@
+"""Where a run keeps its files: the one place that knows their names."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from impq_core.config import RunConfig, read_toml
+from impq_core.errors import ImpqError
+from impq_core.files import write_text
+from impq_core.space import SearchSpace
+from impq_core.types import Measurements, SensitivityEstimate
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's folder.
+
+    Args:
+        path: the folder.
+    """
+
+    path: Path
+
+    @classmethod
+    def create(cls, parent: Path, name: str = "") -> RunFolder:
+        """A new one, named after the time unless a name is given; raises ImpqError where it cannot be made."""
+        name = name or f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            folder = (parent / name).absolute()
+            folder.mkdir()
+        except OSError as error:
+            raise ImpqError(f"the output folder {parent} cannot be written: {error.strerror}") from error
+        return cls(folder)
+
+    @classmethod
+    def open(cls, path: str | Path, *needed: str) -> RunFolder:
+        """One that is there; raises ImpqError where it holds no configuration, or lacks one of the files needed."""
+        folder = cls(Path(path).expanduser().absolute())
+        for name in ("impq.toml", *needed):
+            if not (folder.path / name).is_file():
+                raise ImpqError(f"{path} is no run folder{' of use here' if name != 'impq.toml' else ''}: "
+                                f"it has no {name}")
+        return folder
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration (impq.toml)."""
+        return self.path / "impq.toml"
+
+    @property
+    def provenance(self) -> Path:
+        """What decides the run's numbers: digests and versions."""
+        return self.path / "provenance.json"
+
+    @property
+    def space(self) -> Path:
+        """The layers and widths that plans are made of, with their bytes."""
+        return self.path / "space.json"
+
+    @property
+    def variants(self) -> Path:
+        """What the backend told of every variant."""
+        return self.path / "variants.json"
+
+    @property
+    def losses(self) -> Path:
+        """The log of measured losses."""
+        return self.path / "measurements.jsonl"
+
+    @property
+    def slopes(self) -> Path:
+        """The log of gradients taken."""
+        return self.path / "gradients.jsonl"
+
+    @property
+    def measurements(self) -> Path:
+        """Measured losses as a surrogate reads them."""
+        return self.path / "measurements.npz"
+
+    @property
+    def estimate(self) -> Path:
+        """The estimate."""
+        return self.path / "estimate.npz"
+
+    @property
+    def plan(self) -> Path:
+        """The plan."""
+        return self.path / "plan.json"
+
+    @property
+    def scores(self) -> Path:
+        """The log of held-out scores."""
+        return self.path / "scores.jsonl"
+
+    @property
+    def evaluation(self) -> Path:
+        """The plan beside its references on held-out text."""
+        return self.path / "evaluation.json"
+
+    @property
+    def cost(self) -> Path:
+        """Forwards and seconds spent."""
+        return self.path / "cost.json"
+
+    @property
+    def tracking(self) -> Path:
+        """Which MLflow run this is."""
+        return self.path / "mlflow.json"
+
+    @property
+    def error(self) -> Path:
+        """The traceback of what ended the run early."""
+        return self.path / "error.txt"
+
+    @property
+    def figures(self) -> Path:
+        """Folder of pictures."""
+        return self.path / "figures"
+
+    def read_config(self) -> RunConfig:
+        """The configuration; raises UsageError where it cannot be read."""
+        return read_toml(self.config)
+
+    def read_json(self, path: Path) -> dict[str, Any]:
+        """A JSON file of the folder; raises ImpqError where it is missing or no JSON object."""
+        try:
+            data = json.loads(path.read_text())
+            if not isinstance(data, dict):
+                raise ValueError("not an object")
+        except (OSError, ValueError) as error:
+            raise ImpqError(f"{path} cannot be read: {error}") from error
+        return data
+
+    def write_json(self, path: Path, data: Mapping[str, Any]) -> None:
+        """Write one."""
+        write_text(path, json.dumps(data, indent=1) + "\n")
+
+    def read_space(self) -> SearchSpace:
+        """The space that plans are made of; raises ImpqError where it cannot be read."""
+        return _readable(self.space, lambda path: SearchSpace.from_dict(self.read_json(path)))
+
+    def read_estimate(self) -> SensitivityEstimate:
+        """The estimate; raises ImpqError where it cannot be read."""
+        return _readable(self.estimate, SensitivityEstimate.load)
+
+    def read_measurements(self) -> Measurements:
+        """The measured losses; raises ImpqError where they cannot be read."""
+        return _readable(self.measurements, Measurements.load)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out, as long as this one lives; raises ImpqError where one is at work."""
+        try:
+            with FileLock(self.path / ".lock", timeout=0):
+                yield
+        except Timeout as error:
+            raise ImpqError(f"another process is at work in {self.path}") from error
+
+
+def _readable(path: Path, read: Any) -> Any:
+    try:
+        return read(path)
+    except ImpqError:
+        raise
+    except Exception as error:  # zip, json and numpy each raise their own
+        raise ImpqError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
