@@ -19,8 +19,9 @@ from impq_core.config import RunConfig
 from impq_core.evaluate import Evaluator, Score
 from impq_core.game import ModelGame
 from impq_core.parts import Parts
-from impq_core.pipeline import Prepared, load_runner, prepare, quantize_all
+from impq_core.pipeline import load_runner, quantize_all
 from impq_core.plugins import Plugins
+from impq_core.prepare import Prepared, prepare
 from impq_core.probe import ModelProbe
 from impq_core.text import Windows
 from impq_core.types import Measurements, Plan, SensitivityEstimate

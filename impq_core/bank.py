@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from impq_core.blockwise import BlockwiseModel, Hidden
+from impq_core.cache import Shelf
 from impq_core.calibration import input_statistics
 from impq_core.errors import ImpqError
 from impq_core.files import write_text
@@ -62,6 +64,10 @@ class Bank:
         """The variant as it is kept."""
         return self._variants[linear.name, choice]
 
+    def has(self, linear: LinearSpec, choice: Choice) -> bool:
+        """Whether the variant is there."""
+        return (linear.name, choice) in self._variants
+
     def add(self, linear: LinearSpec, variant: Variant) -> None:
         """Keep a variant; raises ImpqError where its size is not what the backend said it would be."""
         promised = self.backend.nbytes(linear, variant.choice)
@@ -99,12 +105,12 @@ class Bank:
     def save_record(self, path: Path) -> None:
         """Write what the backend told of every variant (bytes, damping used ...) as JSON."""
         rows = [{"linear": name, "bits": choice.bits, "group_size": choice.group_size, "bytes": variant.nbytes,
-                 **variant.record} for (name, choice), variant in self._variants.items()]
+                 **variant.record} for (name, choice), variant in sorted(self._variants.items())]
         write_text(path, json.dumps(rows, indent=0) + "\n")
 
 
 def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden | None, menus: Sequence[Sequence[Choice]],
-              progress: Callable[[int, int], None]) -> None:
+              progress: Callable[[int, int], None], shelf: Shelf | None = None) -> None:
     """Quantize every linear at every choice of its layer's menu, block after block.
 
     The statistics of a block are collected once, behind a prefix at the widest choice, and serve every width: the
@@ -118,19 +124,34 @@ def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden | None, menus: 
         hidden: the first block's input over the calibration windows; None for a backend that needs no activations.
         menus: choices of each of the bank's layers, widest first; an empty one leaves the layer unquantized.
         progress: told (blocks done, blocks).
+        shelf: where variants made earlier are found, and new ones kept.
     """
     progress(0, len(runner))
-    for index in range(len(runner)):
-        layers = [i for i, layer in enumerate(bank.layers) if layer.block == index]
-        modules = {spec: bank.module(spec) for i in layers if menus[i] for spec in bank.layers[i].linears}
-        statistics = {} if hidden is None else input_statistics(runner, index, hidden, modules.values())
+    blocks = [[i for i, layer in enumerate(bank.layers) if layer.block == index] for index in range(len(runner))]
+    for layers in blocks:
         for layer in layers:
-            for spec in bank.layers[layer].linears if menus[layer] else ():
-                weight = bank.original(spec)
+            for spec in bank.layers[layer].linears:
                 for choice in menus[layer]:
-                    bank.add(spec, bank.backend.quantize(weight, choice, statistics.get(modules[spec])))
+                    if shelf and (variant := shelf.get(spec, choice)):
+                        bank.add(spec, variant)
+    missing = [[(spec, choice) for layer in layers for spec in bank.layers[layer].linears for choice in menus[layer]
+                if not bank.has(spec, choice)] for layers in blocks]
+    for index, layers in enumerate(blocks):
+        modules = {spec: bank.module(spec) for spec, _ in missing[index]}
+        statistics = {}
+        if hidden is not None and modules:
+            statistics = input_statistics(runner, index, hidden, modules.values())
+        for spec, choice in missing[index]:
+            variant = bank.backend.quantize(bank.original(spec), choice, statistics.get(modules[spec]))
+            # Laid out as on disk: another layout of the same numbers may be multiplied in another order.
+            variant = replace(variant, tensors={name: t.contiguous() for name, t in variant.tensors.items()})
+            bank.add(spec, variant)
+            if shelf:
+                shelf.put(spec, variant)
+        for layer in layers:
             bank.switch(layer, menus[layer][0] if menus[layer] else None)
-        hidden = None if hidden is None else runner.run(index, hidden)
+        if hidden is not None and any(missing[index + 1:]):
+            hidden = runner.run(index, hidden)
         progress(index + 1, len(runner))
 
 

@@ -171,10 +171,11 @@ def export(run: str, format: str, target: Path | None) -> None:
     found = Plugins()
     found.find("exporter", format)
     _quiet_libraries()
-    from impq_core.export import check_target, run_folder
+    from impq_core.export import check_target
     from impq_core.report import ConsoleReporter, make_console
+    from impq_core.runfolder import RunFolder
 
-    target = target or run_folder(run) / format
+    target = target or RunFolder.open(run, "plan.json").path / format
     check_target(target)
     found.watch(ConsoleReporter(make_console()))
     _export(run, format, target, found)

@@ -66,6 +66,7 @@ class RunConfig:
         output: folder that run folders are made in.
         tracking_uri: MLflow store; empty for ``mlflow.db`` in the working folder, ``none`` for no tracking.
         experiment: MLflow experiment.
+        cache: keep variants in the user's cache, and take those that are there.
         trust_remote_code: let transformers run code that comes with the model.
         options: options of parts, by role.
     """
@@ -94,6 +95,7 @@ class RunConfig:
     output: str = "impq-runs"
     tracking_uri: str = ""
     experiment: str = "impq"
+    cache: bool = True
     trust_remote_code: bool = False
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ import numpy as np
 
 from impq_core.bank import Assignment, Bank
 from impq_core.blockwise import BlockwiseModel
+from impq_core.errors import ImpqError
 from impq_core.files import write_text
+from impq_core.ledger import Ledger
 from impq_core.references import first_last_high, random_plan
 from impq_core.space import Choice, FloatArray, SearchSpace
 from impq_core.text import Windows
@@ -131,16 +133,44 @@ class Evaluation:
         write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
 
-class Evaluator:
-    """Scores allocations of a bank's layers on held-out windows, against the unquantized model."""
+class ScoreLog(Ledger):
+    """Held-out scores of allocations."""
 
-    def __init__(self, runner: BlockwiseModel, bank: Bank, windows: Windows) -> None:
-        self._runner, self._bank, self._ids = runner, bank, windows.ids
+    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
+        super().__init__(path, "impq-scores/1", header)
+        try:
+            self.scores = {
+                row["widths"]: Score(np.array(row["window_nll"], float), float(row["kl"]), float(row["top1"]))
+                for row in self.known}
+        except (KeyError, TypeError, ValueError) as error:
+            self.close()
+            raise ImpqError(f"{path} holds a line that is no score ({type(error).__name__}: {error})") from error
+
+    def add(self, widths: str, score: Score) -> None:
+        """Add a score; it is on the disk when this returns."""
+        self.append({"widths": widths, "window_nll": score.window_nll.tolist(), "kl": score.kl, "top1": score.top1})
+        self.sync()
+        self.scores[widths] = score
+
+
+class Evaluator:
+    """Scores allocations of a bank's layers on held-out windows, against the unquantized model.
+
+    Args:
+        runner: the model.
+        bank: its variants.
+        windows: held-out text.
+        log: where scores go before they are returned, and where earlier ones come from.
+    """
+
+    def __init__(self, runner: BlockwiseModel, bank: Bank, windows: Windows, log: ScoreLog | None = None) -> None:
+        self._runner, self._bank, self._ids, self._log = runner, bank, windows.ids, log
         self._embedded = runner.embed(windows.ids)
         self._layers_of_block = [[i for i, layer in enumerate(bank.layers) if layer.block == b]
                                  for b in range(len(runner))]
-        self._reference = self._run([None] * len(bank.layers))
-        self._scores: dict[tuple[Choice | None, ...], Score] = {}
+        self._scores: dict[str, Score] = log.scores if log else {}
+        # Made now, while the model is what it was loaded as, unless all that will be asked for may be known already.
+        self._reference = None if self._scores else self._run([None] * len(bank.layers))
 
     def _run(self, assignment: Assignment) -> list[Any]:
         def switch(block: int) -> None:
@@ -151,12 +181,17 @@ class Evaluator:
     def score(self, assignment: Assignment) -> Score:
         """Score an allocation; the reference's logits are made again from its last hidden states, which cost
         thousands of times less memory than the logits would. An allocation is scored once."""
-        key = tuple(assignment)
+        key = " ".join(f"{choice}/{choice.group_size}" if choice else "-" for choice in assignment)
         if key not in self._scores:
-            self._scores[key] = self._measure(key)
+            score = self._measure(assignment)
+            if self._log:
+                self._log.add(key, score)
+            self._scores[key] = score
         return self._scores[key]
 
     def _measure(self, assignment: Assignment) -> Score:
+        if self._reference is None:
+            self._reference = self._run([None] * len(assignment))
         told = self._runner.compare(self._run(assignment), self._ids, self._reference)
         return Score(told.nll.mean(axis=1), float(told.kl.mean()), float(told.agree.mean()))
 

@@ -17,15 +17,16 @@ from typing import Any
 from impq_core.bank import Bank, fill_bank
 from impq_core.blockwise import BlockwiseModel
 from impq_core.checkpoint import WEIGHTS, read_model, tensor_names
-from impq_core.config import RunConfig, from_data, override, read_toml
+from impq_core.config import RunConfig, from_data, override
 from impq_core.errors import ImpqError
 from impq_core.evaluate import Evaluator, Score
 from impq_core.files import write_text
 from impq_core.interfaces import Checkpoint
 from impq_core.model import resolve_dtype
 from impq_core.parts import load_exporter
-from impq_core.pipeline import Prepared, prepare
 from impq_core.plugins import Plugins
+from impq_core.prepare import Prepared, prepare
+from impq_core.runfolder import RunFolder
 from impq_core.types import Plan
 
 MANIFEST = "impq.json"
@@ -50,15 +51,6 @@ class Exported:
         return file.stat().st_size if file.exists() else 0
 
 
-def run_folder(run: str) -> Path:
-    """The folder of a run; raises ImpqError where it holds no configuration and plan."""
-    folder = Path(run)
-    for name in ("impq.toml", "plan.json"):
-        if not (folder / name).is_file():
-            raise ImpqError(f"{run} is no run folder with a plan: it has no {name}")
-    return folder
-
-
 def check_target(folder: Path) -> None:
     """Raises ImpqError where an export would mix with other files."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -78,8 +70,8 @@ def export_run(run: str, name: str, target: Path, plugins: Plugins, progress: Pr
     Raises:
         ImpqError: anything the user can mend.
     """
-    source = run_folder(run)
-    config = replace(read_toml(source / "impq.toml"), plan=str(source / "plan.json"))
+    source = RunFolder.open(run, "plan.json")
+    config = replace(source.read_config(), plan=str(source.plan))
     exporter = load_exporter(name, config.backend, config.options.get("backend", {}), plugins)
     check_target(target)
     prepared = prepare(config, plugins)

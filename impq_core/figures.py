@@ -20,7 +20,9 @@ def draw_figures(result: RunResult, folder: Path) -> list[Path]:
     from matplotlib.figure import Figure
 
     folder.mkdir(exist_ok=True)
-    drawers: dict[str, Callable[[RunResult, Any], None]] = {"loss_against_bytes": _loss, "widths": _widths}
+    drawers: dict[str, Callable[[RunResult, Any], None]] = {}
+    if result.evaluation is not None:
+        drawers |= {"loss_against_bytes": _loss, "widths": _widths}
     if result.estimate is not None:
         drawers["sensitivities"] = _sensitivities
         if result.estimate.pairwise is not None:
@@ -35,7 +37,9 @@ def draw_figures(result: RunResult, folder: Path) -> list[Path]:
 
 
 def _loss(result: RunResult, axes: Any) -> None:
-    points = [(row.name, row.nbytes / 1e6, row.nll, row.score.stderr) for row in result.evaluation.rows
+    evaluation = result.evaluation
+    assert evaluation is not None
+    points = [(row.name, row.nbytes / 1e6, row.nll, row.score.stderr) for row in evaluation.rows
               if row.nbytes is not None and row.score is not None]
     uniform = sorted((p for p in points if p[0].startswith("uniform")), key=lambda p: p[1])
     plan, *rest = [p for p in points if p not in uniform]
@@ -45,14 +49,15 @@ def _loss(result: RunResult, axes: Any) -> None:
     for group, style, color, label in ((rest, "s", ORANGE, "first/last high, random"), ([plan], "D", BLUE, "plan")):
         axes.errorbar([p[1] for p in group], [p[2] for p in group], yerr=[p[3] for p in group], fmt=style, color=color,
                       capsize=3, label=label)
-    axes.axhline(result.evaluation.row("unquantized").nll, color=GREY, linestyle=":", label="unquantized")
+    axes.axhline(evaluation.row("unquantized").nll, color=GREY, linestyle=":", label="unquantized")
     axes.set(xlabel="stored bytes of the quantizable weights (MB)", ylabel="NLL (nats per token)",
-             title=textwrap.fill(f"Held-out loss: {result.evaluation.text}", 100))
+             title=textwrap.fill(f"Held-out loss: {evaluation.text}", 100))
     axes.legend()
 
 
 def _widths(result: RunResult, axes: Any) -> None:
     plan = result.plan
+    assert plan is not None
     bits = [plan.space.choices[k].bits for k in plan.pick]
     axes.bar(range(len(bits)), bits, color=[BLUE if k == 0 else ORANGE for k in plan.pick])
     axes.set(xlabel="layer, in order", ylabel="bits", yticks=sorted({c.bits for c in plan.space.choices}),

@@ -32,6 +32,11 @@ def write_text(path: Path, text: str) -> None:
     _replace(Path(path), lambda file: file.write(text.encode()))
 
 
+def replace_file(path: Path, data: bytes) -> None:
+    """Write bytes to ``path``, whole or not at all."""
+    _replace(Path(path), lambda file: file.write(data))
+
+
 def write_npz(path: Path, arrays: Mapping[str, Any]) -> None:
     """Write numpy arrays to ``path``, whole or not at all, without pickle."""
     for name, array in arrays.items():

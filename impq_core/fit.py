@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from impq_core.config import RunConfig, read_toml
+from impq_core.config import RunConfig
 from impq_core.errors import ImpqError
 from impq_core.parts import assign_options, build_part
 from impq_core.plugins import Plugins
-from impq_core.types import Measurements, SensitivityEstimate
+from impq_core.runfolder import RunFolder
+from impq_core.types import SensitivityEstimate
 from impq_core.validation import HigherOrder, Validation, higher_order_share, validate
 
 
@@ -47,15 +48,11 @@ def fit_run(run: str, names: Sequence[str], pairs: dict[str, str], plugins: Plug
     Raises:
         ImpqError: the run kept no measurements, or a name or an option is wrong.
     """
-    folder = Path(run)
-    if not (folder / "measurements.npz").is_file():
-        raise ImpqError(f"{run} is no run whose losses can be fitted: it has no measurements.npz (an estimator that "
-                        "only looks, or makes its own estimate, leaves none)")
-    try:
-        measurements = Measurements.load(folder / "measurements.npz")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ImpqError(f"{folder / 'measurements.npz'} cannot be read: {type(error).__name__}: {error}") from error
-    config = read_toml(folder / "impq.toml")
+    folder = RunFolder.open(run)
+    if not folder.measurements.is_file():
+        raise ImpqError(f"{run} is no run whose losses can be fitted: it has no {folder.measurements.name} (an "
+                        "estimator that only looks, or makes its own estimate, leaves none)")
+    measurements, config = folder.read_measurements(), folder.read_config()
     built = []
     for name in names or plugins.names("surrogate"):
         options = config.options.get("surrogate", {}) if name == config.surrogate else {}
@@ -68,9 +65,9 @@ def fit_run(run: str, names: Sequence[str], pairs: dict[str, str], plugins: Plug
     except ImpqError:  # losses that are not finite: every surrogate says so
         game = HigherOrder(math.nan, math.nan)
     fitted = []
-    (folder / "fits").mkdir(exist_ok=True)
+    (folder.path / "fits").mkdir(exist_ok=True)
     for name, surrogate in built:
-        file = folder / "fits" / f"{name}.npz"
+        file = folder.path / "fits" / f"{name}.npz"
         try:
             estimate = surrogate.fit(measurements)
             validation = validate(surrogate.fit, measurements)

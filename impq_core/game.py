@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from impq_core.bank import Bank
 from impq_core.blockwise import BlockwiseModel, Hidden
 from impq_core.errors import ImpqError
+from impq_core.ledger import MeasurementLog
 from impq_core.probe import ModelProbe
 from impq_core.space import FloatArray, IntArray, SearchSpace
 from impq_core.text import Windows
@@ -23,70 +20,21 @@ Watcher = Callable[[IntArray, FloatArray, float], None]
 """Called with picks, losses and forwards so far, when the losses are on disk."""
 
 
-class MeasurementLog:
-    """Measured losses, a JSON line each, in a file that is only ever appended to.
-
-    Args:
-        path: the file; created with ``header`` as its first line. It must not exist.
-        header: what the losses were measured on.
-    """
-
-    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
-        self._file = path.open("x", encoding="utf-8")
-        self._write({"format": "impq-measurements/1", **header})
-        self.sync()
-
-    def _write(self, row: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-
-    def append(self, pick: IntArray, windows: FloatArray, number: int = 0) -> None:
-        """Add the absolute losses (windows,) of a pick on the set of windows of that number, nats per token. They
-        survive the death of the process at once, and that of the machine after ``sync``."""
-        more = {"set": number} if number else {}
-        self._write({"pick": pick.tolist(), "loss": float(windows.mean()), "windows": windows.tolist(), **more})
-
-    def sync(self) -> None:
-        """Wait until everything appended is on the disk."""
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Sync and close."""
-        self.sync()
-        self._file.close()
-
-    @staticmethod
-    def read(path: Path) -> tuple[dict[str, Any], list[tuple[tuple[int, ...], float]]]:
-        """Header and (pick, absolute loss) rows; a torn last line is left out.
-
-        Raises:
-            ImpqError: the file is no measurement log, or is damaged before its last line.
-        """
-        lines = path.read_text(encoding="utf-8").split("\n")
-        rows: list[dict[str, Any]] = []
-        for number, line in enumerate(lines):
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                if number < len(lines) - 1:
-                    raise ImpqError(f"{path}, line {number + 1}: not a measurement") from error
-        if not rows or rows[0].get("format") != "impq-measurements/1":
-            raise ImpqError(f"{path} is not a measurement log")
-        return rows[0], [(tuple(row["pick"]), float(row["loss"])) for row in rows[1:]]
-
-
 class ModelGame:
     """Implements ``impq_core.interfaces.Game`` on a model whose variants are in a bank.
 
     Hidden states in front of every block are kept for the pick evaluated last, so the next one runs only the blocks
     behind its first difference. Losses are memoised. Nothing is quantized here.
 
+    A loss that an earlier process left in the log is not measured again, but counted as if it had been: the cost of a
+    game does not depend on how often it was cut short.
+
     Args:
         space: the choices on play.
         bank: the variants; its layers are the space's ``everyone``.
         runner: the model.
         windows: calibration windows that the loss is the mean over.
-        log: where measured losses go before they are returned.
+        log: where measured losses go before they are returned, and where earlier ones come from.
         watch: told of new losses once they are on disk.
         progress: told (evaluations done, evaluations expected) after each.
         value: what a loss is: ``nll``, the negative log-likelihood, or ``kl``, the divergence from the unquantized
@@ -196,16 +144,23 @@ class ModelGame:
     def _windows(self, pick: IntArray) -> FloatArray:
         key = pick.tobytes()
         if key not in self._memo:
-            losses = self._measure(pick)
-            if self._log:
-                self._log.append(pick, losses, self._number)
-            self._memo[key] = losses
+            first = 0 if self._standing is None else self._first_difference(self._standing, pick)
+            known = self._log.losses.get((self._number, key)) if self._log else None
+            if known is None:
+                known = self._measure(pick, first)
+                if self._log:
+                    self._log.add(pick, known, self._number)
+            else:
+                del self._inputs[first + 1:]
+            self.block_forwards += len(self._runner) - first
+            self._standing = pick.copy()
+            self._memo[key] = known
             self._progress(self.evaluations, max(self._expected, self.evaluations))
         return self._memo[key]
 
-    def _measure(self, pick: IntArray) -> FloatArray:
-        first = 0 if self._standing is None else self._first_difference(self._standing, pick)
-        first = min(first, len(self._inputs) - 1)
+    def _measure(self, pick: IntArray, first: int) -> FloatArray:
+        """Losses (windows,) of a pick that agrees with the one evaluated last before block ``first``."""
+        first = min(first, len(self._inputs) - 1)  # what was not measured by this process has left no states
         self._standing = None  # an interruption below must not leave a pick that the model does not stand at
         del self._inputs[first + 1:]
         assignment = self.space.assignment(pick)
@@ -214,9 +169,7 @@ class ModelGame:
         hidden = self._inputs[first]
         for block in range(first, len(self._runner)):
             hidden = self._runner.run(block, hidden)
-            self.block_forwards += 1
             self._inputs.append(hidden)
-        self._standing = pick.copy()
         told = (self._runner.nll(hidden, self._ids) if self._unquantized is None
                 else self._runner.compare(hidden, self._ids, self._unquantized).kl)
         losses: FloatArray = told.mean(axis=1)

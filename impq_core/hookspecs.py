@@ -7,7 +7,7 @@ has not begun).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import pluggy
@@ -73,6 +73,17 @@ def impq_run_started(config: RunConfig, space: SearchSpace, folder: Path) -> Non
 
 
 @hookspec
+def impq_sweep_started(config: RunConfig, folder: Path, varied: Mapping[str, Sequence[str]]) -> None:
+    """A sweep begins: ``varied`` has the values of the settings its runs differ in. The moments of its runs follow,
+    one run after the other, between their own ``impq_run_started`` and ``impq_run_finished``."""
+
+
+@hookspec
+def impq_sweep_finished(folder: Path) -> None:
+    """All runs of the sweep have come to their ends (one that failed said so by ``impq_run_failed``)."""
+
+
+@hookspec
 def impq_progress(stage: str, done: int, total: int) -> None:
     """``done`` of ``total`` units of a stage are finished; a stage starts with ``done`` = 0."""
 
@@ -99,7 +110,8 @@ def impq_plan_ready(plan: Plan) -> None:
 
 @hookspec
 def impq_run_finished(result: RunResult) -> None:
-    """The run has come to its end; everything is in ``result.folder``."""
+    """The run has come to its end; everything is in ``result.folder``. Where only an estimate was asked for there is
+    no plan."""
 
 
 @hookspec

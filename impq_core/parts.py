@@ -83,20 +83,24 @@ class Parts:
         looks = isinstance(self.estimator, Inspector) and not self.estimator.needs
         return bool(needs) or self.refiner is not None or not looks
 
-    def estimate(self, game: Game | None, probe: Probe,
-                 rng: np.random.Generator) -> tuple[SensitivityEstimate, Measurements | None]:
-        """Let the estimator look or play, and the surrogate fit what was measured where it only measures.
+    def measure(self, game: Game | None, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate | Measurements:
+        """Let the estimator look or play: its estimate, or what it measured where a surrogate is to fit that.
 
         A game's budget is that of the played space: where the deployed backend's sizes differ, it is the same place
         between all-low and all-high.
         """
         if isinstance(self.estimator, Inspector):
-            return self.estimator.inspect(probe, rng), None
+            return self.estimator.inspect(probe, rng)
         assert game is not None
         if isinstance(self.estimator, Estimator):
-            return self.estimator.estimate(game, rng), None
-        measurements = self.estimator.sample(game, rng, self._drift(game.budget_bytes))
-        return self.surrogate.fit(measurements), measurements
+            return self.estimator.estimate(game, rng)
+        return self.estimator.sample(game, rng, self._drift(game.budget_bytes))
+
+    def estimate(self, game: Game | None, probe: Probe,
+                 rng: np.random.Generator) -> tuple[SensitivityEstimate, Measurements | None]:
+        """The same, fitted where there is something to fit."""
+        found = self.measure(game, probe, rng)
+        return (found, None) if isinstance(found, SensitivityEstimate) else (self.surrogate.fit(found), found)
 
     def _drift(self, budget_bytes: int | None) -> Drift:
         before: list[IntArray] = []

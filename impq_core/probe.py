@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional
 from impq_core.bank import Bank
 from impq_core.blockwise import BlockwiseModel
 from impq_core.errors import ImpqError
+from impq_core.ledger import Ledger
 from impq_core.space import Choice, FloatArray, LinearSpec, SearchSpace
 from impq_core.text import Windows
 
@@ -39,11 +41,14 @@ class ModelProbe:
         value: the loss that has slopes: ``nll``, or ``kl`` to the unquantized model, which is flat where the model is
             unquantized, so that its slopes hold nothing of the chance that a text likes an error.
         game_windows: how many windows a forward is counted over; as many as there are by default.
+        log: where slopes and traces go before they are returned, and where earlier ones come from; those cost what
+            they did cost.
     """
 
     def __init__(self, space: SearchSpace, bank: Bank, runner: BlockwiseModel, windows: Windows | None,
-                 value: str = "nll", game_windows: int = 0) -> None:
+                 value: str = "nll", game_windows: int = 0, log: Ledger | None = None) -> None:
         self.space = space
+        self._log = log
         self._bank, self._runner, self._windows, self._value = bank, runner, windows, value
         self._unquantized: torch.Tensor | None = None
         self.forwards = 0.0
@@ -75,6 +80,10 @@ class ModelProbe:
     def slopes(self, at: FloatArray | None = None) -> FloatArray:
         """First-order changes (windows, n, m) of each window's loss; costs three forwards in all."""
         self._remember()
+        shares = None if at is None else np.asarray(at, dtype=np.float64).tolist()
+        return np.array(self._known("at", shares, 3 * self._unit, lambda: self._slopes(at).tolist()), dtype=np.float64)
+
+    def _slopes(self, at: FloatArray | None) -> FloatArray:
         layers = self._bank.layers
         if at is None:
             self._bank.apply([None] * len(layers))
@@ -103,6 +112,12 @@ class ModelProbe:
         """
         self._remember()
         linears = [linear for layer in self.space.layers for linear in layer.linears]
+        draw = int(rng.integers(2**63))
+        found = self._known("draw", draw, 6 * self._unit,
+                            lambda: self._traces(linears, np.random.default_rng(draw)))
+        return dict(zip(linears, found, strict=True))
+
+    def _traces(self, linears: Sequence[LinearSpec], rng: np.random.Generator) -> list[float]:
         signs = {linear: torch.from_numpy(2 * rng.integers(0, 2, (linear.rows, linear.columns), dtype=np.int8) - 1)
                  for linear in linears}
         sizes = {linear: float(self._bank.original(linear).square().mean().sqrt()) or 1.0 for linear in linears}
@@ -115,8 +130,19 @@ class ModelProbe:
                 ends.append(self._products(lambda linear: (signs[linear].float(),)))
         ahead, behind = ends
         # A linear's own step undone: its rms came in once, with v, while the gradient's v was taken as it is.
-        return {linear: float((ahead[linear] - behind[linear]).mean()) / (2 * STEP * sizes[linear])
-                for linear in linears}
+        return [float((ahead[linear] - behind[linear]).mean()) / (2 * STEP * sizes[linear]) for linear in linears]
+
+    def _known(self, name: str, key: Any, cost: float, find: Callable[[], Any]) -> Any:
+        """Plain data that was found earlier under a name and key, or is found and logged now; it costs the same."""
+        rows = self._log.known if self._log else []
+        found = next((row["found"] for row in rows if name in row and row[name] == key), None)
+        if found is None:
+            found = find()
+            if self._log:
+                self._log.append({name: key, "found": found})
+                self._log.sync()
+        self.forwards += cost
+        return found
 
     @contextmanager
     def _in_float32(self) -> Iterator[None]:
@@ -134,7 +160,7 @@ class ModelProbe:
 
     def _products(self, changes: Changes) -> dict[LinearSpec, FloatArray]:
         """Inner products of the gradient of each window's loss, in each playing linear's weight, with changes of that
-        weight, where the model stands: (windows, changes) by linear, nats per token; costs three forwards in all.
+        weight, where the model stands: (windows, changes) by linear, nats per token.
 
         No gradient of a weight is ever made: its inner product with a change D of the weight is that of the gradient
         of the linear's output with D x, token by token, which keeps the windows of a batch apart.
@@ -142,7 +168,6 @@ class ModelProbe:
         count, length = self._text.ids.shape
         batches = torch.split(torch.arange(count), max(1, BATCH_TOKENS // length))
         parts = [self._products_of(batch, changes) for batch in batches]
-        self.forwards += 3 * self._unit
         return {linear: np.concatenate([part[linear] for part in parts]) for linear in parts[0]}
 
     def _remember(self) -> None:

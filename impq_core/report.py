@@ -83,7 +83,8 @@ class ConsoleReporter:
         self._stop()
         for line in summary(result):
             self._say(line)
-        self._console.print(evaluation_table(result.evaluation))
+        if result.evaluation is not None:
+            self._console.print(evaluation_table(result.evaluation))
 
     @hookimpl
     def impq_run_failed(self, error: BaseException) -> None:
@@ -101,12 +102,7 @@ class ConsoleReporter:
 
 def summary(result: RunResult) -> list[str]:
     """The run in a few lines: the plan, the cost of the search, the texts."""
-    plan, space = result.plan, result.plan.space
-    counts = ", ".join(f"{int((plan.pick == k).sum())} at {choice}" for k, choice in enumerate(space.choices))
-    lines = [f"plan: {counts} bits; {plan.nbytes / 1e6:.2f} MB = {space.nominal_bits(plan.nbytes):.3f} bits nominal, "
-             f"{space.bits_per_weight(plan.nbytes):.3f} stored",
-             f"whole model: {result.model_bytes / 1e6:.2f} MB, of which {result.rest_bytes / 1e6:.2f} MB are "
-             "embeddings, head and norms at 16 bits"]
+    lines = plan_lines(result) if result.plan else []
     if result.measurements is not None:
         m = result.measurements
         lines.append(f"search: {len(m)} losses on {m.tokens} tokens of {result.config.calibration.source} calibration "
@@ -118,9 +114,26 @@ def summary(result: RunResult) -> list[str]:
         lines.append(f"estimate {result.estimate.method}: standard error {shown}, "
                      f"spread over layers {spread:.4f} nats per token")
     lines.append("seconds: " + ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in result.seconds.items()))
-    lines.append(f"held-out text: {result.evaluation.text}, {result.evaluation.tokens} scored tokens; every width "
-                 "quantized behind a prefix at the widest")
+    if result.evaluation:
+        lines.append(f"held-out text: {result.evaluation.text}, {result.evaluation.tokens} scored tokens; every width "
+                     "quantized behind a prefix at the widest")
     return lines
+
+
+def plan_lines(result: RunResult) -> list[str]:
+    """The plan's widths and bytes."""
+    plan = result.plan
+    assert plan is not None
+    return [f"plan: {width_counts(plan)} bits; {plan.nbytes / 1e6:.2f} MB = "
+            f"{plan.space.nominal_bits(plan.nbytes):.3f} bits nominal, "
+            f"{plan.space.bits_per_weight(plan.nbytes):.3f} stored",
+            f"whole model: {result.model_bytes / 1e6:.2f} MB, of which {result.rest_bytes / 1e6:.2f} MB are "
+            "embeddings, head and norms at 16 bits"]
+
+
+def width_counts(plan: Plan) -> str:
+    """How many layers have which width: ``6 at 4, 18 at 3``."""
+    return ", ".join(f"{int((plan.pick == k).sum())} at {choice}" for k, choice in enumerate(plan.space.choices))
 
 
 def score_line(score: Score) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -18,6 +19,11 @@ from impq_core.errors import ImpqError
 from impq_core.files import write_text
 from impq_core.space import SearchSpace
 from impq_core.types import Measurements, SensitivityEstimate
+
+T = TypeVar("T")
+
+CHILDREN = "runs"
+"""The folder of a sweep that its runs are in."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +37,20 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def create(cls, parent: Path, name: str = "") -> RunFolder:
-        """A new one, named after the time unless a name is given; raises ImpqError where it cannot be made."""
-        name = name or f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    def create(cls, parent: Path, files: Mapping[str, str], name: str = "") -> RunFolder:
+        """A new one that holds these texts from its first moment on, named after the time unless a name is given.
+
+        Raises:
+            ImpqError: it cannot be made.
+        """
+        folder = (parent / (name or f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}")).absolute()
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            folder = (parent / name).absolute()
-            folder.mkdir()
+            work = Path(tempfile.mkdtemp(dir=parent, prefix=f".{folder.name}."))
+            for file, text in files.items():
+                write_text(work / file, text)
+            work.chmod(0o755)
+            work.rename(folder)
         except OSError as error:
             raise ImpqError(f"the output folder {parent} cannot be written: {error.strerror}") from error
         return cls(folder)
@@ -167,7 +180,7 @@ class RunFolder:
             raise ImpqError(f"another process is at work in {self.path}") from error
 
 
-def _readable(path: Path, read: Any) -> Any:
+def _readable(path: Path, read: Callable[[Path], T]) -> T:
     try:
         return read(path)
     except ImpqError:

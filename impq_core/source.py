@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,6 +34,21 @@ class ModelSource:
     @cached_property
     def _files(self) -> str:
         return self.location or str(demo_model())
+
+    @cached_property
+    def digest(self) -> str:
+        """Hex digest of configuration and weights; a hub's model has the name of its commit."""
+        folder = Path(self._files)
+        if not folder.is_dir():
+            from transformers import AutoConfig
+
+            config = AutoConfig.from_pretrained(self._files, trust_remote_code=self.trust_remote_code)
+            return str(getattr(config, "_commit_hash", None) or "unknown")
+        found = hashlib.sha256()
+        for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+            with file.open("rb") as stream:
+                found.update(hashlib.file_digest(stream, "sha256").digest())
+        return found.hexdigest()[:16]
 
     def skeleton(self) -> PreTrainedModel:
         """The model on the meta device: shapes and names, no weights.

@@ -7,7 +7,7 @@ import time
 import traceback
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -18,6 +18,7 @@ from filelock import FileLock
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError
 from impq_core.hookspecs import hookimpl
+from impq_core.runfolder import CHILDREN, RunFolder
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -62,17 +63,35 @@ def check_store(uri: str) -> None:
 
 
 class Tracker:
-    """Keeps one impq run as one MLflow run; what later fails to be logged is reported and the run goes on."""
+    """Keeps each impq run as one MLflow run, and a sweep's under one of its own; what later fails to be logged is
+    reported and the run goes on. A run that is resumed goes on in the MLflow run it had."""
 
     def __init__(self, uri: str, experiment: str) -> None:
         self.uri, self._experiment_name = store_uri(uri), experiment
-        self.run_id = ""
-        self._folder = Path()
-        self._evaluations = 0
+        self.run_id = self._parent_id = ""
+        self._folder = RunFolder(Path())
+        self._evaluations = self._logged = 0
+
+    @hookimpl
+    def impq_sweep_started(self, config: RunConfig, folder: Path, varied: Mapping[str, Sequence[str]]) -> None:
+        """Open the parent; the children repeat its parameters with what is theirs."""
+        self._open(RunFolder(folder), {**dict(_flat(config)), **{name: ",".join(v) for name, v in varied.items()}})
+        self._client.set_tag(self.run_id, "impq.kind", "sweep")
+        self._parent_id = self.run_id
+
+    @hookimpl
+    def impq_sweep_finished(self, folder: Path) -> None:
+        """Close it."""
+        self.run_id, self._folder, self._parent_id = self._parent_id, RunFolder(folder), ""
+        self._end("FINISHED")
 
     @hookimpl
     def impq_run_started(self, config: RunConfig, space: SearchSpace, folder: Path) -> None:
         """Open the run before the weights are loaded, so that nothing is ever computed untracked."""
+        self._open(RunFolder(folder), {**dict(_flat(config)), "layers": len(space),
+                                       "quantizable_weights": space.parameters})
+
+    def _open(self, folder: RunFolder, params: Mapping[str, Any]) -> None:
         check_store(self.uri)
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         import logging
@@ -82,17 +101,39 @@ class Tracker:
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
 
-        self._folder = folder
+        self._folder, self._evaluations, self._logged = folder, 0, 0
         try:
             with _store_lock(self.uri):
                 self._client: MlflowClient = MlflowClient(self.uri)
-                run = self._client.create_run(self._experiment(), run_name=folder.name)
+                if self._reopen():
+                    return
+                tags = {"mlflow.parentRunId": self._parent_id} if self._parent_id else {}
+                run = self._client.create_run(self._experiment(), run_name=folder.path.name, tags=tags)
             self.run_id = run.info.run_id
-            self._client.log_batch(self.run_id, params=_params(_flat(config, space)))
-            self._client.log_artifact(self.run_id, str(folder / "impq.toml"))
+            folder.write_json(folder.tracking, {"uri": self.uri, "run_id": self.run_id})
+            self._client.log_batch(self.run_id, params=_params(params.items()))
+            self._client.log_artifact(self.run_id, str(folder.config))
         except (MlflowException, OSError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ImpqError(f"tracking store {self.uri} cannot be used: {reason}") from error
+
+    def _reopen(self) -> bool:
+        """Go on in the MLflow run that the folder had, where it is in this store still."""
+        from mlflow.exceptions import MlflowException
+
+        if not self._folder.tracking.exists():
+            return False
+        known = self._folder.read_json(self._folder.tracking)
+        if known.get("uri") != self.uri:
+            return False
+        try:
+            self._client.update_run(known["run_id"], status="RUNNING")
+        except (KeyError, MlflowException):
+            return False
+        self.run_id = known["run_id"]
+        history = self._client.get_metric_history(self.run_id, "measured_loss")
+        self._logged = max((point.step + 1 for point in history), default=0)
+        return True
 
     def _experiment(self) -> str:
         known = self._client.get_experiment_by_name(self._experiment_name)
@@ -117,7 +158,8 @@ class Tracker:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        batch = [Metric("measured_loss", float(loss), now, self._evaluations + i) for i, loss in enumerate(losses)]
+        batch = [Metric("measured_loss", float(loss), now, step) for step, loss in enumerate(losses, self._evaluations)
+                 if step >= self._logged]
         self._evaluations += len(losses)
         batch.append(Metric("forwards", forwards, now, self._evaluations))
         self._log(batch)
@@ -155,18 +197,7 @@ class Tracker:
 
         from impq_core.figures import draw_figures
 
-        score = result.evaluation.plan
-        numbers = {"nll": score.nll, "nll_stderr": score.stderr, "perplexity": score.perplexity, "kl": score.kl,
-                   "top1_agreement": score.top1, "search_forwards": result.forwards,
-                   "model_bytes": result.model_bytes, "evaluations": len(result.measurements or ())}
-        if result.measured_loss is not None:
-            numbers["measured_plan_loss"] = result.measured_loss
-        if result.plan.predicted_loss is not None and result.measured_loss is not None:
-            numbers["surrogate_error"] = result.plan.predicted_loss - result.measured_loss
-        numbers |= {f"seconds_{stage}": seconds for stage, seconds in result.seconds.items()}
-        for row in result.evaluation.rows[1:]:
-            numbers[f"reference_nll/{row.name.replace(' ', '_').replace('/', '_')}"] = row.nll
-        self._metrics(numbers)
+        self._metrics({**_numbers(result), **{f"seconds_{stage}": s for stage, s in result.seconds.items()}})
         inputs = []
         for context in result.digests:
             text = getattr(result.config, context)
@@ -174,15 +205,21 @@ class Tracker:
                               source=text.source)
             inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", context)]))
         self._client.log_inputs(self.run_id, datasets=inputs)
-        draw_figures(result, result.folder / "figures")
+        draw_figures(result, self._folder.figures)
         self._end("FINISHED")
 
     @hookimpl
     def impq_run_failed(self, error: BaseException) -> None:
         """KILLED where somebody stopped the run, else FAILED; the traceback and the log go along."""
-        if self.run_id:
-            self._client.set_tag(self.run_id, "error", "".join(traceback.format_exception_only(error)).strip()[:4000])
-            self._end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        for run_id in dict.fromkeys((self.run_id, self._parent_id)):
+            if run_id:
+                told = "".join(traceback.format_exception_only(error)).strip()[:4000]
+                self._client.set_tag(run_id, "error", told)
+                if run_id == self.run_id:
+                    self._end(status)
+                else:
+                    self._client.set_terminated(run_id, status)
 
     def _metrics(self, numbers: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
@@ -196,7 +233,10 @@ class Tracker:
 
     def _end(self, status: str) -> None:
         try:
-            self._client.log_artifacts(self.run_id, str(self._folder))
+            for item in sorted(self._folder.path.iterdir()):
+                if not item.name.startswith(".") and item.name != CHILDREN:
+                    log = self._client.log_artifacts if item.is_dir() else self._client.log_artifact
+                    log(self.run_id, str(item), *([item.name] if item.is_dir() else []))
         finally:
             self._client.set_terminated(self.run_id, status)
 
@@ -210,7 +250,25 @@ def _store_lock(uri: str) -> FileLock:
     return FileLock(Path(tempfile.gettempdir()) / "impq-tracking.lock")
 
 
-def _flat(config: RunConfig, space: SearchSpace) -> Iterable[tuple[str, Any]]:
+def _numbers(result: RunResult) -> dict[str, float]:
+    """What a run came to; by the names that the MLflow pages show."""
+    numbers: dict[str, float] = {"search_forwards": result.forwards, "evaluations": len(result.measurements or ())}
+    if result.measured_loss is not None:
+        numbers["measured_plan_loss"] = result.measured_loss
+    if result.plan is not None:
+        numbers["model_bytes"] = result.model_bytes
+        if result.plan.predicted_loss is not None and result.measured_loss is not None:
+            numbers["surrogate_error"] = result.plan.predicted_loss - result.measured_loss
+    if result.evaluation is not None:
+        score = result.evaluation.plan
+        numbers |= {"nll": score.nll, "nll_stderr": score.stderr, "perplexity": score.perplexity, "kl": score.kl,
+                    "top1_agreement": score.top1}
+        for row in result.evaluation.rows[1:]:
+            numbers[f"reference_nll/{row.name.replace(' ', '_').replace('/', '_')}"] = row.nll
+    return numbers
+
+
+def _flat(config: RunConfig) -> Iterable[tuple[str, Any]]:
     from dataclasses import asdict
 
     for key, value in asdict(config).items():
@@ -220,9 +278,8 @@ def _flat(config: RunConfig, space: SearchSpace) -> Iterable[tuple[str, Any]]:
         elif isinstance(value, dict):
             yield from ((f"{key}.{name}", item) for name, item in value.items())
         else:
-            yield key, ",".join(f"{item:g}" for item in value) if isinstance(value, tuple) else value
-    yield "layers", len(space)
-    yield "quantizable_weights", space.parameters
+            yield key, ",".join(f"{item:g}" if isinstance(item, float) else str(item) for item in value) if isinstance(
+                value, tuple) else value
 
 
 def _params(pairs: Iterable[tuple[str, Any]]) -> list[Any]:

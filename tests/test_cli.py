@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from impq_core.game import MeasurementLog
+from impq_core.ledger import MeasurementLog
 from impq_core.testing import tiny_model
 
 ROOT = Path(__file__).parents[1]

@@ -13,6 +13,11 @@ from impq_core.errors import ImpqError
 from impq_core.pipeline import run
 
 
+@pytest.fixture(autouse=True)
+def cache() -> None:
+    """The user's own, where model and texts are fetched to once."""
+
+
 def test_the_real_model_end_to_end(tmp_path: Path) -> None:
     torch.set_num_threads(2)
     try:

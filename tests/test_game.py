@@ -14,8 +14,10 @@ from impq_spqe.sampler import Spqe
 from impq_core.bank import Bank, fill_bank
 from impq_core.blockwise import BlockwiseModel
 from impq_core.errors import ImpqError
-from impq_core.game import MeasurementLog, ModelGame
+from impq_core.game import ModelGame
+from impq_core.ledger import Ledger, MeasurementLog
 from impq_core.model import layers_of, search_space
+from impq_core.probe import ModelProbe
 from impq_core.source import locate_model
 from impq_core.space import Choice, SearchSpace
 from impq_core.testing import tiny_model
@@ -140,8 +142,41 @@ def test_every_loss_is_in_the_log_before_it_is_returned(table: Table, tmp_path: 
     path.write_text(text)
     with pytest.raises(ImpqError, match="line 2"):
         MeasurementLog.read(path)
-    with pytest.raises(FileExistsError):
-        MeasurementLog(path, {})
+    with pytest.raises(ImpqError, match="line 2"):
+        MeasurementLog(path, {"model": "tiny"})
+
+
+def test_a_game_goes_on_from_its_log_as_if_nothing_had_happened(table: Table, tmp_path: Path) -> None:
+    def play(path: Path, count: int) -> list[float]:
+        game = ModelGame(table.space, table.bank, table.runner, WINDOWS.first(2), MeasurementLog(path, {}),
+                         spare=WINDOWS.part(2, 6))
+        rng, losses = np.random.default_rng(3), []
+        for number in range(count):
+            game.redraw(number // 4)
+            losses += [game.loss(rng.integers(0, 3, len(table.space))), game.forwards]
+        return losses
+
+    whole = play(tmp_path / "whole", 12)
+    for stop in (1, 5, 12):
+        path = tmp_path / f"cut{stop}"
+        play(path, stop)
+        table.bank.apply([None] * len(table.space))
+        assert play(path, 12) == whole
+        assert path.read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_gradients_come_back_from_their_log(table: Table, tmp_path: Path) -> None:
+    path, at = tmp_path / "gradients", np.array([0.5, 0.25, 0.25])
+    found = []
+    for log in (None, path, path):
+        probe = ModelProbe(table.space, table.bank, table.runner, WINDOWS,
+                           log=Ledger(log, "impq-gradients/1", {}) if log else None)
+        found.append((probe.slopes(), probe.slopes(at), probe.hessian_traces(np.random.default_rng(0)), probe.forwards))
+    assert path.read_text().count("\n") == 4  # a header, two slopes, a draw of traces: nothing twice
+    for one in found[1:]:
+        np.testing.assert_array_equal(one[0], found[0][0])
+        np.testing.assert_array_equal(one[1], found[0][1])
+        assert one[2:] == found[0][2:]
 
 
 def test_the_bank_stores_what_it_says(table: Table) -> None:

@@ -1,0 +1,138 @@
+"""Variants on disk, found by what they were made of, so that nothing is quantized twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from impq_core.demo import cache_folder
+from impq_core.errors import ImpqError
+from impq_core.files import replace_file, write_text
+from impq_core.space import Choice, LinearSpec
+
+if TYPE_CHECKING:
+    from impq_core.interfaces import Variant
+
+UNFINISHED_SECONDS = 3600.0
+"""A temporary file of this age belongs to a process that died."""
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """The variants of one model by one backend: a file for each linear at each width.
+
+    Args:
+        folder: where they are.
+        about: all that decides what they are: model, backend, options, calibration, code.
+    """
+
+    folder: Path
+    about: Mapping[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return sum(file.stat().st_size for file in self.folder.iterdir() if file.exists())
+
+    @property
+    def count(self) -> int:
+        """Variants on it."""
+        return sum(1 for _ in self.folder.glob("*.safetensors"))
+
+    @property
+    def used(self) -> float:
+        """When it was used last, in seconds since the epoch."""
+        return (self.folder / "about.json").stat().st_mtime
+
+    def get(self, linear: LinearSpec, choice: Choice) -> Variant | None:
+        """The variant; None where it is not here, or damaged, which is said in a warning."""
+        from safetensors import SafetensorError, safe_open
+
+        from impq_core.interfaces import Variant
+
+        path = self._file(linear, choice)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                facts = json.loads(file.metadata()["impq"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if facts["sha256"] != _digest(tensors):
+                raise ValueError("its bytes are not those that were written")
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            warnings.warn(f"{path} is damaged and made anew: {' '.join(str(error).split())[:120]}", RuntimeWarning,
+                          stacklevel=2)
+            return None
+        return Variant(choice, tensors, facts["record"])
+
+    def put(self, linear: LinearSpec, variant: Variant) -> None:
+        """Keep a variant, whole or not at all; a disk that does not take it is a warning."""
+        from safetensors.torch import save
+
+        tensors = {name: tensor.contiguous() for name, tensor in variant.tensors.items()}
+        facts = json.dumps({"record": dict(variant.record), "sha256": _digest(tensors)})
+        try:
+            if not self.folder.exists():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_text(self.folder / "about.json", json.dumps(self.about, indent=1) + "\n")
+            replace_file(self._file(linear, variant.choice), save(tensors, metadata={"impq": facts}))
+        except OSError as error:
+            warnings.warn(f"variants are not kept for another time: {self.folder}: {error.strerror}", RuntimeWarning,
+                          stacklevel=2)
+
+    def touch(self) -> None:
+        """Remember that it is in use."""
+        with suppress(OSError):  # nothing is kept yet, or the cache is read only
+            os.utime(self.folder / "about.json")
+
+    def remove(self) -> None:
+        """Delete it all; raises ImpqError where the disk refuses."""
+        try:
+            shutil.rmtree(self.folder)
+        except OSError as error:
+            raise ImpqError(f"{self.folder} cannot be deleted: {error.strerror}") from error
+
+    def unfinished(self) -> list[Path]:
+        """Temporary files that a process left when it died."""
+        before = time.time() - UNFINISHED_SECONDS
+        return [file for file in self.folder.glob(".*") if file.stat().st_mtime < before]
+
+    def _file(self, linear: LinearSpec, choice: Choice) -> Path:
+        return self.folder / f"{linear.name}.{choice.bits:g}bits.{choice.group_size}.safetensors"
+
+
+def shelf_for(about: Mapping[str, Any]) -> Shelf:
+    """The place of variants that are made of this, in the user's cache; raises ImpqError where there is no cache."""
+    name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:20]
+    return Shelf(cache_folder() / "variants" / name, about)
+
+
+def shelves() -> list[Shelf]:
+    """All there are, those used last first; raises ImpqError where there is no cache."""
+    found = []
+    for file in (cache_folder() / "variants").glob("*/about.json"):
+        try:
+            found.append(Shelf(file.parent, json.loads(file.read_text())))
+        except (OSError, ValueError):
+            found.append(Shelf(file.parent, {}))
+    return sorted(found, key=lambda shelf: -shelf.used)
+
+
+def _digest(tensors: Mapping[str, Any]) -> str:
+    import torch
+
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
