@@ -77,6 +77,11 @@ class Parts:
         return {slot: options for slot, options in every.items() if options}
 
     @property
+    def wanted(self) -> Budget:
+        """The budget, or the middle of the menu where none was asked for."""
+        return self.budget or Budget((self.menu[0].bits + self.menu[-1].bits) / 2, "bits")
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether anyone reads the calibration text."""
         needs = self.backend.needs | (self.estimate_with.needs if self.estimate_with else frozenset())

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from impq_core.budget import Budget
 from impq_core.config import RunConfig
 from impq_core.interfaces import Backend
 from impq_core.model import layers_of, resolve_dtype, rest_parameters, search_space
@@ -49,7 +48,7 @@ class Prepared:
     def measured_on(self) -> dict[str, Any]:
         """What decides a loss under a given pick, as plain data: model, variants, text, code."""
         config, played = self.config, self.parts.estimate_with or self.parts.backend
-        return {"model": self.source.name, "model_digest": self.source.digest, "dtype": config.dtype,
+        return {"model": self.config.model, "model_digest": self.source.digest, "dtype": config.dtype,
                 "backend": config.backend, "measured_with": config.estimate_with or config.backend,
                 "backend_options": asdict(self.parts.backend.options), "measured_options": asdict(played.options),
                 "versions": versions(self.libraries),
@@ -66,10 +65,24 @@ class Prepared:
                 "code_of_parts": code_digest(parts.estimator, parts.surrogate, parts.allocator, parts.refiner),
                 "space": self.space.fingerprint, "plan_given": digest_of(self.plan.pick.tolist()) if self.plan else ""}
 
+    def planned(self, config: RunConfig, plugins: Plugins) -> Prepared:
+        """The same model, layers, estimator and texts with a configuration's surrogate, allocator and budget.
+
+        Raises:
+            ImpqError: the budget is out of reach, or a name or option is wrong.
+        """
+        parts = Parts.build(config, plugins)
+        for part in (parts.surrogate, parts.allocator):
+            part.check_space(self.played)
+        budget = parts.wanted
+        resolved = replace(self.config, surrogate=config.surrogate, allocator=config.allocator, budget=str(budget),
+                           options=parts.options())
+        return replace(self, config=resolved, parts=parts, budget_bytes=budget.resolve(self.space))
+
     def made_of(self, backend: Backend, menus: Sequence[Sequence[Choice]]) -> dict[str, Any]:
         """What decides the variants of a backend, as plain data. ``menus`` are the choices of every layer, widest
         first: where activations matter, those in front of a layer stand at the widest."""
-        about = {"model": self.source.name, "model_digest": self.source.digest, "dtype": self.config.dtype,
+        about = {"model": self.config.model, "model_digest": self.source.digest, "dtype": self.config.dtype,
                  "backend": type(backend).__module__, "options": asdict(backend.options),
                  "versions": versions(self.libraries), "code": code_digest(backend)}
         if backend.needs:
@@ -137,8 +150,7 @@ def prepare(config: RunConfig, plugins: Plugins, calibrate: bool = True) -> Prep
     for choice in inside:
         alone = search_space(layers, parts.backend, (choice,), config.pins, config.exclude)
         between.append((choice, alone.high_bytes))
-    budget = parts.budget or Budget((parts.menu[0].bits + parts.menu[-1].bits) / 2, "bits")
-    budget_bytes = budget.resolve(space)
+    budget_bytes = parts.wanted.resolve(space)
     plan = Plan.load(Path(config.plan), space) if config.plan else None
     tokenizer, vocabulary = source.tokenizer(), skeleton.get_input_embeddings().num_embeddings
     evaluation = draw_windows(config.evaluation, "evaluation", tokenizer, vocabulary)
@@ -151,7 +163,8 @@ def prepare(config: RunConfig, plugins: Plugins, calibrate: bool = True) -> Prep
         config, model=_absolute(config.model), plan=_absolute(config.plan),
         calibration=replace(config.calibration, source=_absolute(config.calibration.source)),
         evaluation=replace(config.evaluation, source=_absolute(config.evaluation.source)),
-        bits=tuple(choice.bits for choice in parts.menu), budget=str(budget), dtype=dtype, options=parts.options())
+        bits=tuple(choice.bits for choice in parts.menu), budget=str(parts.wanted), dtype=dtype,
+        options=parts.options())
     return Prepared(resolved, parts, source, space, played, tuple(between), budget_bytes,
                     2 * rest_parameters(skeleton, layers), plan, calibration, evaluation,
                     tuple(sorted({library for name in {config.backend, config.estimate_with} - {""}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,17 @@ def versions(libraries: Iterable[str] = ()) -> dict[str, str]:
 
 def code_digest(*parts: Part | None) -> str:
     """Hex digest of impq's own source and that of the packages the parts come from."""
-    packages = {"impq_core", *(type(part).__module__.split(".")[0] for part in parts if part)}
+    return source_digest(type(part).__module__.split(".")[0] for part in parts if part)
+
+
+def source_digest(packages: Iterable[str]) -> str:
+    """Hex digest of impq's own source and that of further packages; "missing" where one is not there."""
     found = hashlib.sha256()
-    for package in sorted(packages):
-        file = Path(str(sys.modules[package].__file__))
+    for package in sorted({"impq_core", *packages}):
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            return "missing"
+        file = Path(spec.origin)
         for source in sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]:
             found.update(source.name.encode() + source.read_bytes())
     return found.hexdigest()[:16]

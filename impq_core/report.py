@@ -5,17 +5,21 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from impq_core.errors import ImpqError
 from impq_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from impq_core.allocate import Planned
+    from impq_core.cache import Shelf
     from impq_core.config import RunConfig
     from impq_core.evaluate import Evaluation, Score
     from impq_core.fit import Fits
@@ -28,10 +32,15 @@ PLAIN_SECONDS = 15.0
 
 
 class ConsoleReporter:
-    """Progress and results on a console: bars on a terminal, plain lines elsewhere."""
+    """Progress and results on a console: bars on a terminal, plain lines elsewhere.
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    Args:
+        console: where to.
+        brief: a line for a finished run, where there are many.
+    """
+
+    def __init__(self, console: Console, brief: bool = False) -> None:
+        self._console, self._brief = console, brief
         self._bars: Progress | None = None
         self._tasks: dict[str, Any] = {}
         self._began: dict[str, tuple[float, int]] = {}
@@ -40,12 +49,20 @@ class ConsoleReporter:
     @hookimpl
     def impq_run_started(self, config: RunConfig, space: SearchSpace, folder: Path) -> None:
         """Say what is about to happen."""
+        if self._brief:
+            return
         menu = "/".join(map(str, space.choices))
         self._say(f"{config.model}: {len(space)} layers ({config.granularity}), {space.parameters / 1e6:.1f} M "
                   f"weights, {menu} bits with {config.backend}"
                   + (f", measured with {config.estimate_with}" if config.estimate_with else "")
                   + f", budget {config.budget}")
         self._say(f"run folder {folder}")
+
+    @hookimpl
+    def impq_sweep_started(self, config: RunConfig, folder: Path, varied: Mapping[str, Sequence[str]]) -> None:
+        """Say what is about to happen."""
+        self._say(f"{config.model}: " + "; ".join(f"{name} {', '.join(values)}" for name, values in varied.items()))
+        self._say(f"sweep folder {folder}")
 
     @hookimpl
     def impq_progress(self, stage: str, done: int, total: int) -> None:
@@ -73,6 +90,8 @@ class ConsoleReporter:
     @hookimpl
     def impq_plan_ready(self, plan: Plan) -> None:
         """Say how good the program thinks its plan is."""
+        if self._brief:
+            return
         gap = "" if plan.gap is None or plan.predicted_loss is None else f", proven within {plan.gap:.2g}"
         if plan.predicted_loss is not None:
             self._say(f"plan by {plan.method}: predicted cost {plan.predicted_loss:.4f} nats per token{gap}")
@@ -80,6 +99,10 @@ class ConsoleReporter:
     @hookimpl
     def impq_run_finished(self, result: RunResult) -> None:
         """Print the table."""
+        if self._brief:
+            score = result.evaluation.plan if result.evaluation else None
+            self._say(f"{result.folder.name}: {score_line(score)}" if score else result.folder.name)
+            return
         self._stop()
         for line in summary(result):
             self._say(line)
@@ -88,6 +111,14 @@ class ConsoleReporter:
 
     @hookimpl
     def impq_run_failed(self, error: BaseException) -> None:
+        """Leave the terminal as it was; in a sweep that goes on, say what could not be made."""
+        if self._brief and isinstance(error, ImpqError):
+            self._say(f"not made: {error}")
+            return
+        self._stop()
+
+    @hookimpl
+    def impq_sweep_finished(self, folder: Path) -> None:
         """Leave the terminal as it was."""
         self._stop()
 
@@ -194,6 +225,34 @@ def fit_table(fits: Fits) -> Table:
                        f"above, {100 * fits.game.linked:.1f}% behind the best saturating or growing curve")
     table.caption = ("of permutations left out: root mean square error in nats per token; pairs of equally many "
                      "demotions in the wrong order (50% is a guess); variance among such explained")
+    return table
+
+
+def plans_table(made: Sequence[Planned]) -> Table:
+    """What ``impq allocate`` prints."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("budget", "bits", "stored", "MB", "predicted cost", "proven within", "layers", "file"):
+        table.add_column(name, justify="left" if name in ("budget", "layers", "file") else "right", no_wrap=True)
+    for one in made:
+        plan, space = one.plan, one.plan.space
+        table.add_row(one.budget, f"{space.nominal_bits(plan.nbytes):.3f}", f"{space.bits_per_weight(plan.nbytes):.3f}",
+                      f"{plan.nbytes / 1e6:.2f}", "" if plan.predicted_loss is None else f"{plan.predicted_loss:.4f}",
+                      "" if plan.gap is None else f"{plan.gap:.2g}", width_counts(plan), one.file.name)
+    table.caption = (f"files in {made[0].file.parent}; predicted cost in nats per token above the widest model, not "
+                     "measured")
+    return table
+
+
+def shelves_table(found: Sequence[Shelf]) -> Table:
+    """What ``impq cache`` prints."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("model", "backend", "options", "variants", "MB", "last used", "folder"):
+        table.add_column(name, justify="right" if name in ("variants", "MB") else "left", overflow="fold")
+    for shelf in found:
+        options = ", ".join(f"{key}={value}" for key, value in shelf.about.get("options", {}).items())
+        table.add_row(str(shelf.about.get("model")), str(shelf.about.get("backend")).split(".")[0], options,
+                      str(shelf.count), f"{shelf.nbytes / 1e6:.1f}",
+                      time.strftime("%Y-%m-%d %H:%M", time.localtime(shelf.used)), str(shelf.folder))
     return table
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -47,10 +48,14 @@ class RunFolder:
         try:
             parent.mkdir(parents=True, exist_ok=True)
             work = Path(tempfile.mkdtemp(dir=parent, prefix=f".{folder.name}."))
-            for file, text in files.items():
-                write_text(work / file, text)
-            work.chmod(0o755)
-            work.rename(folder)
+            try:
+                for file, text in files.items():
+                    write_text(work / file, text)
+                work.chmod(0o755)
+                work.rename(folder)
+            except OSError:
+                shutil.rmtree(work, ignore_errors=True)
+                raise
         except OSError as error:
             raise ImpqError(f"the output folder {parent} cannot be written: {error.strerror}") from error
         return cls(folder)

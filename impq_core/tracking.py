@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from impq_core.space import FloatArray, IntArray, SearchSpace
     from impq_core.types import Measurements, Plan, SensitivityEstimate
 
+FOLDER_TAG = "impq.folder"
+"""Tag that says which run folder a run is kept in."""
+
 CONNECT_SECONDS = 5.0
 """How long a tracking server may take to answer before a run is refused."""
 
@@ -107,7 +110,8 @@ class Tracker:
                 self._client: MlflowClient = MlflowClient(self.uri)
                 if self._reopen():
                     return
-                tags = {"mlflow.parentRunId": self._parent_id} if self._parent_id else {}
+                tags = {FOLDER_TAG: str(folder.path),
+                        **({"mlflow.parentRunId": self._parent_id} if self._parent_id else {})}
                 run = self._client.create_run(self._experiment(), run_name=folder.path.name, tags=tags)
             self.run_id = run.info.run_id
             folder.write_json(folder.tracking, {"uri": self.uri, "run_id": self.run_id})
@@ -207,6 +211,7 @@ class Tracker:
         self._client.log_inputs(self.run_id, datasets=inputs)
         draw_figures(result, self._folder.figures)
         self._end("FINISHED")
+        self.run_id = self._parent_id or self.run_id
 
     @hookimpl
     def impq_run_failed(self, error: BaseException) -> None:
@@ -239,6 +244,47 @@ class Tracker:
                     log(self.run_id, str(item), *([item.name] if item.is_dir() else []))
         finally:
             self._client.set_terminated(self.run_id, status)
+
+
+def orphans(uri: str, close: bool = False) -> list[str]:
+    """Names of the impq runs in a store that are RUNNING while nobody is at work in their folders.
+
+    Args:
+        uri: the store.
+        close: end them as KILLED.
+
+    Raises:
+        ImpqError: the store cannot be read.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    found = []
+    try:
+        with _store_lock(uri):
+            client = MlflowClient(uri)
+            experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        runs = client.search_runs(experiments, "attributes.status = 'RUNNING'", max_results=1000)
+        for run in runs:
+            folder = run.data.tags.get(FOLDER_TAG)
+            if folder is not None and not _at_work(Path(folder)):
+                found.append(f"{run.info.run_name} ({run.info.run_id})")
+                if close:
+                    client.set_terminated(run.info.run_id, "KILLED")
+    except (MlflowException, OSError) as error:
+        raise ImpqError(f"tracking store {uri} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    return found
+
+
+def _at_work(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    try:
+        with RunFolder(folder).locked():
+            return False
+    except ImpqError:
+        return True
 
 
 def _store_lock(uri: str) -> FileLock:

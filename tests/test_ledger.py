@@ -84,5 +84,5 @@ def test_losses_come_back_as_they_were(tmp_path: Path) -> None:
     with pytest.raises(ImpqError, match="no measurement"):
         MeasurementLog(path, HEADER)
     path.write_text(json.dumps({"format": "impq-scores/1"}) + "\n")
-    with pytest.raises(ImpqError, match="no such|not a measurement log"):
+    with pytest.raises(ImpqError, match="not a measurement log"):
         MeasurementLog.read(path)

@@ -1,0 +1,66 @@
+"""Plans for other budgets, from what a run has estimated; without the model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from impq_core.errors import UsageError
+from impq_core.parts import Parts, assign_options
+from impq_core.plugins import Plugins
+from impq_core.runfolder import RunFolder
+from impq_core.types import Plan
+
+
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """A plan made for a budget, and the file it is in."""
+
+    budget: str
+    plan: Plan
+    file: Path
+
+
+def allocate_run(run: str, budgets: Sequence[str], surrogate: str | None, allocator: str | None,
+                 pairs: Mapping[str, str], plugins: Plugins) -> list[Planned]:
+    """Make a plan for each budget; each is written to RUN/plans.
+
+    Args:
+        run: a run folder with an estimate.
+        budgets: as on the command line.
+        surrogate: what to fit the run's losses with; None takes the run's estimate as it is.
+        allocator: who makes the plans; None is the run's.
+        pairs: options as on the command line.
+        plugins: who offers the parts.
+
+    Raises:
+        ImpqError: the run has no estimate (or no losses to fit), or a name, option or budget is wrong.
+    """
+    folder = RunFolder.open(run, "space.json", "measurements.npz" if surrogate else "estimate.npz")
+    if not all(budgets):
+        raise UsageError("--budget takes budgets such as 2.5bits,60MB, with nothing left out between the commas")
+    before = folder.read_config()
+    config = replace(before, plan="", refine=0, surrogate=surrogate or before.surrogate,
+                     allocator=allocator or before.allocator)
+    kept = {slot: options for slot, options in before.options.items() if slot != "refiner"
+            and getattr(config, slot, None) == getattr(before, slot, None)}
+    config = replace(config, options=kept)
+    config = replace(config, options=assign_options(config, plugins, pairs))
+    every = [replace(config, budget=budget) for budget in budgets]
+    parts = [Parts.build(one, plugins) for one in every]
+    space = folder.read_space()
+    sizes = [part.wanted.resolve(space) for part in parts]
+    measurements = folder.read_measurements() if surrogate else None
+    made = []
+    for one, part, size in zip(every, parts, sizes, strict=True):
+        estimate = part.surrogate.fit(measurements) if measurements else folder.read_estimate()
+        plan = part.allocator.allocate(estimate.on(space), size)
+        plan = replace(plan, provenance={"run": str(folder.path), "estimate": estimate.method})
+        name = re.sub(r"[^\w.]+", "-", f"{config.allocator}-{surrogate or 'estimate'}-{one.budget}")
+        file = folder.path / "plans" / f"{name}.json"
+        file.parent.mkdir(exist_ok=True)
+        plan.save(file)
+        made.append(Planned(one.budget, plan, file))
+    return made

@@ -1,0 +1,1 @@
+"""The commands of ``impq``; each imports what it needs when it runs."""

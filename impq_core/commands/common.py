@@ -1,0 +1,185 @@
+"""What commands share: the options of a run, their reading, and who watches."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from impq_core.config import RunConfig, override, read_toml
+from impq_core.errors import UsageError
+from impq_core.plugins import Plugins
+
+Command = Callable[..., Any]
+
+
+def _text_options(role: str, default: str) -> Callable[[Command], Command]:
+    def add(command: Command) -> Command:
+        for suffix, kind, text in (("-seed", int, "Seed of the draw."), ("-length", int, "Tokens in a window [256]."),
+                                   ("-windows", int, "Windows drawn [64]."),
+                                   ("", str, f"{default} text: demo, a .txt/.jsonl/.parquet file, or a datasets name "
+                                             "such as wikitext:wikitext-2-raw-v1:test [demo].")):
+            command = click.option(f"--{role}{suffix}", type=kind, default=None, help=text)(command)
+        return command
+    return add
+
+
+part_options = click.option(
+    "-o", "--option", "options", multiple=True, metavar="NAME=VALUE",
+    help="Option of a part, such as permutations=20 or backend.group_size=32; see 'impq plugins --options'.")
+
+plugin_option = click.option("--plugin", "plugin_files", multiple=True, type=click.Path(path_type=Path),
+                             help="Python file to load as a plugin.")
+
+tracking_option = click.option("--tracking-uri",
+                               help="MLflow store; 'none' for no tracking [sqlite file mlflow.db here].")
+
+
+def run_options(several: bool = False) -> Callable[[Command], Command]:
+    """The options that decide a run. With ``several``, parts and budget take lists."""
+    more = " (or several, with commas)" if several else ""
+    options: list[Callable[[Command], Command]] = [
+        click.option("--config", "config_file", type=click.Path(path_type=Path), default=None,
+                     help="Configuration file [impq.toml, where there is one]."),
+        click.option("--model", help="demo, a folder, or a hub name [demo]."),
+        click.option("--backend", help=f"Who quantizes{more} [gptq]."),
+        click.option("--estimate-with", metavar="BACKEND",
+                     help="Let the estimator measure another backend's variants."),
+        click.option("--estimator", help=f"Who measures or scores the layers{more} [spqe]."),
+        click.option("--surrogate", help=f"What is fitted to the measurements{more} [auto]."),
+        click.option("--allocator", help=f"Who makes the plan{more} [qp]."),
+        click.option("--refine", type=int, metavar="FORWARDS",
+                     help="Improve the plan by measuring others near it [0: no]."),
+        click.option("--refiner", help="Who improves it [swaps]."),
+        click.option("--bits", help="Widths to choose from, such as 2,4 [the backend's]."),
+        click.option("--budget", help=f"3.0bits (nominal average), 3.25bpw (stored), 60MB, 4GiB or 60%{more} "
+                                      "[the middle]."),
+        click.option("--granularity", help="block, group (linears that engines fuse) or linear [block]."),
+        click.option("--pin", "pins", multiple=True, metavar="PATTERN=WIDTH",
+                     help="Keep the layers that match at a width, such as 'model.layers.0*=4'; their bytes count."),
+        click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave the layers that match unquantized."),
+        _text_options("calibration", "Calibration"),
+        click.option("--game-windows", type=int, help="Calibration windows the game is played on [8]."),
+        click.option("--probe-windows", type=int, help="Calibration windows that gradients are taken on [all]."),
+        click.option("--value", help="What the game measures: nll, or kl to the unquantized model [nll]."),
+        _text_options("evaluation", "Held-out"),
+        click.option("--dtype", help="auto, float32 or bfloat16 [auto]."),
+        click.option("--seed", type=int, help="Seed of every other random draw [0]."),
+        click.option("--time-limit", type=float, help="Seconds the allocator may take (its option time_limit)."),
+        click.option("--plan", help="Apply this plan.json instead of estimating and allocating."),
+        click.option("--output", help="Folder that run folders are made in [impq-runs]."),
+        tracking_option,
+        click.option("--experiment", help="MLflow experiment [impq]."),
+        click.option("--cache/--no-cache", default=None, help="Keep variants in the cache for another time [yes]."),
+        click.option("--trust-remote-code", is_flag=True, default=None,
+                     help="Let transformers run the model's own code."),
+        part_options, plugin_option]
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+    return add
+
+
+def read_config(config_file: Path | None, bits: str | None, pins: tuple[str, ...], exclude: tuple[str, ...],
+                given: Mapping[str, Any]) -> RunConfig:
+    """The configuration file with the command line over it, without the options of parts; raises UsageError."""
+    config = read_toml(config_file) if config_file else RunConfig()
+    if config_file is None and Path("impq.toml").is_file():
+        config = read_toml(Path("impq.toml"))
+    return override(config, bits=_bits(bits), pins=dict(map(_pin, pins)) or None, exclude=exclude or None, **given)
+
+
+def read_pairs(options: tuple[str, ...], time_limit: float | None = None) -> dict[str, str]:
+    """``-o NAME=VALUE`` as a table; raises UsageError."""
+    pairs = dict(map(_pair, options))
+    return pairs if time_limit is None else {**pairs, "allocator.time_limit": str(time_limit)}
+
+
+def check(config: RunConfig, plugins: Plugins) -> None:
+    """Everything of a run that can be wrong without a heavy import; raises ImpqError."""
+    from impq_core.parts import Parts
+    from impq_core.source import locate_model
+    from impq_core.text import check_source
+
+    parts = Parts.build(config, plugins)
+    locate_model(config.model)
+    for text in (config.calibration, config.evaluation) if parts.needs_calibration else (config.evaluation,):
+        check_source(text.source)
+
+
+def warn(config: RunConfig, plugins: Plugins) -> None:
+    """Say which plugins are not used, and what the chosen parts want to be known."""
+    from impq_core.parts import slots_of
+
+    for dropped in plugins.dropped:
+        click.echo(f"warning: plugin {dropped.what} is not used: {dropped.reason}", err=True)
+    for slot, role in slots_of(config).items():
+        if notice := plugins.find(role, getattr(config, slot)).notice:
+            click.echo(f"note: {notice}", err=True)
+
+
+def watched(config: RunConfig, plugins: Plugins, brief: bool = False) -> RunConfig:
+    """Let MLflow and the terminal watch, and settle which store is meant; raises ImpqError where it does not answer."""
+    from dataclasses import replace
+
+    from impq_core.report import ConsoleReporter, make_console
+
+    if config.tracking_uri != "none":
+        from impq_core.tracking import Tracker, check_store, store_uri
+
+        config = replace(config, tracking_uri=store_uri(config.tracking_uri))
+        check_store(config.tracking_uri)
+        plugins.watch(Tracker(config.tracking_uri, config.experiment))
+    quiet_libraries()
+    plugins.watch(ConsoleReporter(make_console(), brief))
+    return config
+
+
+def look_at(config: RunConfig) -> None:
+    """Say how to see it in MLflow."""
+    from impq_core.tracking import store_uri
+
+    if config.tracking_uri != "none":
+        flag = "" if config.tracking_uri == store_uri("") else f" --tracking-uri {config.tracking_uri}"
+        click.echo(f"look at it: impq ui{flag}")
+
+
+def quiet_libraries() -> None:
+    """Keep other libraries' banners and bars out of our output; their errors still come through."""
+    import logging
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _bits(text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"--bits takes widths such as 2,4, not '{text}'") from error
+
+
+def _pin(text: str) -> tuple[str, float]:
+    pattern, _, width = text.rpartition("=")
+    try:
+        return pattern or "?", float(width)
+    except ValueError as error:
+        raise UsageError(f"--pin takes PATTERN=WIDTH, not '{text}'") from error
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise UsageError(f"-o takes NAME=VALUE, not '{text}'")
+    return name.strip().replace("-", "_"), value.strip()

@@ -1,0 +1,111 @@
+"""Commands about the house: plugins, cache, doctor, ui."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from impq_core.commands.common import plugin_option
+from impq_core.errors import ImpqError, UsageError
+from impq_core.plugins import OFFERED, Plugins
+
+
+@click.command()
+@click.option("--options", "show_options", is_flag=True, help="List the options of every part.")
+@plugin_option
+def plugins(show_options: bool, plugin_files: tuple[Path, ...]) -> None:
+    """List the parts on offer, and the plugins that could not be used."""
+    from impq_core.parts import describe_options
+
+    found = Plugins(plugin_files)
+    for role in OFFERED:
+        click.echo(f"{role}s")
+        for name in found.names(role):
+            component = found.find(role, name)
+            origin = found.offers[role, name].origin
+            note = f"  [{component.remedy()}]" if component.missing() else ""
+            click.echo(f"  {name:<12} {component.summary}  ({origin}){note}")
+            if show_options:
+                for line in describe_options(found, role, name):
+                    click.echo(f"      {line}")
+    if found.dropped:
+        click.echo("not used")
+        for dropped in found.dropped:
+            click.echo(f"  {dropped.what}: {dropped.reason}")
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+def cache(context: click.Context) -> None:
+    """List what is kept of quantized variants; 'impq cache prune' deletes."""
+    from impq_core.cache import shelves
+    from impq_core.demo import cache_folder
+    from impq_core.report import make_console, shelves_table
+
+    if context.invoked_subcommand:
+        return
+    found = shelves()
+    if not found:
+        click.echo(f"no variants in {cache_folder()}")
+        return
+    make_console().print(shelves_table(found))
+
+
+@cache.command()
+@click.option("--older-than", type=float, metavar="DAYS", help="Those not used for so many days.")
+@click.option("--model", help="Those of this model.")
+@click.option("--all", "everything", is_flag=True, help="All.")
+def prune(older_than: float | None, model: str | None, everything: bool) -> None:
+    """Delete variants from the cache."""
+    import time
+
+    from impq_core.cache import shelves
+
+    if older_than is None and model is None and not everything:
+        raise UsageError("say what to delete: --older-than DAYS, --model NAME or --all")
+    freed = count = 0
+    for shelf in shelves():
+        old = older_than is None or shelf.used < time.time() - 86400 * older_than
+        if everything or (old and model in (None, shelf.about.get("model"))):
+            freed, count = freed + shelf.nbytes, count + 1
+            shelf.remove()
+    click.echo(f"deleted {count} shelves of variants, {freed / 1e6:.1f} MB")
+
+
+@click.command()
+@click.option("--tracking-uri", default="", help="MLflow store [sqlite file mlflow.db here].")
+@click.option("--runs", "output", default="impq-runs", help="Folder of run folders [impq-runs].")
+@click.option("--fix", is_flag=True, help="Mend what can be mended without a loss.")
+@plugin_option
+def doctor(tracking_uri: str, output: str, fix: bool, plugin_files: tuple[Path, ...]) -> None:
+    """Look for what is wrong: plugins, libraries, the store, orphaned runs, the cache. Exit 1 where something is."""
+    from impq_core.doctor import examine
+
+    findings = examine(tracking_uri, Path(output), Plugins(plugin_files), fix)
+    for finding in findings:
+        click.echo(f"{finding.state:<6} {finding.what}")
+    if any(finding.state == "wrong" for finding in findings):
+        raise click.exceptions.Exit(1)
+
+
+@click.command()
+@click.option("--tracking-uri", default="", help="MLflow store [sqlite file mlflow.db here].")
+@click.option("--port", default=5000, show_default=True, help="Port to serve on.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to serve on.")
+def ui(tracking_uri: str, port: int, host: str) -> None:
+    """Serve the MLflow pages of a store until stopped."""
+    from impq_core.tracking import check_store, store_uri
+
+    uri = store_uri(tracking_uri)
+    check_store(uri)
+    if uri.startswith("sqlite:") and not Path(uri.removeprefix("sqlite:///")).exists():
+        raise ImpqError(f"there is no store {uri} yet: 'impq run' makes one")
+    # One worker and no job runner: the pages of one person need no more, and start in a third of the time.
+    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    click.echo(f"serving {uri} on http://{host}:{port} (Ctrl-C stops)")
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", host,
+                               "--port", str(port), "--workers", "1"], environment)

@@ -1,0 +1,183 @@
+"""Commands that load the model: run, estimate, sweep, export, evaluate."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from impq_core.commands.common import (
+    check,
+    look_at,
+    quiet_libraries,
+    read_config,
+    read_pairs,
+    run_options,
+    warn,
+    watched,
+)
+from impq_core.config import RunConfig, override
+from impq_core.errors import UsageError
+from impq_core.plugins import ROLES, Plugins
+
+if TYPE_CHECKING:
+    from impq_core.export import Exported
+
+RESUME = click.option("--resume", metavar="RUN", help="Go on with this run folder, as it was configured; takes no "
+                                                      "other option but --plugin.")
+
+
+@click.command()
+@RESUME
+@click.option("--export", "exports", multiple=True, metavar="FORMAT",
+              help="Write the plan in this format too; see 'impq plugins'.")
+@run_options()
+@click.pass_context
+def run(context: click.Context, /, resume: str | None, exports: tuple[str, ...], **given: Any) -> None:
+    """Estimate, allocate, quantize and evaluate: one tracked run."""
+    from impq_core.parts import Parts, load_exporter
+
+    plugins, config = _configure(context, resume, given)
+    options = Parts.build(config, plugins).options().get("backend", {})
+    for name in exports:
+        load_exporter(name, config.backend, options, plugins)
+    warn(config, plugins)
+    config = watched(config, plugins)
+    from impq_core import pipeline
+
+    result = pipeline.resume(resume, plugins) if resume else pipeline.run(config, plugins)
+    for name in exports:
+        _export(str(result.folder), name, result.folder / name, plugins)
+    click.echo(f"files in {result.folder}")
+    look_at(config)
+
+
+@click.command()
+@run_options()
+@click.pass_context
+def estimate(context: click.Context, /, **given: Any) -> None:
+    """Only estimate; 'impq allocate' makes plans from it, 'impq run --resume' goes on to the end."""
+    plugins, config = _configure(context, None, given)
+    if config.plan or config.refine:
+        raise UsageError("an estimate is made without a plan: leave --plan and --refine to 'impq run'")
+    warn(config, plugins)
+    config = watched(config, plugins)
+    from impq_core import pipeline
+
+    result = pipeline.run(config, plugins, only_estimate=True)
+    click.echo(f"plans from it: impq allocate {result.folder} --budget 2.5bits,3bits")
+    look_at(config)
+
+
+def _configure(context: click.Context, resume: str | None, given: dict[str, Any]) -> tuple[Plugins, RunConfig]:
+    """Plugins and configuration, checked as far as that goes without heavy imports."""
+    from impq_core.parts import assign_options
+    from impq_core.runfolder import RunFolder
+
+    plugins = Plugins(given.pop("plugin_files"))
+    options, time_limit, bits = (given.pop(name) for name in ("options", "time_limit", "bits"))
+    config_file, pins, exclude = (given.pop(name) for name in ("config_file", "pins", "exclude"))
+    if resume:
+        refuse_others(context)
+        config = RunFolder.open(resume, "provenance.json").read_config()
+    else:
+        config = read_config(config_file, bits, pins, exclude, given)
+        config = override(config, options=assign_options(config, plugins, read_pairs(options, time_limit)))
+    check(config, plugins)
+    return plugins, config
+
+
+def refuse_others(context: click.Context) -> None:
+    """Raises UsageError where anything but the plugins was given beside --resume."""
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if (name not in ("resume", "plugin_files", "exports")
+                and context.get_parameter_source(name) is ParameterSource.COMMANDLINE):
+            raise UsageError(f"--resume goes on with the run as it was configured: leave out {parameter.opts[-1]}")
+
+
+@click.command()
+@RESUME
+@run_options(several=True)
+@click.pass_context
+def sweep(context: click.Context, /, resume: str | None, **given: Any) -> None:
+    """Every combination of the given estimators, surrogates, allocators, backends and budgets, with one measurement
+    for each estimator and backend."""
+    from impq_core.compare import compare_runs
+    from impq_core.sweep import Sweep, run_sweep
+
+    plugins = Plugins(given.pop("plugin_files"))
+    options, time_limit, bits = (given.pop(name) for name in ("options", "time_limit", "bits"))
+    config_file, pins, exclude = (given.pop(name) for name in ("config_file", "pins", "exclude"))
+    if resume:
+        refuse_others(context)
+        plan = Sweep.open(resume)
+    else:
+        lists = {name: tuple(part.strip() for part in text.split(",")) for name in (*ROLES, "budget")
+                 if (text := given.pop(name)) is not None}
+        config = read_config(config_file, bits, pins, exclude, given)
+        plan = Sweep(config, lists, read_pairs(options, time_limit))
+    configs = plan.configs(plugins)
+    for config in configs:
+        check(config, plugins)
+    warn(configs[0], plugins)
+    settled = watched(plan.base, plugins, brief=True)
+    folder = run_sweep(replace(plan, base=settled), plugins, Path(resume) if resume else None)
+    compare_runs([str(folder)], folder / "compare.html")
+    look_at(settled)
+
+
+@click.command()
+@click.argument("run")
+@click.argument("format")
+@click.option("--to", "target", type=click.Path(path_type=Path), help="Folder to write [RUN/FORMAT].")
+def export(run: str, format: str, target: Path | None) -> None:
+    """Write the plan of a run (its folder) as a checkpoint or a recipe; 'impq plugins' lists the formats."""
+    found = Plugins()
+    found.find("exporter", format)
+    quiet_libraries()
+    from impq_core.export import check_target
+    from impq_core.report import ConsoleReporter, make_console
+    from impq_core.runfolder import RunFolder
+
+    target = target or RunFolder.open(run, "plan.json").path / format
+    check_target(target)
+    found.watch(ConsoleReporter(make_console()))
+    _export(run, format, target, found)
+
+
+def _export(run: str, format: str, target: Path, found: Plugins) -> None:
+    from impq_core.export import export_run
+    from impq_core.report import score_line
+
+    exported = export_run(run, format, target, found, lambda done, total: found.notify(
+        "impq_progress", stage="quantize", done=done, total=total))
+    if exported.score:
+        click.echo(f"quantized block by block, each behind the quantized ones: {score_line(exported.score)}")
+        click.echo(_on(exported))
+    click.echo(f"{format} in {exported.folder}")
+
+
+def _on(exported: Exported) -> str:
+    return (f"on {exported.text}; {exported.nbytes / 1e6:.2f} MB of quantized weights in a file of "
+            f"{exported.file_bytes / 1e6:.2f} MB")
+
+
+@click.command()
+@click.argument("path")
+@click.option("--evaluation", help="Another held-out text than the run's.")
+@click.option("--evaluation-windows", type=int, help="Windows drawn from it.")
+@click.option("--evaluation-length", type=int, help="Tokens in a window.")
+def evaluate(path: str, **text: Any) -> None:
+    """Load a checkpoint that 'impq export' wrote and measure it."""
+    quiet_libraries()
+    from impq_core.export import evaluate_folder
+    from impq_core.report import score_line
+
+    exported = evaluate_folder(path, Plugins(), **text)
+    assert exported.score is not None
+    click.echo(score_line(exported.score))
+    click.echo(f"{_on(exported)}, format {exported.format}")

@@ -1,0 +1,234 @@
+"""Many runs of one model: every combination of parts and budgets, one measurement for each estimator and backend."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from itertools import groupby, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from impq_core.bank import Bank
+from impq_core.blockwise import BlockwiseModel
+from impq_core.config import RunConfig
+from impq_core.errors import ImpqError, UsageError
+from impq_core.evaluate import Evaluator, evaluate_plan
+from impq_core.interfaces import Sampler
+from impq_core.ledger import Ledger, refuse_changes
+from impq_core.parts import assign_options
+from impq_core.pipeline import (
+    RunResult,
+    Search,
+    allocate,
+    keep_estimate,
+    load_runner,
+    make_folder,
+    playing,
+    quantize_all,
+    quantize_played,
+    report,
+    score_log,
+)
+from impq_core.plugins import Plugins
+from impq_core.prepare import Prepared, prepare
+from impq_core.runfolder import CHILDREN, RunFolder
+from impq_core.types import Measurements, SensitivityEstimate
+
+MEASURED = "measured"
+"""The folder of a sweep that holds its measurements, one for each backend and estimator."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep is asked to do.
+
+    Args:
+        base: what all runs have in common.
+        varied: values of ``backend``, ``estimator``, ``surrogate``, ``allocator`` and ``budget``, where several.
+        pairs: options of parts as on the command line; each goes to the runs whose parts have it.
+    """
+
+    base: RunConfig
+    varied: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    pairs: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: str) -> Sweep:
+        """That of a folder; raises ImpqError where it holds none."""
+        folder = RunFolder.open(path, "sweep.json")
+        data = folder.read_json(folder.path / "sweep.json")
+        try:
+            return cls(folder.read_config(), data["varied"], data["pairs"])
+        except KeyError as error:
+            raise ImpqError(f"{folder.path / 'sweep.json'} lacks {error}") from error
+
+    def configs(self, plugins: Plugins) -> list[RunConfig]:
+        """One for each run, those of a backend and within it of an estimator together.
+
+        Raises:
+            UsageError: a name is unknown, an option fits no run, or a plan is given or to be refined.
+        """
+        if self.base.plan or self.base.refine:
+            raise UsageError("a sweep makes its own plans and refines none: leave out --plan and --refine")
+        names = ("backend", "estimator", "surrogate", "allocator", "budget")
+        values = [list(dict.fromkeys(self.varied.get(name) or (getattr(self.base, name),))) for name in names]
+        if not all(value for name, many in zip(names, values, strict=True) if name != "budget" for value in many):
+            raise UsageError("a list of names has nothing between two commas")
+        found: list[RunConfig] = []
+        refused: dict[str, UsageError] = {}
+        taken: set[str] = set()
+        for combination in product(*values):
+            config = replace(self.base, **dict(zip(names, combination, strict=True)))
+            estimator = plugins.load("estimator", config.estimator, object)
+            if not issubclass(estimator, Sampler) and config.surrogate != values[2][0]:
+                continue  # it fits nothing: one run will do
+            for key, value in self.pairs.items():
+                try:
+                    config = replace(config, options=assign_options(config, plugins, {key: value}))
+                    taken.add(key)
+                except UsageError as error:
+                    refused[key] = error
+            found.append(config)
+        for key in self.pairs:
+            if key not in taken:
+                raise refused[key]
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Child:
+    """A run of the sweep, by name."""
+
+    name: str
+    prepared: Prepared
+
+
+def run_sweep(sweep: Sweep, plugins: Plugins, path: Path | None = None) -> Path:
+    """Measure, plan and score all runs of a sweep; a run that cannot be made is told of, and the rest goes on.
+
+    Args:
+        sweep: what to do.
+        plugins: who can do it, and who watches.
+        path: folder of a sweep to go on with.
+
+    Raises:
+        ImpqError: anything the user can mend.
+    """
+    children = _prepare_all(sweep, plugins)
+    folder = RunFolder.open(path, "sweep.json") if path else _make(sweep)
+    names = [child.name for child in children]
+    with folder.locked(), closing(Ledger(folder.path / "finished.jsonl", "impq-sweep/1", {"runs": names})) as done:
+        plugins.notify("impq_sweep_started", config=sweep.base, folder=folder.path, varied=sweep.varied)
+        finished = {row.get("run") for row in done.known}
+        try:
+            for _, group in groupby(children, key=lambda child: child.prepared.config.backend):
+                runs = list(group)
+                if not finished.issuperset(child.name for child in runs):
+                    _one_backend(runs, plugins, folder, done)
+        except BaseException as error:
+            plugins.notify("impq_run_failed", error=error)
+            raise
+        plugins.notify("impq_sweep_finished", folder=folder.path)
+    return folder.path
+
+
+def _make(sweep: Sweep) -> RunFolder:
+    facts = {"varied": {name: list(values) for name, values in sweep.varied.items()}, "pairs": dict(sweep.pairs)}
+    return RunFolder.create(Path(sweep.base.output), {"impq.toml": sweep.base.to_toml(),
+                                                      "sweep.json": json.dumps(facts, indent=1) + "\n"})
+
+
+def _prepare_all(sweep: Sweep, plugins: Plugins) -> list[_Child]:
+    """Every run checked as far as that goes without the weights; texts are drawn once an estimator and backend."""
+    children = []
+    for _, group in groupby(sweep.configs(plugins), key=lambda config: (config.backend, config.estimator)):
+        configs = list(group)
+        prepared = prepare(configs[0], plugins)
+        for config in configs:
+            child = prepared.planned(config, plugins)
+            parts = [getattr(config, name) for name in ("backend", "estimator")]
+            if isinstance(child.parts.estimator, Sampler):
+                parts.append(config.surrogate)
+            name = re.sub(r"[^\w.]+", "-", "-".join([*parts, config.allocator, child.config.budget]))
+            children.append(_Child(name, child))
+    return children
+
+
+def _one_backend(children: list[_Child], plugins: Plugins, folder: RunFolder, done: Ledger) -> None:
+    """All runs with a backend's variants: first every estimator plays, then every plan is scored."""
+    first = children[0].prepared
+    apart = first.parts.estimate_with is not None
+    runner = load_runner(first)
+    bank = (quantize_played if apart else quantize_all)(first, runner, report(plugins, "quantize"))
+    found: list[tuple[_Child, Search]] = []
+    finished = {str(row.get("run")) for row in done.known}
+    for estimator, group in groupby(children, key=lambda child: child.prepared.config.estimator):
+        found += _plans(list(group), plugins, folder.path / MEASURED / f"{first.config.backend}-{estimator}", runner,
+                        bank, finished)
+    bank.apply([None] * len(bank.layers))
+    if apart:
+        bank = quantize_all(first, runner, report(plugins, "quantize"))
+    with closing(score_log(first, folder.path / f"scores-{first.config.backend}.jsonl")) as log:
+        evaluator = Evaluator(runner, bank, first.evaluation, log)
+        for child, search in found:
+            _finish(child, search, evaluator, plugins, folder, bank)
+            done.append({"run": child.name})
+            done.sync()
+
+
+def _plans(children: list[_Child], plugins: Plugins, path: Path, runner: BlockwiseModel, bank: Bank,
+           finished: Collection[str]) -> Iterator[tuple[_Child, Search]]:
+    """The plans of an estimator's runs but the finished ones, all from one measurement, made for the middle one of
+    their budgets."""
+    middle = sorted(children, key=lambda child: child.prepared.budget_bytes)[len(children) // 2].prepared
+    if path.exists():
+        folder = RunFolder.open(path, "provenance.json")
+        refuse_changes(folder.read_json(folder.provenance), middle.provenance, str(path))
+    else:
+        folder = make_folder(middle, path.parent, path.name)
+    with folder.locked(), playing(middle, plugins, folder, runner, bank) as (game, probe):
+        found = middle.parts.measure(game, probe, np.random.default_rng(middle.config.seed))
+        measurements = found if isinstance(found, Measurements) else None
+        if measurements:
+            measurements.save(folder.measurements)
+        fitted: dict[tuple[Any, ...], SensitivityEstimate] = {}
+        for child in children:
+            if child.name in finished:
+                continue
+            prepared = child.prepared
+            key = (prepared.config.surrogate, prepared.budget_bytes) if measurements else ()
+            try:
+                if key not in fitted:
+                    fitted[key] = found if isinstance(found, SensitivityEstimate) else prepared.parts.surrogate.fit(
+                        replace(found, budget_bytes=prepared.played_budget))
+                plan = allocate(prepared, fitted[key])
+            except ImpqError as error:
+                plugins.notify("impq_run_failed", error=ImpqError(f"{child.name}: {error}"))
+                continue
+            yield child, Search(plan, fitted[key], measurements, game.loss(plan.pick) if game else None)
+
+
+def _finish(child: _Child, search: Search, evaluator: Evaluator, plugins: Plugins, sweep: RunFolder,
+            bank: Bank) -> None:
+    """Score a plan, and leave a run folder like any other."""
+    prepared, (plan, estimate) = child.prepared, (search.plan, search.estimate)
+    assert plan is not None and estimate is not None
+    path = sweep.path / CHILDREN / child.name
+    folder = RunFolder(path) if path.exists() else make_folder(prepared, path.parent, path.name)
+    with folder.locked():
+        plugins.notify("impq_run_started", config=prepared.config, space=prepared.space, folder=folder.path)
+        bank.save_record(folder.variants)
+        keep_estimate(plugins, folder, estimate, search.measurements)
+        plan.save(folder.plan)
+        plugins.notify("impq_plan_ready", plan=plan)
+        evaluation = evaluate_plan(evaluator, plan, prepared.between, prepared.evaluation, prepared.config.seed,
+                                   report(plugins, "evaluate"))
+        evaluation.save(folder.evaluation)
+        folder.write_json(folder.cost, {"forwards": estimate.forwards, "seconds": {}})
+        plugins.notify("impq_run_finished", result=RunResult.of(prepared, folder, search, evaluation,
+                                                                estimate.forwards, {}))

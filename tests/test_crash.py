@@ -1,0 +1,90 @@
+"""kill -9 at random moments of a small run of the real model; opt-in (``tox -e crash``), some twenty minutes."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from impq_core.demo import cache_folder, demo_model, demo_text
+
+pytestmark = pytest.mark.crash
+
+KILLS = int(os.environ.get("IMPQ_KILLS", "30"))
+ARGUMENTS = ["run", "--bits", "3,4", "--calibration-windows", "8", "--calibration-length", "64", "--game-windows", "2",
+             "--evaluation-windows", "4", "--evaluation-length", "64", "-o", "clip_search=false", "-o",
+             "permutations=2", "--refine", "3"]
+RESULTS = ("estimate.npz", "plan.json", "measurements.npz", "measurements.jsonl", "evaluation.json")
+
+
+@pytest.fixture(autouse=True)
+def cache() -> None:
+    """The user's own, where model and texts are fetched to once; variants go elsewhere."""
+
+
+@pytest.fixture
+def start(tmp_path: Path):
+    """Start impq in a folder whose cache has the model and the texts, and nothing else."""
+    demo_model(), demo_text("calibration"), demo_text("evaluation")
+    home = cache_folder()
+
+    def begin(name: str, *arguments: str) -> subprocess.Popen[str]:
+        folder, cache = tmp_path / name, tmp_path / name / "cache"
+        cache.mkdir(parents=True, exist_ok=True)
+        for part in ("models", "texts"):
+            if not (cache / part).exists():
+                (cache / part).symlink_to(home / part)
+        return subprocess.Popen([sys.executable, "-u", "-m", "impq_core.cli", *arguments], cwd=folder, text=True,
+                                stdout=subprocess.PIPE, stderr=(folder / "stderr.txt").open("a"),
+                                env={**os.environ, "IMPQ_CACHE": str(cache)})
+    return begin
+
+
+def run_folder(process: subprocess.Popen[str]) -> tuple[str, float]:
+    """The run's folder, as soon as it is told, and when that was."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if match := re.match(r"run folder (.*)", line):
+            return match[1], time.monotonic()
+    raise AssertionError("no run folder")
+
+
+def files(folder: str) -> dict[str, bytes]:
+    return {name: (Path(folder) / name).read_bytes() for name in RESULTS}
+
+
+def test_whatever_moment_a_run_is_killed_at_it_ends_the_same(start, tmp_path: Path) -> None:
+    whole = start("whole", *ARGUMENTS)
+    folder, began = run_folder(whole)
+    rest = whole.stdout.read()
+    seconds = time.monotonic() - began
+    assert whole.wait() == 0, rest
+    expected = files(folder)
+    rng = random.Random(0)
+    passed, told = 0, []
+    for number in range(KILLS):
+        name = f"kill{number}"
+        process = start(name, *ARGUMENTS)
+        folder, began = run_folder(process)
+        moment = (number + rng.random()) / KILLS * seconds  # at random, and in every part of the run
+        time.sleep(max(0.0, began + moment - time.monotonic()))
+        process.kill()
+        stages = re.findall(r"^(quantize|estimate|refine|evaluate)", process.stdout.read(), re.M)
+        process.wait()
+        again = start(name, "run", "--resume", folder)
+        rest = again.stdout.read()
+        same = again.wait() == 0 and files(folder) == expected
+        passed += same
+        told.append(f"killed after {moment:.1f} of {seconds:.1f} s in {stages[-1] if stages else 'loading'}: "
+                    + ("the same" if same else f"NOT the same {rest[-300:]}"))
+        print(told[-1], flush=True)
+        stale = subprocess.run([sys.executable, "-m", "impq_core.cli", "doctor"], cwd=tmp_path / name, text=True,
+                               capture_output=True)
+        assert "RUNNING" not in stale.stdout, stale
+    assert passed == KILLS, "\n".join(told)

@@ -1,0 +1,270 @@
+"""Runs that are cut short and gone on with, and the cache of variants they share."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from impq_core import pipeline
+from impq_core.cache import shelves
+from impq_core.config import RunConfig
+from impq_core.errors import ImpqError
+from impq_core.files import write_text
+from impq_core.hookspecs import hookimpl
+from impq_core.interfaces import Variant
+from impq_core.pipeline import RunResult, resume, run
+from impq_core.plugins import Plugins
+from impq_core.runfolder import RunFolder
+from impq_core.space import Choice, LinearSpec
+from impq_core.testing import tiny_model
+from impq_core.tracking import Tracker
+
+
+class Stop:
+    """Somebody stops the run when a stage has come so far."""
+
+    def __init__(self, stage: str, done: int) -> None:
+        self._at = stage, done
+
+    @hookimpl
+    def impq_progress(self, stage: str, done: int, total: int) -> None:
+        if (stage, done) == self._at:
+            raise KeyboardInterrupt
+
+
+def plugins(config: RunConfig, *observers: object) -> Plugins:
+    found = Plugins()
+    for observer in (Tracker(config.tracking_uri, config.experiment), *observers):
+        found.watch(observer)
+    return found
+
+
+def outcome(folder: Path) -> dict[str, bytes]:
+    """What has to be the same, bit for bit."""
+    names = ("measurements.jsonl", "measurements.npz", "gradients.jsonl", "estimate.npz", "plan.json", "scores.jsonl",
+             "evaluation.json", "variants.json", "refinement.jsonl", "referee.jsonl")
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
+
+
+def cut(config: RunConfig, stage: str, done: int) -> Path:
+    """Start a run and stop it there."""
+    before = set(Path(config.output).glob("*"))
+    with pytest.raises(KeyboardInterrupt):
+        run(config, plugins(config, Stop(stage, done)))
+    [folder] = set(Path(config.output).glob("*")) - before
+    return folder
+
+
+PLAIN = {"backend": {"clip_search": False}}
+CASES = {
+    "spqe": {},
+    "fresh": {"options": {**PLAIN, "estimator": {"permutations": 4, "fresh": True}}, "game_windows": 2, "value": "kl",
+              "surrogate": "covariance"},
+    "gradients": {"estimator": "aumann-shapley", "granularity": "group", "options": PLAIN},
+    "traces": {"estimator": "hawq", "options": PLAIN},
+    "refined": {"estimator": "isolated", "refine": 6, "granularity": "group", "options": PLAIN},
+    "another's": {"estimate_with": "quanto", "options": {**PLAIN, "estimate_with": {"group_size": 32}},
+                  "estimator": "isolated"},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_that_was_cut_anywhere_ends_as_if_it_had_not_been(case: str, tiny_config: RunConfig) -> None:
+    config = replace(tiny_config, cache=case != "spqe", **CASES[case])
+    whole = outcome(run(config).folder)
+    stages = [("quantize", 2), ("estimate", 3), ("evaluate", 3)]
+    if config.refine:
+        stages += [("refine", 3)]
+    if config.estimator in ("aumann-shapley", "hawq"):
+        stages.remove(("estimate", 3))
+    for stage, done in stages:
+        folder = cut(config, stage, done)
+        assert (folder / "error.txt").exists()
+        result = resume(folder, plugins(config))
+        assert outcome(folder) == whole, stage
+        assert result.forwards == json.loads((folder / "cost.json").read_text())["forwards"]
+        assert not (folder / "error.txt").exists()
+    again = resume(folder, plugins(config))  # what is finished comes out once more
+    assert outcome(folder) == whole and again.plan is not None
+
+
+def test_the_mlflow_run_goes_on_too(tiny_config: RunConfig) -> None:
+    from mlflow import MlflowClient
+
+    folder = cut(tiny_config, "estimate", 9)
+    client = MlflowClient(tiny_config.tracking_uri)
+    [experiment] = [e.experiment_id for e in client.search_experiments() if e.name == tiny_config.experiment]
+    [killed] = client.search_runs([experiment])
+    assert killed.info.status == "KILLED"
+    resume(folder, plugins(tiny_config))
+    [kept] = client.search_runs([experiment])
+    assert kept.info.status == "FINISHED" and kept.info.run_id == killed.info.run_id
+    steps = [point.step for point in client.get_metric_history(kept.info.run_id, "measured_loss")]
+    assert sorted(steps) == list(range(4 * 5 + 1))
+
+
+def test_an_estimate_is_gone_on_with_to_the_end(tiny_config: RunConfig) -> None:
+    whole = outcome(run(tiny_config).folder)
+    estimated = run(tiny_config, only_estimate=True)
+    assert estimated.plan is None and estimated.evaluation is None and estimated.estimate is not None
+    assert not (estimated.folder / "plan.json").exists()
+    resume(estimated.folder)
+    assert outcome(estimated.folder) == whole
+
+
+def change_model(folder: Path, config: RunConfig) -> None:
+    path = next(Path(config.model).glob("*.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def change_text(folder: Path, config: RunConfig) -> None:
+    path = Path(config.calibration.source)
+    path.write_text(path.read_text().replace("e", "a"))
+
+
+def change_backend(folder: Path, config: RunConfig) -> None:
+    text = (folder / "impq.toml").read_text()
+    (folder / "impq.toml").write_text(text.replace("group_size = 64", "group_size = 32"))
+
+
+def change_code(folder: Path, config: RunConfig) -> None:
+    facts = json.loads((folder / "provenance.json").read_text())
+    write_text(folder / "provenance.json", json.dumps({**facts, "code": "0" * 16}))
+
+
+def change_library(folder: Path, config: RunConfig) -> None:
+    facts = json.loads((folder / "provenance.json").read_text())
+    facts["versions"]["gptqmodel"] = "1.0"
+    write_text(folder / "provenance.json", json.dumps(facts))
+
+
+@pytest.mark.parametrize("change, told", [
+    (change_model, "model digest was"), (change_text, "calibration digest was"), (change_backend, "backend options"),
+    (change_code, "code was"), (change_library, 'versions.gptqmodel was "1.0" and is')])
+def test_what_has_changed_is_refused(change: object, told: str, tiny_config: RunConfig, texts: tuple[Path, Path],
+                                     tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model", "llama", blocks=2)
+    text = tmp_path / "calibration.txt"
+    text.write_text(texts[0].read_text())
+    config = replace(tiny_config, model=str(model), calibration=replace(tiny_config.calibration, source=str(text)))
+    folder = cut(config, "estimate", 3)
+    before = outcome(folder)
+    change(folder, config)  # type: ignore[operator]
+    with pytest.raises(ImpqError) as error:
+        resume(folder)
+    assert told in str(error.value) and "\n" not in str(error.value)
+    assert outcome(folder) == before
+
+
+def test_two_processes_do_not_work_in_one_run(tiny_config: RunConfig) -> None:
+    folder = cut(tiny_config, "estimate", 3)
+    with RunFolder(folder).locked(), pytest.raises(ImpqError, match="another process is at work"):
+        resume(folder)
+    resume(folder)
+
+
+def test_a_torn_line_is_taken_out_and_said(tiny_config: RunConfig) -> None:
+    whole = outcome(run(tiny_config).folder)
+    folder = cut(tiny_config, "estimate", 6)
+    for name in ("measurements.jsonl", "scores.jsonl"):
+        with (folder / name).open("a") as file:
+            file.write('{"format": "impq-sc' if name.startswith("s") else '{"pick": [0, 1')
+    with pytest.warns(RuntimeWarning, match="its last line was not written to the end"):
+        resume(folder)
+    assert outcome(folder) == whole
+
+
+@pytest.fixture
+def quantized(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Choice]]:
+    """Every variant that is made from now on."""
+    from impq_gptq.backend import Gptq
+
+    from impq_core.bank import Bank
+
+    made: list[tuple[str, Choice]] = []
+    plain, add = Gptq.quantize, Bank.add
+    fresh: list[Variant] = []
+
+    def quantize(self: Gptq, weight: torch.Tensor, choice: Choice, statistics: object) -> Variant:
+        fresh.append(plain(self, weight, choice, statistics))  # type: ignore[arg-type]
+        return fresh[-1]
+
+    def note(self: Bank, linear: LinearSpec, variant: Variant) -> None:
+        if fresh and variant.record is fresh[-1].record:
+            made.append((linear.name, variant.choice))
+        add(self, linear, variant)
+
+    monkeypatch.setattr(Gptq, "quantize", quantize)
+    monkeypatch.setattr(Bank, "add", note)
+    return made
+
+
+def test_nothing_is_quantized_twice(tiny_config: RunConfig, quantized: list[tuple[str, Choice]], cache: Path) -> None:
+    whole = outcome(cut(tiny_config, "estimate", 0))
+    assert whole == outcome(cut(replace(tiny_config, cache=False), "estimate", 0))
+    count = 4 * 7 * 3  # blocks, linears, 4 and 2 bits and 3 between
+    assert len(quantized) == 2 * count
+    folder = cut(replace(tiny_config, bits=(2, 3, 4)), "estimate", 0)  # other runs find them too
+    assert len(quantized) == 2 * count and outcome(folder)["variants.json"] == whole["variants.json"]
+    cut(replace(tiny_config, bits=(3, 8), budget="4bits"), "estimate", 0)  # behind 8 bits, 3 are others than behind 4
+    assert len(quantized) == 2 * count + 4 * 7 * 3
+    assert len(shelves()) == 2 and {shelf.count for shelf in shelves()} == {count}
+    assert all(shelf.about["model"] == tiny_config.model for shelf in shelves())
+
+
+def test_damaged_variants_are_made_anew(tiny_config: RunConfig, quantized: list[tuple[str, Choice]]) -> None:
+    whole = outcome(run(tiny_config).folder)
+    del quantized[:]
+    [shelf] = shelves()
+    torn, flipped, gone = sorted(shelf.folder.glob("*.safetensors"))[10:13]
+    torn.write_bytes(torn.read_bytes()[:100])
+    data = bytearray(flipped.read_bytes())
+    data[-5] ^= 16
+    flipped.write_bytes(data)
+    gone.unlink()
+    with pytest.warns(RuntimeWarning, match="is damaged and made anew") as warned:
+        assert outcome(run(tiny_config).folder) == whole
+    assert len(quantized) == 3 and len([w for w in warned if "damaged" in str(w.message)]) == 2
+    assert outcome(run(tiny_config).folder) == whole and len(quantized) == 3
+
+
+@pytest.mark.parametrize("broken", ["a file", "full"])
+def test_a_cache_that_takes_nothing_is_a_warning(broken: str, tiny_config: RunConfig, cache: Path,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    if broken == "a file":
+        cache.mkdir()
+        (cache / "variants").write_text("")
+    else:
+        def full(path: Path, data: bytes) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("impq_core.cache.replace_file", full)
+    with pytest.warns(RuntimeWarning, match="variants are not kept"):
+        result = run(tiny_config)
+    assert result.evaluation is not None
+
+
+def test_the_same_numbers_with_the_cache_and_without(tiny_config: RunConfig) -> None:
+    results: list[RunResult] = [run(replace(tiny_config, cache=cache, backend=backend, bits=(4, 8), options={}))
+                                for backend in ("hqq", "quanto") for cache in (True, True, False)]
+    for first, second, third in (results[:3], results[3:]):
+        assert outcome(first.folder) == outcome(second.folder) == outcome(third.folder)
+    assert not np.array_equal(results[0].evaluation.plan.window_nll, results[3].evaluation.plan.window_nll)
+
+
+def test_a_run_exists_only_with_what_it_is_resumed_from(tiny_config: RunConfig,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, text: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("impq_core.runfolder.write_text", full)
+    with pytest.raises(ImpqError, match="No space left on device"):
+        pipeline.run(tiny_config)
+    assert list(Path(tiny_config.output).iterdir()) == []
