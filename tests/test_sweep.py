@@ -1,0 +1,163 @@
+"""Estimate once, plan often: allocate, and sweeps with one measurement for each estimator and backend."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from impq_core.allocate import allocate_run
+from impq_core.config import RunConfig
+from impq_core.errors import ImpqError, UsageError
+from impq_core.hookspecs import hookimpl
+from impq_core.interfaces import Surrogate
+from impq_core.ledger import MeasurementLog
+from impq_core.pipeline import run
+from impq_core.plugins import Plugins
+from impq_core.runfolder import RunFolder
+from impq_core.sweep import Sweep, run_sweep
+from impq_core.tracking import Tracker
+from impq_core.types import Measurements, Plan, SensitivityEstimate
+
+
+class Watcher:
+    """Counts moments, and stops somebody's sweep when so many runs have finished."""
+
+    def __init__(self, stop_after: int = 1000) -> None:
+        self.seen: Counter[str] = Counter()
+        self.forwards = 0.0
+        self._stop_after = stop_after
+
+    @hookimpl
+    def impq_measured(self, picks: np.ndarray, losses: np.ndarray, forwards: float) -> None:
+        self.forwards = max(self.forwards, forwards)
+
+    @hookimpl
+    def impq_run_finished(self) -> None:
+        self.seen["finished"] += 1
+        if self.seen["finished"] == self._stop_after:
+            raise KeyboardInterrupt
+
+    @hookimpl
+    def impq_run_failed(self, error: BaseException) -> None:
+        self.seen[type(error).__name__] += 1
+
+
+@pytest.fixture
+def sweep(tiny_config: RunConfig) -> Sweep:
+    return Sweep(replace(tiny_config, options={}), {
+        "estimator": ("spqe", "isolated"), "surrogate": ("covariance", "additive"), "allocator": ("qp", "greedy"),
+        "budget": ("2.5bits", "3bits")}, {"permutations": "2", "clip_search": "false"})
+
+
+def watched(config: RunConfig, *observers: object) -> Plugins:
+    plugins = Plugins()
+    for observer in (Tracker(config.tracking_uri, config.experiment), *observers):
+        plugins.watch(observer)
+    return plugins
+
+
+def outcome(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
+            if path.name in ("plan.json", "estimate.npz", "evaluation.json", "measurements.jsonl")}
+
+
+def test_every_combination_is_a_run_and_nothing_is_measured_twice(sweep: Sweep) -> None:
+    plugins = watched(sweep.base, watcher := Watcher())
+    folder = run_sweep(sweep, plugins)
+    runs = sorted(path.name for path in (folder / "runs").iterdir())
+    assert len(runs) == 2 * 2 * 2 + 2 * 2 == watcher.seen["finished"]  # isolated fits nothing: surrogates are one
+    assert runs[0] == "gptq-isolated-greedy-2.5bits" and "gptq-spqe-covariance-qp-3bits" in runs
+    assert sorted(path.name for path in (folder / "measured").iterdir()) == ["gptq-isolated", "gptq-spqe"]
+    header, rows = MeasurementLog.read(folder / "measured" / "gptq-spqe" / "measurements.jsonl")
+    assert len(rows) == len({pick for pick, _ in rows})
+    # A run of the sweep is the run alone.
+    alone = run(replace(sweep.base, surrogate="covariance", budget="2.5bits", options={
+        "estimator": {"permutations": 2}, "backend": {"clip_search": False}}))
+    child = RunFolder.open(folder / "runs" / "gptq-spqe-covariance-qp-2.5bits")
+    np.testing.assert_array_equal(child.read_estimate().linear, alone.estimate.linear)
+    assert Plan.load(child.plan, alone.plan.space).pick.tolist() == alone.plan.pick.tolist()
+    assert child.evaluation.read_bytes() == (alone.folder / "evaluation.json").read_bytes()
+    assert child.read_config().options == alone.config.options
+    assert len((folder / "scores-gptq.jsonl").read_text().splitlines()) < len(runs) + 12  # each allocation once
+
+
+def test_mlflow_has_a_parent_with_its_children(sweep: Sweep) -> None:
+    from mlflow import MlflowClient
+
+    small = replace(sweep, varied={"estimator": ("zscore", "random"), "budget": ("2.5bits", "3bits")},
+                    pairs={"clip_search": "false"})
+    run_sweep(small, watched(small.base))
+    client = MlflowClient(small.base.tracking_uri)
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    [parent] = [r for r in runs if r.data.tags.get("impq.kind") == "sweep"]
+    children = [r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert len(children) == 4 and len(runs) == 5 and {r.info.status for r in runs} == {"FINISHED"}
+    assert parent.data.params["estimator"] == "zscore,random" and parent.data.params["budget"] == "2.5bits,3bits"
+    assert {(r.data.params["estimator"], r.data.params["budget"]) for r in children} == {
+        (e, b) for e in ("zscore", "random") for b in ("2.5bits", "3bits")}
+    assert all("nll" in r.data.metrics and r.data.params["seed"] == "0" for r in children)
+
+
+@pytest.mark.parametrize("stop_after", [1, 4])
+def test_a_sweep_that_was_cut_is_gone_on_with(sweep: Sweep, stop_after: int) -> None:
+    whole = outcome(run_sweep(sweep, Plugins()))
+    plugins = watched(sweep.base, watcher := Watcher(stop_after))
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(sweep, plugins)
+    [folder] = [path for path in Path(sweep.base.output).iterdir() if len(list((path / "runs").iterdir())) < 12]
+    plugins = watched(sweep.base, again := Watcher())
+    assert run_sweep(Sweep.open(str(folder)), plugins, folder) == folder
+    assert outcome(folder) == whole
+    assert watcher.seen["finished"] + again.seen["finished"] in (12, 13)  # the one it stopped in may come twice
+
+
+class Picky(Surrogate):
+    """Fits nothing."""
+
+    def fit(self, measurements: Measurements) -> SensitivityEstimate:
+        raise ImpqError("never enough")
+
+
+def test_what_cannot_be_made_is_told_and_the_rest_goes_on(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("impq_surrogates.covariance.Covariance.fit", Picky.fit)
+    small = replace(sweep, varied={"surrogate": ("covariance", "additive")})
+    folder = run_sweep(small, watched(small.base, watcher := Watcher()))
+    assert [path.name for path in (folder / "runs").iterdir()] == ["gptq-spqe-additive-qp-3bits"]
+    assert watcher.seen == {"finished": 1, "ImpqError": 1}
+
+
+@pytest.mark.parametrize("change, told", [
+    ({"varied": {"estimator": ("spqe", "isolatd")}}, "did you mean 'isolated'"),
+    ({"varied": {"estimator": ("spqe", "")}}, "nothing between two commas"),
+    ({"pairs": {"permutation": "2"}}, "did you mean 'permutations'"),
+    ({"pairs": {"permutations": "three"}}, "takes int"),
+    ({"varied": {"budget": ("3bits", "1bits")}}, "1bits")])
+def test_what_is_wrong_is_said_before_anything_is_made(sweep: Sweep, change: dict[str, object], told: str) -> None:
+    with pytest.raises(ImpqError) as error:
+        run_sweep(replace(sweep, **change), Plugins())  # type: ignore[arg-type]
+    assert told in str(error.value) and not Path(sweep.base.output).exists()
+
+
+def test_a_sweep_refines_nothing(sweep: Sweep) -> None:
+    with pytest.raises(UsageError, match="refines none"):
+        replace(sweep, base=replace(sweep.base, refine=4)).configs(Plugins())
+
+
+def test_other_budgets_from_an_estimate(tiny_config: RunConfig) -> None:
+    folder = run(tiny_config, only_estimate=True).folder
+    made = allocate_run(str(folder), ["2.5bits", "3.5bits", "70%"], None, None, {}, Plugins())
+    assert [one.plan.nbytes for one in made] == sorted(one.plan.nbytes for one in made)[:2] + [made[2].plan.nbytes]
+    for one in made:
+        whole = run(replace(tiny_config, budget=one.budget))
+        if "misordered" not in whole.estimate.method or whole.estimate.method == made[0].plan.provenance["estimate"]:
+            assert one.plan.pick.tolist() == whole.plan.pick.tolist()
+        assert Plan.load(one.file, whole.plan.space).pick.tolist() == one.plan.pick.tolist()
+    [other] = allocate_run(str(folder), ["3bits"], "additive", "greedy", {}, Plugins())
+    assert other.plan.method.startswith("greedy") and other.file.name == "greedy-additive-3bits.json"
+    with pytest.raises(ImpqError, match=r"no estimate\.npz"):
+        (folder / "estimate.npz").unlink()
+        allocate_run(str(folder), ["3bits"], None, None, {}, Plugins())
