@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from impq_core.config import RunConfig
 from impq_core.space import FloatArray
 from impq_core.types import SensitivityEstimate
@@ -64,7 +66,8 @@ class Scored:
         """This NLL minus another on the same windows."""
         if self.window_nll is None or other.window_nll is None:
             return Difference(self.nll - other.nll, math.nan)
-        return Difference(self.nll - other.nll, _stderr(self.window_nll - other.window_nll))
+        with np.errstate(invalid="ignore"):  # infinite losses have no difference
+            return Difference(self.nll - other.nll, _stderr(self.window_nll - other.window_nll))
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +83,7 @@ class Contestant:
         bits_nominal: the plan's nominal average width, bits a weight.
         widths: bits of every layer in model order; None where it stays unquantized.
         forwards: cost of the search in full-model forwards.
+        measured: whether losses were measured, which a surrogate was then fitted to.
         estimate: what the plan was made from; None where it was given.
         convergence: float64 (2, K), forwards spent and the mean standard error of the Shapley values by then, nats per
             token; K is 0 where the run tells nothing of that.
@@ -95,6 +99,7 @@ class Contestant:
     bits_nominal: float
     widths: Mapping[str, float | None]
     forwards: float
+    measured: bool
     estimate: SensitivityEstimate | None
     convergence: FloatArray
     provenance: Mapping[str, Any]
@@ -123,9 +128,9 @@ class Contestant:
         """What the run was made of, each in a word or two; empty where it does not apply."""
         c = self.config
         measured = f", measured with {c.estimate_with}" if c.estimate_with else ""
-        search = ("plan given", "", "") if c.plan else (c.estimator, c.surrogate, c.allocator)
-        return (*search, f"{c.backend}{measured}", c.granularity, "/".join(f"{b:g}" for b in c.bits) + " bits",
-                f"refined {c.refine} by {c.refiner}" if c.refine else "", f"value {c.value}", f"seed {c.seed}")
+        search = ("plan given", "", "") if c.plan else (c.estimator, c.surrogate if self.measured else "", c.allocator)
+        return (*search, f"{c.backend}{measured}", c.granularity, "/".join(f"{b:g}" for b in sorted(c.bits)) + " bits",
+                f"refined {c.refine} by {c.refiner}" if c.refine else "unrefined", f"value {c.value}", f"seed {c.seed}")
 
     @property
     def rivals(self) -> dict[str, Scored]:
@@ -150,7 +155,7 @@ class Contestant:
             return "LOSES to " + ", ".join(f"{kind} by {gap.unsigned}" for kind, gap in self.losses.items())
         if not self.gaps:
             return "no reference"
-        return f"beats all, by {max(self.gaps.values(), key=lambda gap: gap.mean).unsigned} or more"
+        return f"beats all by ≥ {max(self.gaps.values(), key=lambda gap: gap.mean).unsigned}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,7 +193,7 @@ class Contest:
         """A name for each contestant by its folder: its estimator and whatever else differs between contestants; the
         folder too where that leaves two of one budget alike."""
         columns = list(zip(*(one.parts for one in self.contestants), strict=True))
-        telling = [number for number, column in enumerate(columns) if number == 0 or len(set(column)) > 1]
+        telling = [number for number, column in enumerate(columns) if number == 0 or len({*column} - {""}) > 1]
         short = {one.folder: ", ".join(one.parts[number] for number in telling if one.parts[number])
                  for one in self.contestants}
         for those in self.budgets.values():
@@ -215,4 +220,5 @@ def block_of(layer: str) -> int:
 
 
 def _stderr(values: FloatArray) -> float:
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+    known = len(values) > 1 and np.isfinite(values).all()
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if known else math.nan

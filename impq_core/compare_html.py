@@ -80,7 +80,7 @@ def _told(one: Contestant) -> dict[str, str]:
     c = one.config
     seeds = {"run": c.seed, "calibration": c.calibration.seed, "evaluation": c.evaluation.seed}
     chosen = {"model": c.model, "dtype": c.dtype, "held-out text": one.text, "scored tokens": one.tokens,
-              "calibration text": c.calibration.source, "seed": seeds, "budget": one.budget,
+              "calibration text": c.calibration.source, "seed": seeds,
               "budget in bytes": one.budget_bytes, "run folder": str(one.folder)}
     return dict([*_flat(chosen), *_flat(one.provenance, "recorded")])
 

@@ -69,9 +69,10 @@ def read_contestant(path: Path) -> Contestant:
         told = dict(plan.get("provenance", {}))
     with _naming(run.cost):
         forwards = float(cost["forwards"])
+    estimate = run.read_estimate() if run.estimate.is_file() else None
+    provenance = run.read_json(run.provenance) if run.provenance.is_file() else told
     return Contestant(run.path, config, text, tokens, rows, budget_bytes, bits, widths, forwards,
-                      run.read_estimate() if run.estimate.is_file() else None, _convergence(run),
-                      run.read_json(run.provenance) if run.provenance.is_file() else told)
+                      run.measurements.is_file(), estimate, _convergence(run), provenance)
 
 
 @contextmanager

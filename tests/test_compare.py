@@ -96,15 +96,16 @@ def test_a_plan_that_loses_is_said_to_lose(tmp_path: Path, config: RunConfig,
     make_run(tmp_path / "good", replace(config, estimator="isolated"), BASE + 0.55)
     make_run(tmp_path / "bad", config, BASE + 0.75)
     make_run(tmp_path / "broken", replace(config, estimator="zscore"), BASE * math.nan)
+    make_run(tmp_path / "endless", replace(config, estimator="lim"), BASE * math.inf)
     main(["compare", str(tmp_path), "--no-html"])
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
-    assert "beats all, by 0.0500" in lines["isolated"] and "LOSES" not in lines["isolated"]
+    assert "beats all by ≥ 0.0500" in lines["isolated"] and "LOSES" not in lines["isolated"]
     assert "LOSES to line by 0.1500" in lines["spqe"] and "random by 0.0500" in lines["spqe"]
-    assert "LOSES to line by nan" in lines["zscore"]
+    assert "LOSES to line by nan" in lines["zscore"] and "LOSES to line by inf" in lines["lim"]
     [contest], _ = gather([tmp_path])
     assert set(contest.budgets["3bits"][1].losses) == {"line", "random"}
     page = render([contest])
-    assert page.count('class="plan loses"') == 2 and page.count('class="best wins"') == 1
+    assert page.count('class="plan loses"') == 3 and page.count('class="best wins"') == 1
 
 
 def test_budgets_and_backends(tmp_path: Path, config: RunConfig) -> None:
@@ -114,12 +115,15 @@ def test_budgets_and_backends(tmp_path: Path, config: RunConfig) -> None:
     make_run(tmp_path / "wider", replace(config, bits=(3, 8), budget="60%"), BASE + 0.5)
     make_run(tmp_path / "given", replace(config, plan="plan.json", budget="2.2bits"), BASE + 0.4)
     make_run(tmp_path / "again", replace(config, options={"estimator": {"permutations": 8}}), BASE + 0.5)
+    make_run(tmp_path / "better", replace(config, refine=40), BASE + 0.5)
     [contest], _ = gather([tmp_path / "gptq", tmp_path])  # a run that is named twice is one run
     shown = {budget: sorted(map(contest.label, those)) for budget, those in contest.budgets.items()}
-    assert shown == {"3bits": ["plan given, gptq, 2/4 bits", "spqe, auto, qp, gptq, 2/4 bits (3bits)",
-                               "spqe, auto, qp, gptq, 2/4 bits (again)", "spqe, auto, qp, hqq, 2/4 bits"],
-                     "60% of 4 bits": ["spqe, auto, qp, gptq, 2/4 bits", "spqe, auto, qp, hqq, 2/4 bits"],
-                     "60% of 8 bits": ["spqe, auto, qp, gptq, 3/8 bits"]}
+    assert shown == {
+        "3bits": ["plan given, gptq, 2/4 bits, unrefined", "spqe, gptq, 2/4 bits, refined 40 by swaps",
+                  "spqe, gptq, 2/4 bits, unrefined (3bits)", "spqe, gptq, 2/4 bits, unrefined (again)",
+                  "spqe, hqq, 2/4 bits, unrefined"],
+        "60% of 4 bits": ["spqe, gptq, 2/4 bits, unrefined", "spqe, hqq, 2/4 bits, unrefined"],
+        "60% of 8 bits": ["spqe, gptq, 3/8 bits, unrefined"]}
 
 
 def test_what_has_not_finished_is_left_out(tmp_path: Path, config: RunConfig) -> None:
