@@ -60,6 +60,30 @@ def _terminate(number: int, frame: Any) -> None:
     raise Terminated
 
 
+@cli.command()
+@click.argument("runs", nargs=-1, metavar="[RUN]...")
+@click.option("--html", type=click.Path(path_type=Path), default=Path("compare.html"), show_default=True,
+              help="Page to write.")
+@click.option("--no-html", is_flag=True, help="Write no page.")
+def compare(runs: tuple[str, ...], html: Path, no_html: bool) -> None:
+    """Hold finished runs against each other: run folders, or folders that contain some [impq-runs]."""
+    from impq_core.compare_read import gather
+    from impq_core.compare_table import contest_table
+    from impq_core.report import make_console
+
+    contests, notes = gather(runs or ("impq-runs",))
+    for note in notes:
+        click.echo(f"note: {note}", err=True)
+    console = make_console()
+    for contest in contests:
+        console.print(contest_table(contest))
+    if not no_html:
+        from impq_core.compare_html import write_page
+
+        write_page(contests, html)
+        click.echo(f"page in {html}")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The ``impq`` command: 0, 1 for what the user can mend, 2 for usage, 130 and 143 for Ctrl-C and SIGTERM."""
     arguments = sys.argv[1:] if arguments is None else arguments

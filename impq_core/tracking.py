@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-import numpy as np
 from filelock import FileLock
 
 from impq_core.config import RunConfig
@@ -175,16 +174,9 @@ class Tracker:
             return
         from mlflow.entities import Metric
 
-        marginals, replicates = measurements.marginals()
-        draws = np.stack([marginals[replicates == r].mean(axis=0) for r in np.unique(replicates)])
-        if np.isnan(draws).any():
-            return  # truncated permutations: their standard errors are in the estimate
-        count = np.arange(1, len(draws) + 1)[:, None, None]
-        mean, square = draws.cumsum(axis=0) / count, (draws**2).cumsum(axis=0) / count
-        stderr = np.sqrt(np.maximum(square - mean**2, 0) / np.maximum(count - 1, 1)).mean(axis=(1, 2))
         now = int(time.time() * 1000)
         self._log([Metric("shapley_stderr", float(value), now, step)
-                   for step, value in enumerate(stderr[1:], start=2)])
+                   for step, value in enumerate(measurements.convergence(), start=2)])
 
     @hookimpl
     def impq_plan_ready(self, plan: Plan) -> None:

@@ -92,6 +92,18 @@ class Measurements:
                 table[row, moved[0], self.picks[before, moved[0]]] = self.losses[after] - self.losses[before]
         return table, replicates
 
+    def convergence(self) -> FloatArray:
+        """Mean standard error of the Shapley values, nats per token, after 2, 3, ... replicates; empty where a
+        permutation was not played to its end."""
+        marginals, replicates = self.marginals()
+        draws = np.stack([marginals[replicates == r].mean(axis=0) for r in np.unique(replicates)])
+        if np.isnan(draws).any():
+            return np.zeros(0)
+        count = np.arange(1, len(draws) + 1)[:, None, None]
+        mean, square = draws.cumsum(axis=0) / count, (draws**2).cumsum(axis=0) / count
+        stderr: FloatArray = np.sqrt(np.maximum(square - mean**2, 0) / np.maximum(count - 1, 1)).mean(axis=(1, 2))
+        return stderr[1:]
+
     def part(self, rows: IntArray) -> Measurements:
         """Some of the measurements, by their numbers."""
         picked = {name: getattr(self, name)[rows] for name in ("picks", "losses", "path", "step", "replicate")}

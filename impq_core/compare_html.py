@@ -1,0 +1,103 @@
+"""The page of a comparison: one file that needs no other."""
+
+from __future__ import annotations
+
+import base64
+import importlib.metadata
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from impq_core.compare import Contest, Contestant
+from impq_core.compare_figures import Section, draw_contest
+from impq_core.compare_table import EXPLAINED, HEADER, Line, contest_lines, model_name
+from impq_core.errors import ImpqError
+from impq_core.files import write_text
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A line of the provenance table: what all runs have in common, or one of several values and the runs that have
+    it (none named: all)."""
+
+    name: str
+    value: str
+    runs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """What the page shows of a contest."""
+
+    model: str
+    contest: Contest
+    lines: Mapping[str, Sequence[Line]]
+    sections: Sequence[Section]
+    facts: Sequence[Fact]
+
+
+def write_page(contests: Sequence[Contest], path: Path) -> None:
+    """Write the page, whole or not at all; raises ImpqError where it cannot be written."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ImpqError(f"{path} cannot be written: give --html a file in a folder that is there")
+    page = render(contests)
+    try:
+        write_text(path, page)
+    except OSError as error:
+        raise ImpqError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def render(contests: Sequence[Contest]) -> str:
+    """The page's HTML. Whatever users name is escaped; pictures are part of it; it asks no server for anything."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["data_uri"] = _data_uri
+    chapters = [Chapter(model_name(contest), contest, contest_lines(contest), draw_contest(contest),
+                        tuple(facts(contest))) for contest in contests]
+    template = resources.files("impq_core").joinpath("compare.html.jinja").read_text(encoding="utf-8")
+    return environment.from_string(template).render(
+        chapters=chapters, header=HEADER, explained=EXPLAINED, version=importlib.metadata.version("impq"),
+        date=f"{datetime.now():%Y-%m-%d %H:%M}")
+
+
+def facts(contest: Contest) -> Iterator[Fact]:
+    """What the runs' numbers hang on: configuration, seeds, texts, digests, versions."""
+    told = {_name(contest, one): _told(one) for one in contest.contestants}
+    for key in dict.fromkeys(key for data in told.values() for key in data):
+        values: dict[str, list[str]] = {}
+        for name, data in told.items():
+            values.setdefault(data.get(key, "not recorded"), []).append(name)
+        for value, names in values.items():
+            yield Fact(key, value, () if len(values) == 1 else tuple(names))
+
+
+def _told(one: Contestant) -> dict[str, str]:
+    c = one.config
+    seeds = {"run": c.seed, "calibration": c.calibration.seed, "evaluation": c.evaluation.seed}
+    chosen = {"model": c.model, "dtype": c.dtype, "held-out text": one.text, "scored tokens": one.tokens,
+              "calibration text": c.calibration.source, "seed": seeds,
+              "budget in bytes": one.budget_bytes, "run folder": str(one.folder)}
+    return dict([*_flat(chosen), *_flat(one.provenance, "recorded")])
+
+
+def _flat(data: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in data.items():
+        name = f"{above} {key}" if above else str(key)
+        if isinstance(value, dict) and value:
+            yield from _flat(value, name)
+        else:
+            yield name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _name(contest: Contest, one: Contestant) -> str:
+    return f"{one.budget}: {contest.label(one)}"
+
+
+def _data_uri(svg: str) -> str:
+    # A picture of its own: the names inside one drawing cannot meet those of another.
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()

@@ -1,0 +1,251 @@
+"""Finished runs beside each other, from folders made up here and from one real tiny run."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from impq_core.cli import main
+from impq_core.compare import Contest
+from impq_core.compare_html import render
+from impq_core.compare_read import gather
+from impq_core.config import RunConfig
+from impq_core.errors import ImpqError
+from impq_core.pipeline import run
+from impq_core.testing import planted_estimate
+from impq_core.types import Measurements, SensitivityEstimate
+
+WINDOWS = 6
+BASE = np.linspace(3.0, 4.0, WINDOWS)
+NOISE = np.array([0.02, -0.01, 0.03, -0.04, 0.01, -0.01])
+
+
+def make_run(folder: Path, config: RunConfig, plan: np.ndarray[Any, Any], estimate: SensitivityEstimate | None = None,
+             references: Mapping[str, float] = {"first/last high": 0.9, "random 1": 0.8, "random 2": 0.7},
+             unquantized: np.ndarray[Any, Any] = BASE, text: str = "6 windows of wiki") -> Path:
+    """A finished run's folder: 100 kB plans of a model that is at ``unquantized``, and references that much above."""
+    folder.mkdir(parents=True)
+    (folder / "impq.toml").write_text(replace(config, budget=config.budget or "3bits").to_toml())
+    rows: list[dict[str, Any]] = [
+        {"name": "plan", "bytes": 100_000, "window_nll": plan.tolist()},
+        {"name": "unquantized", "bytes": None, "window_nll": unquantized.tolist()},
+        {"name": "uniform 4", "bytes": 130_000, "window_nll": (unquantized + 0.2).tolist()},
+        {"name": "uniform 2", "bytes": 70_000, "window_nll": (unquantized + 1.0 + NOISE).tolist()}]
+    rows += [{"name": name, "bytes": 99_000, "window_nll": (unquantized + above).tolist()}
+             for name, above in references.items()]
+    line = float((unquantized + 0.6 + NOISE / 2).mean())
+    rows.append({"name": "line low-high", "bytes": 100_000, "nll": line})
+    for row in rows:
+        row.setdefault("nll", float(np.mean(row.get("window_nll", line))))
+    (folder / "evaluation.json").write_text(json.dumps({"text": text, "tokens": 288, "rows": rows}))
+    space = estimate.space if estimate else planted_estimate(0, 4).space
+    layers = {layer.name: {"bits": (4, 2)[i % 2], "group_size": 64} for i, layer in enumerate(space.layers)}
+    (folder / "plan.json").write_text(json.dumps({"budget_bytes": 101_000, "bits_nominal": 2.97, "layers": layers}))
+    (folder / "cost.json").write_text(json.dumps({"forwards": 12.5, "seconds": {"estimate": 3.0}}))
+    if estimate:
+        estimate.save(folder / "estimate.npz")
+    return folder
+
+
+@pytest.fixture
+def config() -> RunConfig:
+    return RunConfig(bits=(2, 4), model="org/tiny")
+
+
+def test_differences_are_paired_over_windows(tmp_path: Path, config: RunConfig) -> None:
+    make_run(tmp_path / "a", config, BASE + 0.5)
+    make_run(tmp_path / "b", replace(config, estimator="isolated"), BASE + 0.5 + 0.1 + NOISE)
+    [contest], notes = gather([tmp_path])
+    best, other = contest.budgets["3bits"]
+    assert not notes and contest.label(best) == "spqe" and contest.label(other) == "isolated"
+    gap = contest.behind_best(other)
+    assert gap is not None and contest.behind_best(best) is None
+    difference = 0.1 + NOISE
+    assert gap.mean == pytest.approx(difference.mean())
+    assert gap.stderr == pytest.approx(math.sqrt(((difference - difference.mean()) ** 2).sum() / 5 / 6))
+    # A line between uniform models is as paired as they are: half of each at 100 kB.
+    line = best.gaps["line"]
+    assert line.mean == pytest.approx(0.5 - 0.6 - NOISE.mean() / 2)
+    assert line.stderr == pytest.approx((NOISE / 2).std(ddof=1) / math.sqrt(6))
+    assert best.rivals["random"].name == "random 2" and best.gaps["random"].mean == pytest.approx(-0.2)
+
+
+@pytest.mark.parametrize("change", [{"unquantized": BASE + NOISE}, {"text": "6 windows of c4"}, {"config": "model"}])
+def test_what_was_scored_on_other_windows_is_never_compared(change: dict[str, Any], tmp_path: Path,
+                                                            config: RunConfig) -> None:
+    make_run(tmp_path / "a", config, BASE + 0.5)
+    other = replace(config, model="org/other") if change.pop("config", None) else config
+    make_run(tmp_path / "b", other, BASE + 0.7, **change)
+    contests, _ = gather([tmp_path])
+    assert [len(contest.contestants) for contest in contests] == [1, 1]
+    assert all(contest.behind_best(one) is None for contest in contests for one in contest.contestants)
+
+
+def test_a_plan_that_loses_is_said_to_lose(tmp_path: Path, config: RunConfig,
+                                           capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "good", replace(config, estimator="isolated"), BASE + 0.55)
+    make_run(tmp_path / "bad", config, BASE + 0.75)
+    make_run(tmp_path / "broken", replace(config, estimator="zscore"), BASE * math.nan)
+    make_run(tmp_path / "endless", replace(config, estimator="lim"), BASE * math.inf)
+    main(["compare", str(tmp_path), "--no-html"])
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert "beats all by ≥ 0.0500" in lines["isolated"] and "LOSES" not in lines["isolated"]
+    assert "LOSES to line by 0.1500" in lines["spqe"] and "random by 0.0500" in lines["spqe"]
+    assert "LOSES to line by nan" in lines["zscore"] and "LOSES to line by inf" in lines["lim"]
+    [contest], _ = gather([tmp_path])
+    assert set(contest.budgets["3bits"][1].losses) == {"line", "random"}
+    page = render([contest])
+    assert page.count('class="plan loses"') == 3 and page.count('class="best wins"') == 1
+
+
+def test_budgets_and_backends(tmp_path: Path, config: RunConfig) -> None:
+    for backend in ("gptq", "hqq"):
+        for budget in ("3bits", "60%"):
+            make_run(tmp_path / backend / budget, replace(config, backend=backend, budget=budget), BASE + 0.5)
+    make_run(tmp_path / "wider", replace(config, bits=(3, 8), budget="60%"), BASE + 0.5)
+    make_run(tmp_path / "given", replace(config, plan="plan.json", budget="2.2bits"), BASE + 0.4)
+    make_run(tmp_path / "again", replace(config, options={"estimator": {"permutations": 8}}), BASE + 0.5)
+    make_run(tmp_path / "better", replace(config, refine=40), BASE + 0.5)
+    [contest], _ = gather([tmp_path / "gptq", tmp_path])  # a run that is named twice is one run
+    shown = {budget: sorted(map(contest.label, those)) for budget, those in contest.budgets.items()}
+    assert shown == {
+        "3bits": ["plan given, gptq, 2/4 bits, unrefined", "spqe, gptq, 2/4 bits, refined 40 by swaps",
+                  "spqe, gptq, 2/4 bits, unrefined (3bits)", "spqe, gptq, 2/4 bits, unrefined (again)",
+                  "spqe, hqq, 2/4 bits, unrefined"],
+        "60% of 4 bits": ["spqe, gptq, 2/4 bits, unrefined", "spqe, hqq, 2/4 bits, unrefined"],
+        "60% of 8 bits": ["spqe, gptq, 3/8 bits, unrefined"]}
+
+
+def test_what_has_not_finished_is_left_out(tmp_path: Path, config: RunConfig) -> None:
+    make_run(tmp_path / "sweep" / "spqe" / "done", config, BASE + 0.5)
+    going = make_run(tmp_path / "sweep" / "spqe" / "going", config, BASE + 0.5)
+    (going / "evaluation.json").unlink()
+    (tmp_path / "impq.toml").write_text("")  # a user's own configuration beside the runs makes no run
+    [contest], notes = gather([tmp_path])
+    assert [one.folder.name for one in contest.contestants] == ["done"]
+    assert notes == ("going has not finished: it is left out",)
+    with pytest.raises(ImpqError, match="going holds no finished run"):
+        gather([going])
+    with pytest.raises(ImpqError, match="nowhere: no such folder"):
+        gather([tmp_path / "nowhere"])
+
+
+@pytest.mark.parametrize("name, content", [
+    ("evaluation.json", "{"), ("evaluation.json", "[]"), ("evaluation.json", '{"text": "t", "tokens": 1, "rows": []}'),
+    ("evaluation.json", '{"text": "t", "tokens": 1, "rows": [{"name": "plan", "bytes": 1, "window_nll": ["x"]}]}'),
+    ("plan.json", "{"), ("plan.json", '{"budget_bytes": 1, "bits_nominal": 3, "layers": {"a": {"bit": 4}}}'),
+    ("plan.json", '{"budget_bytes": 1, "bits_nominal": null, "layers": {}}'), ("cost.json", "{}"),
+    ("estimate.npz", "no zip"), ("measurements.npz", ""), ("provenance.json", "nothing"), ("impq.toml", "model = 3")])
+def test_a_broken_file_is_one_line(name: str, content: str, tmp_path: Path, config: RunConfig,
+                                   capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run(tmp_path / "a", config, BASE + 0.5, planted_estimate(0, 4))
+    (folder / name).write_text(content)
+    with pytest.raises(SystemExit):
+        main(["compare", str(tmp_path), "--no-html"])
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and str(folder / name) in told and "bug of impq" not in told
+
+
+class Page(HTMLParser):
+    """What a page refers to, and whether its elements are closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.references: list[str] = []
+        self.seen: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append(tag)
+        if tag not in ("meta", "img", "link", "br"):
+            self.open.append(tag)
+        self.references += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_needs_no_other_file_and_escapes_names(tmp_path: Path, config: RunConfig) -> None:
+    estimate = planted_estimate(1, 6, strength=0.1)
+    stderr = np.full_like(estimate.linear, 0.01)
+    for name in ("<b>x", "$a$ & 'y'"):  # alike but for their folders, so that these are named
+        make_run(tmp_path / "runs" / name, replace(config, model="org/<i>m"), BASE + 0.5,
+                 replace(estimate, stderr=stderr, method="<script>1"))
+    folder = tmp_path / "runs" / "<b>x"
+    (folder / "provenance.json").write_text(json.dumps({"versions": {"<u>": 1}, "digests": {"evaluation": "ab12"}}))
+    page = tmp_path / "page.html"
+    main(["compare", str(tmp_path / "runs"), "--html", str(page)])
+    text = page.read_text()
+    parsed = Page(text)
+    assert not {"script", "link", "b", "i", "u"} & set(parsed.seen) and parsed.seen.count("table") == 2
+    # Sizes twice, cost, widths, sensitivities, interactions; nothing was measured, so nothing converged.
+    assert parsed.seen.count("img") == 6 and "Convergence" not in text
+    assert all(reference.startswith(("data:image/svg+xml;base64,", "#")) for reference in parsed.references)
+    assert "&lt;b&gt;x" in text and "ab12" in text and "http" not in text.replace("http-equiv", "")
+
+
+def test_a_page_is_written_whole_or_not(tmp_path: Path, config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "runs" / "a", config, BASE + 0.5)
+    with pytest.raises(SystemExit):
+        main(["compare", str(tmp_path / "runs"), "--html", str(tmp_path / "none" / "page.html")])
+    assert "none/page.html cannot be written" in capsys.readouterr().err
+
+
+def test_a_real_run_and_its_convergence(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(tiny_config, tracking_uri="none", surrogate="covariance", options={
+        "estimator": {"permutations": 8}, "backend": {"clip_search": False}})
+    result = run(config)
+    monkeypatch.chdir(result.folder.parents[1])
+    [contest], _ = gather(["runs"])
+    [one] = contest.contestants
+    assert one.plan.nll == result.evaluation.plan.nll and one.plan.stderr == result.evaluation.plan.stderr
+    assert one.plan.nbytes == result.plan.nbytes and one.forwards == result.forwards
+    for row in result.evaluation.rows[1:]:
+        if row.name in ("line low-high", "first/last high"):
+            kind = row.name.split()[0]
+            gap = one.plan.minus(next(r for r in one.rows if r.name == row.name))
+            told = result.evaluation.against_plan(row)
+            assert told is not None and gap.mean == pytest.approx(-told[0]) and not math.isnan(gap.stderr)
+            assert kind == "line" or gap.stderr == pytest.approx(told[1])
+    # By hand: the last point is the standard error over all four antithetic pairs.
+    measurements = result.measurements
+    assert measurements is not None and one.convergence.shape == (2, 3)
+    values, replicates = measurements.marginals()
+    draws = np.stack([values[replicates == r].mean(axis=0) for r in range(4)])
+    assert one.convergence[0, -1] == measurements.forwards
+    assert one.convergence[1, -1] == pytest.approx((draws.std(axis=0, ddof=1) / 2).mean())
+    page = render([contest])
+    assert "Convergence" in page and "Interactions" in page and Page(page).seen.count("img") == 7
+
+
+def test_measurements_that_are_no_permutations_converge_to_nothing(tmp_path: Path, config: RunConfig) -> None:
+    estimate = planted_estimate(0, 4)
+    folder = make_run(tmp_path / "a", config, BASE + 0.5, estimate)
+    picks = np.array([[0, 0, 0, 0], [1, 1, 0, 0]])
+    Measurements(estimate.space, picks, np.array([0.0, 0.2]), np.zeros(2), np.arange(2), np.zeros(2), 10, 3.0,
+                 2.0).save(folder / "measurements.npz")
+    [contest], _ = gather([folder])
+    assert isinstance(contest, Contest) and contest.contestants[0].convergence.shape == (2, 0)
+
+
+def test_comparing_imports_nothing_heavy(tmp_path: Path, config: RunConfig) -> None:
+    make_run(tmp_path / "impq-runs" / "a", config, BASE + 0.5, planted_estimate(0, 4))
+    script = ("import sys\nfrom impq_core.cli import main\nmain(sys.argv[1:])\n"
+              "print('HEAVY', sorted({'torch', 'mlflow', 'transformers', 'matplotlib', 'jinja2'} & set(sys.modules)))")
+    for arguments, heavy in ((["compare", "--no-html"], []), (["compare"], ["jinja2", "matplotlib"])):
+        done = subprocess.run([sys.executable, "-c", script, *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert f"HEAVY {heavy}" in done.stdout, done
+    assert (tmp_path / "compare.html").is_file()
