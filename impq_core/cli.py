@@ -47,7 +47,7 @@ def cli(debug: bool) -> None:
 
 
 for _command in (running.run, running.estimate, running.sweep, running.export, running.evaluate, planning.fit,
-                 planning.allocate, house.plugins, house.cache, house.doctor, house.ui):
+                 planning.allocate, planning.compare, house.plugins, house.cache, house.doctor, house.ui):
     cli.add_command(_command)
 
 
@@ -60,30 +60,6 @@ def _terminate(number: int, frame: Any) -> None:
     raise Terminated
 
 
-@cli.command()
-@click.argument("runs", nargs=-1, metavar="[RUN]...")
-@click.option("--html", type=click.Path(path_type=Path), default=Path("compare.html"), show_default=True,
-              help="Page to write.")
-@click.option("--no-html", is_flag=True, help="Write no page.")
-def compare(runs: tuple[str, ...], html: Path, no_html: bool) -> None:
-    """Hold finished runs against each other: run folders, or folders that contain some [impq-runs]."""
-    from impq_core.compare_read import gather
-    from impq_core.compare_table import contest_table
-    from impq_core.report import make_console
-
-    contests, notes = gather(runs or ("impq-runs",))
-    for note in notes:
-        click.echo(f"note: {note}", err=True)
-    console = make_console()
-    for contest in contests:
-        console.print(contest_table(contest))
-    if not no_html:
-        from impq_core.compare_html import write_page
-
-        write_page(contests, html)
-        click.echo(f"page in {html}")
-
-
 def main(arguments: list[str] | None = None) -> None:
     """The ``impq`` command: 0, 1 for what the user can mend, 2 for usage, 130 and 143 for Ctrl-C and SIGTERM."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -91,9 +67,9 @@ def main(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, _terminate)
     warnings.showwarning = _warn
     try:
-        cli.main([a for a in arguments if a != "--debug"], prog_name="impq", standalone_mode=False)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
+        code = cli.main([a for a in arguments if a != "--debug"], prog_name="impq", standalone_mode=False)
+        if isinstance(code, int) and code:  # what a command ended with by click's Exit
+            sys.exit(code)
     except (click.Abort, KeyboardInterrupt) as error:
         click.echo("impq: stopped", err=True)
         sys.exit(143 if isinstance(error.__cause__, Terminated) else 130)  # click wraps it in its Abort

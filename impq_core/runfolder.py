@@ -23,6 +23,9 @@ from impq_core.types import Measurements, SensitivityEstimate
 
 T = TypeVar("T")
 
+SWEEP = "sweep.json"
+"""The file that makes a folder a sweep's: what is varied."""
+
 CHILDREN = "runs"
 """The folder of a sweep that its runs are in."""
 

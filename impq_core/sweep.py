@@ -36,7 +36,7 @@ from impq_core.pipeline import (
 )
 from impq_core.plugins import Plugins
 from impq_core.prepare import Prepared, prepare
-from impq_core.runfolder import CHILDREN, RunFolder
+from impq_core.runfolder import CHILDREN, SWEEP, RunFolder
 from impq_core.types import Measurements, SensitivityEstimate
 
 MEASURED = "measured"
@@ -60,8 +60,8 @@ class Sweep:
     @classmethod
     def open(cls, path: str) -> Sweep:
         """That of a folder; raises ImpqError where it holds none."""
-        folder = RunFolder.open(path, "sweep.json")
-        data = folder.read_json(folder.path / "sweep.json")
+        folder = RunFolder.open(path, SWEEP)
+        data = folder.read_json(folder.path / SWEEP)
         try:
             return cls(folder.read_config(), data["varied"], data["pairs"])
         except KeyError as error:
@@ -92,7 +92,7 @@ class Sweep:
                     config = replace(config, options=assign_options(config, plugins, {key: value}))
                     taken.add(key)
                 except UsageError as error:
-                    refused[key] = error
+                    refused.setdefault(key, error)
             found.append(config)
         for key in self.pairs:
             if key not in taken:
@@ -120,7 +120,7 @@ def run_sweep(sweep: Sweep, plugins: Plugins, path: Path | None = None) -> Path:
         ImpqError: anything the user can mend.
     """
     children = _prepare_all(sweep, plugins)
-    folder = RunFolder.open(path, "sweep.json") if path else _make(sweep)
+    folder = RunFolder.open(path, SWEEP) if path else _make(sweep)
     names = [child.name for child in children]
     with folder.locked(), closing(Ledger(folder.path / "finished.jsonl", "impq-sweep/1", {"runs": names})) as done:
         plugins.notify("impq_sweep_started", config=sweep.base, folder=folder.path, varied=sweep.varied)
@@ -140,7 +140,7 @@ def run_sweep(sweep: Sweep, plugins: Plugins, path: Path | None = None) -> Path:
 def _make(sweep: Sweep) -> RunFolder:
     facts = {"varied": {name: list(values) for name, values in sweep.varied.items()}, "pairs": dict(sweep.pairs)}
     return RunFolder.create(Path(sweep.base.output), {"impq.toml": sweep.base.to_toml(),
-                                                      "sweep.json": json.dumps(facts, indent=1) + "\n"})
+                                                      SWEEP: json.dumps(facts, indent=1) + "\n"})
 
 
 def _prepare_all(sweep: Sweep, plugins: Plugins) -> list[_Child]:

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from impq_core.cli import main
-from impq_core.compare import Contest
-from impq_core.compare_html import render
-from impq_core.compare_read import gather
+from impq_core.compare.contest import Contest
+from impq_core.compare.html import render
+from impq_core.compare.read import gather
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError
 from impq_core.pipeline import run

@@ -72,7 +72,7 @@ def test_every_combination_is_a_run_and_nothing_is_measured_twice(sweep: Sweep) 
     assert len(runs) == 2 * 2 * 2 + 2 * 2 == watcher.seen["finished"]  # isolated fits nothing: surrogates are one
     assert runs[0] == "gptq-isolated-greedy-2.5bits" and "gptq-spqe-covariance-qp-3bits" in runs
     assert sorted(path.name for path in (folder / "measured").iterdir()) == ["gptq-isolated", "gptq-spqe"]
-    header, rows = MeasurementLog.read(folder / "measured" / "gptq-spqe" / "measurements.jsonl")
+    _, rows = MeasurementLog.read(folder / "measured" / "gptq-spqe" / "measurements.jsonl")
     assert len(rows) == len({pick for pick, _ in rows})
     # A run of the sweep is the run alone.
     alone = run(replace(sweep.base, surrogate="covariance", budget="2.5bits", options={
@@ -123,7 +123,7 @@ class Picky(Surrogate):
 
 
 def test_what_cannot_be_made_is_told_and_the_rest_goes_on(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("impq_surrogates.covariance.Covariance.fit", Picky.fit)
+    monkeypatch.setattr("impq_surrogates.shapley.Covariance.fit", Picky.fit)
     small = replace(sweep, varied={"surrogate": ("covariance", "additive")})
     folder = run_sweep(small, watched(small.base, watcher := Watcher()))
     assert [path.name for path in (folder / "runs").iterdir()] == ["gptq-spqe-additive-qp-3bits"]
@@ -150,7 +150,7 @@ def test_a_sweep_refines_nothing(sweep: Sweep) -> None:
 def test_other_budgets_from_an_estimate(tiny_config: RunConfig) -> None:
     folder = run(tiny_config, only_estimate=True).folder
     made = allocate_run(str(folder), ["2.5bits", "3.5bits", "70%"], None, None, {}, Plugins())
-    assert [one.plan.nbytes for one in made] == sorted(one.plan.nbytes for one in made)[:2] + [made[2].plan.nbytes]
+    assert made[0].plan.nbytes < made[1].plan.nbytes
     for one in made:
         whole = run(replace(tiny_config, budget=one.budget))
         if "misordered" not in whole.estimate.method or whole.estimate.method == made[0].plan.provenance["estimate"]:

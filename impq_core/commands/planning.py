@@ -1,6 +1,9 @@
-"""Commands that need no model: fit, allocate."""
+"""Commands that need no model: fit, allocate, compare."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
 
 import click
 
@@ -33,13 +36,42 @@ def fit(run: str, names: tuple[str, ...], options: tuple[str, ...]) -> None:
 @part_options
 @plugin_option
 def allocate(run: str, budgets: str, surrogate: str | None, allocator: str | None, options: tuple[str, ...],
-             plugin_files: tuple[object, ...]) -> None:
+             plugin_files: tuple[Path, ...]) -> None:
     """Make plans for other budgets from what a run (its folder) has estimated, without the model."""
     from impq_core.allocate import allocate_run
     from impq_core.report import make_console, plans_table
 
     wanted = [part.strip() for part in budgets.split(",")]
-    made = allocate_run(run, wanted, surrogate, allocator, read_pairs(options), Plugins(plugin_files))  # type: ignore[arg-type]
+    made = allocate_run(run, wanted, surrogate, allocator, read_pairs(options), Plugins(plugin_files))
     make_console().print(plans_table(made))
     first = made[0].file
     click.echo(f"score one on held-out text: impq run --config {first.parent.parent / 'impq.toml'} --plan {first}")
+
+
+@click.command()
+@click.argument("runs", nargs=-1, metavar="[RUN]...")
+@click.option("--html", type=click.Path(path_type=Path), default=Path("compare.html"), show_default=True,
+              help="Page to write.")
+@click.option("--no-html", is_flag=True, help="Write no page.")
+def compare(runs: tuple[str, ...], html: Path, no_html: bool) -> None:
+    """Hold finished runs against each other: run folders, or folders that contain some [impq-runs]."""
+    show(runs or ("impq-runs",), None if no_html else html)
+
+
+def show(runs: Sequence[str | Path], html: Path | None) -> None:
+    """Print finished runs beside each other, and write the page where one is wanted; raises ImpqError."""
+    from impq_core.compare.read import gather
+    from impq_core.compare.table import contest_table
+    from impq_core.report import make_console
+
+    contests, notes = gather(runs)
+    for note in notes:
+        click.echo(f"note: {note}", err=True)
+    console = make_console()
+    for contest in contests:
+        console.print(contest_table(contest))
+    if html is not None:
+        from impq_core.compare.html import write_page
+
+        write_page(contests, html)
+        click.echo(f"page in {html}")

@@ -19,6 +19,7 @@ from impq_core.commands.common import (
     warn,
     watched,
 )
+from impq_core.commands.planning import show
 from impq_core.config import RunConfig, override
 from impq_core.errors import UsageError
 from impq_core.plugins import ROLES, Plugins
@@ -106,7 +107,6 @@ def refuse_others(context: click.Context) -> None:
 def sweep(context: click.Context, /, resume: str | None, **given: Any) -> None:
     """Every combination of the given estimators, surrogates, allocators, backends and budgets, with one measurement
     for each estimator and backend."""
-    from impq_core.compare import compare_runs
     from impq_core.sweep import Sweep, run_sweep
 
     plugins = Plugins(given.pop("plugin_files"))
@@ -126,7 +126,7 @@ def sweep(context: click.Context, /, resume: str | None, **given: Any) -> None:
     warn(configs[0], plugins)
     settled = watched(plan.base, plugins, brief=True)
     folder = run_sweep(replace(plan, base=settled), plugins, Path(resume) if resume else None)
-    compare_runs([str(folder)], folder / "compare.html")
+    show([folder], folder / "compare.html")
     look_at(settled)
 
 

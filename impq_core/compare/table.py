@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from impq_core.compare import Contest, Contestant, Scored
+from impq_core.compare.contest import Contest, Contestant, Scored
 
 HEADER = ("allocation", "MB", "bits", "forwards", "NLL", "minus best", "against references")
 

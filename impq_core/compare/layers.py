@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from impq_core.compare import Contest, Contestant, block_of
-from impq_core.compare_drawing import COLOURS, GREY, Picture, new_figure, shared_name, to_svg
+from impq_core.compare.contest import Contest, Contestant, block_of
+from impq_core.compare.drawing import COLOURS, GREY, Picture, new_figure, shared_name, to_svg
 from impq_core.types import SensitivityEstimate
 
 WIDTHS = ("#D55E00", "#E69F00", "#F0E442", "#56B4E9", "#0072B2")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from impq_core.compare import Contest, Contestant
+from impq_core.compare.contest import Contest, Contestant
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's, told apart by colour-blind eyes; yellow is left out, which nobody sees on white."""

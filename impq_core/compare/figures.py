@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from impq_core.compare import Contest, Contestant, Scored
-from impq_core.compare_drawing import GREY, PALE, Picture, legend_below, look, new_figure, shared_name, to_svg
-from impq_core.compare_layers import draw_interactions, draw_sensitivities, draw_widths
+from impq_core.compare.contest import Contest, Contestant, Scored
+from impq_core.compare.drawing import GREY, PALE, Picture, legend_below, look, new_figure, shared_name, to_svg
+from impq_core.compare.layers import draw_interactions, draw_sensitivities, draw_widths
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from impq_core.compare import Contest, Contestant
-from impq_core.compare_figures import Section, draw_contest
-from impq_core.compare_table import EXPLAINED, HEADER, Line, contest_lines, model_name
+from impq_core.compare.contest import Contest, Contestant
+from impq_core.compare.figures import Section, draw_contest
+from impq_core.compare.table import EXPLAINED, HEADER, Line, contest_lines, model_name
 from impq_core.errors import ImpqError
 from impq_core.files import write_text
 
@@ -59,7 +59,7 @@ def render(contests: Sequence[Contest]) -> str:
     environment.filters["data_uri"] = _data_uri
     chapters = [Chapter(model_name(contest), contest, contest_lines(contest), draw_contest(contest),
                         tuple(facts(contest))) for contest in contests]
-    template = resources.files("impq_core").joinpath("compare.html.jinja").read_text(encoding="utf-8")
+    template = resources.files("impq_core.compare").joinpath("page.html.jinja").read_text(encoding="utf-8")
     return environment.from_string(template).render(
         chapters=chapters, header=HEADER, explained=EXPLAINED, version=importlib.metadata.version("impq"),
         date=f"{datetime.now():%Y-%m-%d %H:%M}")

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from impq_core.compare import Contest, Contestant, Scored, block_of
+from impq_core.compare.contest import Contest, Contestant, Scored, block_of
 from impq_core.errors import ImpqError
-from impq_core.runfolder import RunFolder
+from impq_core.runfolder import CHILDREN, SWEEP, RunFolder
 from impq_core.space import FloatArray
 
 DEPTH = 3
@@ -92,6 +92,9 @@ def _runs(folder: Path, depth: int) -> Iterator[RunFolder]:
         yield run
         return
     below = []
+    if (folder / SWEEP).is_file():  # what else is in a sweep's folder are no runs
+        yield from _runs(folder / CHILDREN, depth) if (folder / CHILDREN).is_dir() else ()
+        return
     if depth:
         inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
         below = [one for path in inside for one in _runs(path, depth - 1)]

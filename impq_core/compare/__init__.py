@@ -1,0 +1,1 @@
+"""Finished runs beside each other: read, grouped, in a table and on a page."""
