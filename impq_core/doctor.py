@@ -115,7 +115,7 @@ def _cache(fix: bool) -> Iterator[Finding]:
             yield Finding("fixed", f"variants of {shelf.about.get('model')} made by other code deleted, "
                                    f"{freed / 1e6:.0f} MB")
         elif stale:
-            yield Finding("wrong", f"{shelf.folder}: variants of {shelf.about.get('model')} made by other code, which "
+            yield Finding("note", f"{shelf.folder}: variants of {shelf.about.get('model')} made by other code, which "
                                    "nothing uses any more (--fix deletes them)")
         else:
             yield from (_leftover(file, fix) for file in shelf.unfinished())

@@ -80,7 +80,7 @@ class ConsoleReporter:
         now = time.monotonic()
         if stage not in self._began or done < self._began[stage][1]:
             self._began[stage] = (now, done)
-        if now - self._last >= PLAIN_SECONDS or done in (0, total):
+        if now - self._last >= PLAIN_SECONDS or (done in (0, total) and not self._brief):
             began, first = self._began[stage]
             left = (now - began) / (done - first) * (total - done) if done > first else math.nan
             tail = "" if math.isnan(left) or done == total else f", about {left:.0f} s left"

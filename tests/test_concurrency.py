@@ -15,7 +15,7 @@ from impq_core.config import RunConfig
 PROCESSES = 6
 
 
-def test_six_runs_started_at_once_are_all_kept(tiny_config: RunConfig, tmp_path: Path) -> None:
+def test_six_runs_started_at_once_are_all_kept(tiny_config: RunConfig, tmp_path: Path, cache: Path) -> None:
     (tmp_path / "impq.toml").write_text(tiny_config.to_toml())
     processes = [subprocess.Popen([sys.executable, "-m", "impq_core.cli", "run"], cwd=tmp_path, text=True,
                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -29,7 +29,7 @@ def test_six_runs_started_at_once_are_all_kept(tiny_config: RunConfig, tmp_path:
     assert len(folders) == PROCESSES
     for name in ("estimate.npz", "plan.json", "evaluation.json", "measurements.jsonl"):
         assert len({(folder / name).read_bytes() for folder in folders}) == 1
-    [shelf] = (tmp_path / "cache" / "variants").iterdir()
+    [shelf] = (cache / "variants").iterdir()
     assert len(list(shelf.glob("*.safetensors"))) == 4 * 7 * 3 and not list(shelf.glob(".*"))
     assert not [text for text in said if "damaged" in text]
     done = subprocess.run([sys.executable, "-m", "impq_core.cli", "doctor"], cwd=tmp_path, text=True,

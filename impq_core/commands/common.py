@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,8 @@ def watched(config: RunConfig, plugins: Plugins, brief: bool = False) -> RunConf
         plugins.watch(Tracker(config.tracking_uri, config.experiment))
     quiet_libraries()
     plugins.watch(ConsoleReporter(make_console(), brief))
+    click.echo(f"{config.model}: reading its configuration and the texts")
+    sys.stdout.flush()  # what follows imports for seconds
     return config
 
 

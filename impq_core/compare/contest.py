@@ -155,7 +155,8 @@ class Contestant:
             return "LOSES to " + ", ".join(f"{kind} by {gap.unsigned}" for kind, gap in self.losses.items())
         if not self.gaps:
             return "no reference"
-        return f"beats all by ≥ {max(self.gaps.values(), key=lambda gap: gap.mean).unsigned}"
+        kind, gap = max(self.gaps.items(), key=lambda pair: pair[1].mean)
+        return f"beats all by ≥ {gap.unsigned}" if gap.mean else f"as good as {kind}"
 
 
 @dataclass(frozen=True, eq=False)
