@@ -23,7 +23,7 @@ MENUS = (
     ("quanto", (4.0, 8.0), (5.0, 6.0, 7.0)),
     ("quanto", (2.0, 4.0), (3.0, 3.5, 3.75)),
 )
-BASE = RunConfig(tracking_uri="none", evaluation=TextConfig(windows=32))
+BASE = RunConfig(tracking_uri="none", estimator="spqe", granularity="block", evaluation=TextConfig(windows=32))
 PLAYED = replace(BASE, estimator="spqe", options={"estimator": {"permutations": 10}})
 ESTIMATORS = {
     "spqe, covariance": PLAYED,

@@ -22,7 +22,7 @@ STEPS = 10
 
 
 def main() -> None:
-    prepared = prepare(RunConfig(tracking_uri="none"), Plugins())
+    prepared = prepare(RunConfig(tracking_uri="none", granularity="block"), Plugins())
     space, backend = prepared.space, prepared.parts.backend
     runner = load_runner(prepared)
     bank = quantize_all(prepared, runner, say("quantize"))

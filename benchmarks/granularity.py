@@ -15,7 +15,8 @@ from impq_core.budget import Budget
 from impq_core.config import RunConfig, TextConfig
 
 BUDGETS = (2.5, 3.0, 3.5)
-BASE = RunConfig(tracking_uri="none", bits=(2.0, 3.0, 4.0), evaluation=TextConfig(windows=32))
+BASE = RunConfig(tracking_uri="none", estimator="spqe", granularity="block",
+                 bits=(2.0, 3.0, 4.0), evaluation=TextConfig(windows=32))
 PERMUTATIONS = {"block": 4, "group": 2, "linear": 2}
 
 

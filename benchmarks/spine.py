@@ -20,7 +20,8 @@ OPTIONS = {"estimator": {"permutations": 10}}
 
 
 def measure(bits: tuple[float, ...]) -> list[str]:
-    bench = Bench.build(RunConfig(bits=bits, tracking_uri="none", options=OPTIONS))
+    bench = Bench.build(RunConfig(estimator="spqe", granularity="block", bits=bits, tracking_uri="none",
+                                  options=OPTIONS))
     prepared, windows = bench.prepared, bench.windows
     lines: list[str] = []
     plans = []

@@ -74,14 +74,14 @@ class RunConfig:
     model: str = "demo"
     backend: str = "gptq"
     estimate_with: str = ""
-    estimator: str = "spqe"
+    estimator: str = "aumann-shapley"
     surrogate: str = "auto"
     allocator: str = "qp"
     refiner: str = "swaps"
     refine: int = 0
     bits: tuple[float, ...] = ()
     budget: str = ""
-    granularity: str = "block"
+    granularity: str = "group"
     pins: Mapping[str, float] = field(default_factory=dict)
     exclude: tuple[str, ...] = ()
     calibration: TextConfig = TextConfig()

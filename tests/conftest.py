@@ -44,7 +44,8 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_config(tiny_llama: Path, texts: tuple[Path, Path], tmp_path: Path) -> RunConfig:
     """A whole run that takes seconds."""
-    return RunConfig(model=str(tiny_llama), bits=(2, 4), calibration=TextConfig(str(texts[0]), 8, 48), game_windows=4,
+    return RunConfig(model=str(tiny_llama), bits=(2, 4), estimator="spqe", granularity="block",
+                     calibration=TextConfig(str(texts[0]), 8, 48), game_windows=4,
                      evaluation=TextConfig(str(texts[1]), 6, 48), dtype="float32", output=str(tmp_path / "runs"),
                      tracking_uri=f"sqlite:///{tmp_path}/mlflow.db",
                      options={"estimator": {"permutations": 4}, "backend": {"clip_search": False}})

@@ -59,7 +59,7 @@ def make_run(folder: Path, config: RunConfig, plan: np.ndarray[Any, Any], estima
 
 @pytest.fixture
 def config() -> RunConfig:
-    return RunConfig(bits=(2, 4), model="org/tiny")
+    return RunConfig(bits=(2, 4), model="org/tiny", estimator="spqe", granularity="block")
 
 
 def test_differences_are_paired_over_windows(tmp_path: Path, config: RunConfig) -> None:

@@ -22,7 +22,8 @@ def test_the_real_model_end_to_end(tmp_path: Path) -> None:
     torch.set_num_threads(2)
     try:
         result = run(RunConfig(
-            bits=(3, 4), budget="3.5bits", calibration=TextConfig(windows=8, length=128), game_windows=2,
+            estimator="spqe", granularity="block", bits=(3, 4), budget="3.5bits",
+            calibration=TextConfig(windows=8, length=128), game_windows=2,
             evaluation=TextConfig(windows=6, length=128), output=str(tmp_path), tracking_uri="none",
             options={"estimator": {"permutations": 2}, "backend": {"clip_search": False}}))
     finally:

@@ -158,7 +158,7 @@ def test_options_are_converted_and_checked() -> None:
 
 def test_options_find_their_part() -> None:
     found = Plugins()
-    config = RunConfig()
+    config = RunConfig(estimator="spqe")
     assert assign_options(config, found, {"permutations": "4", "allocator.seed": "2"}) == {
         "estimator": {"permutations": "4"}, "allocator": {"seed": "2"}}
     for key, reason in (("permutation", "did you mean 'permutations'"), ("allocater.gap", "did you mean 'allocator'")):

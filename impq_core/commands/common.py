@@ -49,7 +49,7 @@ def run_options(several: bool = False) -> Callable[[Command], Command]:
         click.option("--backend", help=f"Who quantizes{more} [gptq]."),
         click.option("--estimate-with", metavar="BACKEND",
                      help="Let the estimator measure another backend's variants."),
-        click.option("--estimator", help=f"Who measures or scores the layers{more} [spqe]."),
+        click.option("--estimator", help=f"Who measures or scores the layers{more} [aumann-shapley]."),
         click.option("--surrogate", help=f"What is fitted to the measurements{more} [auto]."),
         click.option("--allocator", help=f"Who makes the plan{more} [qp]."),
         click.option("--refine", type=int, metavar="FORWARDS",
@@ -58,7 +58,7 @@ def run_options(several: bool = False) -> Callable[[Command], Command]:
         click.option("--bits", help="Widths to choose from, such as 2,4 [the backend's]."),
         click.option("--budget", help=f"3.0bits (nominal average), 3.25bpw (stored), 60MB, 4GiB or 60%{more} "
                                       "[the middle]."),
-        click.option("--granularity", help="block, group (linears that engines fuse) or linear [block]."),
+        click.option("--granularity", help="block, group (linears that engines fuse) or linear [group]."),
         click.option("--pin", "pins", multiple=True, metavar="PATTERN=WIDTH",
                      help="Keep the layers that match at a width, such as 'model.layers.0*=4'; their bytes count."),
         click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave the layers that match unquantized."),
