@@ -18,7 +18,8 @@ from impq_core.demo import cache_folder, demo_model, demo_text
 pytestmark = pytest.mark.crash
 
 KILLS = int(os.environ.get("IMPQ_KILLS", "30"))
-ARGUMENTS = ["run", "--bits", "3,4", "--calibration-windows", "8", "--calibration-length", "64", "--game-windows", "2",
+ARGUMENTS = ["run", "--estimator", "spqe", "--granularity", "block", "--bits", "3,4",
+             "--calibration-windows", "8", "--calibration-length", "64", "--game-windows", "2",
              "--evaluation-windows", "4", "--evaluation-length", "64", "-o", "clip_search=false", "-o",
              "permutations=2", "--surrogate", "covariance", "--refine", "3",
              "--exclude", "model.layers.1?", "--exclude", "model.layers.2?"]
