@@ -134,6 +134,9 @@ class ConsoleReporter:
 def summary(result: RunResult) -> list[str]:
     """The run in a few lines: the plan, the cost of the search, the texts."""
     lines = plan_lines(result) if result.plan else []
+    if result.measurements is None and result.estimate is not None:
+        lines.append(f"search: {result.forwards:.1f} full-model forwards (of {result.config.game_windows} windows of "
+                     f"{result.config.calibration.source} calibration text)")
     if result.measurements is not None:
         m = result.measurements
         lines.append(f"search: {len(m)} losses on {m.tokens} tokens of {result.config.calibration.source} calibration "
