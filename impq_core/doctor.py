@@ -61,6 +61,9 @@ def _store(tracking_uri: str, fix: bool) -> Iterator[Finding]:
     if tracking_uri == "none":
         return
     uri = store_uri(tracking_uri)
+    if uri.startswith("sqlite:"):
+        file = Path(uri.removeprefix("sqlite:///"))
+        yield from (_leftover(path, fix) for path in sorted(file.parent.glob(f".{file.name}.*")) if _old(path))
     try:
         check_store(uri)
         if uri.startswith("sqlite:") and not Path(uri.removeprefix("sqlite:///")).exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 import traceback
 import urllib.error
@@ -101,42 +102,36 @@ class Tracker:
         for chatty in ("alembic", "mlflow.store.db.utils"):
             logging.getLogger(chatty).setLevel(logging.WARNING)
         from mlflow import MlflowClient
-        from mlflow.exceptions import MlflowException
 
         self._folder, self._evaluations, self._logged = folder, 0, 0
         try:
             with _store_lock(self.uri):
+                _create_store(self.uri)
                 self._client: MlflowClient = MlflowClient(self.uri)
-                if self._reopen():
-                    return
-                tags = {FOLDER_TAG: str(folder.path),
-                        **({"mlflow.parentRunId": self._parent_id} if self._parent_id else {})}
-                run = self._client.create_run(self._experiment(), run_name=folder.path.name, tags=tags)
-            self.run_id = run.info.run_id
+                experiment = self._experiment()
+                if not self._reopen(experiment):
+                    tags = {FOLDER_TAG: str(folder.path),
+                            **({"mlflow.parentRunId": self._parent_id} if self._parent_id else {})}
+                    self.run_id = self._client.create_run(experiment, run_name=folder.path.name, tags=tags).info.run_id
             folder.write_json(folder.tracking, {"uri": self.uri, "run_id": self.run_id})
             self._client.log_batch(self.run_id, params=_params(params.items()))
             self._client.log_artifact(self.run_id, str(folder.config))
-        except (MlflowException, OSError) as error:
+        except ImpqError:
+            raise
+        except Exception as error:  # MLflow, SQLAlchemy and the database's driver each raise their own
             reason = " ".join(str(error).split())[:200]
             raise ImpqError(f"tracking store {self.uri} cannot be used: {reason}") from error
 
-    def _reopen(self) -> bool:
+    def _reopen(self, experiment: str) -> bool:
         """Go on in the MLflow run that the folder had, where it is in this store still."""
-        from mlflow.exceptions import MlflowException
-
-        if not self._folder.tracking.exists():
-            return False
-        known = self._folder.read_json(self._folder.tracking)
-        if known.get("uri") != self.uri:
-            return False
-        try:
-            self._client.update_run(known["run_id"], status="RUNNING")
-        except (KeyError, MlflowException):
-            return False
-        self.run_id = known["run_id"]
-        history = self._client.get_metric_history(self.run_id, "measured_loss")
-        self._logged = max((point.step + 1 for point in history), default=0)
-        return True
+        path = str(self._folder.path).replace("'", "''")
+        for run in self._client.search_runs([experiment], f"tags.`{FOLDER_TAG}` = '{path}'", max_results=1):
+            self.run_id = run.info.run_id
+            self._client.update_run(self.run_id, status="RUNNING")
+            history = self._client.get_metric_history(self.run_id, "measured_loss")
+            self._logged = max((point.step + 1 for point in history), default=0)
+            return True
+        return False
 
     def _experiment(self) -> str:
         known = self._client.get_experiment_by_name(self._experiment_name)
@@ -250,7 +245,6 @@ def orphans(uri: str, close: bool = False) -> list[str]:
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
 
     found = []
     try:
@@ -264,7 +258,7 @@ def orphans(uri: str, close: bool = False) -> list[str]:
                 found.append(f"{run.info.run_name} ({run.info.run_id})")
                 if close:
                     client.set_terminated(run.info.run_id, "KILLED")
-    except (MlflowException, OSError) as error:
+    except Exception as error:  # MLflow, SQLAlchemy and the database's driver each raise their own
         raise ImpqError(f"tracking store {uri} cannot be read: {' '.join(str(error).split())[:200]}") from error
     return found
 
@@ -279,12 +273,23 @@ def _at_work(folder: Path) -> bool:
         return True
 
 
+def _create_store(uri: str) -> None:
+    """Make a SQLite store, whole or not at all: MLflow builds it in dozens of steps, and cannot go on with one whose
+    maker died in between."""
+    if not uri.startswith("sqlite:") or (path := Path(uri.removeprefix("sqlite:///"))).exists():
+        return
+    from mlflow import MlflowClient
+
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as work:
+        made = Path(work) / path.name
+        MlflowClient(f"sqlite:///{made}").search_experiments()
+        made.rename(path)
+
+
 def _store_lock(uri: str) -> FileLock:
     """SQLite stores are created by one process at a time: MLflow's own set-up fails when several race for it."""
     if uri.startswith("sqlite:"):
         return FileLock(uri.removeprefix("sqlite:///") + ".lock")
-    import tempfile
-
     return FileLock(Path(tempfile.gettempdir()) / "impq-tracking.lock")
 
 

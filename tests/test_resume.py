@@ -268,3 +268,19 @@ def test_a_run_exists_only_with_what_it_is_resumed_from(tiny_config: RunConfig,
     with pytest.raises(ImpqError, match="No space left on device"):
         pipeline.run(tiny_config)
     assert list(Path(tiny_config.output).iterdir()) == []
+
+
+def test_a_store_whose_maker_died_is_no_store(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    def die(self: MlflowClient) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(MlflowClient, "search_experiments", die)
+        run(tiny_config, plugins(tiny_config))
+    assert not Path(tiny_config.tracking_uri.removeprefix("sqlite:///")).exists()
+    assert run(tiny_config, plugins(tiny_config)).evaluation is not None
+    Path(tiny_config.tracking_uri.removeprefix("sqlite:///")).write_text("no database")
+    with pytest.raises(ImpqError, match="cannot be used"):
+        run(tiny_config, plugins(tiny_config))
