@@ -56,7 +56,7 @@ def _software(plugins: Plugins) -> Iterator[Finding]:
 
 
 def _store(tracking_uri: str, fix: bool) -> Iterator[Finding]:
-    from impq_core.tracking import check_store, orphans, store_uri
+    from impq_core.store import check_store, orphans, store_uri
 
     if tracking_uri == "none":
         return

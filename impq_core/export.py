@@ -64,7 +64,7 @@ def export_run(run: str, name: str, target: Path, plugins: Plugins, progress: Pr
         run: a run folder.
         name: the format.
         target: where to; must be missing or empty. The files appear there only when all are written.
-        plugins: who offers the format.
+        plugins: who offers the format, and who watches.
         progress: told (blocks quantized, blocks).
 
     Raises:
@@ -99,7 +99,9 @@ def export_run(run: str, name: str, target: Path, plugins: Plugins, progress: Pr
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
-    return Exported(target, name, score, str(prepared.evaluation), prepared.plan.nbytes)
+    exported = Exported(target, name, score, str(prepared.evaluation), prepared.plan.nbytes)
+    plugins.notify("impq_exported", exported=exported, run=source.path)
+    return exported
 
 
 def requantize(prepared: Prepared, plan: Plan, progress: Progress) -> tuple[Evaluator, Bank, BlockwiseModel]:

@@ -49,6 +49,7 @@ def _loss(result: RunResult, axes: Any) -> None:
     for group, style, color, label in ((rest, "s", ORANGE, "first/last high, random"), ([plan], "D", BLUE, "plan")):
         axes.errorbar([p[1] for p in group], [p[2] for p in group], yerr=[p[3] for p in group], fmt=style, color=color,
                       capsize=3, label=label)
+    axes.margins(x=0.12)  # the name of the widest stands to its right
     axes.axhline(evaluation.row("unquantized").nll, color=GREY, linestyle=":", label="unquantized")
     axes.set(xlabel="stored bytes of the quantizable weights (MB)", ylabel="NLL (nats per token)",
              title=textwrap.fill(f"Held-out loss: {evaluation.text}", 100))

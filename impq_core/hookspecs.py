@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import click
 
     from impq_core.config import RunConfig
+    from impq_core.export import Exported
     from impq_core.pipeline import RunResult
     from impq_core.plugins import Component
     from impq_core.space import FloatArray, IntArray, SearchSpace
@@ -117,3 +118,8 @@ def impq_run_finished(result: RunResult) -> None:
 @hookspec
 def impq_run_failed(error: BaseException) -> None:
     """The run ended early; KeyboardInterrupt means that somebody stopped it."""
+
+
+@hookspec
+def impq_exported(exported: Exported, run: Path) -> None:
+    """The plan of the run in folder ``run`` has been exported; all its files are in ``exported.folder``."""

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 import traceback
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
-
-from filelock import FileLock
 
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError
 from impq_core.hookspecs import hookimpl
+from impq_core.pages import (
+    NOTE_TAG,
+    experiment_note,
+    experiment_tags,
+    markdown_table,
+    run_name,
+    run_note,
+    run_numbers,
+    run_params,
+    shortened,
+    sweep_name,
+    text_inputs,
+)
 from impq_core.runfolder import CHILDREN, RunFolder
+from impq_core.store import FOLDER_TAG, check_store, create_store, store_lock, store_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -26,43 +34,6 @@ if TYPE_CHECKING:
     from impq_core.pipeline import RunResult
     from impq_core.space import FloatArray, IntArray, SearchSpace
     from impq_core.types import Measurements, Plan, SensitivityEstimate
-
-FOLDER_TAG = "impq.folder"
-"""Tag that says which run folder a run is kept in."""
-
-CONNECT_SECONDS = 5.0
-"""How long a tracking server may take to answer before a run is refused."""
-
-
-def store_uri(uri: str) -> str:
-    """The tracking URI meant: ``mlflow.db`` here by default, and SQLite files by their absolute path."""
-    path = uri.removeprefix("sqlite:///") if uri else "mlflow.db"
-    if not uri or uri.startswith("sqlite:///"):
-        return f"sqlite:///{Path(path).absolute()}"
-    return uri
-
-
-def check_store(uri: str) -> None:
-    """Refuse a store that cannot be written or does not answer, without waiting for MLflow's many retries.
-
-    Raises:
-        ImpqError: the folder of a SQLite file is missing, a server does not answer, or the URI is of another kind.
-    """
-    parts = urlsplit(uri)
-    if parts.scheme == "sqlite":
-        folder = Path(uri.removeprefix("sqlite:///")).parent
-        if not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise ImpqError(f"tracking store {uri}: the folder {folder} is missing or cannot be written")
-    elif parts.scheme in ("http", "https"):
-        try:
-            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=CONNECT_SECONDS).close()
-        except urllib.error.HTTPError:
-            pass  # it answers; what it answers is MLflow's business
-        except (OSError, ValueError) as error:
-            raise ImpqError(f"tracking server {uri} does not answer ({getattr(error, 'reason', error)}); "
-                            "use --tracking-uri none to run without it") from error
-    elif parts.scheme not in ("postgresql", "mysql", "mssql", "databricks") and "+" not in parts.scheme:
-        raise ImpqError(f"tracking store '{uri}' is not understood: give sqlite:///FILE, http(s)://HOST, or none")
 
 
 class Tracker:
@@ -74,27 +45,43 @@ class Tracker:
         self.run_id = self._parent_id = ""
         self._folder = RunFolder(Path())
         self._evaluations = self._logged = 0
+        self._sizes: dict[str, float] = {}
 
     @hookimpl
     def impq_sweep_started(self, config: RunConfig, folder: Path, varied: Mapping[str, Sequence[str]]) -> None:
         """Open the parent; the children repeat its parameters with what is theirs."""
-        self._open(RunFolder(folder), {**dict(_flat(config)), **{name: ",".join(v) for name, v in varied.items()}})
+        self._open(RunFolder(folder), sweep_name(varied),
+                   {**dict(run_params(config)), **{name: ",".join(values) for name, values in varied.items()}})
         self._client.set_tag(self.run_id, "impq.kind", "sweep")
         self._parent_id = self.run_id
 
     @hookimpl
     def impq_sweep_finished(self, folder: Path) -> None:
-        """Close it."""
+        """Close it, with a table of its runs."""
         self.run_id, self._folder, self._parent_id = self._parent_id, RunFolder(folder), ""
-        self._end("FINISHED")
+        try:
+            self._client.set_tag(self.run_id, NOTE_TAG, self._overview())
+        finally:
+            self._end("FINISHED")
+
+    def _overview(self) -> str:
+        """The runs of a sweep, best first, as Markdown."""
+        parent = self._client.get_run(self.run_id).info
+        runs = self._client.search_runs([parent.experiment_id], f"tags.mlflow.parentRunId = '{self.run_id}'",
+                                        max_results=1000, order_by=["metrics.nll ASC"])
+        shown = ("bits_nominal", "nll", "nll_stderr", "search_forwards")
+        rows = [[run.info.run_name, *(f"{run.data.metrics[name]:.4g}" if name in run.data.metrics else ""
+                                      for name in shown)] for run in runs]
+        return shortened(markdown_table(("run", *shown), rows))
 
     @hookimpl
     def impq_run_started(self, config: RunConfig, space: SearchSpace, folder: Path) -> None:
         """Open the run before the weights are loaded, so that nothing is ever computed untracked."""
-        self._open(RunFolder(folder), {**dict(_flat(config)), "layers": len(space),
-                                       "quantizable_weights": space.parameters})
+        self._config = config
+        self._open(RunFolder(folder), run_name(config), {**dict(run_params(config)), "layers": len(space),
+                                                         "quantizable_weights": space.parameters})
 
-    def _open(self, folder: RunFolder, params: Mapping[str, Any]) -> None:
+    def _open(self, folder: RunFolder, name: str, params: Mapping[str, Any]) -> None:
         check_store(self.uri)
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         import logging
@@ -103,16 +90,17 @@ class Tracker:
             logging.getLogger(chatty).setLevel(logging.WARNING)
         from mlflow import MlflowClient
 
-        self._folder, self._evaluations, self._logged = folder, 0, 0
+        self._folder, self._evaluations, self._logged, self._sizes = folder, 0, 0, {}
         try:
-            with _store_lock(self.uri):
-                _create_store(self.uri)
+            with store_lock(self.uri):
+                create_store(self.uri)
                 self._client: MlflowClient = MlflowClient(self.uri)
                 experiment = self._experiment()
                 if not self._reopen(experiment):
-                    tags = {FOLDER_TAG: str(folder.path),
+                    tags = {FOLDER_TAG: str(folder.path), "mlflow.source.name": f"impq {folder.path.name}",
+                            "mlflow.source.type": "LOCAL",
                             **({"mlflow.parentRunId": self._parent_id} if self._parent_id else {})}
-                    self.run_id = self._client.create_run(experiment, run_name=folder.path.name, tags=tags).info.run_id
+                    self.run_id = self._client.create_run(experiment, run_name=name, tags=tags).info.run_id
             folder.write_json(folder.tracking, {"uri": self.uri, "run_id": self.run_id})
             self._client.log_batch(self.run_id, params=_params(params.items()))
             self._client.log_artifact(self.run_id, str(folder.config))
@@ -139,16 +127,23 @@ class Tracker:
             if known.lifecycle_stage != "active":
                 raise ImpqError(f"the MLflow experiment '{self._experiment_name}' is deleted: restore it or take "
                                 "another --experiment")
-            return str(known.experiment_id)
+            return self._set_up(known.experiment_id, known.tags)
         location = None
         if self.uri.startswith("sqlite:"):
             location = (Path(self.uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
-        return str(self._client.create_experiment(self._experiment_name, artifact_location=location))
+        return self._set_up(self._client.create_experiment(self._experiment_name, artifact_location=location), {})
+
+    def _set_up(self, experiment_id: str, tags: Mapping[str, str]) -> str:
+        """Give an experiment the view; what is there already, somebody may have edited."""
+        for name, value in {**experiment_tags(), NOTE_TAG: experiment_note(experiment_id)}.items():
+            if name not in tags:
+                self._client.set_experiment_tag(experiment_id, name, value)
+        return experiment_id
 
     @hookimpl
     def impq_variants_ready(self, nbytes: int, seconds: float) -> None:
-        """Size of the bank."""
-        self._metrics({"bank_bytes": nbytes})
+        """Keep the size of all variants for the end: MLflow's comparison plots the metric that came first."""
+        self._sizes = {"variants_bytes": nbytes}
 
     @hookimpl
     def impq_measured(self, picks: IntArray, losses: FloatArray, forwards: float) -> None:
@@ -166,6 +161,7 @@ class Tracker:
     def impq_estimate_ready(self, estimate: SensitivityEstimate, measurements: Measurements | None) -> None:
         """Convergence: the mean standard error of the Shapley values as permutations come in."""
         if measurements is None:
+            self._client.update_run(self.run_id, name=run_name(self._config, fitted=False))
             return
         from mlflow.entities import Metric
 
@@ -183,22 +179,23 @@ class Tracker:
 
     @hookimpl
     def impq_run_finished(self, result: RunResult) -> None:
-        """Quality, cost, figures and every file of the run."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag
+        """Quality, cost, texts, figures and every file of the run."""
+        from PIL import Image
 
         from impq_core.figures import draw_figures
 
-        self._metrics({**_numbers(result), **{f"seconds_{stage}": s for stage, s in result.seconds.items()}})
-        inputs = []
-        for context in result.digests:
-            text = getattr(result.config, context)
-            dataset = Dataset(name=f"{text.source}-{context}", digest=result.digests[context], source_type="local",
-                              source=text.source)
-            inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", context)]))
-        self._client.log_inputs(self.run_id, datasets=inputs)
-        draw_figures(result, self._folder.figures)
-        self._end("FINISHED")
-        self.run_id = self._parent_id or self.run_id
+        try:
+            self._metrics({**run_numbers(result), **self._sizes,
+                           **{f"seconds_{stage}": s for stage, s in result.seconds.items()}})
+            self._client.log_inputs(self.run_id, datasets=text_inputs(result))
+            self._client.set_tag(self.run_id, NOTE_TAG, run_note(result))
+            for path in draw_figures(result, self._folder.figures):
+                # Beside the file among the artifacts: only images logged by key are shown next to other runs'.
+                with Image.open(path) as image:
+                    self._client.log_image(self.run_id, image.convert("RGB"), key=path.stem, step=0)
+        finally:
+            self._end("FINISHED")
+            self.run_id = self._parent_id or self.run_id
 
     @hookimpl
     def impq_run_failed(self, error: BaseException) -> None:
@@ -224,105 +221,16 @@ class Tracker:
             self._client.log_batch(self.run_id, metrics=metrics[start:start + 1000])
 
     def _end(self, status: str) -> None:
+        from impq_core.export import MANIFEST
+
         try:
             for item in sorted(self._folder.path.iterdir()):
-                if not item.name.startswith(".") and item.name != CHILDREN:
+                weights = (item / MANIFEST).exists()  # an export is named by a LoggedModel, and not copied
+                if not item.name.startswith(".") and item.name != CHILDREN and not weights:
                     log = self._client.log_artifacts if item.is_dir() else self._client.log_artifact
                     log(self.run_id, str(item), *([item.name] if item.is_dir() else []))
         finally:
             self._client.set_terminated(self.run_id, status)
-
-
-def orphans(uri: str, close: bool = False) -> list[str]:
-    """Names of the impq runs in a store that are RUNNING while nobody is at work in their folders.
-
-    Args:
-        uri: the store.
-        close: end them as KILLED.
-
-    Raises:
-        ImpqError: the store cannot be read.
-    """
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    from mlflow import MlflowClient
-
-    found = []
-    try:
-        with _store_lock(uri):
-            client = MlflowClient(uri)
-            experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-        runs = client.search_runs(experiments, "attributes.status = 'RUNNING'", max_results=1000)
-        for run in runs:
-            folder = run.data.tags.get(FOLDER_TAG)
-            if folder is not None and not _at_work(Path(folder)):
-                found.append(f"{run.info.run_name} ({run.info.run_id})")
-                if close:
-                    client.set_terminated(run.info.run_id, "KILLED")
-    except Exception as error:  # MLflow, SQLAlchemy and the database's driver each raise their own
-        raise ImpqError(f"tracking store {uri} cannot be read: {' '.join(str(error).split())[:200]}") from error
-    return found
-
-
-def _at_work(folder: Path) -> bool:
-    if not folder.is_dir():
-        return False
-    try:
-        with RunFolder(folder).locked():
-            return False
-    except ImpqError:
-        return True
-
-
-def _create_store(uri: str) -> None:
-    """Make a SQLite store, whole or not at all: MLflow builds it in dozens of steps, and cannot go on with one whose
-    maker died in between."""
-    if not uri.startswith("sqlite:") or (path := Path(uri.removeprefix("sqlite:///"))).exists():
-        return
-    from mlflow import MlflowClient
-
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as work:
-        made = Path(work) / path.name
-        MlflowClient(f"sqlite:///{made}").search_experiments()
-        made.rename(path)
-
-
-def _store_lock(uri: str) -> FileLock:
-    """SQLite stores are created by one process at a time: MLflow's own set-up fails when several race for it."""
-    if uri.startswith("sqlite:"):
-        return FileLock(uri.removeprefix("sqlite:///") + ".lock")
-    return FileLock(Path(tempfile.gettempdir()) / "impq-tracking.lock")
-
-
-def _numbers(result: RunResult) -> dict[str, float]:
-    """What a run came to; by the names that the MLflow pages show."""
-    numbers: dict[str, float] = {"search_forwards": result.forwards, "evaluations": len(result.measurements or ())}
-    if result.measured_loss is not None:
-        numbers["measured_plan_loss"] = result.measured_loss
-    if result.plan is not None:
-        numbers["model_bytes"] = result.model_bytes
-        if result.plan.predicted_loss is not None and result.measured_loss is not None:
-            numbers["surrogate_error"] = result.plan.predicted_loss - result.measured_loss
-    if result.evaluation is not None:
-        score = result.evaluation.plan
-        numbers |= {"nll": score.nll, "nll_stderr": score.stderr, "perplexity": score.perplexity, "kl": score.kl,
-                    "top1_agreement": score.top1}
-        for row in result.evaluation.rows[1:]:
-            numbers[f"reference_nll/{row.name.replace(' ', '_').replace('/', '_')}"] = row.nll
-    return numbers
-
-
-def _flat(config: RunConfig) -> Iterable[tuple[str, Any]]:
-    from dataclasses import asdict
-
-    for key, value in asdict(config).items():
-        if key == "options":
-            for role, options in value.items():
-                yield from ((f"{role}.{name}", option) for name, option in options.items())
-        elif isinstance(value, dict):
-            yield from ((f"{key}.{name}", item) for name, item in value.items())
-        else:
-            yield key, ",".join(f"{item:g}" if isinstance(item, float) else str(item) for item in value) if isinstance(
-                value, tuple) else value
 
 
 def _params(pairs: Iterable[tuple[str, Any]]) -> list[Any]:

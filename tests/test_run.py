@@ -241,7 +241,7 @@ def test_mlflow_keeps_a_finished_run(tiny_config: RunConfig, tmp_path: Path) -> 
     assert experiment.artifact_location == (tmp_path / "mlartifacts").as_uri()
     [kept] = client.search_runs([experiment.experiment_id])
     assert kept.info.status == "FINISHED"
-    assert kept.data.params["estimator.permutations"] == "4" and kept.data.params["bits"] == "4,2"
+    assert kept.data.params["options.estimator.permutations"] == "4" and kept.data.params["bits"] == "4,2"
     assert kept.data.metrics["nll"] == pytest.approx(result.evaluation.plan.nll)
     assert kept.data.metrics["bytes"] == result.plan.nbytes
     assert kept.data.metrics["search_forwards"] == pytest.approx(result.forwards)

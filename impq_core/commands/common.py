@@ -131,11 +131,14 @@ def watched(config: RunConfig, plugins: Plugins, brief: bool = False) -> RunConf
     from impq_core.report import ConsoleReporter, make_console
 
     if config.tracking_uri != "none":
-        from impq_core.tracking import Tracker, check_store, store_uri
+        from impq_core.logged_model import ExportTracker
+        from impq_core.store import check_store, store_uri
+        from impq_core.tracking import Tracker
 
         config = replace(config, tracking_uri=store_uri(config.tracking_uri))
         check_store(config.tracking_uri)
         plugins.watch(Tracker(config.tracking_uri, config.experiment))
+        plugins.watch(ExportTracker())
     quiet_libraries()
     plugins.watch(ConsoleReporter(make_console(), brief))
     click.echo(f"{config.model}: reading its configuration and the texts")
@@ -145,7 +148,7 @@ def watched(config: RunConfig, plugins: Plugins, brief: bool = False) -> RunConf
 
 def look_at(config: RunConfig) -> None:
     """Say how to see it in MLflow."""
-    from impq_core.tracking import store_uri
+    from impq_core.store import store_uri
 
     if config.tracking_uri != "none":
         flag = "" if config.tracking_uri == store_uri("") else f" --tracking-uri {config.tracking_uri}"

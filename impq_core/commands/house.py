@@ -97,7 +97,8 @@ def doctor(tracking_uri: str, output: str, fix: bool, plugin_files: tuple[Path, 
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to serve on.")
 def ui(tracking_uri: str, port: int, host: str) -> None:
     """Serve the MLflow pages of a store until stopped."""
-    from impq_core.tracking import check_store, store_uri
+    from impq_core.pages import view_path
+    from impq_core.store import check_store, experiments, store_uri
 
     uri = store_uri(tracking_uri)
     check_store(uri)
@@ -106,6 +107,8 @@ def ui(tracking_uri: str, port: int, host: str) -> None:
     # One worker and no job runner: the pages of one person need no more, and start in a third of the time.
     environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     click.echo(f"serving {uri} on http://{host}:{port} (Ctrl-C stops)")
+    for name, number in experiments(uri).items():
+        click.echo(f"runs of {name}: http://{host}:{port}{view_path(number)}")
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", host,
                                "--port", str(port), "--workers", "1"], environment)

@@ -140,11 +140,13 @@ def export(run: str, format: str, target: Path | None) -> None:
     found.find("exporter", format)
     quiet_libraries()
     from impq_core.export import check_target
+    from impq_core.logged_model import ExportTracker
     from impq_core.report import ConsoleReporter, make_console
     from impq_core.runfolder import RunFolder
 
     target = target or RunFolder.open(run, "plan.json").path / format
     check_target(target)
+    found.watch(ExportTracker())
     found.watch(ConsoleReporter(make_console()))
     _export(run, format, target, found)
 

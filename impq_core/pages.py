@@ -1,0 +1,166 @@
+"""What MLflow's pages show of a run: its name, its numbers, a note, the texts, and the columns of the runs table."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from impq_core.config import RunConfig, TextConfig
+
+if TYPE_CHECKING:
+    from impq_core.pipeline import RunResult
+
+VIEW = "impq"
+"""Key and name of the saved view that every impq experiment gets."""
+
+VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
+"""Experiment tag that holds it."""
+
+COLUMNS = ("metrics.`nll`", "metrics.`bits_nominal`", "metrics.`bytes`", "metrics.`search_forwards`",
+           "params.`estimator`", "params.`backend`", "params.`allocator`", "params.`surrogate`", "params.`budget`",
+           "metrics.`kl`", "metrics.`top1_agreement`", "params.`model`", "attributes.`Models`", "attributes.`Dataset`")
+"""Its columns, after the run's name and time."""
+
+FIGURES = ("loss_against_bytes", "widths", "sensitivities")
+"""Figures that its charts show beside those of other runs."""
+
+NOTE_TAG = "mlflow.note.content"
+"""Tag that MLflow shows as a description."""
+
+NOTE_LENGTH = 5000
+"""What every store of MLflow takes as the value of a tag."""
+
+
+def run_name(config: RunConfig, fitted: bool = True) -> str:
+    """What tells a run from its neighbours: ``spqe auto qp gptq 3.0bits``.
+
+    Args:
+        config: the run.
+        fitted: false where the estimator leaves nothing for a surrogate to fit.
+    """
+    if config.plan:
+        return f"given plan, {config.backend}"
+    estimator = f"{config.estimator}({config.estimate_with})" if config.estimate_with else config.estimator
+    allocator = f"{config.allocator}+{config.refiner}" if config.refine else config.allocator
+    surrogate = [config.surrogate] if fitted else []
+    return " ".join([estimator, *surrogate, allocator, config.backend, config.budget])
+
+
+def sweep_name(varied: Mapping[str, Sequence[str]]) -> str:
+    """What a sweep varies: ``sweep: 2 estimators, 3 budgets``."""
+    counts = [f"{len(values)} {name}s" for name, values in varied.items() if len(values) > 1]
+    return f"sweep: {', '.join(counts)}" if counts else "sweep"
+
+
+def experiment_tags() -> dict[str, str]:
+    """Tags that tell MLflow what an experiment is about, and hold the view."""
+    now = int(time.time() * 1000)
+    view = {"name": VIEW, "createdAt": now, "updatedAt": now, "state": json.dumps(_view())}
+    return {"mlflow.experimentKind": "custom_model_development", VIEW_TAG: json.dumps(view)}
+
+
+def _view() -> dict[str, Any]:
+    """Columns and charts as MLflow's pages write them for "Save view". Every other chart follows below these."""
+    def chart(kind: str, number: int, **what: Any) -> dict[str, Any]:
+        return {"uuid": f"{VIEW}-{number}", "type": kind, "metricSectionId": VIEW, "runsCountToCompare": 100,
+                "deleted": False, "isGenerated": False, **what}
+
+    name_column = "attributes.`Run Name`"
+    charts = [chart("SCATTER", 0, xaxis={"key": "bytes", "type": "METRIC"}, yaxis={"key": "nll", "type": "METRIC"})]
+    charts += [chart("BAR", number, metricKey=name, displayName=name)
+               for number, name in enumerate(("nll", "bits_nominal", "search_forwards"), len(charts))]
+    charts += [chart("IMAGE", number, imageKeys=[name], displayName=name, step=0, showRunParams=False)
+               for number, name in enumerate(FIGURES, len(charts))]
+    section = {"uuid": VIEW, "name": "impq", "display": True, "isReordered": True, "deleted": False,
+               "isGenerated": False}
+    return {"selectedColumns": COLUMNS, "columnOrder": [name_column, "runDateAndNestInfo", *COLUMNS],
+            "columnWidths": {name_column: 260, "metrics.`search_forwards`": 130},
+            "compareRunCharts": charts, "compareRunSections": [section], "isAccordionReordered": True}
+
+
+def experiment_note(experiment_id: str) -> str:
+    """The description of an experiment: the way to the view, from whatever page MLflow opens first."""
+    return f"Runs of impq: [the columns and charts that matter]({view_path(experiment_id)})"
+
+
+def view_path(experiment_id: str) -> str:
+    """Where a server shows the runs of an experiment in the view; MLflow would else open its pages for agents."""
+    return f"/#/experiments/{experiment_id}/runs?viewStateShareKey={VIEW}&workflowType=machine_learning"
+
+
+def run_note(result: RunResult) -> str:
+    """The run in a few lines of Markdown, with its evaluation table."""
+    from impq_core.report import evaluation_rows, score_line, summary
+
+    config, evaluation = result.config, result.evaluation
+    lines = [f"{Path(config.model).name}, {config.backend}, budget {config.budget}"
+             + (f": **{score_line(evaluation.plan)}**" if evaluation else ""), "",
+             *(f"- {line}" for line in summary(result))]
+    if evaluation is not None:
+        lines += ["", markdown_table(*evaluation_rows(evaluation))]
+    return shortened("\n".join([*lines, "", f"Folder `{result.folder}`"]))
+
+
+def shortened(note: str) -> str:
+    """A note as long as MLflow takes one, cut between lines."""
+    return note if len(note) <= NOTE_LENGTH else note[:NOTE_LENGTH].rpartition("\n")[0]
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose first column is text and whose others are numbers."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
+
+
+def text_name(text: TextConfig) -> str:
+    """A text as the dataset column shows it: a file by its name alone."""
+    return Path(text.source).name if Path(text.source).is_absolute() else text.source
+
+
+def text_inputs(result: RunResult) -> list[Any]:
+    """The texts of a run as MLflow's dataset inputs."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    inputs = []
+    for context, digest in result.digests.items():
+        text: TextConfig = getattr(result.config, context)
+        profile = json.dumps({"windows": text.windows, "tokens_per_window": text.length, "seed": text.seed})
+        dataset = Dataset(name=text_name(text), digest=digest, source_type="local",
+                          source=json.dumps({"uri": text.source}), profile=profile)
+        inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", context)]))
+    return inputs
+
+
+def run_numbers(result: RunResult) -> dict[str, float]:
+    """What a run came to."""
+    numbers: dict[str, float] = {"search_forwards": result.forwards, "evaluations": len(result.measurements or ())}
+    if result.measured_loss is not None:
+        numbers["measured_plan_loss"] = result.measured_loss
+    if result.plan is not None:
+        numbers["model_bytes"] = result.model_bytes
+        if result.plan.predicted_loss is not None and result.measured_loss is not None:
+            numbers["surrogate_error"] = result.plan.predicted_loss - result.measured_loss
+    if result.evaluation is not None:
+        score = result.evaluation.plan
+        numbers |= {"nll": score.nll, "nll_stderr": score.stderr, "perplexity": score.perplexity, "kl": score.kl,
+                    "top1_agreement": score.top1}
+        for row in result.evaluation.rows[1:]:
+            numbers[f"reference_nll/{row.name.replace(' ', '_').replace('/', '_')}"] = row.nll
+    return numbers
+
+
+def run_params(config: RunConfig) -> Iterable[tuple[str, Any]]:
+    """A configuration as MLflow's parameters, what is nested by dotted names as in impq.toml."""
+    for key, value in asdict(config).items():
+        if key == "options":
+            for role, options in value.items():
+                yield from ((f"{key}.{role}.{name}", option) for name, option in options.items())
+        elif isinstance(value, dict):
+            yield from ((f"{key}.{name}", item) for name, item in value.items())
+        else:
+            yield key, ",".join(f"{item:g}" if isinstance(item, float) else str(item) for item in value) if isinstance(
+                value, tuple) else value
