@@ -8,6 +8,7 @@ import traceback
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -48,17 +49,23 @@ def check_store(uri: str) -> None:
     Raises:
         ImpqError: the folder of a SQLite file is missing, a server does not answer, or the URI is of another kind.
     """
-    parts = urlsplit(uri)
-    if parts.scheme == "sqlite":
-        folder = Path(uri.removeprefix("sqlite:///")).parent
+    try:
+        parts = urlsplit(uri)
+    except ValueError as error:
+        raise ImpqError(f"tracking store '{uri}' is not understood: {error}") from error
+    if uri.startswith("sqlite:///"):
+        file = Path(uri.removeprefix("sqlite:///"))
+        folder = file.parent
         if not folder.is_dir() or not os.access(folder, os.W_OK):
             raise ImpqError(f"tracking store {uri}: the folder {folder} is missing or cannot be written")
+        if file.exists() and not _is_sqlite(file):
+            raise ImpqError(f"tracking store {uri}: the file there is no SQLite database; give another --tracking-uri")
     elif parts.scheme in ("http", "https"):
         try:
             urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=CONNECT_SECONDS).close()
         except urllib.error.HTTPError:
             pass  # it answers; what it answers is MLflow's business
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, HTTPException) as error:
             raise ImpqError(f"tracking server {uri} does not answer ({getattr(error, 'reason', error)}); "
                             "use --tracking-uri none to run without it") from error
     elif parts.scheme not in ("postgresql", "mysql", "mssql", "databricks") and "+" not in parts.scheme:
@@ -99,10 +106,9 @@ class Tracker:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         import logging
 
-        for chatty in ("alembic", "mlflow.store.db.utils"):
-            logging.getLogger(chatty).setLevel(logging.WARNING)
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # what it meets is raised as well
         from mlflow import MlflowClient
-        from mlflow.exceptions import MlflowException
 
         self._folder, self._evaluations, self._logged = folder, 0, 0
         try:
@@ -117,7 +123,9 @@ class Tracker:
             folder.write_json(folder.tracking, {"uri": self.uri, "run_id": self.run_id})
             self._client.log_batch(self.run_id, params=_params(params.items()))
             self._client.log_artifact(self.run_id, str(folder.config))
-        except (MlflowException, OSError) as error:
+        except ImpqError:
+            raise
+        except Exception as error:  # mlflow, the database and its driver each raise their own
             reason = " ".join(str(error).split())[:200]
             raise ImpqError(f"tracking store {self.uri} cannot be used: {reason}") from error
 
@@ -258,7 +266,6 @@ def orphans(uri: str, close: bool = False) -> list[str]:
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
 
     found = []
     try:
@@ -272,7 +279,7 @@ def orphans(uri: str, close: bool = False) -> list[str]:
                 found.append(f"{run.info.run_name} ({run.info.run_id})")
                 if close:
                     client.set_terminated(run.info.run_id, "KILLED")
-    except (MlflowException, OSError) as error:
+    except Exception as error:  # mlflow, the database and its driver each raise their own
         raise ImpqError(f"tracking store {uri} cannot be read: {' '.join(str(error).split())[:200]}") from error
     return found
 
@@ -285,6 +292,14 @@ def _at_work(folder: Path) -> bool:
             return False
     except ImpqError:
         return True
+
+
+def _is_sqlite(file: Path) -> bool:
+    """Whether a file is a SQLite database, or empty, which SQLite takes for one."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        return stream.read(16) in (b"", b"SQLite format 3\0")
 
 
 def _store_lock(uri: str) -> FileLock:
