@@ -53,8 +53,8 @@ def test_a_run_prints_its_table_and_takes_impq_toml(tmp_path: Path, tiny_argumen
         assert word in done.stdout
     [recipe] = tmp_path.glob("impq-runs/*/recipe-auto-round/layer_config.json")
     assert '"bits": 3' in recipe.read_text()
-    assert {path.name for path in tmp_path.iterdir()} == {"impq.toml", "impq-runs", "mlartifacts", "mlflow.db",
-                                                          "mlflow.db.lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {"cache", "impq.toml", "impq-runs", "mlartifacts",
+                                                          "mlflow.db", "mlflow.db.lock"}
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
