@@ -10,7 +10,7 @@ from impq_core.errors import UsageError
 from impq_core.space import SearchSpace
 
 _BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_FORM = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(bits|bpw|%|[kmg]i?b|b)\s*", re.IGNORECASE)
+_FORM = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(bits|bpw|%|[kmg]i?b|b)\s*", re.IGNORECASE | re.ASCII)
 
 
 @dataclass(frozen=True)

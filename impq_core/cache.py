@@ -121,9 +121,10 @@ def shelves() -> list[Shelf]:
     found = []
     for file in (cache_folder() / "variants").glob("*/about.json"):
         try:
-            found.append(Shelf(file.parent, json.loads(file.read_text())))
-        except (OSError, ValueError):
-            found.append(Shelf(file.parent, {}))
+            about = json.loads(file.read_text())
+        except (OSError, ValueError, RecursionError):
+            about = {}
+        found.append(Shelf(file.parent, about if isinstance(about, dict) else {}))
     return sorted(found, key=lambda shelf: -shelf.used)
 
 

@@ -22,11 +22,15 @@ WEIGHTS = "model.safetensors"
 
 
 def write_model(folder: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
-    """Write a model's tensors by name, and its configuration."""
+    """Write a model's tensors by name, and its configuration; raises ImpqError where the disk does not take them."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS,
-              metadata={"format": "pt"})
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS,
+                  metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise ImpqError(f"{WEIGHTS} cannot be written: {error}") from error
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 

@@ -39,7 +39,7 @@ def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
         ctx.exit()
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Commands, no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--version", is_flag=True, callback=_version, expose_value=False, is_eager=True, help="Show the version.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:
@@ -68,13 +68,15 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.showwarning = _warn
     try:
         code = cli.main([a for a in arguments if a != "--debug"], prog_name="impq", standalone_mode=False)
-        if isinstance(code, int) and code:  # what a command ended with by click's Exit
+        if code:  # what a command raised as click's Exit comes back as a number
             sys.exit(code)
     except (click.Abort, KeyboardInterrupt) as error:
         click.echo("impq: stopped", err=True)
         sys.exit(143 if isinstance(error.__cause__, Terminated) else 130)  # click wraps it in its Abort
     except click.ClickException as error:
-        click.echo(f"impq: {error.format_message()}", err=True)
+        context = getattr(error, "ctx", None)
+        see = f" (see '{context.command_path} --help')" if context else ""
+        click.echo(f"impq: {' '.join(error.format_message().split())}{see}", err=True)
         sys.exit(error.exit_code)
     except ImpqError as error:
         if debug:
@@ -84,6 +86,10 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if debug:
             traceback.print_exc()
+        if isinstance(error, OSError) and error.strerror:  # the disk or its permissions, whoever met them
+            click.echo(f"impq: {error.filename or 'a file'} cannot be read or written: {error.strerror}; mend that and "
+                       "try again (a run goes on with impq run --resume RUN)", err=True)
+            sys.exit(1)
         line = " ".join(str(error).split())[:300]
         click.echo(f"impq: {type(error).__name__}: {line} (this is a bug of impq or of a plugin; "
                    "--debug shows where)", err=True)

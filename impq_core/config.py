@@ -35,6 +35,10 @@ class TextConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not self.source:
+            raise UsageError("a text has no name: give demo, a file, or a datasets name")
+        if self.seed < 0:
+            raise UsageError(f"a seed must not be negative, as {self.seed} is")
         if self.windows < 1 or self.length < 2:
             raise UsageError(f"a text needs at least 1 window of 2 tokens, not {self.windows} of {self.length}")
 
@@ -100,6 +104,11 @@ class RunConfig:
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("model", "output", "experiment"):
+            if not getattr(self, name):
+                raise UsageError(f"{name} is empty: leave it out or give it a name")
+        if self.seed < 0:
+            raise UsageError(f"a seed must not be negative, as {self.seed} is")
         for name, allowed in (("dtype", DTYPES), ("granularity", GRANULARITIES), ("value", VALUES)):
             if getattr(self, name) not in allowed:
                 raise UsageError(f"unknown {name} '{getattr(self, name)}'{nearest(getattr(self, name), allowed)}")
@@ -131,8 +140,8 @@ def read_toml(path: Path) -> RunConfig:
     """
     try:
         data = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"cannot read {path}: {error}") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UsageError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     return from_data(data, str(path))
 
 
@@ -171,7 +180,7 @@ def _value(expected: Any, value: Any, key: str, where: str) -> Any:
         if isinstance(value, str):
             return TextConfig(source=value)
     elif expected in (str, int, bool):
-        if type(value) is expected:
+        if type(value) is expected and "\0" not in str(value):  # no name of a file or part holds one
             return value
     else:
         item = typing.get_args(expected)[-2 if typing.get_origin(expected) is tuple else -1]

@@ -22,6 +22,7 @@ from impq_core.errors import ImpqError
 from impq_core.evaluate import Evaluator, Score
 from impq_core.files import write_text
 from impq_core.interfaces import Checkpoint
+from impq_core.manifest import FORMAT, MANIFEST, check_target, read_manifest
 from impq_core.model import resolve_dtype
 from impq_core.parts import load_exporter
 from impq_core.plugins import Plugins
@@ -29,7 +30,6 @@ from impq_core.prepare import Prepared, prepare
 from impq_core.runfolder import RunFolder
 from impq_core.types import Plan
 
-MANIFEST = "impq.json"
 Progress = Callable[[int, int], None]
 
 
@@ -49,12 +49,6 @@ class Exported:
         """Of the model's file, embeddings and all; 0 for a recipe."""
         file = self.folder / WEIGHTS
         return file.stat().st_size if file.exists() else 0
-
-
-def check_target(folder: Path) -> None:
-    """Raises ImpqError where an export would mix with other files."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ImpqError(f"the export folder {folder} is not empty")
 
 
 def export_run(run: str, name: str, target: Path, plugins: Plugins, progress: Progress) -> Exported:
@@ -88,7 +82,7 @@ def export_run(run: str, name: str, target: Path, plugins: Plugins, progress: Pr
         exporter.export(checkpoint, work)
         prepared.plan.save(work / "plan.json")
         write_text(work / MANIFEST, json.dumps({
-            "format": "impq-export/1", "exporter": name, "run": config_data(prepared.config),
+            "format": FORMAT, "exporter": name, "run": config_data(prepared.config),
             "text": str(prepared.evaluation), "score": score_data(score) if score else None}, indent=1) + "\n")
         work.chmod(0o755)
         for file in work.iterdir():
@@ -144,13 +138,9 @@ def evaluate_folder(path: str, plugins: Plugins, **text: str | int | None) -> Ex
         ImpqError: impq did not write the folder, its format holds no weights, or something is missing.
     """
     folder = Path(path)
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        name, stored = manifest["exporter"], manifest["run"]
-        (folder / "plan.json").stat()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ImpqError(f"{path} is no folder that impq exported: no {MANIFEST} and plan.json in it") from error
-    config = from_data(stored, str(folder / MANIFEST))
+    manifest = read_manifest(folder)
+    name = manifest["exporter"]
+    config = from_data(manifest["run"], str(folder / MANIFEST))
     config = override(config, plan=str(folder / "plan.json"), **text)
     exporter = load_exporter(name, config.backend, config.options.get("backend", {}), plugins)
     prepared = prepare(config, plugins, calibrate=False)
@@ -166,7 +156,11 @@ def evaluate_folder(path: str, plugins: Plugins, **text: str | int | None) -> Ex
                 bank.add(spec, variants[spec.name])
     stored = tensor_names(folder)
     with read_model(folder) as tensor:
-        model.load_state_dict({name: tensor(name) for name in model.state_dict() if name in stored}, strict=False)
+        try:
+            model.load_state_dict({name: tensor(name) for name in model.state_dict() if name in stored}, strict=False)
+        except RuntimeError as error:  # a tensor of another shape
+            raise ImpqError(f"{folder / WEIGHTS} does not fit the model it was made from: "
+                            f"{' '.join(str(error).split())[:200]}") from error
     score = evaluator.score(prepared.space.assignment(prepared.plan.pick))
     return Exported(folder, name, score, str(prepared.evaluation), prepared.plan.nbytes)
 

@@ -12,6 +12,13 @@ import numpy as np
 
 
 def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    try:
+        _write(path, write)
+    except OSError as error:  # a user knows the file by the name it was to have
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -46,7 +46,8 @@ def fit_run(run: str, names: Sequence[str], pairs: dict[str, str], plugins: Plug
         plugins: who offers them.
 
     Raises:
-        ImpqError: the run kept no measurements, or a name or an option is wrong.
+        ImpqError: the run kept no measurements, or none that any of the surrogates can be fitted to; or a name or an
+            option is wrong.
     """
     folder = RunFolder.open(run)
     if not folder.measurements.is_file():
@@ -65,7 +66,6 @@ def fit_run(run: str, names: Sequence[str], pairs: dict[str, str], plugins: Plug
     except ImpqError:  # losses that are not finite: every surrogate says so
         game = HigherOrder(math.nan, math.nan)
     fitted = []
-    (folder.path / "fits").mkdir(exist_ok=True)
     for name, surrogate in built:
         file = folder.path / "fits" / f"{name}.npz"
         try:
@@ -74,6 +74,9 @@ def fit_run(run: str, names: Sequence[str], pairs: dict[str, str], plugins: Plug
         except ImpqError as error:
             fitted.append(Fitted(name, file, problem=str(error)))
             continue
+        file.parent.mkdir(exist_ok=True)
         estimate.save(file)
         fitted.append(Fitted(name, file, estimate, validation))
+    if all(one.problem for one in fitted):
+        raise ImpqError(f"no surrogate can be fitted to the losses of {run}: {fitted[0].problem}")
     return Fits(game, fitted)

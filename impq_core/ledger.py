@@ -49,8 +49,11 @@ class Ledger:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a fact. It survives the death of the process at once, and that of the machine after ``sync``."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:  # of a full disk Python does not tell which file it met it in
+            raise OSError(error.errno, error.strerror, self._file.name) from error
 
     def sync(self) -> None:
         """Wait until everything appended is on the disk."""
@@ -129,6 +132,6 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
             rows.append(json.loads(line))
             if not isinstance(rows[-1], dict):
                 raise ValueError("not an object")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ImpqError(f"{path}, line {number}: not a fact that impq wrote") from error
     return rows, whole

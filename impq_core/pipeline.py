@@ -141,7 +141,8 @@ def _watched(prepared: Prepared, plugins: Plugins, folder: RunFolder, only_estim
     try:
         result = _carry_out(prepared, plugins, folder, only_estimate)
     except BaseException as error:
-        write_text(folder.error, "".join(traceback.format_exception(error)))
+        with suppress(OSError):  # the disk may be what ended it
+            write_text(folder.error, "".join(traceback.format_exception(error)))
         plugins.notify("impq_run_failed", error=error)
         raise
     plugins.notify("impq_run_finished", result=result)

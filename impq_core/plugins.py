@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import math
 import sys
 import typing
 import warnings
@@ -238,8 +239,10 @@ def _convert(value: Any, kind: type[Any], what: str) -> Any:
     else:
         try:
             if not (kind is int and isinstance(value, (bool, float))):
-                return kind(value)
-        except (TypeError, ValueError):
+                converted = kind(value)
+                if kind is not float or math.isfinite(converted):
+                    return converted
+        except (TypeError, ValueError, OverflowError):
             pass
     raise UsageError(f"{what} takes {kind.__name__}, not '{value}'")
 

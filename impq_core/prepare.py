@@ -120,8 +120,7 @@ class Prepared:
 
 
 def prepare(config: RunConfig, plugins: Plugins, calibrate: bool = True) -> Prepared:
-    """Resolve and check a configuration: names, options, files, sizes, budget, texts. Loads no weights, writes
-    nothing.
+    """Resolve and check a configuration: names, options, files, sizes, budget, texts, weights. Writes nothing.
 
     Args:
         config: what to do.
@@ -158,6 +157,7 @@ def prepare(config: RunConfig, plugins: Plugins, calibrate: bool = True) -> Prep
     if calibrate:
         calibration = draw_windows(config.calibration, "calibration", tokenizer, vocabulary)
         refuse_overlap(calibration, evaluation)
+    source.check_weights()
     dtype = str(resolve_dtype(config.dtype)).removeprefix("torch.")
     resolved = replace(
         config, model=_absolute(config.model), plan=_absolute(config.plan),

@@ -158,7 +158,7 @@ class RunFolder:
             data = json.loads(path.read_text())
             if not isinstance(data, dict):
                 raise ValueError("not an object")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ImpqError(f"{path} cannot be read: {error}") from error
         return data
 
@@ -185,13 +185,14 @@ class RunFolder:
             with FileLock(self.path / ".lock", timeout=0):
                 yield
         except Timeout as error:
-            raise ImpqError(f"another process is at work in {self.path}") from error
+            raise ImpqError(f"another process is at work in {self.path}: wait for it, or stop it") from error
 
 
 def _readable(path: Path, read: Callable[[Path], T]) -> T:
     try:
         return read(path)
-    except ImpqError:
-        raise
+    except ImpqError as error:
+        named = str(path) in str(error)
+        raise ImpqError(str(error) if named else f"{path} cannot be used: {error}") from error
     except Exception as error:  # zip, json and numpy each raise their own
-        raise ImpqError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+        raise ImpqError(f"{path} cannot be read: {type(error).__name__}: {' '.join(str(error).split())}") from error

@@ -59,13 +59,36 @@ class ModelSource:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
+        files = self._files
         try:
-            config = AutoConfig.from_pretrained(self._files, trust_remote_code=self.trust_remote_code)
+            config = AutoConfig.from_pretrained(files, trust_remote_code=self.trust_remote_code)
             with torch.device("meta"):
                 return AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
         except Exception as error:  # a configuration can be wrong in any way
             raise ImpqError(f"model {self.name} is no causal language model that transformers can load: "
                             f"{_brief(error)}") from error
+
+    def check_weights(self) -> None:
+        """Look at every weight of a folder once: what is found while a run is at work leaves a run behind.
+
+        Raises:
+            ImpqError: a file is damaged, or a weight is not finite.
+        """
+        import torch
+        from safetensors import SafetensorError, safe_open
+
+        for file in sorted(Path(self._files).glob("*.safetensors")):
+            try:
+                with safe_open(file, framework="pt") as stored:
+                    for name in stored.keys():  # noqa: SIM118
+                        tensor = stored.get_tensor(name)
+                        if (name.endswith("weight") and tensor.dtype.itemsize > 1 and tensor.numel()
+                                and not torch.isfinite(torch.stack(tensor.aminmax())).all()):
+                            raise ImpqError(f"model {self.name}: its weight {name} holds NaN or infinity; take a sound "
+                                            "copy of the model")
+            except (OSError, SafetensorError) as error:
+                raise ImpqError(f"model {self.name}: {file.name} is damaged or cut short ({error}); fetch or save it "
+                                "again") from error
 
     def load(self, dtype: torch.dtype) -> PreTrainedModel:
         """The model with its weights, on the CPU, ready for inference.
@@ -83,7 +106,7 @@ class ModelSource:
             raise ImpqError(f"the weights of model {self.name} cannot be loaded: {_brief(error)}") from error
         if missing := sorted(report["missing_keys"]):
             raise ImpqError(f"the weights of model {self.name} lack {len(missing)} tensors (first: {missing[0]}); "
-                            "they would be random")
+                            "they would be random; fetch or save it again")
         return model.eval().requires_grad_(False)
 
     def tokenizer(self) -> Any:

@@ -6,6 +6,7 @@ import os
 import tempfile
 import urllib.error
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -36,17 +37,23 @@ def check_store(uri: str) -> None:
     Raises:
         ImpqError: the folder of a SQLite file is missing, a server does not answer, or the URI is of another kind.
     """
-    parts = urlsplit(uri)
-    if parts.scheme == "sqlite":
-        folder = Path(uri.removeprefix("sqlite:///")).parent
+    try:
+        parts = urlsplit(uri)
+    except ValueError as error:
+        raise ImpqError(f"tracking store '{uri}' is not understood: {error}") from error
+    if uri.startswith("sqlite:///"):
+        file = Path(uri.removeprefix("sqlite:///"))
+        folder = file.parent
         if not folder.is_dir() or not os.access(folder, os.W_OK):
             raise ImpqError(f"tracking store {uri}: the folder {folder} is missing or cannot be written")
+        if file.exists() and not _is_sqlite(file):
+            raise ImpqError(f"tracking store {uri}: the file there is no SQLite database; give another --tracking-uri")
     elif parts.scheme in ("http", "https"):
         try:
             urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=CONNECT_SECONDS).close()
         except urllib.error.HTTPError:
             pass  # it answers; what it answers is MLflow's business
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, HTTPException) as error:
             raise ImpqError(f"tracking server {uri} does not answer ({getattr(error, 'reason', error)}); "
                             "runs do without it with --tracking-uri none") from error
     elif parts.scheme not in ("postgresql", "mysql", "mssql", "databricks") and "+" not in parts.scheme:
@@ -104,6 +111,14 @@ def _at_work(folder: Path) -> bool:
             return False
     except ImpqError:
         return True
+
+
+def _is_sqlite(file: Path) -> bool:
+    """Whether a file is a SQLite database, or empty, which SQLite takes for one."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        return stream.read(16) in (b"", b"SQLite format 3\0")
 
 
 def create_store(uri: str) -> None:

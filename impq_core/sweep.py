@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field, replace
-from itertools import groupby, product
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,11 @@ import numpy as np
 
 from impq_core.bank import Bank
 from impq_core.blockwise import BlockwiseModel
-from impq_core.config import RunConfig
-from impq_core.errors import ImpqError, UsageError
+from impq_core.errors import ImpqError
 from impq_core.evaluate import Evaluator, evaluate_plan
+from impq_core.grid import Sweep
 from impq_core.interfaces import Sampler
 from impq_core.ledger import Ledger, refuse_changes
-from impq_core.parts import assign_options
 from impq_core.pipeline import (
     RunResult,
     Search,
@@ -41,63 +40,6 @@ from impq_core.types import Measurements, SensitivityEstimate
 
 MEASURED = "measured"
 """The folder of a sweep that holds its measurements, one for each backend and estimator."""
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """What a sweep is asked to do.
-
-    Args:
-        base: what all runs have in common.
-        varied: values of ``backend``, ``estimator``, ``surrogate``, ``allocator`` and ``budget``, where several.
-        pairs: options of parts as on the command line; each goes to the runs whose parts have it.
-    """
-
-    base: RunConfig
-    varied: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    pairs: Mapping[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def open(cls, path: str) -> Sweep:
-        """That of a folder; raises ImpqError where it holds none."""
-        folder = RunFolder.open(path, SWEEP)
-        data = folder.read_json(folder.path / SWEEP)
-        try:
-            return cls(folder.read_config(), data["varied"], data["pairs"])
-        except KeyError as error:
-            raise ImpqError(f"{folder.path / 'sweep.json'} lacks {error}") from error
-
-    def configs(self, plugins: Plugins) -> list[RunConfig]:
-        """One for each run, those of a backend and within it of an estimator together.
-
-        Raises:
-            UsageError: a name is unknown, an option fits no run, or a plan is given or to be refined.
-        """
-        if self.base.plan or self.base.refine:
-            raise UsageError("a sweep makes its own plans and refines none: leave out --plan and --refine")
-        names = ("backend", "estimator", "surrogate", "allocator", "budget")
-        values = [list(dict.fromkeys(self.varied.get(name) or (getattr(self.base, name),))) for name in names]
-        if not all(value for name, many in zip(names, values, strict=True) if name != "budget" for value in many):
-            raise UsageError("a list of names has nothing between two commas")
-        found: list[RunConfig] = []
-        refused: dict[str, UsageError] = {}
-        taken: set[str] = set()
-        for combination in product(*values):
-            config = replace(self.base, **dict(zip(names, combination, strict=True)))
-            estimator = plugins.load("estimator", config.estimator, object)
-            if not issubclass(estimator, Sampler) and config.surrogate != values[2][0]:
-                continue  # it fits nothing: one run will do
-            for key, value in self.pairs.items():
-                try:
-                    config = replace(config, options=assign_options(config, plugins, {key: value}))
-                    taken.add(key)
-                except UsageError as error:
-                    refused.setdefault(key, error)
-            found.append(config)
-        for key in self.pairs:
-            if key not in taken:
-                raise refused[key]
-        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +66,7 @@ def run_sweep(sweep: Sweep, plugins: Plugins, path: Path | None = None) -> Path:
     names = [child.name for child in children]
     with folder.locked(), closing(Ledger(folder.path / "finished.jsonl", "impq-sweep/1", {"runs": names})) as done:
         plugins.notify("impq_sweep_started", config=sweep.base, folder=folder.path, varied=sweep.varied)
-        finished = {row.get("run") for row in done.known}
+        finished = {str(row.get("run")) for row in done.known}
         try:
             for _, group in groupby(children, key=lambda child: child.prepared.config.backend):
                 runs = list(group)

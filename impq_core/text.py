@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -100,7 +100,8 @@ def draw_windows(config: TextConfig, role: str, tokenizer: Any, vocabulary: int)
         raise ImpqError(f"{role} text {config.source} is empty")
     tokens = np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
     if len(tokens) and tokens.max() >= vocabulary:
-        raise ImpqError(f"the tokenizer gives token {tokens.max()}, the model knows {vocabulary}: they do not match")
+        raise ImpqError(f"the tokenizer gives token {tokens.max()}, the model knows {vocabulary}: they do not match; "
+                         "take the tokenizer that belongs to the model")
     start = tokenizer("a")["input_ids"][:1]
     prefix = start if start and start[0] == tokenizer.bos_token_id else []
     room = config.length - len(prefix)
@@ -153,14 +154,22 @@ def _read(source: str, role: str) -> tuple[str, str]:
                 return file.read(MOST_CHARACTERS), f"{path.name} as it stands"
         if path.suffix == ".jsonl":
             with path.open(encoding="utf-8") as file:
-                rows = (json.loads(line)["text"] for line in file if line.strip())
-                return _join(rows), f"the text fields of {path.name}, joined by blank lines"
+                return _join(_json_texts(file)), f"the text fields of {path.name}, joined by blank lines"
         import pyarrow.parquet
 
         column = pyarrow.parquet.read_table(path, columns=["text"])["text"]
         return _join(iter(column.to_pylist())), f"the text column of {path.name}, joined by blank lines"
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ImpqError(f"{role} text {source} cannot be read: {' '.join(str(error).split())[:200]}") from error
+
+
+def _json_texts(lines: Iterable[str]) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                raise ValueError(f"line {number} has no field 'text' that holds text")
+            yield row["text"]
 
 
 def _join(rows: Iterator[str]) -> str:

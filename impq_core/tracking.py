@@ -86,8 +86,8 @@ class Tracker:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         import logging
 
-        for chatty in ("alembic", "mlflow.store.db.utils"):
-            logging.getLogger(chatty).setLevel(logging.WARNING)
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # what it meets is raised as well
         from mlflow import MlflowClient
 
         self._folder, self._evaluations, self._logged, self._sizes = folder, 0, 0, {}
@@ -221,7 +221,7 @@ class Tracker:
             self._client.log_batch(self.run_id, metrics=metrics[start:start + 1000])
 
     def _end(self, status: str) -> None:
-        from impq_core.export import MANIFEST
+        from impq_core.manifest import MANIFEST
 
         try:
             for item in sorted(self._folder.path.iterdir()):

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -55,6 +55,8 @@ class Measurements:
         count = len(self.losses)
         if self.picks.shape != (count, len(self.space)):
             raise ImpqError(f"{count} losses need picks of shape ({count}, {len(self.space)}), got {self.picks.shape}")
+        if count and not 0 <= self.picks.min() <= self.picks.max() < len(self.space.choices):
+            raise ImpqError(f"picks for this space are numbers in 0..{len(self.space.choices) - 1}")
         if any(len(a) != count for a in (self.path, self.step, self.replicate)):
             raise ImpqError("path, step and replicate must be as long as the losses")
 
@@ -242,6 +244,8 @@ class Plan:
         provenance: names and digests that tell where it came from.
     """
 
+    FORMAT: ClassVar[str] = "impq-plan/1"
+
     space: SearchSpace
     pick: IntArray
     budget_bytes: int
@@ -277,7 +281,7 @@ class Plan:
         choices = zip(self.space.everyone, self.space.assignment(self.pick), strict=True)
         layers = {layer.name: asdict(choice) if choice else None for layer, choice in choices}
         write_text(path, json.dumps({
-            "format": "impq-plan/1", "bytes": self.nbytes, "budget_bytes": self.budget_bytes,
+            "format": self.FORMAT, "bytes": self.nbytes, "budget_bytes": self.budget_bytes,
             "bits_nominal": round(self.space.nominal_bits(self.nbytes), 4),
             "bits_stored": round(self.space.bits_per_weight(self.nbytes), 4),
             "predicted_loss": self.predicted_loss, "bound": self.bound, "method": self.method,
@@ -292,10 +296,14 @@ class Plan:
         """
         try:
             data = json.loads(Path(path).read_text())
+            found = data.get("format", cls.FORMAT)
             stored = {name: Choice(float(c["bits"]), int(c["group_size"])) if c else None
                       for name, c in data["layers"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ImpqError(f"cannot read a plan from {path}: {type(error).__name__}: {error}") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            raise ImpqError(f"cannot read a plan from {path}: {reason}") from error
+        if found != cls.FORMAT:
+            raise ImpqError(f"plan {path} is of format {found}; this impq reads {cls.FORMAT}")
         names = [layer.name for layer in space.everyone]
         for name in stored:
             if name not in names:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import pydoc_data.topics
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from impq_core.config import RunConfig, TextConfig
 from impq_core.testing import tiny_model
+
+if TYPE_CHECKING:
+    from scenes import World
 
 torch.set_num_threads(1)  # tiny matrices; more threads only wait for each other on a busy machine
 os.environ.setdefault("TQDM_DISABLE", "1")
@@ -49,3 +53,11 @@ def tiny_config(tiny_llama: Path, texts: tuple[Path, Path], tmp_path: Path) -> R
                      evaluation=TextConfig(str(texts[1]), 6, 48), dtype="float32", output=str(tmp_path / "runs"),
                      tracking_uri=f"sqlite:///{tmp_path}/mlflow.db",
                      options={"estimator": {"permutations": 4}, "backend": {"clip_search": False}})
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A folder with a run, an estimate, an export and a sweep in it, to be reset before it is used."""
+    from scenes import World
+
+    return World.make(tmp_path_factory.mktemp("world"))

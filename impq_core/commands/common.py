@@ -179,7 +179,9 @@ def _bits(text: str | None) -> tuple[float, ...] | None:
 def _pin(text: str) -> tuple[str, float]:
     pattern, _, width = text.rpartition("=")
     try:
-        return pattern or "?", float(width)
+        if not pattern:
+            raise ValueError("no pattern")
+        return pattern, float(width)
     except ValueError as error:
         raise UsageError(f"--pin takes PATTERN=WIDTH, not '{text}'") from error
 

@@ -64,6 +64,8 @@ def prune(older_than: float | None, model: str | None, everything: bool) -> None
 
     from impq_core.cache import shelves
 
+    if older_than is not None and not older_than >= 0:  # NaN is no number of days either
+        raise UsageError(f"--older-than takes a number of days, not {older_than:g}")
     if older_than is None and model is None and not everything:
         raise UsageError("say what to delete: --older-than DAYS, --model NAME or --all")
     freed = count = 0
@@ -93,13 +95,15 @@ def doctor(tracking_uri: str, output: str, fix: bool, plugin_files: tuple[Path, 
 
 @click.command()
 @click.option("--tracking-uri", default="", help="MLflow store [sqlite file mlflow.db here].")
-@click.option("--port", default=5000, show_default=True, help="Port to serve on.")
+@click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True, help="Port to serve on.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to serve on.")
 def ui(tracking_uri: str, port: int, host: str) -> None:
     """Serve the MLflow pages of a store until stopped."""
     from impq_core.pages import view_path
     from impq_core.store import check_store, experiments, store_uri
 
+    if tracking_uri == "none":
+        raise UsageError("without a store there is nothing to show: --tracking-uri takes sqlite:///FILE or http(s)://HOST")
     uri = store_uri(tracking_uri)
     check_store(uri)
     if uri.startswith("sqlite:") and not Path(uri.removeprefix("sqlite:///")).exists():

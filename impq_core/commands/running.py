@@ -107,7 +107,7 @@ def refuse_others(context: click.Context) -> None:
 def sweep(context: click.Context, /, resume: str | None, **given: Any) -> None:
     """Every combination of the given estimators, surrogates, allocators, backends and budgets, with one measurement
     for each estimator and backend."""
-    from impq_core.sweep import Sweep, run_sweep
+    from impq_core.grid import Sweep
 
     plugins = Plugins(given.pop("plugin_files"))
     options, time_limit, bits = (given.pop(name) for name in ("options", "time_limit", "bits"))
@@ -124,6 +124,8 @@ def sweep(context: click.Context, /, resume: str | None, **given: Any) -> None:
     for config in configs:
         check(config, plugins)
     warn(configs[0], plugins)
+    from impq_core.sweep import run_sweep
+
     settled = watched(plan.base, plugins, brief=True)
     folder = run_sweep(replace(plan, base=settled), plugins, Path(resume) if resume else None)
     show([folder], folder / "compare.html")
@@ -139,8 +141,8 @@ def export(run: str, format: str, target: Path | None) -> None:
     found = Plugins()
     found.find("exporter", format)
     quiet_libraries()
-    from impq_core.export import check_target
     from impq_core.logged_model import ExportTracker
+    from impq_core.manifest import check_target
     from impq_core.report import ConsoleReporter, make_console
     from impq_core.runfolder import RunFolder
 
@@ -175,6 +177,9 @@ def _on(exported: Exported) -> str:
 @click.option("--evaluation-length", type=int, help="Tokens in a window.")
 def evaluate(path: str, **text: Any) -> None:
     """Load a checkpoint that 'impq export' wrote and measure it."""
+    from impq_core.manifest import read_manifest
+
+    read_manifest(Path(path))
     quiet_libraries()
     from impq_core.export import evaluate_folder
     from impq_core.report import score_line

@@ -1,0 +1,81 @@
+"""What a sweep is asked to do, and the configurations of its runs; read before anything heavy is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any
+
+from impq_core.config import RunConfig
+from impq_core.errors import ImpqError, UsageError
+from impq_core.interfaces import Sampler
+from impq_core.parts import assign_options
+from impq_core.plugins import Plugins
+from impq_core.runfolder import SWEEP, RunFolder
+
+VARIED = ("backend", "estimator", "surrogate", "allocator", "budget")
+"""What a sweep takes lists of."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep is asked to do.
+
+    Args:
+        base: what all runs have in common.
+        varied: values of ``backend``, ``estimator``, ``surrogate``, ``allocator`` and ``budget``, where several.
+        pairs: options of parts as on the command line; each goes to the runs whose parts have it.
+    """
+
+    base: RunConfig
+    varied: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    pairs: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: str) -> Sweep:
+        """That of a folder; raises ImpqError where it holds none."""
+        folder = RunFolder.open(path, SWEEP)
+        data = folder.read_json(folder.path / SWEEP)
+        varied, pairs = (data.get(name) for name in ("varied", "pairs"))
+        if not (isinstance(varied, dict) and varied.keys() <= set(VARIED) and isinstance(pairs, dict)
+                and all(isinstance(values, list) and all(map(_is_text, values)) for values in varied.values())
+                and all(map(_is_text, pairs.values()))):
+            raise ImpqError(f"{folder.path / SWEEP} is damaged: it has to hold 'varied', lists of names for "
+                            f"some of {', '.join(VARIED)}, and 'pairs', a text for each option")
+        return cls(folder.read_config(), varied, pairs)
+
+    def configs(self, plugins: Plugins) -> list[RunConfig]:
+        """One for each run, those of a backend and within it of an estimator together.
+
+        Raises:
+            UsageError: a name is unknown, an option fits no run, or a plan is given or to be refined.
+        """
+        if self.base.plan or self.base.refine:
+            raise UsageError("a sweep makes its own plans and refines none: leave out --plan and --refine")
+        values = [list(dict.fromkeys(self.varied.get(name) or (getattr(self.base, name),))) for name in VARIED]
+        if not all(value for name, many in zip(VARIED, values, strict=True) if name != "budget" for value in many):
+            raise UsageError("a list of names has nothing between two commas")
+        found: list[RunConfig] = []
+        refused: dict[str, UsageError] = {}
+        taken: set[str] = set()
+        for combination in product(*values):
+            config = replace(self.base, **dict(zip(VARIED, combination, strict=True)))
+            estimator = plugins.load("estimator", config.estimator, object)
+            if not issubclass(estimator, Sampler) and config.surrogate != values[2][0]:
+                continue  # it fits nothing: one run will do
+            for key, value in self.pairs.items():
+                try:
+                    config = replace(config, options=assign_options(config, plugins, {key: value}))
+                    taken.add(key)
+                except UsageError as error:
+                    refused.setdefault(key, error)
+            found.append(config)
+        for key in self.pairs:
+            if key not in taken:
+                raise refused[key]
+        return found
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)

@@ -1,0 +1,40 @@
+"""What an exported folder tells of itself, and what may become one; read before anything heavy is imported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from impq_core.errors import ImpqError
+
+MANIFEST = "impq.json"
+FORMAT = "impq-export/1"
+
+
+def check_target(folder: Path) -> None:
+    """Raises ImpqError where an export would mix with other files, or there is no folder to make it in."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ImpqError(f"the export folder {folder} is not empty: give another with --to")
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise ImpqError(f"the export folder {folder} cannot be made: {above} is no folder")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an exported folder: at least its exporter's name and its run's configuration.
+
+    Raises:
+        ImpqError: impq did not write the folder, or another impq did.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if not isinstance(manifest["exporter"], str) or not isinstance(manifest["run"], dict):
+            raise TypeError("exporter and run")
+        (folder / "plan.json").stat()
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ImpqError(f"{folder} is no folder that impq exported: its {MANIFEST} or plan.json is missing or "
+                        "damaged") from error
+    if manifest.get("format") != FORMAT:
+        raise ImpqError(f"{folder} is of format {manifest.get('format')}; this impq reads {FORMAT}")
+    return manifest  # type: ignore[no-any-return]

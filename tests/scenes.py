@@ -1,0 +1,241 @@
+"""A small world to try bad input on: a model, texts, a finished run, an estimate, an export and a sweep."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import re
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+
+from impq_core.cli import main
+from impq_core.config import RunConfig, TextConfig
+from impq_core.export import export_run
+from impq_core.pipeline import run
+from impq_core.plugins import Plugins
+from impq_core.sweep import Sweep, run_sweep
+from impq_core.testing import tiny_model
+
+HEAVY = ("mlflow", "torch", "transformers")
+"""What nobody should have to wait for to be told of a wrong word."""
+
+APART = f"""
+import atexit, sys
+atexit.register(lambda: print("HEAVY", *sorted(set({HEAVY!r}) & set(sys.modules))))
+from impq_core.cli import main
+main(sys.argv[1:])
+"""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command came to: exit code, output, and the files it made, changed or deleted; paths from the world."""
+
+    code: int
+    out: str
+    err: str
+    touched: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class World:
+    """A folder that can be put back to what it was.
+
+    Args:
+        here: where commands run; always the same path, because runs remember their model's.
+        kept: a copy of what it holds at first.
+    """
+
+    here: Path
+    kept: Path
+
+    @classmethod
+    def make(cls, folder: Path) -> World:
+        """Build it, which takes some seconds."""
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()  # as impq does where it is the first to load transformers
+        logging.disable_progress_bar()
+        world = cls(folder / "here", folder / "kept")
+        world.here.mkdir()
+        for name, start in (("calibration", 0), ("evaluation", 5000)):
+            (world.here / f"{name}.txt").write_text(" ".join(str(n * n) for n in range(start, start + 3000)))
+        tiny_model(world.here / "model", blocks=2)
+        config = RunConfig(model="model", backend="hqq", bits=(2, 4), calibration=TextConfig("calibration.txt", 8, 16),
+                           game_windows=4, evaluation=TextConfig("evaluation.txt", 4, 16), dtype="float32",
+                           tracking_uri="none", cache=False, options={"estimator": {"permutations": 4}})
+        with world.inside():
+            plugins = Plugins()
+            run(config, plugins).folder.rename("finished")
+            run(config, plugins, only_estimate=True).folder.rename("estimated")
+            export_run("finished", "hqq", Path("exported"), plugins, lambda done, total: None)
+            run_sweep(Sweep(config, {"budget": ["2.5bits", "3bits"]}), plugins).rename("swept")
+            Path("impq-runs").rmdir()
+            Path("impq.toml").write_text(replace(config, tracking_uri="", options={}).to_toml())
+        shutil.copytree(world.here, world.kept)
+        return world
+
+    def reset(self) -> None:
+        """Put it back."""
+        shutil.rmtree(self.here)
+        shutil.copytree(self.kept, self.here)
+
+    @contextlib.contextmanager
+    def inside(self, **variables: str) -> Iterator[None]:
+        """Work here, with these environment variables; what a command changes of the process is put back."""
+        before, shown, handler = Path.cwd(), warnings.showwarning, signal.getsignal(signal.SIGTERM)
+        page = types.SimpleNamespace(compare_runs=lambda runs, target: None)  # of no use to what is tried here
+        os.chdir(self.here)
+        try:
+            with (mock.patch.dict(os.environ, {"IMPQ_CACHE": str(self.here / "cache"), **variables}),
+                  mock.patch.dict(sys.modules, {"impq_core.compare": page})):
+                yield
+        finally:
+            os.chdir(before)
+            warnings.showwarning = shown
+            signal.signal(signal.SIGTERM, handler)
+
+    def ask(self, command: str, apart: bool = False, disk: int | None = None) -> Answer:
+        """Run a command, as a shell would read it, here.
+
+        Args:
+            command: without ``impq``; ``NAME=VALUE`` in front of it are environment variables.
+            apart: in a process of its own, whose output ends with the heavy modules it has loaded.
+            disk: no file can grow beyond so many bytes, with the same error for the writer as on a full disk.
+        """
+        words = shlex.split(command)
+        count = next((i for i, word in enumerate(words) if not re.match(r"[A-Z_]+=", word)), len(words))
+        variables, arguments = dict(word.split("=", 1) for word in words[:count]), words[count:]
+        before = self._files()
+        with self.inside(**variables), _limited(disk):
+            if apart:
+                done = subprocess.run([sys.executable, "-c", APART, *arguments], capture_output=True, text=True)
+                said = done.returncode, done.stdout, done.stderr
+            else:
+                said = _call(arguments)
+        after = self._files()
+        touched = tuple(name for name in sorted({**before, **after}) if before.get(name) != after.get(name))
+        return Answer(said[0], *(text.replace(str(self.here), "HERE") for text in said[1:]), touched)
+
+    def _files(self) -> dict[str, str]:
+        return {str(path.relative_to(self.here)): hashlib.sha256(path.read_bytes()).hexdigest()
+                for path in self.here.rglob("*") if path.is_file()}
+
+
+def _call(arguments: list[str]) -> tuple[int, str, str]:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(arguments)
+        except SystemExit as end:
+            return int(end.code or 0), out.getvalue(), err.getvalue()
+    return 0, out.getvalue(), err.getvalue()
+
+
+@contextlib.contextmanager
+def _limited(disk: int | None) -> Iterator[None]:
+    if disk is None:
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (disk, hard))  # Python ignores the signal that would come with it
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A bad input.
+
+    Args:
+        command: what is typed after ``impq``, as a shell reads it.
+        code: the exit code it must come to.
+        says: words its line must hold.
+        what: what is wrong where the command does not show it.
+        scene: makes it wrong, in the world's folder.
+        apart: run in a process of its own, which must not have loaded anything heavy.
+        disk: bytes beyond which no file can grow.
+        leaves: the only files that may be made or changed begin like this.
+    """
+
+    command: str
+    code: int
+    says: str
+    what: str = ""
+    scene: Callable[[], object] | None = None
+    apart: bool = False
+    disk: int | None = None
+    leaves: str = ""
+
+    @property
+    def name(self) -> str:
+        """Unlike any other case's."""
+        return f"{self.command} ({self.what})" if self.what else self.command
+
+
+light = partial(Case, apart=True)
+"""A wrong word, found before anything heavy is loaded."""
+
+
+def write(name: str, content: str | bytes) -> None:
+    """A file of the world with this content."""
+    path = Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def edit(name: str, old: str, new: str) -> None:
+    """The first ``old`` in a file replaced."""
+    text = Path(name).read_text()
+    assert old in text, (name, old)
+    Path(name).write_text(text.replace(old, new, 1))
+
+
+def cut(name: str, size: int) -> None:
+    """A file cut short."""
+    os.truncate(name, size)
+
+
+def change(name: str, array: str, values: object) -> None:
+    """Another array in an .npz file."""
+    with np.load(name) as data:
+        arrays = dict(data)
+    np.savez(name, **{**arrays, array: np.asarray(values)})
+
+
+def weights(name: str, value: float | None) -> None:
+    """A weight of the model with one number changed, or (None) left out."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file("model/model.safetensors")
+    if value is None:
+        del tensors[name]
+    else:
+        tensors[name][0, 0] = value
+    save_file(tensors, "model/model.safetensors", metadata={"format": "pt"})
+
+
+def larger_tokenizer() -> None:
+    """A tokenizer that knows a word more than the model."""
+    from impq_core.testing.tiny import byte_tokenizer
+
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["25000000"])
+    tokenizer.save_pretrained("model")
