@@ -33,7 +33,7 @@ CONFIGS = [
     toml("model = ''", "model is empty", "an empty name"),
     toml("evaluation = ''", "a text has no name", "a text without a name"),
     toml("[options.estimater]\na = 1", "does not have (did you mean 'estimator'?)", "a part misspelt"),
-    toml("[options.estimator]\npermutations = [4]", "takes int, not '[4]'", "a list for a number"),
+    toml("estimator = 'spqe'\n[options.estimator]\npermutations = [4]", "takes int, not '[4]'", "a list for a number"),
     light("run", 2, "impq.toml: unknown key 'modle' (did you mean 'model'?)", "a key misspelt in impq.toml",
           lambda: write("impq.toml", "modle = 'model'")),
 ]

@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import types
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -76,9 +75,10 @@ class World:
         for name, start in (("calibration", 0), ("evaluation", 5000)):
             (world.here / f"{name}.txt").write_text(" ".join(str(n * n) for n in range(start, start + 3000)))
         tiny_model(world.here / "model", blocks=2)
-        config = RunConfig(model="model", backend="hqq", bits=(2, 4), calibration=TextConfig("calibration.txt", 8, 16),
-                           game_windows=4, evaluation=TextConfig("evaluation.txt", 4, 16), dtype="float32",
-                           tracking_uri="none", cache=False, options={"estimator": {"permutations": 4}})
+        config = RunConfig(model="model", backend="hqq", estimator="spqe", granularity="block", bits=(2, 4),
+                           calibration=TextConfig("calibration.txt", 8, 16), game_windows=4,
+                           evaluation=TextConfig("evaluation.txt", 4, 16), dtype="float32", tracking_uri="none",
+                           cache=False, options={"estimator": {"permutations": 4}})
         with world.inside():
             plugins = Plugins()
             run(config, plugins).folder.rename("finished")
@@ -99,11 +99,9 @@ class World:
     def inside(self, **variables: str) -> Iterator[None]:
         """Work here, with these environment variables; what a command changes of the process is put back."""
         before, shown, handler = Path.cwd(), warnings.showwarning, signal.getsignal(signal.SIGTERM)
-        page = types.SimpleNamespace(compare_runs=lambda runs, target: None)  # of no use to what is tried here
         os.chdir(self.here)
         try:
-            with (mock.patch.dict(os.environ, {"IMPQ_CACHE": str(self.here / "cache"), **variables}),
-                  mock.patch.dict(sys.modules, {"impq_core.compare": page})):
+            with mock.patch.dict(os.environ, {"IMPQ_CACHE": str(self.here / "cache"), **variables}):
                 yield
         finally:
             os.chdir(before)

@@ -26,7 +26,8 @@ def impq(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def tiny_arguments(tiny_llama: Path, texts: tuple[Path, Path]) -> list[str]:
-    return ["run", "--model", str(tiny_llama), "--calibration", str(texts[0]), "--evaluation", str(texts[1]),
+    return ["run", "--estimator", "spqe", "--granularity", "block", "--model", str(tiny_llama),
+            "--calibration", str(texts[0]), "--evaluation", str(texts[1]),
             "--calibration-windows", "8", "--calibration-length", "48", "--game-windows", "4",
             "--evaluation-windows", "6", "--evaluation-length", "48", "-o", "clip_search=false"]
 
@@ -53,7 +54,7 @@ def test_a_run_prints_its_table_and_takes_impq_toml(tmp_path: Path, tiny_argumen
         assert word in done.stdout
     [recipe] = tmp_path.glob("impq-runs/*/recipe-auto-round/layer_config.json")
     assert '"bits": 3' in recipe.read_text()
-    assert {path.name for path in tmp_path.iterdir()} == {"cache", "impq.toml", "impq-runs", "mlartifacts",
+    assert {path.name for path in tmp_path.iterdir()} == {"impq.toml", "impq-runs", "mlartifacts",
                                                           "mlflow.db", "mlflow.db.lock"}
 
 
