@@ -57,7 +57,7 @@ class ExportTracker:
             about = {"model_id": model.model_id, "run_id": run_id,
                      "dataset_name": text_name(folder.read_config().evaluation),
                      "dataset_digest": folder.read_json(folder.provenance)["evaluation_digest"]}
-            # The run's own nll is of widths quantized behind an unquantized prefix: another name keeps it apart.
+            # The run's own nll is of widths quantized behind a prefix at the widest: another name keeps it apart.
             client.log_batch(run_id, [Metric(f"exported_{key}", value, now, 0, **about)
                                       for key, value in numbers.items()])
         client.finalize_logged_model(model.model_id, "READY")

@@ -88,7 +88,7 @@ def experiment_note(experiment_id: str) -> str:
 
 
 def view_path(experiment_id: str) -> str:
-    """Where a server shows the runs of an experiment in the view; MLflow would else open its pages for agents."""
+    """Where a server shows the runs of an experiment in the view; MLflow would else open its GenAI pages."""
     return f"/#/experiments/{experiment_id}/runs?viewStateShareKey={VIEW}&workflowType=machine_learning"
 
 
