@@ -105,7 +105,8 @@ class ModelProbe:
                         axis=1)
 
     def hessian_traces(self, rng: np.random.Generator) -> dict[LinearSpec, float]:
-        """One draw of the trace of the loss's Hessian in each linear's weight; costs six forwards.
+        """One draw of the trace of the loss's Hessian in each linear's weight; costs six forwards. Its signs come
+        from a seed that ``rng`` gives.
 
         ``v' H v`` for one random sign vector v over all linears at once (Hutchinson; terms between linears have mean
         zero), with ``H v`` from slopes on either side of the weights, as attention may have no second derivative.

@@ -28,6 +28,10 @@ USAGE = [
     Case("cache prune --older-than -3", 2, "takes a number of days, not -3"),
     Case("cache prune --older-than nan", 2, "takes a number of days, not nan"),
     Case("doctor --fx", 2, "'--fix'"),
+    Case("compare nowhere", 1, "no such folder; give run folders"),
+    Case("compare model", 1, "holds no finished run"),
+    Case("compare finished estimated --no-html", 1, "estimated holds no finished run"),
+    Case("compare --htm page.html", 2, "'--html'"),
     light("ui --port http", 2, "not a valid integer"),
     Case("ui --port 99999", 2, "range 1<=x<=65535"),
 ]

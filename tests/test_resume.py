@@ -283,5 +283,5 @@ def test_a_store_whose_maker_died_is_no_store(tiny_config: RunConfig, monkeypatc
     assert not Path(tiny_config.tracking_uri.removeprefix("sqlite:///")).exists()
     assert run(tiny_config, plugins(tiny_config)).evaluation is not None
     Path(tiny_config.tracking_uri.removeprefix("sqlite:///")).write_text("no database")
-    with pytest.raises(ImpqError, match="cannot be used"):
+    with pytest.raises(ImpqError, match="no SQLite database"):
         run(tiny_config, plugins(tiny_config))
