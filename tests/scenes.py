@@ -132,7 +132,7 @@ class World:
 
     def _files(self) -> dict[str, str]:
         return {str(path.relative_to(self.here)): hashlib.sha256(path.read_bytes()).hexdigest()
-                for path in self.here.rglob("*") if path.is_file()}
+                for path in self.here.rglob("*") if path.is_file() and path.parent.name != "__pycache__"}
 
 
 def _call(arguments: list[str]) -> tuple[int, str, str]:
