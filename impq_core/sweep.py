@@ -71,7 +71,7 @@ def run_sweep(sweep: Sweep, plugins: Plugins, path: Path | None = None) -> Path:
             for _, group in groupby(children, key=lambda child: child.prepared.config.backend):
                 runs = list(group)
                 if not finished.issuperset(child.name for child in runs):
-                    _one_backend(runs, plugins, folder, done)
+                    _one_backend(runs, plugins, folder, done, finished)
         except BaseException as error:
             plugins.notify("impq_run_failed", error=error)
             raise
@@ -101,14 +101,14 @@ def _prepare_all(sweep: Sweep, plugins: Plugins) -> list[_Child]:
     return children
 
 
-def _one_backend(children: list[_Child], plugins: Plugins, folder: RunFolder, done: Ledger) -> None:
+def _one_backend(children: list[_Child], plugins: Plugins, folder: RunFolder, done: Ledger,
+                 finished: Collection[str]) -> None:
     """All runs with a backend's variants: first every estimator plays, then every plan is scored."""
     first = children[0].prepared
     apart = first.parts.estimate_with is not None
     runner = load_runner(first)
     bank = (quantize_played if apart else quantize_all)(first, runner, report(plugins, "quantize"))
     found: list[tuple[_Child, Search]] = []
-    finished = {str(row.get("run")) for row in done.known}
     for estimator, group in groupby(children, key=lambda child: child.prepared.config.estimator):
         found += _plans(list(group), plugins, folder.path / MEASURED / f"{first.config.backend}-{estimator}", runner,
                         bank, finished)
