@@ -14,7 +14,7 @@ import tomli_w
 from impq_core.errors import UsageError, nearest
 
 DTYPES = ("auto", "float32", "bfloat16")
-GRANULARITIES = ("block", "group", "linear")
+GRANULARITIES = ("auto", "block", "group", "linear")
 VALUES = ("nll", "kl")
 
 
@@ -56,7 +56,8 @@ class RunConfig:
         refine: full-model forwards it may spend; 0 leaves the plan as it is.
         bits: the widths to choose from; empty for the backend's default menu.
         budget: see ``impq_core.budget.Budget``; empty for the middle of the widths.
-        granularity: ``block``, ``group`` (fused linears) or ``linear``.
+        granularity: ``block``, ``group`` (fused linears) or ``linear``; ``auto`` is groups for an estimator that only
+            looks, and blocks for one that plays, because the cost of a game grows with the number of layers.
         pins: width by pattern of layers that do not play; their bytes count.
         exclude: patterns of layers that stay unquantized; their bytes count too, at 16 bits a weight.
         calibration: text for quantization statistics and the game.
@@ -85,7 +86,7 @@ class RunConfig:
     refine: int = 0
     bits: tuple[float, ...] = ()
     budget: str = ""
-    granularity: str = "group"
+    granularity: str = "auto"
     pins: Mapping[str, float] = field(default_factory=dict)
     exclude: tuple[str, ...] = ()
     calibration: TextConfig = TextConfig()

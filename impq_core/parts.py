@@ -44,6 +44,7 @@ class Parts:
 
     ``menu`` holds the widths to choose from as the backend stores them, widest first; ``played`` the same widths as
     the backend stores them whose variants are measured. That is ``estimate_with``, or the backend where it is None.
+    ``granularity`` is that of the configuration, or the estimator's where it leaves the choice.
     """
 
     estimator: Inspector | Estimator | Sampler
@@ -55,6 +56,7 @@ class Parts:
     menu: tuple[Choice, ...]
     played: tuple[Choice, ...]
     budget: Budget | None
+    granularity: str
 
     @classmethod
     def build(cls, config: RunConfig, plugins: Plugins) -> Parts:
@@ -68,7 +70,10 @@ class Parts:
         budget = Budget.parse(config.budget) if config.budget else None
         if budget and not config.pins:  # a pin may lie outside the menu
             budget.check_menu([choice.bits for choice in menu])
-        return cls(**built, menu=menu, played=played, budget=budget)
+        granularity = config.granularity
+        if granularity == "auto":
+            granularity = "group" if isinstance(built["estimator"], Inspector) else "block"
+        return cls(**built, menu=menu, played=played, budget=budget, granularity=granularity)
 
     def options(self) -> dict[str, dict[str, Any]]:
         """Every option of every part, defaults included, as the configuration file writes them."""

@@ -136,7 +136,7 @@ def prepare(config: RunConfig, plugins: Plugins, calibrate: bool = True) -> Prep
         check_source(text.source)
     source = locate_model(config.model, config.trust_remote_code)
     skeleton = source.skeleton()
-    layers = layers_of(skeleton, config.granularity)
+    layers = layers_of(skeleton, parts.granularity)
     space = search_space(layers, parts.backend, parts.menu, config.pins, config.exclude)
     played = space
     if parts.estimate_with and not config.plan:  # a plan that is given is measured as it will be deployed
@@ -164,7 +164,7 @@ def prepare(config: RunConfig, plugins: Plugins, calibrate: bool = True) -> Prep
         calibration=replace(config.calibration, source=_absolute(config.calibration.source)),
         evaluation=replace(config.evaluation, source=_absolute(config.evaluation.source)),
         bits=tuple(choice.bits for choice in parts.menu), budget=str(parts.wanted), dtype=dtype,
-        options=parts.options())
+        options=parts.options(), granularity=parts.granularity)
     return Prepared(resolved, parts, source, space, played, tuple(between), budget_bytes,
                     2 * rest_parameters(skeleton, layers), plan, calibration, evaluation,
                     tuple(sorted({library for name in {config.backend, config.estimate_with} - {""}

@@ -88,3 +88,10 @@ def test_a_nominal_budget_is_its_own_nominal_bits(bits: float, layers: int) -> N
     nbytes = Budget(bits, "bits").resolve(space)
     assert space.low_bytes <= nbytes <= space.high_bytes
     assert space.nominal_bits(nbytes) == pytest.approx(bits, abs=2 / (space.high_bytes - space.low_bytes))
+
+
+@pytest.mark.parametrize(("estimator", "granularity"), [
+    ("spqe", "block"), ("isolated", "block"), ("aumann-shapley", "group"), ("zscore", "group")])
+def test_what_plays_does_it_over_blocks_unless_told_otherwise(estimator: str, granularity: str) -> None:
+    assert Parts.build(RunConfig(estimator=estimator), Plugins()).granularity == granularity
+    assert Parts.build(RunConfig(estimator=estimator, granularity="linear"), Plugins()).granularity == "linear"
