@@ -72,7 +72,7 @@ NAMES = [
     Case("allocate finished --budget 3bits --allocator qpp", 2, "did you mean 'qp'"),
     Case("run --dtype float16", 2, "did you mean 'bfloat16'"),
     Case("run --value kld", 2, "unknown value 'kld' (did you mean 'kl'?)"),
-    Case("run --granularity layer", 2, "unknown granularity 'layer' (there is: block, group, linear)"),
+    Case("run --granularity layer", 2, "unknown granularity 'layer' (there is: auto, block, group, linear)"),
     Case("run --export gptq", 1, "not of hqq"),
     Case("run --backend gptq --export compressed-tensors", 1, "run with -o symmetric=true"),
     Case("export finished gptq", 1, "not of hqq"),
