@@ -81,7 +81,7 @@ class Shelf:
         tensors = {name: tensor.contiguous() for name, tensor in variant.tensors.items()}
         facts = json.dumps({"record": dict(variant.record), "sha256": _digest(tensors)})
         try:
-            if not self.folder.exists():
+            if not (self.folder / "about.json").exists():  # without it nobody would list or delete the shelf
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_text(self.folder / "about.json", json.dumps(self.about, indent=1) + "\n")
             replace_file(self._file(linear, variant.choice), save(tensors, metadata={"impq": facts}))
