@@ -89,43 +89,49 @@ ISOLATED = Method("isolated")
 
 
 def slopes(aim: tuple[float, ...]) -> tuple[Method, ...]:
-    return (*(Method("aumann-shapley", {"nodes": nodes}) for nodes in (1, 2, 4)), WIDE,
-            *(Method(name, options, budgets=aim) for name, options in (
-                ("fisher", {"at": 0.5}), ("hawq", {"samples": 4}), ("llm-mq", {}), ("fisher", {"at": 1.0}))))
+    return (Method("aumann-shapley", {"nodes": 1}), WIDE, *(Method(name, options, budgets=aim) for name, options in (
+        ("aumann-shapley", {"nodes": 2}), ("aumann-shapley", {"nodes": 4}), ("fisher", {"at": 0.5}),
+        ("fisher", {"at": 1.0}), ("hawq", {"samples": 4}), ("llm-mq", {}))))
 
 
-def blocks(aim: tuple[float, float]) -> tuple[Method, ...]:
-    """What is tried with the paper's players and menu."""
+def sketches(aim: tuple[float, ...]) -> tuple[Method, ...]:
+    """What costs little with the paper's players and menu."""
+    return (ISOLATED, *slopes(aim), Method("random", seeds=3, budgets=aim), Method("first-last", budgets=aim))
+
+
+def games(aim: tuple[float, float]) -> tuple[Method, ...]:
+    """What plays at length with the paper's players and menu."""
     top = aim[1:]
-    return (ISOLATED, *slopes(aim), Method("random", seeds=3, budgets=aim), Method("first-last", budgets=aim),
-            Method("spqe", PAPER, ("covariance", "additive")),
+    return (Method("spqe", PAPER, ("covariance", "additive")),
             Method("spqe", PAPER, ("regression", "coverage"), budgets=aim),
-            Method("spqe", PAPER, ("auto",), budgets=aim), Method("spqe", PAPER, ("covariance",), parts=(3, 10)),
-            Method("spqe", {**TEN, "fresh": True}, ("covariance",), seeds=3),
-            Method("spqe", {**PAPER, "settle": 0.02}, ("covariance",), budgets=top, aimed=True),
-            Method("spqe", TEN, ("covariance",), value="kl"),
+            Method("spqe", PAPER, ("auto",), budgets=aim),
+            Method("spqe", PAPER, ("covariance",), parts=(3, 10), budgets=aim),
+            Method("clado", budgets=aim),
+            Method("random", refine=("evolve", 100), budgets=top, seeds=3),
+            Method("spqe", {**TEN, "fresh": True}, ("covariance",), seeds=3, budgets=aim),
+            Method("spqe", TEN, ("covariance",), value="kl", budgets=aim),
             Method("spqe", {**TEN, "antithetic": True, "around": top[0]}, ("additive", "regression"), seeds=3,
                    budgets=top),
-            Method("clado", budgets=aim),
-            Method("random", refine=("evolve", 150), budgets=top, seeds=3))
+            Method("spqe", {**PAPER, "settle": 0.02}, ("covariance",), budgets=top, aimed=True))
 
 
 FINE = Method("coarse-to-fine", budgets=(3.0,), aimed=True)
 SETTINGS = (
-    Setting("gptq", (2.0, 4.0), "block", LOW, blocks(AIMS["gptq"])),
     Setting("gptq", ALL, "group", LOW, (
-        ISOLATED, replace(ISOLATED, game=16), *slopes(AIMS["gptq"]), WIDEST, FINE, replace(FINE, text=32),
+        ISOLATED, *slopes(AIMS["gptq"]), WIDEST, FINE, replace(FINE, text=32),
         replace(WIDE, refine=("swaps", 60), budgets=(3.0,)), replace(WIDE, refine=("evolve", 60), budgets=(3.0,)),
         replace(WIDE, refine=("swaps", 60), budgets=(3.0,), game=16))),
-    Setting("gptq", ALL, "linear", LOW, (
-        ISOLATED, *slopes(AIMS["gptq"]), WIDEST, replace(FINE, text=32))),
-    Setting("gptq", ALL, "block", LOW, (
-        ISOLATED, *slopes(AIMS["gptq"]), Method("spqe", {"permutations": 4}, ("covariance", "auto"), seeds=3))),
+    Setting("gptq", ALL, "linear", LOW, (ISOLATED, *slopes(AIMS["gptq"]), WIDEST, replace(FINE, text=32))),
+    Setting("gptq", (2.0, 4.0), "block", LOW, (*sketches(AIMS["gptq"]), *games(AIMS["gptq"]))),
     Setting("gptq", (2.0, 4.0), "group", LOW, (ISOLATED, WIDE)),
     Setting("gptq", (2.0, 4.0), "linear", LOW, (ISOLATED, WIDE)),
-    Setting("hqq", (3.0, 8.0), "block", HIGH, blocks(AIMS["hqq"])),
+    Setting("gptq", ALL, "block", LOW, (
+        ISOLATED, *slopes(AIMS["gptq"]),
+        Method("spqe", {"permutations": 4}, ("covariance", "auto"), seeds=3, budgets=AIMS["gptq"]))),
+    Setting("hqq", (3.0, 8.0), "block", HIGH, sketches(AIMS["hqq"])),
     Setting("hqq", (3.0, 8.0), "group", HIGH, (ISOLATED, WIDE)),
     Setting("hqq", (3.0, 8.0), "linear", HIGH, (ISOLATED, WIDE)),
+    Setting("hqq", (3.0, 8.0), "block", HIGH, games(AIMS["hqq"])),
 )
 MENUS = {"gptq": ALL, "hqq": (3.0, 4.0, 8.0)}
 """The widths that a backend's settings and uniform references are made of."""
@@ -319,22 +325,25 @@ def main() -> None:
     for backend, bits in MENUS.items():
         settings = [setting for setting in SETTINGS if setting.backend == backend and given.only in setting.name]
         if settings:
-            rows = list(measure(Workshop.build(backend, bits, store), settings))
-            (given.work / f"{backend}.rows.json").write_text(json.dumps([vars(row) for row in rows]))
+            rows = []
+            for some in measure(Workshop.build(backend, bits, store), settings):
+                rows += [vars(row) for row in some]
+                (given.work / f"{backend}.rows.json").write_text(json.dumps(rows))
     write_report(given.work, TEXT_WINDOWS)
 
 
-def measure(shop: Workshop, settings: Sequence[Setting]) -> Iterator[Row]:
-    """The uniform models of a backend, then every setting's plans."""
+def measure(shop: Workshop, settings: Sequence[Setting]) -> Iterator[list[Row]]:
+    """The uniform models of a backend, then the plans of one setting after another."""
     space = shop.whole.prepared.space
-    for k, choice in enumerate(space.choices):
-        yield Row("uniform", f"uniform {choice}", 0, choice.bits, space.bytes_of(space.uniform(k)), 0.0,
-                  shop.score_pick(space.uniform(k)).tolist())
+    yield [Row("uniform", f"uniform {choice}", 0, choice.bits, space.bytes_of(space.uniform(k)), 0.0,
+               shop.score_pick(space.uniform(k)).tolist()) for k, choice in enumerate(space.choices)]
     for setting in settings:
+        rows = []
         for row in rows_of(shop, setting):
             print(f"{row.setting}; {row.method}; seed {row.seed}; {row.budget:g} bits: "
                   f"{np.mean(row.windows):.4f} for {row.forwards:.1f}", flush=True)
-            yield row
+            rows.append(row)
+        yield rows
 
 
 if __name__ == "__main__":

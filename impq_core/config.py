@@ -65,7 +65,7 @@ class RunConfig:
         probe_windows: how many of them gradients and activations are read on; 0 is all (but a referee's).
         value: what the game's loss is: ``nll``, or ``kl`` to the unquantized model.
         evaluation: held-out text.
-        dtype: of the forwards; ``auto`` is bfloat16 where the processor multiplies tiles of it (AMX).
+        dtype: of the forwards; ``auto`` is bfloat16 where the processor is fast at it.
         seed: of every random draw but those of the texts.
         plan: a plan file to apply instead of estimating and allocating.
         output: folder that run folders are made in.
