@@ -131,6 +131,20 @@ def test_refiners() -> None:
         "test_a_referee_that_sees_no_difference_lets_nothing_pass"}
 
 
+class Endless(Refiner):
+    def refine(self, plan: Plan, estimate: SensitivityEstimate | None, game: Game, referee: Game, forwards: float,
+               rng: Rng) -> Plan:
+        while game.forwards < forwards:
+            game.loss(plan.pick)
+        return plan
+
+
+def test_a_refiner_without_an_end() -> None:
+    suite = type("TestIt", (RefinerSuite,), {"part": Endless})()
+    with pytest.raises(AssertionError, match="for ever"):
+        suite.test_it_ends_where_there_is_nothing_left_to_measure()
+
+
 class Sloppy(Rounding):
     def nbytes(self, linear: LinearSpec, choice: Choice) -> int:
         return linear.parameters

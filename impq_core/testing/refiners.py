@@ -8,6 +8,7 @@ import numpy as np
 
 from impq_core.interfaces import Refiner
 from impq_core.references import random_plan
+from impq_core.space import FloatArray, IntArray
 from impq_core.testing.part import PartSuite
 from impq_core.testing.planted import PlantedGame, least_loss, planted_estimate, planted_loss
 from impq_core.types import Plan, SensitivityEstimate
@@ -66,7 +67,38 @@ class RefinerSuite(PartSuite):
         start, plan = self.refine(truth, game, PlantedGame(game.space, lambda pick: 3.0), 60)
         assert np.array_equal(plan.pick, start.pick), "a plan was taken that is no better"
 
+    def test_it_ends_where_there_is_nothing_left_to_measure(self) -> None:
+        """A loss that was measured before costs nothing: in a small space the forwards are never spent."""
+        truth = planted_estimate(5, 2, (4, 2), rising=True)
+        game, referee = (_Remembering(truth.space, planted_loss(truth)) for _ in range(2))
+        start, plan = self.refine(None, game, referee, 1000)
+        assert plan.nbytes <= start.budget_bytes
+
     def test_the_same_seed_makes_the_same_plan(self) -> None:
         """With noise."""
         plans = [self.refine(*self.games(0.2), 100)[1] for _ in range(2)]
         assert np.array_equal(plans[0].pick, plans[1].pick), "two runs with one seed differ"
+
+
+class _Remembering(PlantedGame):
+    """Counts a pick once, as a model's game does, and loses patience."""
+
+    asked = 0
+
+    def _windows(self, pick: IntArray) -> FloatArray:
+        self.asked += 1
+        assert self.asked < 100_000, "it goes on for ever, asking for what it has been told"
+        return super()._windows(pick)
+
+    def losses(self, picks: IntArray) -> FloatArray:
+        """As often as they are new."""
+        return self._counted(picks, super().losses(picks))
+
+    def window_losses(self, pick: IntArray) -> FloatArray:
+        """The same."""
+        return self._counted(pick[None], super().window_losses(pick))
+
+    def _counted(self, picks: IntArray, found: FloatArray) -> FloatArray:
+        self._known = {*getattr(self, "_known", ()), *(pick.tobytes() for pick in picks)}
+        self.evaluations = len(self._known)
+        return found
