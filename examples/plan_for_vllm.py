@@ -6,9 +6,11 @@
 vLLM runs q, k, v as one matrix, and gate, up as another, so linears that it fuses must share a width: that is
 ``granularity="group"``. The format decides the widths:
 
-``gptq``: 2, 3, 4 and 8 bits with zeros, for vLLM's own GPTQ kernel, which computes in float16. Its zeros are written as
-they are (gptq_v2), which vLLM reads from 0.11.1 on; an older one loads the same file and answers nonsense.
-``compressed-tensors``: symmetric codes. Only 4 and 8 bits are loaded by every vLLM, so these are the menu here.
+``gptq``: 2, 3, 4 and 8 bits with zeros, for vLLM's own GPTQ kernel, which computes in float16. Zeros are written as
+they are (gptq_v2), which vLLM reads since its pull request 26092 of October 2025; an older one answers nonsense. Of
+that kernel's 4 bits vLLM itself warns that they may be wrong: look at the answers.
+``compressed-tensors``: symmetric codes, for faster kernels. Every vLLM that reads it loads 4 and 8 bits, which are the
+menu here.
 
 Printed are the evaluation of the run (by impq's terminal reporter), the widths, the files, the loss of the model as it
 was written and as it is read back from the files, and the command that serves it, which is not run here.

@@ -94,6 +94,12 @@ def test_a_checkpoint_for_vllm_is_what_was_measured(example: Example, form: str)
     assert written == pytest.approx(again, abs=1e-4)
     layers = json.loads((folder / "plan.json").read_text())["layers"]
     assert len(layers) == 4 * 4  # fused groups
+    if form == "gptq":
+        config = json.loads((folder / "config.json").read_text())["quantization_config"]
+        for name, choice in layers.items():  # vLLM looks for qkv and gate_up by their fused names
+            module = name if name.endswith("_proj") else f"{name}_proj"
+            rules = [rule for key, rule in config["dynamic"].items() if re.match(key.removeprefix("+:"), module)]
+            assert (rules or [config])[0]["bits"] == choice["bits"]
 
 
 def test_a_recipe_for_llama_cpp_names_every_tensor(example: Example) -> None:
