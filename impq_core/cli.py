@@ -12,7 +12,7 @@ import click
 
 from impq_core.commands import house, planning, running
 from impq_core.errors import ImpqError, Terminated, nearest
-from impq_core.plugins import Plugins
+from impq_core.plugins import Plugins, whose
 
 
 class _Commands(click.Group):
@@ -91,8 +91,8 @@ def main(arguments: list[str] | None = None) -> None:
                        "try again (a run goes on with impq run --resume RUN)", err=True)
             sys.exit(1)
         line = " ".join(str(error).split())[:300]
-        click.echo(f"impq: {type(error).__name__}: {line} (this is a bug of impq or of a plugin; "
-                   "--debug shows where)", err=True)
+        click.echo(f"impq: {type(error).__name__}: {line} (this is a bug of {whose(error)}; --debug shows where)",
+                   err=True)
         sys.exit(1)
 
 

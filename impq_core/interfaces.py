@@ -7,10 +7,12 @@ heavy libraries inside its methods, so that a typo is answered before they load.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
@@ -28,10 +30,35 @@ class NoOptions:
     """A part without options."""
 
 
+def _checked(method: Callable[..., Any], kind: type) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        answer = method(*args, **kwargs)
+        if not isinstance(answer, kind):
+            raise ImpqError(f"{method.__module__}.{method.__qualname__} returned {type(answer).__name__}, not "
+                            f"{kind.__name__}: this is a bug of that plugin")
+        return answer
+
+    return checked
+
+
 class Part:
-    """What every pluggable part shares: options."""
+    """What every pluggable part shares: options, and the care that its answers are of the kind they must be.
+
+    Class attributes:
+        Options: a frozen dataclass.
+        answers: what the methods of the role return; a method that returns something else raises ImpqError.
+    """
 
     Options: ClassVar[type] = NoOptions
+    answers: ClassVar[Mapping[str, type]] = MappingProxyType({})
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        """Checks what the methods answer, so that a wrong answer is met where it is made."""
+        super().__init_subclass__(**more)
+        for name, kind in cls.answers.items():
+            if name in vars(cls):
+                setattr(cls, name, _checked(vars(cls)[name], kind))
 
     def __init__(self, options: Any = None) -> None:
         self.options = self.Options() if options is None else options
@@ -143,6 +170,7 @@ class Inspector(Part, ABC):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    answers = MappingProxyType({"inspect": SensitivityEstimate})
 
     @abstractmethod
     def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
@@ -152,6 +180,8 @@ class Inspector(Part, ABC):
 class Estimator(Part, ABC):
     """Plays the game and makes its own estimate of what it measured."""
 
+    answers = MappingProxyType({"estimate": SensitivityEstimate})
+
     @abstractmethod
     def estimate(self, game: Game, rng: np.random.Generator) -> SensitivityEstimate:
         """The estimate for ``game.space``; every random draw comes from ``rng``."""
@@ -159,6 +189,8 @@ class Estimator(Part, ABC):
 
 class Sampler(Part, ABC):
     """Plays the game and only measures; the surrogate the user names turns measurements into an estimate."""
+
+    answers = MappingProxyType({"sample": Measurements})
 
     @abstractmethod
     def sample(self, game: Game, rng: np.random.Generator, drift: Drift = unknown_drift) -> Measurements:
@@ -168,6 +200,8 @@ class Sampler(Part, ABC):
 class Surrogate(Part, ABC):
     """Fits measured losses."""
 
+    answers = MappingProxyType({"fit": SensitivityEstimate})
+
     @abstractmethod
     def fit(self, measurements: Measurements) -> SensitivityEstimate:
         """The fitted estimate; raises ImpqError where the measurements cannot carry it."""
@@ -175,6 +209,8 @@ class Surrogate(Part, ABC):
 
 class Allocator(Part, ABC):
     """Turns an estimate into a plan; numpy in, numpy out."""
+
+    answers = MappingProxyType({"allocate": Plan})
 
     @abstractmethod
     def allocate(self, estimate: SensitivityEstimate, budget_bytes: int) -> Plan:
@@ -258,6 +294,8 @@ class Exporter(Part, ABC):
 class Refiner(Part, ABC):
     """Improves a plan by measuring others near it."""
 
+    answers = MappingProxyType({"refine": Plan})
+
     @abstractmethod
     def refine(self, plan: Plan, estimate: SensitivityEstimate | None, game: Game, referee: Game, forwards: float,
                rng: np.random.Generator) -> Plan:
@@ -283,6 +321,7 @@ class Backend(Part, ABC):
         needs: ``activations`` where ``quantize`` wants Statistics.
     """
 
+    answers = MappingProxyType({"quantize": Variant})
     default_bits: ClassVar[tuple[float, ...]]
     needs: ClassVar[frozenset[str]] = frozenset()
 

@@ -25,6 +25,9 @@ from impq_core.errors import ImpqError, UsageError, nearest
 from impq_core.signals import uninterrupted
 
 GROUP = "impq"
+_FILE = "impq_file_"
+"""What the module names of plugin files begin with."""
+
 ROLES = ("estimator", "surrogate", "allocator", "backend")
 """The parts every run is made of."""
 
@@ -54,7 +57,7 @@ class Component:
 
     def missing(self) -> list[str]:
         """Needed libraries that are not installed (found without importing them)."""
-        return [name for name in self.needs if importlib.util.find_spec(name) is None]
+        return [name for name in self.needs if not _installed(name)]
 
     def remedy(self) -> str:
         """``needs hqq (pip install 'impq[hqq]')``, or nothing when all is there."""
@@ -252,6 +255,29 @@ def _convert(value: Any, kind: type[Any], what: str) -> Any:
     raise UsageError(f"{what} takes {kind.__name__}, not '{value}'")
 
 
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # the package that it would be in is not there
+        return False
+
+
+def whose(error: BaseException) -> str:
+    """Who let an error happen that nobody expects: the distribution, or the file, of the innermost code that is impq's
+    or a plugin's."""
+    entries = importlib.metadata.entry_points(group=GROUP)
+    owners = {entry.value.partition(".")[0]: _distribution(entry) for entry in entries}
+    found, traceback = "impq", error.__traceback__
+    while traceback:
+        package = str(traceback.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+        if package in owners or package == "impq_core":
+            found = owners.get(package, "impq")
+        elif package.startswith(_FILE):
+            found = traceback.tb_frame.f_code.co_filename
+        traceback = traceback.tb_next
+    return found
+
+
 def _distribution(entry: importlib.metadata.EntryPoint) -> str:
     return entry.dist.name if entry.dist else "?"
 
@@ -264,7 +290,7 @@ def _one_line(error: BaseException) -> str:
 def _load_file(path: Path) -> Any:
     if not path.is_file():
         raise ImpqError("no such file")
-    name = f"impq_file_{path.stem}"
+    name = f"{_FILE}{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImpqError("not a Python file")

@@ -78,10 +78,12 @@ def test_a_taken_name_drops_the_newcomer() -> None:
 
 def test_what_is_missing_or_wrong_is_said_when_chosen() -> None:
     offers = [Component("needy", "json:JSONDecoder", needs=("no_such_library",), extra="needy"),
+              Component("nested", "json:JSONDecoder", needs=("no_such_package.library",)),
               Component("dangling", "json:NoSuchClass"), Component("gone", "no_such_module:Class"),
               Component("wrong", "json:JSONDecoder")]
     found = _with(_Entry("many", _module(impq_estimators=lambda: offers)))
     for name, reason in (("needy", r"needs no_such_library \(pip install 'impq\[needy\]'\)"),
+                         ("nested", r"needs no_such_package\.library"),
                          ("dangling", "NoSuchClass"), ("gone", "no_such_module"), ("wrong", "is not an estimator"),
                          ("spqee", "did you mean 'spqe'")):
         with pytest.raises(ImpqError, match=reason):

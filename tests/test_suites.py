@@ -83,7 +83,7 @@ def test_estimators(part: type[Part], wrong: set[str]) -> None:
 
 def test_an_estimator_without_an_estimate_is_told_so() -> None:
     suite = type("TestIt", (EstimatorSuite,), {"part": Shy})()
-    with pytest.raises(AssertionError, match="returned NoneType, not a SensitivityEstimate"):
+    with pytest.raises(ImpqError, match=r"test_suites\.Shy\.inspect returned NoneType, not SensitivityEstimate"):
         suite.test_a_model_is_estimated()
 
 

@@ -14,7 +14,7 @@ from impq_core.interfaces import Allocator
 from impq_core.space import Pinned
 from impq_core.testing.part import PartSuite
 from impq_core.testing.planted import least_loss, planted_estimate, planted_space
-from impq_core.types import Plan, SensitivityEstimate
+from impq_core.types import SensitivityEstimate
 
 
 class AllocatorSuite(PartSuite):
@@ -46,7 +46,7 @@ class AllocatorSuite(PartSuite):
         every plan."""
         for estimate, budget in self.cases():
             plan, best = self.make().allocate(estimate, budget), least_loss(estimate, budget)
-            assert isinstance(plan, Plan) and plan.space is estimate.space and plan.method
+            assert plan.space is estimate.space and plan.method
             assert plan.nbytes <= budget, f"{plan.nbytes} bytes do not fit in {budget}"
             assert plan.predicted_loss is not None, "the plan does not say what loss is predicted"
             assert np.isclose(plan.predicted_loss, estimate.predict(plan.pick)[0]), "that is not the predicted loss"

@@ -25,19 +25,16 @@ class EstimatorSuite(PartSuite):
 
     def estimate(self, game: Game, probe: Probe, seed: int = 0) -> SensitivityEstimate:
         """What the part makes of a game or a probe; what a sampler measured is fitted by least squares."""
-        part, rng = self.make(), np.random.default_rng(seed)
+        part: Estimator | Sampler | Inspector = self.make()
+        rng = np.random.default_rng(seed)
         part.check_space(game.space)
         if isinstance(part, Inspector):
-            found: Any = part.inspect(probe, rng)
-        elif isinstance(part, Estimator):
-            found = part.estimate(game, rng)
-        else:
-            measured = part.sample(game, rng)
-            assert isinstance(measured, Measurements), f"sample returned {type(measured).__name__}, not Measurements"
-            measured.require_finite()
-            found = least_squares(measured)
-        assert isinstance(found, SensitivityEstimate), f"returned {type(found).__name__}, not a SensitivityEstimate"
-        return found
+            return part.inspect(probe, rng)
+        if isinstance(part, Estimator):
+            return part.estimate(game, rng)
+        measured = part.sample(game, rng)
+        measured.require_finite()
+        return least_squares(measured)
 
     def on_tiny_model(self, bits: Sequence[float], exclude: tuple[str, ...] = ()) -> tuple[TinyTable,
                                                                                            SensitivityEstimate]:

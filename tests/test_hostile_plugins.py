@@ -1,0 +1,137 @@
+"""Distributions that do everything wrong, installed beside impq: each is named and set aside, and the tool works on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from scenes import World
+
+HEAD = "from impq_core.hookspecs import hookimpl\nfrom impq_core.plugins import Component\n"
+PART = """
+import numpy as np
+from impq_core.interfaces import Allocator, Backend, Inspector, Refiner, Sampler, Surrogate
+from impq_core.space import Choice
+"""
+
+
+@dataclass(frozen=True)
+class Hostile:
+    """A distribution ``impq-NAME`` whose module misbehaves.
+
+    Args:
+        source: of the module.
+        listed: what ``impq plugins`` says of it under "not used"; nothing where that cannot be known yet.
+        chosen: options that choose it.
+        says: the line that ``impq run`` answers them with.
+        code: its exit code.
+    """
+
+    source: str
+    listed: str = ""
+    chosen: str = ""
+    says: str = ""
+    code: int = 1
+
+
+def offer(role: str, target: str, name: str = "theirs") -> str:
+    return f"{HEAD}@hookimpl\ndef impq_{role}s():\n    return [Component('{name}', '{target}', 'a part')]\n"
+
+
+def returning(role: str, base: str, method: str, value: str = "None") -> str:
+    return offer(role, "{0}:Theirs") + PART + (f"class Theirs({base}):\n    def {method}(self, *given, **named):\n"
+                                               f"        return {value}\n")
+
+
+PLUGINS = {
+    "exploding": Hostile("raise RuntimeError('no licence')", "impq-exploding:exploding: RuntimeError: no licence",
+                         "--estimator exploding", "unknown estimator 'exploding'", 2),
+    "exiting": Hostile("import sys; sys.exit(3)", "impq-exiting:exiting: SystemExit: 3"),
+    "misspelt": Hostile(HEAD + "@hookimpl\ndef impq_estimator():\n    return []\n",
+                        "impq-misspelt:misspelt: unknown hook 'impq_estimator' (did you mean 'impq_estimators'?)"),
+    "clashing": Hostile(offer("estimator", "impq_clashing:Theirs", "spqe"),
+                        "estimator 'spqe' of impq-clashing:clashing: the name is taken by impq:spqe"),
+    "dangling": Hostile(offer("allocator", "impq_dangling.nowhere:Theirs"), "", "--allocator theirs",
+                        "allocator 'theirs' of impq-dangling:dangling cannot be loaded: ModuleNotFoundError"),
+    "unpacked": Hostile(returning("backend", "Backend", "quantize") + """
+    default_bits = (8, 4)
+    def choices(self): return tuple(Choice(bits, 0) for bits in (8.0, 4.0))
+    def check(self, linear, choice): pass
+    def nbytes(self, linear, choice): return linear.parameters
+    def dequantize(self, variant, linear): pass
+""", "", "--backend theirs --bits 4,8", "impq_unpacked.Theirs.quantize returned NoneType, not Variant"),
+    "mistyped": Hostile(HEAD + "@hookimpl\ndef impq_backends():\n    return 'gptq2'\n",
+                        "impq-mistyped:mistyped: impq_backends returned str, not a list of Components"),
+    "empty-handed": Hostile(returning("estimator", "Inspector", "inspect"), "", "--estimator theirs",
+                            "impq_empty_handed.Theirs.inspect returned NoneType, not SensitivityEstimate: this is a "
+                            "bug of that plugin"),
+    "unsampled": Hostile(returning("estimator", "Sampler", "sample", "[1.0]"), "", "--estimator theirs",
+                         "impq_unsampled.Theirs.sample returned list, not Measurements"),
+    "unfitted": Hostile(returning("surrogate", "Surrogate", "fit"), "", "--estimator spqe --surrogate theirs",
+                        "impq_unfitted.Theirs.fit returned NoneType, not SensitivityEstimate"),
+    "planless": Hostile(returning("allocator", "Allocator", "allocate", "np.zeros(2)"), "", "--allocator theirs",
+                        "impq_planless.Theirs.allocate returned ndarray, not Plan"),
+    "unrefined": Hostile(returning("refiner", "Refiner", "refine"), "", "--refine 8 --refiner theirs",
+                         "impq_unrefined.Theirs.refine returned NoneType, not Plan"),
+    "crashing": Hostile(offer("estimator", "impq_crashing:Theirs") + PART + "class Theirs(Inspector):\n"
+                        "    def inspect(self, probe, rng):\n        raise KeyError('layer 7')\n", "",
+                        "--estimator theirs",
+                        "KeyError: 'layer 7' (this is a bug of impq-crashing; --debug shows where)"),
+}
+
+
+def install(folder: Path, name: str) -> str:
+    """Put a distribution where Python finds it, as a wheel's files would be."""
+    module = f"impq_{name.replace('-', '_')}"
+    (folder / f"{module}.py").write_text(PLUGINS[name].source.replace("{0}", module))
+    info = folder / f"{module}-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: impq-{name}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[impq]\n{name} = {module}\n")
+    return str(folder)
+
+
+def impq(world: World, path: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "impq_core.cli", *arguments], cwd=world.here, capture_output=True,
+                          text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join([path, *sys.path])})
+
+
+@pytest.fixture(scope="module")
+def everyone(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Where all of them are installed at once."""
+    folder = tmp_path_factory.mktemp("site")
+    for name in PLUGINS:
+        install(folder, name)
+    return str(folder)
+
+
+def test_what_cannot_be_used_is_listed_with_its_reason_and_the_rest_is_there(world: World, everyone: str) -> None:
+    world.reset()
+    done = impq(world, everyone, "plugins")
+    assert done.returncode == 0 and not done.stderr, done
+    used, _, dropped = done.stdout.partition("not used\n")
+    for plugin in PLUGINS.values():
+        assert not plugin.listed or f"  {plugin.listed}" in dropped, dropped
+    for name in ("spqe", "aumann-shapley", "auto", "qp", "gptq", "swaps"):
+        assert f"  {name} " in used
+
+
+def test_a_run_without_them_works(world: World, everyone: str) -> None:
+    world.reset()
+    done = impq(world, everyone, "run", "--estimator", "zscore", "--tracking-uri", "none")
+    assert done.returncode == 0 and "plan:" in done.stdout, done
+    assert all(line.startswith("warning: plugin ") for line in done.stderr.splitlines()), done.stderr
+    assert "impq-misspelt:misspelt is not used: unknown hook" in done.stderr
+
+
+@pytest.mark.parametrize("name", [name for name, plugin in PLUGINS.items() if plugin.chosen])
+def test_a_run_with_one_says_whose_fault_it_is(name: str, world: World, tmp_path: Path) -> None:
+    world.reset()
+    plugin = PLUGINS[name]
+    done = impq(world, install(tmp_path, name), "run", *plugin.chosen.split(), "--tracking-uri", "none")
+    assert done.returncode == plugin.code and plugin.says in done.stderr, done
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
