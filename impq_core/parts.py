@@ -211,7 +211,7 @@ def describe_options(plugins: Plugins, role: str, name: str) -> list[str]:
         part = plugins.load(role, name, _BASES[role])
     except ImpqError:
         return []
-    told = _told_arguments(part.Options.__doc__ or "")
+    told = told_arguments(part.Options.__doc__ or "")
     return [f"{field.name}={_shown(field.default)}  {told.get(field.name, '')}".rstrip()
             for field in fields(part.Options)]
 
@@ -220,15 +220,15 @@ def _shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _told_arguments(docstring: str) -> dict[str, str]:
-    """What the Args section of a docstring says of each name, on one line."""
+def told_arguments(docstring: str) -> dict[str, str]:
+    """What the Args section of a docstring says of each name, on one line; names may share a line, with commas."""
     _, _, section = inspect.cleandoc(docstring).partition("Args:\n")
     told: dict[str, str] = {}
-    last = ""
+    last: list[str] = []
     for line in section.splitlines():
-        if match := re.match(r" {4}(\w+): (.*)", line):
-            last = match[1]
-            told[last] = match[2]
-        elif last and line.strip():
-            told[last] += " " + line.strip()
+        if match := re.match(r" {4}(\w+(?:, \w+)*): (.*)", line):
+            last = match[1].split(", ")
+            told |= dict.fromkeys(last, match[2])
+        elif line.strip():
+            told |= {name: f"{told[name]} {line.strip()}" for name in last}
     return told
