@@ -38,8 +38,8 @@ def options() -> str:
     """Every part with its options."""
     plugins = Plugins()
     parts = ["# Parts and their options\n", WRITTEN,
-             "An option is set with `-o NAME=VALUE`, or `-o ROLE.NAME=VALUE` where several of a run's parts have one of "
-             "that name, or in `impq.toml` under `[options.ROLE]`. `impq plugins --options` lists the same, with the "
+             "An option is set with `-o NAME=VALUE`, or `-o ROLE.NAME=VALUE` where several of a run's parts have one "
+             "of that name, or in `impq.toml` under `[options.ROLE]`. `impq plugins --options` lists the same, and the "
              "parts of every plugin that is installed.\n"]
     for role in OFFERED:
         parts.append(f"## {role.capitalize()}s\n")

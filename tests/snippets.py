@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import pydoc_data.topics
+import json
 import re
 import shlex
 import shutil
@@ -92,7 +92,7 @@ class Page:
                     if not one.skip:
                         self._carry_out(one)
                 self._done.append(None)
-            except Exception as error:
+            except Exception as error:  # told of where it is asked for; those behind may fail by it
                 self._done.append(error)
         if error := self._done[number]:
             raise error
@@ -124,12 +124,11 @@ def make_world(folder: Path) -> World:
     """What pages find in their folders: a tiny model, texts, settings that name them, a finished run and a sweep."""
     world = World(folder / "here", folder / "kept")
     world.here.mkdir()
-    whole = "\n".join(pydoc_data.topics.topics.values())
-    for name, start in (("calibration.txt", 0), ("evaluation.txt", 200_000)):
-        (world.here / name).write_text(whole[start:start + 100_000])
-    for name, start in (("train.jsonl", 100_000), ("test.jsonl", 300_000)):
-        (world.here / name).write_text("".join(f'{{"text": {_json(whole[at:at + 2000])}}}\n'
-                                               for at in range(start, start + 80_000, 2000)))
+    for number, name in enumerate(("calibration.txt", "evaluation.txt", "train.jsonl", "test.jsonl")):
+        rows = [" ".join(str(n * n) for n in range(start, start + 300))  # squares, so that no two texts share a run
+                for start in range(10_000 * number, 10_000 * number + 9000, 300)]
+        text = "".join(json.dumps({"text": row}) + "\n" for row in rows) if name.endswith("l") else "\n".join(rows)
+        (world.here / name).write_text(text)
     tiny_model(world.here / "my-model", blocks=2)
     shutil.copytree(ROOT / "examples", world.here / "examples")
     config = RunConfig(model="my-model", granularity="block", calibration=TextConfig("calibration.txt", 16, 32),
@@ -144,12 +143,6 @@ def make_world(folder: Path) -> World:
         Path("compare.html").unlink(missing_ok=True)
     shutil.copytree(world.here, world.kept)
     return world
-
-
-def _json(text: str) -> str:
-    import json
-
-    return json.dumps(text)
 
 
 def _settings(config: RunConfig) -> str:
