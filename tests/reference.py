@@ -21,7 +21,8 @@ WRITTEN = "Written by `IMPQ_WRITE_DOCS=1 pytest tests/test_docs.py` from the cod
 def commands() -> str:
     """Every command's help."""
     parts = ["# Commands\n", WRITTEN]
-    for words, command in _every(cli, "impq"):
+    own = click.Group("impq", help=cli.help, params=cli.params, commands=cli.commands)  # without those of plugins
+    for words, command in _every(own, "impq"):
         context = click.Context(command, info_name=words, terminal_width=WIDTH, max_content_width=WIDTH,
                                 help_option_names=["-h", "--help"])
         parts += [f"## {words}\n", "```text", command.get_help(context).rstrip(), "```\n"]
