@@ -5,17 +5,25 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import reference
 from scenes import World
-from snippets import ROOT, Block, Page, blocks_of, links_of, make_world
+from snippets import ROOT, RUN, Block, Page, blocks_of, links_of, make_world
+
+from impq_core import hookspecs
+from impq_core.config import from_data
+from impq_core.plugins import Plugins
 
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
 BLOCKS = {page: blocks_of(page) for page in PAGES}
@@ -63,6 +71,28 @@ def test_no_block_escapes_the_test() -> None:
         assert not re.search(r"^    +\$? ?impq ", outside, re.M), page
     told = [block for blocks in BLOCKS.values() for block in blocks]
     assert sum(bool(block.skip) for block in told) < len(told) / 4, "few cannot be run"
+
+
+def test_the_pages_leave_nothing_out(made: World) -> None:
+    """What they list by hand: parts, hooks, the files of a run, the arrays in them, the keys of a plan."""
+    choosing, plugins, files = ((ROOT / "docs" / f"{name}.md").read_text() for name in ("choosing", "plugins", "files"))
+    found = Plugins()
+    for (role, name), offer in found.offers.items():
+        page = files if role == "exporter" else choosing
+        assert f"`{name}`" in page or not offer.origin.startswith("impq:"), f"{role} {name}"
+    for name, hook in vars(hookspecs).items():
+        if name.startswith("impq_"):
+            taken = ", ".join(inspect.signature(hook).parameters)
+            assert f"`{name}{f'({taken})' if taken else ''}`" in plugins, name
+    run = made.kept / RUN
+    assert all(f"`{path.name}" in files for path in run.iterdir() if not path.name.startswith("."))
+    for name in ("measurements.npz", "estimate.npz"):
+        with np.load(run / name) as arrays:
+            assert all(f"`{array}`" in files for array in arrays), name
+    [plan] = re.findall(r"^```json\n(.*?)^```$", files, re.M | re.S)
+    assert json.loads(plan).keys() == json.loads((run / "plan.json").read_text()).keys()
+    [settings] = re.findall(r"^```toml\n(.*?)^```$", files, re.M | re.S)
+    from_data(tomllib.loads(settings), "files.md")
 
 
 @pytest.mark.parametrize("page", [*PAGES, *OTHERS])
