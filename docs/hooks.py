@@ -1,4 +1,4 @@
-"""Brings the measurements into the site: documents link to ../benchmarks/results as files of the repository."""
+"""Brings measurements and examples into the site: documents link to them as files of the repository."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-OUTSIDE = {"benchmarks/results": ("*.md", "*.png"), "examples": ("*.toml", "*.py")}
+OUTSIDE = {"benchmarks/results": ("*.md", "*.png"), "examples": ("*.md", "*.toml", "*.py")}
 """Folders beside docs/ whose files are published under the same names, and which of them."""
 
 
@@ -20,7 +20,7 @@ def _files() -> list[str]:
 
 def on_config(config: Any) -> Any:
     """List the measurements last."""
-    config.nav.append({"Measurements": [name for name in _files() if name.endswith(".md")]})
+    config.nav.append({"Measurements": [name for name in _files() if "results" in name and name.endswith(".md")]})
     return config
 
 

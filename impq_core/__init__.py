@@ -1,24 +1,40 @@
 """impq: mixed precision with a plan that knows how layers interact.
 
 From Python: ``impq_core.run(impq_core.RunConfig(model=..., budget="3.0bits"))`` returns a ``RunResult``, and
-``impq_core.play`` of the same the game that estimators play.
+``play`` of the same the game that estimators play. What is named here is all that a script needs (``examples/`` has
+some); ``console()`` makes it talk as the command line does.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from impq_core.config import RunConfig, TextConfig
+from impq_core.errors import ImpqError
 
 if TYPE_CHECKING:
-    from impq_core.pipeline import RunResult, play, run
+    from impq_core.allocate import allocate_run
+    from impq_core.compare.html import write_page
+    from impq_core.compare.read import gather
+    from impq_core.export import evaluate_folder, export_run
+    from impq_core.grid import Sweep
+    from impq_core.pipeline import RunResult, play, resume, run
+    from impq_core.plugins import Plugins
+    from impq_core.report import console
+    from impq_core.sweep import run_sweep
 
-__all__ = ["RunConfig", "RunResult", "TextConfig", "play", "run"]
+__all__ = ["ImpqError", "Plugins", "RunConfig", "RunResult", "Sweep", "TextConfig", "allocate_run", "console",
+           "evaluate_folder", "export_run", "gather", "play", "resume", "run", "run_sweep", "write_page"]
+
+_HOMES = {"allocate_run": "allocate", "write_page": "compare.html", "gather": "compare.read",
+          "evaluate_folder": "export", "export_run": "export", "Sweep": "grid", "RunResult": "pipeline",
+          "play": "pipeline", "resume": "pipeline", "run": "pipeline", "Plugins": "plugins", "console": "report",
+          "run_sweep": "sweep"}
+"""Modules of the names that are imported when they are asked for: the command line's help must not import torch."""
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("run", "RunResult", "play"):  # the pipeline imports torch; the command line's help must not
-        from impq_core import pipeline
-
-        return getattr(pipeline, name)
-    raise AttributeError(name)
+    if name in _HOMES:
+        return getattr(import_module(f"impq_core.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'impq_core' has no attribute '{name}'")

@@ -23,8 +23,8 @@ class Planned:
     file: Path
 
 
-def allocate_run(run: str, budgets: Sequence[str], surrogate: str | None, allocator: str | None,
-                 pairs: Mapping[str, str], plugins: Plugins) -> list[Planned]:
+def allocate_run(run: str | Path, budgets: Sequence[str], surrogate: str | None = None, allocator: str | None = None,
+                 pairs: Mapping[str, str] | None = None, plugins: Plugins | None = None) -> list[Planned]:
     """Make a plan for each budget; each is written to RUN/plans.
 
     Args:
@@ -33,11 +33,12 @@ def allocate_run(run: str, budgets: Sequence[str], surrogate: str | None, alloca
         surrogate: what to fit the run's losses with; None takes the run's estimate as it is.
         allocator: who makes the plans; None is the run's.
         pairs: options as on the command line.
-        plugins: who offers the parts.
+        plugins: who offers the parts; the installed plugins by default.
 
     Raises:
         ImpqError: the run has no estimate (or no losses to fit), or a name, option or budget is wrong.
     """
+    plugins = plugins or Plugins()
     folder = RunFolder.open(run, "space.json", "measurements.npz" if surrogate else "estimate.npz")
     if not all(budgets):
         raise UsageError("--budget takes budgets such as 2.5bits,60MB, with nothing left out between the commas")
@@ -47,7 +48,7 @@ def allocate_run(run: str, budgets: Sequence[str], surrogate: str | None, alloca
     kept = {slot: options for slot, options in before.options.items() if slot != "refiner"
             and getattr(config, slot, None) == getattr(before, slot, None)}
     config = replace(config, options=kept)
-    config = replace(config, options=assign_options(config, plugins, pairs))
+    config = replace(config, options=assign_options(config, plugins, pairs or {}))
     every = [replace(config, budget=budget) for budget in budgets]
     parts = [Parts.build(one, plugins) for one in every]
     space = folder.read_space()

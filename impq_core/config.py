@@ -18,6 +18,13 @@ GRANULARITIES = ("auto", "block", "group", "linear")
 VALUES = ("nll", "kl")
 
 
+def _as_text(config: TextConfig | RunConfig, *names: str) -> None:
+    """Paths, as scripts have them, as the text that configuration files hold."""
+    for name in names:
+        if isinstance(value := getattr(config, name), Path):
+            object.__setattr__(config, name, str(value))
+
+
 @dataclass(frozen=True)
 class TextConfig:
     """A text and the token windows drawn from it.
@@ -35,6 +42,7 @@ class TextConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _as_text(self, "source")
         if not self.source:
             raise UsageError("a text has no name: give demo, a file, or a datasets name")
         if self.seed < 0:
@@ -106,6 +114,7 @@ class RunConfig:
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        _as_text(self, "model", "plan", "output")
         for name in ("model", "output", "experiment"):
             if not getattr(self, name):
                 raise UsageError(f"{name} is empty: leave it out or give it a name")

@@ -25,6 +25,7 @@ from impq_core.interfaces import Checkpoint
 from impq_core.manifest import FORMAT, MANIFEST, check_target, read_manifest
 from impq_core.model import resolve_dtype
 from impq_core.parts import load_exporter
+from impq_core.pipeline import report
 from impq_core.plugins import Plugins
 from impq_core.prepare import Prepared, prepare
 from impq_core.runfolder import RunFolder
@@ -51,20 +52,25 @@ class Exported:
         return file.stat().st_size if file.exists() else 0
 
 
-def export_run(run: str, name: str, target: Path, plugins: Plugins, progress: Progress) -> Exported:
+def export_run(run: str | Path, name: str, target: Path | None = None, plugins: Plugins | None = None,
+               progress: Progress | None = None) -> Exported:
     """Export the plan of a finished run.
 
     Args:
         run: a run folder.
         name: the format.
-        target: where to; must be missing or empty. The files appear there only when all are written.
-        plugins: who offers the format, and who watches.
-        progress: told (blocks quantized, blocks).
+        target: where to; must be missing or empty. The files appear there only when all are written. RUN/FORMAT by
+            default.
+        plugins: who offers the format, and who watches; the installed plugins by default.
+        progress: told (blocks quantized, blocks); by default those who watch are.
 
     Raises:
         ImpqError: anything the user can mend.
     """
+    plugins = plugins or Plugins()
     source = RunFolder.open(run, "plan.json")
+    target = target or source.path / name
+    progress = progress or report(plugins, "quantize")
     config = replace(source.read_config(), plan=str(source.plan))
     exporter = load_exporter(name, config.backend, config.options.get("backend", {}), plugins)
     check_target(target)
@@ -126,17 +132,18 @@ def make_checkpoint(prepared: Prepared, plan: Plan, bank: Bank, runner: Blockwis
                       asdict(prepared.parts.backend.options))
 
 
-def evaluate_folder(path: str, plugins: Plugins, **text: str | int | None) -> Exported:
+def evaluate_folder(path: str | Path, plugins: Plugins | None = None, **text: str | int | None) -> Exported:
     """Load an exported folder and score it on held-out text, against the unquantized model it was made from.
 
     Args:
         path: a folder written by an export.
-        plugins: who offers its format and backend.
+        plugins: who offers its format and backend; the installed plugins by default.
         text: what is to differ from the run's held-out text: ``evaluation``, ``evaluation_windows`` ...
 
     Raises:
         ImpqError: impq did not write the folder, its format holds no weights, or something is missing.
     """
+    plugins = plugins or Plugins()
     folder = Path(path)
     manifest = read_manifest(folder)
     name = manifest["exporter"]

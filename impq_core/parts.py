@@ -33,9 +33,9 @@ from impq_core.types import Measurements, SensitivityEstimate
 ESTIMATE_WITH = "estimate_with"
 """The slot of a second backend, whose variants are measured in place of the deployed one's."""
 
-_BASES: Mapping[str, Any] = {"estimator": (Inspector, Estimator, Sampler), "surrogate": Surrogate,
-                             "allocator": Allocator, "backend": Backend, "refiner": Refiner,
-                             "exporter": Exporter}
+BASES: Mapping[str, Any] = {"estimator": (Inspector, Estimator, Sampler), "surrogate": Surrogate,
+                            "allocator": Allocator, "backend": Backend, "refiner": Refiner, "exporter": Exporter}
+"""The classes that a part of each role derives from."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def assign_options(config: RunConfig, plugins: Plugins, pairs: Mapping[str, str]
         UsageError: nobody has the option, or several have.
     """
     slots = slots_of(config)
-    classes = {slot: plugins.load(role, getattr(config, slot), _BASES[role]) for slot, role in slots.items()}
+    classes = {slot: plugins.load(role, getattr(config, slot), BASES[role]) for slot, role in slots.items()}
     result = {role: dict(options) for role, options in config.options.items()}
     for key, value in pairs.items():
         role, dot, name = key.rpartition(".")
@@ -169,7 +169,7 @@ def assign_options(config: RunConfig, plugins: Plugins, pairs: Mapping[str, str]
 def build_part(config: RunConfig, plugins: Plugins, slot: str) -> Any:
     """The part that a configuration names for a slot, with its options; raises UsageError where either is wrong."""
     name, role = getattr(config, slot), slots_of(config)[slot]
-    part = plugins.load(role, name, _BASES[role])
+    part = plugins.load(role, name, BASES[role])
     return part(build_options(part, role, name, config.options.get(slot, {})))
 
 
@@ -208,7 +208,7 @@ def load_exporter(name: str, backend: str, options: Mapping[str, Any], plugins: 
 def describe_options(plugins: Plugins, role: str, name: str) -> list[str]:
     """A line ``name=default  what it does`` for each option of a part; nothing where it cannot be loaded."""
     try:
-        part = plugins.load(role, name, _BASES[role])
+        part = plugins.load(role, name, BASES[role])
     except ImpqError:
         return []
     told = told_arguments(part.Options.__doc__ or "")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +16,7 @@ from rich.table import Table
 
 from impq_core.errors import ImpqError
 from impq_core.hookspecs import hookimpl
+from impq_core.plugins import Plugins
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -262,3 +265,26 @@ def shelves_table(found: Sequence[Shelf]) -> Table:
 def make_console() -> Console:
     """Standard output; wide enough for the table where it is not a terminal."""
     return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 130)
+
+
+def console(brief: bool = False) -> Plugins:
+    """The installed plugins with the terminal watching, for a script that is to talk as the command line does. To be
+    called before anything heavy is imported, because what it quiets is said then.
+
+    Args:
+        brief: a line for a finished run, where there are many.
+    """
+    quiet_libraries()
+    plugins = Plugins()
+    plugins.watch(ConsoleReporter(make_console(), brief))
+    return plugins
+
+
+def quiet_libraries() -> None:
+    """Keep other libraries' banners and bars out of our output; their errors still come through."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)

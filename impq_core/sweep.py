@@ -50,17 +50,18 @@ class _Child:
     prepared: Prepared
 
 
-def run_sweep(sweep: Sweep, plugins: Plugins, path: Path | None = None) -> Path:
+def run_sweep(sweep: Sweep, plugins: Plugins | None = None, path: Path | None = None) -> Path:
     """Measure, plan and score all runs of a sweep; a run that cannot be made is told of, and the rest goes on.
 
     Args:
         sweep: what to do.
-        plugins: who can do it, and who watches.
+        plugins: who can do it, and who watches; the installed plugins by default.
         path: folder of a sweep to go on with.
 
     Raises:
         ImpqError: anything the user can mend.
     """
+    plugins = plugins or Plugins()
     children = _prepare_all(sweep, plugins)
     folder = RunFolder.open(path, SWEEP) if path else _make(sweep)
     names = [child.name for child in children]

@@ -27,7 +27,7 @@ from impq_core.plugins import Plugins
 
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
 BLOCKS = {page: blocks_of(page) for page in PAGES}
-OTHERS = ["CHANGELOG.md", "CONTRIBUTING.md"]
+OTHERS = ["CHANGELOG.md", "CONTRIBUTING.md", "examples/README.md"]
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -129,7 +128,7 @@ def watched(config: RunConfig, plugins: Plugins, brief: bool = False) -> RunConf
     """Let MLflow and the terminal watch, and settle which store is meant; raises ImpqError where it does not answer."""
     from dataclasses import replace
 
-    from impq_core.report import ConsoleReporter, make_console
+    from impq_core.report import ConsoleReporter, make_console, quiet_libraries
 
     if config.tracking_uri != "none":
         from impq_core.logged_model import ExportTracker
@@ -154,18 +153,6 @@ def look_at(config: RunConfig) -> None:
     if config.tracking_uri != "none":
         flag = "" if config.tracking_uri == store_uri("") else f" --tracking-uri {config.tracking_uri}"
         click.echo(f"look at it: impq ui{flag}")
-
-
-def quiet_libraries() -> None:
-    """Keep other libraries' banners and bars out of our output; their errors still come through."""
-    import logging
-
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _bits(text: str | None) -> tuple[float, ...] | None:

@@ -13,13 +13,16 @@ from impq_core.errors import ImpqError, UsageError
 from impq_core.plugins import OFFERED, Plugins
 
 
-@click.command()
+@click.group(invoke_without_command=True)
 @click.option("--options", "show_options", is_flag=True, help="List the options of every part.")
 @plugin_option
-def plugins(show_options: bool, plugin_files: tuple[Path, ...]) -> None:
-    """List the parts on offer, and the plugins that could not be used."""
+@click.pass_context
+def plugins(context: click.Context, show_options: bool, plugin_files: tuple[Path, ...]) -> None:
+    """List the parts on offer, and the plugins that could not be used; 'impq plugins new' writes one."""
     from impq_core.parts import describe_options
 
+    if context.invoked_subcommand:
+        return
     found = Plugins(plugin_files)
     for role in OFFERED:
         click.echo(f"{role}s")
@@ -35,6 +38,23 @@ def plugins(show_options: bool, plugin_files: tuple[Path, ...]) -> None:
         click.echo("not used")
         for dropped in found.dropped:
             click.echo(f"  {dropped.what}: {dropped.reason}")
+
+
+@plugins.command()
+@click.argument("name")
+@click.option("--kind", "kinds", multiple=True, default=["estimator"], show_default=True,
+              help="estimator, surrogate, allocator, refiner or backend; once for each part it is to have.")
+def new(name: str, kinds: tuple[str, ...]) -> None:
+    """Write a plugin that works, to be changed: a folder impq-NAME, or a single file where NAME ends in .py."""
+    from impq_core.skeleton import write_plugin
+
+    written = write_plugin(name, kinds, Plugins())
+    for path in written:
+        click.echo(f"wrote {path}")
+    if name.endswith(".py"):
+        click.echo(f"use it: impq plugins --plugin ./{written[0]}")
+    else:
+        click.echo(f"use it: pip install -e './impq-{name}[test]' && pytest impq-{name} && impq plugins")
 
 
 @click.group(invoke_without_command=True)

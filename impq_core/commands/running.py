@@ -9,16 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from impq_core.commands.common import (
-    check,
-    look_at,
-    quiet_libraries,
-    read_config,
-    read_pairs,
-    run_options,
-    warn,
-    watched,
-)
+from impq_core.commands.common import check, look_at, read_config, read_pairs, run_options, warn, watched
 from impq_core.commands.planning import show
 from impq_core.config import RunConfig, override
 from impq_core.errors import UsageError
@@ -140,12 +131,12 @@ def export(run: str, format: str, target: Path | None) -> None:
     """Write the plan of a run (its folder) as a checkpoint or a recipe; 'impq plugins' lists the formats."""
     found = Plugins()
     found.find("exporter", format)
-    quiet_libraries()
     from impq_core.logged_model import ExportTracker
     from impq_core.manifest import check_target
-    from impq_core.report import ConsoleReporter, make_console
+    from impq_core.report import ConsoleReporter, make_console, quiet_libraries
     from impq_core.runfolder import RunFolder
 
+    quiet_libraries()
     target = target or RunFolder.open(run, "plan.json").path / format
     check_target(target)
     found.watch(ExportTracker())
@@ -157,8 +148,7 @@ def _export(run: str, format: str, target: Path, found: Plugins) -> None:
     from impq_core.export import export_run
     from impq_core.report import score_line
 
-    exported = export_run(run, format, target, found, lambda done, total: found.notify(
-        "impq_progress", stage="quantize", done=done, total=total))
+    exported = export_run(run, format, target, found)
     if exported.score:
         click.echo(f"quantized block by block, each behind the quantized ones: {score_line(exported.score)}")
         click.echo(_on(exported))
@@ -180,9 +170,10 @@ def evaluate(path: str, **text: Any) -> None:
     from impq_core.manifest import read_manifest
 
     read_manifest(Path(path))
+    from impq_core.report import quiet_libraries, score_line
+
     quiet_libraries()
     from impq_core.export import evaluate_folder
-    from impq_core.report import score_line
 
     exported = evaluate_folder(path, Plugins(), **text)
     assert exported.score is not None

@@ -1,6 +1,24 @@
-"""What plugin authors test with: planted games with known answers, and tiny models of real architectures."""
+"""What plugin authors test with: suites to inherit, planted games with known answers, and tiny models of real
+architectures. The suites need pytest, and say what a part does wrong in a line."""
 
-from impq_core.testing.planted import PlantedGame, least_loss, planted_estimate, planted_space
-from impq_core.testing.tiny import ARCHITECTURES, tiny_model
+from impq_core.testing.allocators import AllocatorSuite
+from impq_core.testing.backends import BackendSuite
+from impq_core.testing.estimators import EstimatorSuite
+from impq_core.testing.planted import (
+    PlantedGame,
+    PlantedProbe,
+    best_pick,
+    least_loss,
+    planted_estimate,
+    planted_loss,
+    planted_measurements,
+    planted_space,
+)
+from impq_core.testing.plugin import PluginSuite
+from impq_core.testing.refiners import RefinerSuite
+from impq_core.testing.surrogates import SurrogateSuite
+from impq_core.testing.tiny import ARCHITECTURES, TinyTable, tiny_model
 
-__all__ = ["ARCHITECTURES", "PlantedGame", "least_loss", "planted_estimate", "planted_space", "tiny_model"]
+__all__ = ["ARCHITECTURES", "AllocatorSuite", "BackendSuite", "EstimatorSuite", "PlantedGame", "PlantedProbe",
+           "PluginSuite", "RefinerSuite", "SurrogateSuite", "TinyTable", "best_pick", "least_loss", "planted_estimate",
+           "planted_loss", "planted_measurements", "planted_space", "tiny_model"]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from impq_core.interfaces import Probe
 from impq_core.space import Choice, FloatArray, IntArray, LayerSpec, LinearSpec, SearchSpace
-from impq_core.types import SensitivityEstimate
+from impq_core.types import Measurements, SensitivityEstimate
+
+if TYPE_CHECKING:
+    import torch
 
 
 def planted_space(layers: int, bits: Sequence[float] = (4, 2), columns: int = 64) -> SearchSpace:
@@ -84,13 +88,63 @@ class PlantedGame:
         return self._function(pick) + self._noise * rng.normal(size=self._count)
 
 
-def planted_estimate(seed: int, layers: int, bits: Sequence[float] = (4, 2),
-                     strength: float = 0.0) -> SensitivityEstimate:
-    """A random estimate of a planted space, with pair terms of both signs and this standard deviation (0: none)."""
+class PlantedProbe:
+    """Implements ``Probe`` for an additive truth: its slopes, and random weights with noise that halves with every bit.
+
+    Args:
+        truth: an additive estimate, taken for the loss.
+    """
+
+    window_tokens = 10
+
+    def __init__(self, truth: SensitivityEstimate) -> None:
+        self.space, self.forwards, self._costs = truth.space, 0.0, truth.linear
+
+    def slopes(self, at: FloatArray | None = None) -> FloatArray:
+        """The way to each choice from where the model stands, the same for each of four windows."""
+        self.forwards += 3
+        shares = np.eye(len(self.space.choices))[0] if at is None else np.asarray(at)
+        return np.tile(self._costs - self._costs @ shares[:, None], (4, 1, 1))
+
+    def weight(self, linear: LinearSpec) -> torch.Tensor:
+        """Drawn from its name."""
+        import torch
+
+        generator = torch.Generator().manual_seed(int.from_bytes(linear.name.encode()) % 2**31)
+        return torch.randn(linear.rows, linear.columns, generator=generator)
+
+    def variant(self, linear: LinearSpec, choice: Choice) -> torch.Tensor:
+        """The weight with noise."""
+        import torch
+
+        noise = torch.randn(linear.rows, linear.columns, generator=torch.Generator().manual_seed(0))
+        return self.weight(linear).add(noise, alpha=2.0**-choice.bits)
+
+    def block_states(self) -> Iterator[tuple[int, list[torch.Tensor], list[torch.Tensor]]]:
+        """There is no model behind it."""
+        raise NotImplementedError("a planted probe has no activations")
+
+    def hessian_traces(self, rng: np.random.Generator) -> Mapping[LinearSpec, float]:
+        """There is no model behind it."""
+        raise NotImplementedError("a planted probe has no Hessian")
+
+
+def planted_estimate(seed: int, layers: int, bits: Sequence[float] = (4, 2), strength: float = 0.0,
+                     rising: bool = False) -> SensitivityEstimate:
+    """A random estimate of a planted space.
+
+    Args:
+        seed: of the draw.
+        layers: how many.
+        bits: the menu.
+        strength: standard deviation of pair terms, of both signs; 0 for none.
+        rising: every step down costs something; else some may gain.
+    """
     rng = np.random.default_rng(seed)
     space = planted_space(layers, bits)
     m = len(bits)
-    linear = np.concatenate([np.zeros((layers, 1)), rng.normal(0.5, 0.5, (layers, m - 1)).cumsum(axis=1)], axis=1)
+    steps = rng.uniform(0.05, 1.0, (layers, m - 1)) if rising else rng.normal(0.5, 0.5, (layers, m - 1))
+    linear = np.concatenate([np.zeros((layers, 1)), steps.cumsum(axis=1)], axis=1)
     if not strength:
         return SensitivityEstimate(space, linear, method="planted")
     pairs = np.zeros((layers, m, layers, m))
@@ -100,9 +154,43 @@ def planted_estimate(seed: int, layers: int, bits: Sequence[float] = (4, 2),
     return SensitivityEstimate(space, linear, pairs, method="planted")
 
 
-def least_loss(estimate: SensitivityEstimate, budget: int) -> float:
-    """The least predicted loss of all picks within a budget in bytes, by looking at every one."""
+def planted_loss(truth: SensitivityEstimate) -> Callable[[IntArray], float]:
+    """The absolute loss of a pick where an estimate is the truth: 3 nats per token above its prediction."""
+    return lambda pick: 3.0 + float(truth.predict(pick)[0])
+
+
+def planted_measurements(truth: SensitivityEstimate, permutations: int, noise: float = 0.0,
+                         seed: int = 0) -> Measurements:
+    """The losses that a truth predicts along random orders of demotion, each from all-widest to all-narrowest.
+
+    Args:
+        truth: what is measured.
+        permutations: independent orders.
+        noise: standard deviation of what is added to each loss but the reference's, nats per token.
+        seed: of orders and noise.
+    """
+    rng, space = np.random.default_rng(seed), truth.space
+    tickets = np.repeat(np.arange(len(space)), len(space.choices) - 1)
+    length = len(tickets) + 1
+    orders = np.stack([rng.permutation(tickets) for _ in range(permutations)])
+    taken = np.eye(len(space), dtype=np.int64)[orders].cumsum(axis=1)
+    picks = np.concatenate([np.zeros((permutations, 1, len(space)), dtype=np.int64), taken], axis=1)
+    losses = truth.predict(picks.reshape(-1, len(space))) + noise * rng.normal(size=permutations * length)
+    losses[::length] = 0.0
+    path = np.repeat(np.arange(permutations), length)
+    return Measurements(space, picks.reshape(-1, len(space)), losses, path, np.tile(np.arange(length), permutations),
+                        path, tokens=1000, reference_loss=3.0, forwards=float(len(losses)))
+
+
+def best_pick(estimate: SensitivityEstimate, budget: int) -> IntArray:
+    """The pick (n,) of least predicted loss within a budget in bytes, by looking at every one."""
     space = estimate.space
     picks = np.array(list(itertools.product(range(len(space.choices)), repeat=len(space))))
-    fits = np.array([space.bytes_of(pick) <= budget for pick in picks])
-    return float(estimate.predict(picks[fits]).min())
+    picks = picks[[space.bytes_of(pick) <= budget for pick in picks]]
+    best: IntArray = picks[estimate.predict(picks).argmin()]
+    return best
+
+
+def least_loss(estimate: SensitivityEstimate, budget: int) -> float:
+    """The least predicted loss of all picks within a budget in bytes."""
+    return float(estimate.predict(best_pick(estimate, budget))[0])

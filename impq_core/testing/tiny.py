@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from impq_core.testing.rounding import Rounding
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
 
@@ -23,6 +29,12 @@ def tiny_model(folder: Path, architecture: str = "llama", blocks: int = 3, seed:
     Returns:
         the folder.
     """
+    _random_model(architecture, blocks, seed).save_pretrained(folder)
+    byte_tokenizer(adds_start=architecture.startswith("gemma")).save_pretrained(folder)
+    return folder
+
+
+def _random_model(architecture: str, blocks: int, seed: int) -> Any:
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -46,9 +58,55 @@ def tiny_model(folder: Path, architecture: str = "llama", blocks: int = 3, seed:
                     parameter.normal_(0.0, 0.1)
     finally:
         torch.random.set_rng_state(state)
-    model.save_pretrained(folder)
-    byte_tokenizer(adds_start=architecture.startswith("gemma")).save_pretrained(folder)
-    return folder
+    return model
+
+
+class TinyTable:
+    """A tiny model in memory with variants from ``Rounding``, and the game on it: four windows of random bytes.
+
+    Args:
+        bits: the menu.
+        granularity: ``block``, ``group`` or ``linear``.
+        exclude: patterns of layers that stay unquantized.
+        blocks: of the model.
+
+    Attributes:
+        space: the layers and widths on play.
+        game: the game, with its probe.
+    """
+
+    def __init__(self, bits: Sequence[float], granularity: str = "block", exclude: Sequence[str] = (),
+                 blocks: int = 3) -> None:
+        import torch
+
+        from impq_core.bank import Bank, fill_bank
+        from impq_core.blockwise import BlockwiseModel
+        from impq_core.game import ModelGame
+        from impq_core.model import layers_of, search_space
+        from impq_core.text import Windows
+
+        model, backend = _random_model("llama", blocks, 0).eval(), Rounding()
+        choices = tuple(choice for choice in backend.choices() if choice.bits in bits)
+        runner = BlockwiseModel(model)
+        self.space = search_space(layers_of(model, granularity), backend, choices, exclude=exclude)
+        self._bank = Bank(model, self.space.everyone, backend, torch.float32)
+        menus = [choices] * len(self.space) + [()] * len(self.space.pinned)
+        fill_bank(self._bank, runner, None, menus, lambda done, total: None)
+        windows = Windows(np.random.default_rng(0).integers(0, 256, (4, 24)), "random", "random bytes")
+        middle = (self.space.low_bytes + self.space.high_bytes) // 2
+        self.game = ModelGame(self.space, self._bank, runner, windows, budget_bytes=middle)
+
+    def digest(self) -> str:
+        """Of all weights and variants: changes when one of them is written to."""
+        found = hashlib.sha256()
+        for layer in self._bank.layers:
+            for linear in layer.linears:
+                found.update(self._bank.original(linear).numpy().tobytes())
+                for choice in self.space.choices:
+                    if self._bank.has(linear, choice):
+                        for tensor in self._bank.stored(linear, choice).tensors.values():
+                            found.update(tensor.numpy().tobytes())
+        return found.hexdigest()
 
 
 def byte_tokenizer(adds_start: bool = False) -> Any:

@@ -12,8 +12,12 @@ from typing import Any
 from impq_core.checkpoint import read_variants, write_model
 from impq_core.files import write_text
 from impq_core.interfaces import Checkpoint, Exporter, Variant
+from impq_core.space import Choice
 from impq_core.types import Plan
 from impq_gptq.backend import TENSORS
+
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""What engines call the linears that they run as one."""
 
 
 def module_pattern(name: str) -> str:
@@ -22,13 +26,26 @@ def module_pattern(name: str) -> str:
     return rf"+:^{re.escape(name)}$"
 
 
+def with_fused(widths: Mapping[str, Choice | None]) -> dict[str, Choice | None]:
+    """Widths by module name, and by the names of fused modules whose linears share one: vLLM and SGLang look for the
+    width of ``qkv_proj`` by that name, and would take the commonest."""
+    every = dict(widths)
+    for name in widths:
+        parent, _, leaf = name.rpartition(".")
+        for fused, parts in FUSED.items():
+            names = [f"{parent}.{part}" for part in parts]
+            if leaf == parts[0] and all(one in widths and widths[one] == widths[name] for one in names):
+                every[f"{parent}.{fused}"] = widths[name]
+    return every
+
+
 def quantization_config(plan: Plan, options: Mapping[str, Any]) -> dict[str, Any]:
     """GPTQModel's configuration of a plan: the commonest width, and ``dynamic`` for the modules that differ; linears
     that stay unquantized are named with ``-:``."""
     widths = plan.widths()
     common = Counter(choice for choice in widths.values() if choice).most_common(1)[0][0]
     dynamic: dict[str, dict[str, Any]] = {}
-    for name, choice in widths.items():
+    for name, choice in with_fused(widths).items():
         if choice is None:
             dynamic[f"-:^{re.escape(name)}$"] = {}
         elif choice != common:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from pathlib import Path
 
 from impq_core.errors import ImpqError
@@ -39,9 +40,12 @@ class LlamaCppRecipe(Exporter):
     NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",  # noqa: RUF012
              "self_attn.o_proj": "attn_output", "self_attn.qkv_proj": "attn_qkv", "mlp.gate_proj": "ffn_gate",
              "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "mlp.gate_up_proj": "ffn_up"}
+    ROW = 256
+    """Rows of k-quants are made of so many weights; llama-quantize takes another type where that does not fit."""
 
     def export(self, checkpoint: Checkpoint, folder: Path) -> None:
-        """Write tensor-types.txt; raises ImpqError for a linear or a width llama.cpp has no name for."""
+        """Write tensor-types.txt, and warn of tensors whose shape k-quants do not take; raises ImpqError for a linear
+        or a width llama.cpp has no name for."""
         lines = []
         for name, choice in checkpoint.plan.widths().items():
             match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
@@ -52,3 +56,10 @@ class LlamaCppRecipe(Exporter):
             kind = self.TYPES[int(choice.bits)] if choice else "f16"
             lines.append(rf"^blk\.{match[1]}\.{self.NAMES[match[2]]}\.weight$={kind}")
         write_text(folder / "tensor-types.txt", "\n".join(lines) + "\n")
+        plan = checkpoint.plan
+        odd = [linear for layer, choice in zip(plan.space.everyone, plan.space.assignment(plan.pick), strict=True)
+               for linear in layer.linears if choice and choice.bits < 8 and linear.columns % self.ROW]
+        if odd:
+            warnings.warn(f"llama-quantize will not follow {len(odd)} of {len(lines)} lines: k-quants take rows of a "
+                          f"multiple of {self.ROW} weights, not the {odd[0].columns} of {odd[0].name}; such tensors "
+                          "get types of 4 bits and more", RuntimeWarning, stacklevel=2)

@@ -14,7 +14,7 @@ def impq_estimators() -> list[Component]:
         Component("fisher", "impq_scores.gradients:Fisher", "second order from one backward a window, with pairs"),
         Component("aumann-shapley", "impq_scores.gradients:AumannShapley", "slopes along the path of all layers"),
         Component("coarse-to-fine", "impq_scores.fine:CoarseToFine",
-                  "aumann-shapley, and measured moves of the layers that the budget leaves undecided"),
+                  "aumann-shapley, and measured moves of the undecided layers"),
         Component("hawq", "impq_scores.gradients:Hawq", "Hessian trace times squared error of the weights (HAWQ-V2)"),
         Component("lim", "impq_scores.inspected:Lim", "how much a block turns its input (LIM)"),
         Component("activation", "impq_scores.inspected:Activation", "inverse size of a block's output, as in CoopQ"),

@@ -1,0 +1,22 @@
+"""The plugin and its parts, held to what impq's own are held to. Add what is particular to yours."""
+
+from impq_core.testing import AllocatorSuite, BackendSuite, EstimatorSuite, PluginSuite
+
+import impq_example
+from impq_example import allocator, backend, estimator
+
+
+class TestPlugin(PluginSuite):
+    plugin = impq_example
+
+
+class TestEstimator(EstimatorSuite):
+    part = estimator.Example
+
+
+class TestAllocator(AllocatorSuite):
+    part = allocator.Example
+
+
+class TestBackend(BackendSuite):
+    part = backend.Example

@@ -1,0 +1,69 @@
+"""What every allocator must do."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import ClassVar
+
+import numpy as np
+
+from impq_core.errors import ImpqError
+from impq_core.interfaces import Allocator
+from impq_core.space import Pinned
+from impq_core.testing.part import PartSuite
+from impq_core.testing.planted import least_loss, planted_estimate, planted_space
+from impq_core.types import Plan, SensitivityEstimate
+
+
+class AllocatorSuite(PartSuite):
+    """An ``Allocator`` on random estimates that brute force can solve.
+
+    Class attributes:
+        exact: whether its plans are the best there are, which is then tested.
+    """
+
+    part: ClassVar[type[Allocator]]
+    exact: ClassVar[bool] = False
+
+    def cases(self) -> Iterator[tuple[SensitivityEstimate, int]]:
+        """Estimates with and without pair terms, of one to five layers, with and without pins; budgets from the
+        smallest plan's to the largest's."""
+        rng = np.random.default_rng(0)
+        for seed, (n, bits, strength, pinned) in enumerate(itertools.product(
+                (1, 3, 5), ((4, 2), (4, 3, 2)), (0.0, 0.3), (False, True))):
+            estimate = planted_estimate(seed, n, bits, strength)
+            if pinned:
+                pin = Pinned(planted_space(n + 1).layers[-1], None, 999, 999, 999)
+                estimate = replace(estimate, space=replace(estimate.space, pinned=(pin,)))
+            low, high = estimate.space.low_bytes, estimate.space.high_bytes
+            for share in (0.0, *rng.random(2), 1.0):
+                yield estimate, int(low + share * (high - low))
+
+    def test_plans_fit_and_keep_their_promises(self) -> None:
+        """Within the budget, of the estimate's space, with the loss that the estimate predicts; a bound lies below
+        every plan."""
+        for estimate, budget in self.cases():
+            plan, best = self.make().allocate(estimate, budget), least_loss(estimate, budget)
+            assert isinstance(plan, Plan) and plan.space is estimate.space and plan.method
+            assert plan.nbytes <= budget, f"{plan.nbytes} bytes do not fit in {budget}"
+            assert plan.predicted_loss is not None, "the plan does not say what loss is predicted"
+            assert np.isclose(plan.predicted_loss, estimate.predict(plan.pick)[0]), "that is not the predicted loss"
+            assert plan.bound is None or plan.bound <= best + 1e-6, f"bound {plan.bound} lies above a plan of {best}"
+            assert not self.exact or plan.predicted_loss <= best + 1e-6, f"{plan.predicted_loss}; the best has {best}"
+
+    def test_the_same_estimate_makes_the_same_plan(self) -> None:
+        """Ties included."""
+        for estimate, budget in itertools.islice(self.cases(), 0, None, 5):
+            picks = [self.make().allocate(estimate, budget).pick for _ in range(2)]
+            assert np.array_equal(*picks), "two plans from one estimate differ"
+
+    def test_a_budget_below_everything_is_refused(self) -> None:
+        """With an ImpqError."""
+        estimate = planted_estimate(0, 4, (4, 2), 0.1)
+        try:
+            self.make().allocate(estimate, estimate.space.low_bytes - 1)
+        except ImpqError:
+            return
+        raise AssertionError("a budget below the smallest plan was taken")

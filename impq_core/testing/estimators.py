@@ -1,0 +1,131 @@
+"""What every estimator must do: those that play, those that only measure, and those that look."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from impq_core.interfaces import Estimator, Game, Inspector, Probe, Sampler
+from impq_core.references import random_plan
+from impq_core.testing.part import PartSuite
+from impq_core.testing.planted import PlantedGame, PlantedProbe, best_pick, planted_estimate, planted_loss
+from impq_core.testing.tiny import TinyTable
+from impq_core.types import Measurements, SensitivityEstimate
+
+MENUS = ((8.0, 2.0), (8.0, 4.0, 2.0))
+"""The menus that estimators are tried with: two widths, and more."""
+
+
+class EstimatorSuite(PartSuite):
+    """An ``Estimator``, ``Sampler`` or ``Inspector`` on a tiny model, and, where it plays, on a planted game."""
+
+    part: ClassVar[type[Estimator | Sampler | Inspector]]
+
+    def estimate(self, game: Game, probe: Probe, seed: int = 0) -> SensitivityEstimate:
+        """What the part makes of a game or a probe; what a sampler measured is fitted by least squares."""
+        part, rng = self.make(), np.random.default_rng(seed)
+        part.check_space(game.space)
+        if isinstance(part, Inspector):
+            found: Any = part.inspect(probe, rng)
+        elif isinstance(part, Estimator):
+            found = part.estimate(game, rng)
+        else:
+            measured = part.sample(game, rng)
+            assert isinstance(measured, Measurements), f"sample returned {type(measured).__name__}, not Measurements"
+            measured.require_finite()
+            found = least_squares(measured)
+        assert isinstance(found, SensitivityEstimate), f"returned {type(found).__name__}, not a SensitivityEstimate"
+        return found
+
+    def on_tiny_model(self, bits: Sequence[float], exclude: tuple[str, ...] = ()) -> tuple[TinyTable,
+                                                                                           SensitivityEstimate]:
+        """A tiny model and its estimate."""
+        table = TinyTable(bits, "group" if issubclass(self.part, Inspector) else "block", exclude)
+        return table, self.estimate(table.game, table.game.probe)
+
+    def test_a_model_is_estimated(self) -> None:
+        """With two widths and with three: an estimate of the space that was on play, and who made it."""
+        for bits in MENUS:
+            table, estimate = self.on_tiny_model(bits)
+            assert estimate.space.fingerprint == table.space.fingerprint, "the estimate is of another space"
+            assert estimate.method, "the estimate does not say who made it (method)"
+
+    def test_a_single_layer_among_pinned_ones_is_estimated(self) -> None:
+        """Layers that do not play are in ``space.pinned``; one that plays is enough."""
+        _, estimate = self.on_tiny_model(MENUS[1], exclude=("*.0.*", "*.1.*", "*.2.self_attn*", "*.2.mlp.down*")
+                                         if issubclass(self.part, Inspector) else ("*.0.*", "*.1.*"))
+        assert estimate.linear.shape == (1, 3)
+
+    def test_the_cost_is_what_the_model_did(self) -> None:
+        """``forwards`` is what the game, or the probe, counted."""
+        table, estimate = self.on_tiny_model(MENUS[1])
+        told, counted = estimate.forwards, table.game.forwards
+        assert np.isclose(told, counted), f"the estimate says {told} forwards, the model counted {counted}"
+
+    def test_every_draw_comes_from_the_generator_given(self) -> None:
+        """The same seed makes the same estimate, bit for bit, whatever the global generators say."""
+        import torch
+
+        found = []
+        for seed in (1, 2):
+            np.random.seed(seed)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                found.append(self.on_tiny_model(MENUS[1])[1])
+        assert np.array_equal(found[0].linear, found[1].linear), "two runs with one seed differ"
+        pairs = [np.asarray(estimate.pairwise, dtype=float) for estimate in found]
+        assert np.array_equal(pairs[0], pairs[1], equal_nan=True), "two runs with one seed differ in their pair terms"
+
+    def test_weights_are_left_alone(self) -> None:
+        """What a probe hands out is the model's own."""
+        table = TinyTable(MENUS[1])
+        before = table.digest()
+        self.estimate(table.game, table.game.probe)
+        assert table.digest() == before, "weights or variants were changed in place"
+
+    def test_what_matters_is_found(self) -> None:
+        """Where it plays: on a planted additive game without noise, the best plan for the estimate gives away less
+        than a quarter of what a random plan does. A part that only looks is not held to it."""
+        if issubclass(self.part, Inspector):
+            return
+        for bits in MENUS:
+            truth = planted_estimate(1, 6, bits, rising=True)
+            space, budget = truth.space, (truth.space.low_bytes + truth.space.high_bytes) // 2
+            game = PlantedGame(space, planted_loss(truth), probe=PlantedProbe(truth), budget_bytes=budget)
+            found, best = (best_pick(e, budget) for e in (self.estimate(game, game.probe), truth))
+            regret = float(np.diff(truth.predict(np.stack([best, found])))[0])
+            rng = np.random.default_rng(0)
+            chance = [random_plan(space, budget, rng) for _ in range(50)]
+            usual = float(truth.predict(np.stack(chance)).mean() - truth.predict(best)[0])
+            assert regret <= 0.25 * usual, f"{bits}: {regret:.3f} worse than the best plan; a random one, {usual:.3f}"
+
+    def test_it_looks_only_at_what_it_says_it_needs(self) -> None:
+        """Of an inspector: ``needs`` decides what impq prepares."""
+        if issubclass(self.part, Inspector):
+            table = TinyTable(MENUS[1], "group")
+            self.estimate(table.game, _Guarded(table.game.probe, self.part.needs))
+
+
+class _Guarded:
+    """A probe that shows only what was asked for."""
+
+    def __init__(self, probe: Any, needs: frozenset[str]) -> None:
+        self._probe, self._needs = probe, needs
+
+    def __getattr__(self, name: str) -> Any:
+        wanted = {"block_states": "activations", "slopes": "gradients", "hessian_traces": "gradients"}.get(name)
+        assert wanted is None or wanted in self._needs, f"{name} was called, but needs does not say '{wanted}'"
+        assert name != "window_tokens" or self._needs, "the text was asked for, but needs is empty"
+        return getattr(self._probe, name)
+
+
+def least_squares(measurements: Measurements) -> SensitivityEstimate:
+    """Additive costs of every step (ridge, next to none): enough for a planted additive game."""
+    space = measurements.space
+    taken = space.steps_taken(measurements.picks).reshape(len(measurements), -1)
+    ridge = 1e-9 * np.eye(taken.shape[1])
+    steps = np.linalg.solve(taken.T @ taken + ridge, taken.T @ measurements.losses).reshape(len(space), -1)
+    linear = np.concatenate([np.zeros((len(space), 1)), steps.cumsum(axis=1)], axis=1)
+    return SensitivityEstimate(space, linear, method="least squares", forwards=measurements.forwards)

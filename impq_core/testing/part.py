@@ -1,0 +1,94 @@
+"""What every part must do, whatever its role, and how a suite is made to expect a failure."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import subprocess
+import sys
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+from impq_core.errors import nearest
+from impq_core.interfaces import Part
+from impq_core.parts import told_arguments
+from impq_core.plugins import build_options
+
+HEAVY = ("mlflow", "torch", "transformers")
+"""What takes seconds to import."""
+
+
+class Suite:
+    """Tests to inherit: derive a class whose name begins with ``Test``, and pytest runs them.
+
+    Class attributes:
+        expected_failures: reason by the name of a test that this part is known to fail. Such a test must fail: once it
+            passes, that is reported.
+    """
+
+    expected_failures: ClassVar[Mapping[str, str]] = MappingProxyType({})
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        """Marks the expected failures; raises TypeError where one names no test."""
+        super().__init_subclass__(**more)
+        for name, reason in vars(cls).get("expected_failures", {}).items():
+            if not hasattr(cls, name):
+                tests = [test for test in dir(cls) if test.startswith("test_")]
+                raise TypeError(f"{cls.__name__} expects the failure of '{name}', which is no test of it"
+                                f"{nearest(name, tests)}")
+            setattr(cls, name, _expected_to_fail(getattr(cls, name), reason))
+
+
+def _expected_to_fail(test: Callable[..., None], reason: str) -> Callable[..., None]:
+    import pytest
+
+    @functools.wraps(test)
+    def marked(*args: Any, **kwargs: Any) -> None:
+        test(*args, **kwargs)
+
+    xfail: Callable[..., None] = pytest.mark.xfail(reason=reason, strict=True)(marked)
+    return xfail
+
+
+class PartSuite(Suite):
+    """What every part must do.
+
+    Class attributes:
+        part: the class under test.
+        options: its options, as ``-o name=value`` would give them.
+    """
+
+    part: ClassVar[type[Part]]
+    options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+
+    def make(self) -> Any:
+        """The part with its options, built as ``impq run`` builds it."""
+        return self.part(build_options(self.part, "part", self.part.__name__, self.options))
+
+    def test_options_are_told(self) -> None:
+        """``impq plugins --options`` and ``-o name=value`` can do with the options: a frozen dataclass of plain values,
+        each with a default and a line in the docstring's Args."""
+        options = self.part.Options
+        assert is_dataclass(options), f"{self.part.__name__}.Options is no dataclass"
+        assert options.__dataclass_params__.frozen, f"{options.__name__} is not frozen"  # type: ignore[attr-defined]
+        kinds, told, plain = typing.get_type_hints(options), told_arguments(options.__doc__ or ""), options()
+        for field in fields(options):
+            what = f"option {field.name} of {self.part.__name__}"
+            assert kinds[field.name] in (bool, int, float, str), f"{what} is {kinds[field.name]}, not plain"
+            assert told.get(field.name), f"{what} is not told in the Args of {options.__name__}'s docstring"
+            typed = build_options(self.part, "part", "", {field.name: str(getattr(plain, field.name))})
+            assert typed == plain, f"{what}: its default, typed as text, is not its default"
+
+    def test_nothing_heavy_is_imported_with_it(self) -> None:
+        """A wrong word on the command line is answered at once: whoever names the part does not wait for torch."""
+        module = self.part.__module__
+        if importlib.util.find_spec(module) is None:
+            return  # a single file, which impq loads by its path
+        script = (f"import sys; sys.path[:] = {sys.path!r}; import {module}; "
+                  f"print(*[name for name in {HEAVY!r} if name in sys.modules])")
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert not done.stdout.split(), f"{module} imports {done.stdout.strip()}: import it inside the methods"

@@ -1,0 +1,75 @@
+"""What every surrogate must do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar
+
+import numpy as np
+
+from impq_core.errors import ImpqError
+from impq_core.interfaces import Surrogate
+from impq_core.testing.part import PartSuite
+from impq_core.testing.planted import best_pick, planted_estimate, planted_measurements
+from impq_core.types import Measurements, SensitivityEstimate
+
+MENUS = ((4, 2), (4, 3, 2))
+"""The menus that surrogates are tried with: two widths, and more."""
+
+
+class SurrogateSuite(PartSuite):
+    """A ``Surrogate`` on the losses of planted games, measured along random orders of demotion."""
+
+    part: ClassVar[type[Surrogate]]
+
+    def fit(self, measurements: Measurements) -> SensitivityEstimate:
+        """What the part makes of measurements."""
+        found = self.make().fit(measurements)
+        assert isinstance(found, SensitivityEstimate), f"fit returned {type(found).__name__}, not a SensitivityEstimate"
+        return found
+
+    def test_it_tells_whose_estimate_it_is_and_what_it_cost(self) -> None:
+        """The space of the measurements, a method, and the forwards of what was measured: fitting is free."""
+        for bits in MENUS:
+            measured = planted_measurements(planted_estimate(1, 6, bits, rising=True), permutations=8)
+            estimate = self.fit(measured)
+            assert estimate.space is measured.space and estimate.method
+            assert estimate.forwards == measured.forwards, f"{estimate.forwards}, not the {measured.forwards} measured"
+
+    def test_an_additive_game_is_recovered(self) -> None:
+        """Without noise, the best plan for the fit is the best plan, or as good."""
+        for bits in MENUS:
+            truth = planted_estimate(2, 6, bits, rising=True)
+            budget = (truth.space.low_bytes + truth.space.high_bytes) // 2
+            estimate = self.fit(replace(planted_measurements(truth, permutations=8), budget_bytes=budget))
+            losses = truth.predict(np.stack([best_pick(estimate, budget), best_pick(truth, budget)]))
+            spread = float(truth.linear[:, -1].std())
+            assert losses[0] - losses[1] <= 0.1 * spread, f"{bits}: its plan is {losses[0] - losses[1]:.3f} worse"
+
+    def test_the_same_measurements_make_the_same_fit(self) -> None:
+        """Bit for bit, with noise."""
+        measured = planted_measurements(planted_estimate(3, 5, rising=True), permutations=6, noise=0.1)
+        first, second = self.fit(measured), self.fit(measured)
+        assert np.array_equal(first.linear, second.linear)
+        pairs = [np.asarray(fit.pairwise, dtype=float) for fit in (first, second)]
+        assert np.array_equal(pairs[0], pairs[1], equal_nan=True)
+
+    def test_too_little_is_fitted_or_refused(self) -> None:
+        """One order, and none at all: an estimate, or an ImpqError that says what is missing."""
+        measured = planted_measurements(planted_estimate(4, 5, rising=True), permutations=1)
+        for rows in (np.arange(len(measured)), np.arange(2), np.arange(1)):
+            try:
+                self.fit(measured.part(rows))
+            except ImpqError as error:
+                assert str(error), "it refuses without a word"
+
+    def test_a_loss_that_is_no_number_is_refused(self) -> None:
+        """Never averaged in: an ImpqError (``Measurements.require_finite`` raises it)."""
+        measured = planted_measurements(planted_estimate(4, 5, rising=True), permutations=4)
+        losses = measured.losses.copy()
+        losses[7] = np.nan
+        try:
+            self.fit(replace(measured, losses=losses))
+        except ImpqError:
+            return
+        raise AssertionError("a NaN was fitted")

@@ -1,0 +1,183 @@
+"""Every part that impq brings, held to what any plugin's parts are held to; nothing here is private to impq."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib.metadata import entry_points
+
+import pytest
+from impq_gptq.backend import Gptq
+from impq_greedy.allocators import Exhaustive, Greedy
+from impq_hqq.backend import Hqq
+from impq_qp.program import QuadraticProgram
+from impq_quanto.backend import Quanto
+from impq_refine.evolve import Evolve
+from impq_refine.swaps import Swaps
+from impq_scores.fine import CoarseToFine
+from impq_scores.gradients import AumannShapley, Fisher, Hawq, LlmMq
+from impq_scores.inspected import Activation, FirstLast, Lim, Random, ZScore
+from impq_scores.played import Clado, Isolated
+from impq_spqe.sampler import Spqe
+from impq_surrogates.auto import Auto
+from impq_surrogates.regression import Coverage, Regression
+from impq_surrogates.shapley import Additive, Covariance
+
+from impq_core.plugins import Plugins
+from impq_core.testing import AllocatorSuite, BackendSuite, EstimatorSuite, PluginSuite, RefinerSuite, SurrogateSuite
+
+
+class TestSpqe(EstimatorSuite):
+    part = Spqe
+
+
+class TestSpqePaper(EstimatorSuite):
+    part, options = Spqe, {"permutations": "3", "antithetic": "false"}
+
+
+class TestSpqeFreshAndSettling(EstimatorSuite):
+    part, options = Spqe, {"fresh": "true", "settle": "0.01", "tolerance": "0.1"}
+
+
+class TestIsolated(EstimatorSuite):
+    part = Isolated
+
+
+class TestClado(EstimatorSuite):
+    part = Clado
+
+
+class TestCoarseToFine(EstimatorSuite):
+    part = CoarseToFine
+
+
+class TestAumannShapley(EstimatorSuite):
+    part = AumannShapley
+
+
+class TestFisher(EstimatorSuite):
+    part = Fisher
+
+
+class TestHawq(EstimatorSuite):
+    part = Hawq
+
+
+class TestLlmMq(EstimatorSuite):
+    part = LlmMq
+
+
+class TestLim(EstimatorSuite):
+    part = Lim
+
+
+class TestActivation(EstimatorSuite):
+    part = Activation
+
+
+class TestZScore(EstimatorSuite):
+    part = ZScore
+
+
+class TestFirstLast(EstimatorSuite):
+    part = FirstLast
+
+
+class TestRandom(EstimatorSuite):
+    part = Random
+
+
+class TestAuto(SurrogateSuite):
+    part = Auto
+
+
+class TestCovariance(SurrogateSuite):
+    part = Covariance
+
+
+class TestAdditive(SurrogateSuite):
+    part = Additive
+
+
+class TestRegression(SurrogateSuite):
+    part = Regression
+
+
+class TestCoverage(SurrogateSuite):
+    part = Coverage
+
+
+class TestQuadraticProgram(AllocatorSuite):
+    part, exact = QuadraticProgram, True
+
+
+class TestGreedy(AllocatorSuite):
+    part = Greedy
+
+
+class TestExhaustive(AllocatorSuite):
+    part, exact = Exhaustive, True
+
+
+class TestSwaps(RefinerSuite):
+    part, enough = Swaps, 300
+
+
+class TestEvolve(RefinerSuite):
+    part = Evolve
+
+
+class TestGptq(BackendSuite):
+    part = Gptq
+
+
+class TestGptqSymmetric(BackendSuite):
+    part, options = Gptq, {"symmetric": "true"}
+
+
+class TestGptqSmallGroups(BackendSuite):
+    part, options = Gptq, {"group_size": "32", "group_aware": "false"}
+
+
+class TestGptqUnclipped(BackendSuite):
+    part, options = Gptq, {"clip_search": "false"}
+
+
+class TestHqq(BackendSuite):
+    part = Hqq
+
+
+class TestHqqSmallGroups(BackendSuite):
+    part, options = Hqq, {"optimize": "false", "group_size": "32"}
+
+
+class TestQuanto(BackendSuite):
+    part = Quanto
+
+
+class TestQuantoSmallGroups(BackendSuite):
+    part, options = Quanto, {"group_size": "32"}
+
+
+FIRST_PARTY = {entry.value: entry for entry in entry_points(group="impq") if entry.dist and entry.dist.name == "impq"}
+
+
+@pytest.fixture(params=FIRST_PARTY)
+def suite(request: pytest.FixtureRequest) -> PluginSuite:
+    class Theirs(PluginSuite):
+        plugin = importlib.import_module(request.param)
+
+    return Theirs()
+
+
+@pytest.mark.parametrize("test", [name for name in dir(PluginSuite) if name.startswith("test_")])
+def test_plugins(suite: PluginSuite, test: str) -> None:
+    getattr(suite, test)()
+
+
+def test_no_part_is_left_out() -> None:
+    held = {kind.part for kind in vars(sys.modules[__name__]).values() if hasattr(kind, "part")}
+    found = Plugins()
+    for (role, name), offer in found.offers.items():
+        if role != "exporter" and offer.origin.startswith("impq:"):
+            assert found.load(role, name, object) in held, f"{role} '{name}' has no suite"

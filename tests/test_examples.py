@@ -1,0 +1,151 @@
+"""The examples, on a tiny model: they leave the files they tell of, and their tables hold what the runs measured."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from impq_core import ImpqError, gather
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+NUMBER = re.compile(r"[+-]?\d+\.\d+")
+
+Example = Callable[..., str]
+
+
+def load(name: str) -> ModuleType:
+    """An example as a module."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def example(tiny_llama: Path, texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+            capsys: pytest.CaptureFixture[str]) -> Example:
+    """Runs one by its name, from a folder of its own; what it has printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(name: str, *more: str, text: str = "--calibration") -> str:
+        load(name).main(["--model", str(tiny_llama), text, str(texts[0]), "--evaluation", str(texts[1]),
+                         "--windows", "4", "--length", "32", "--output", "out", *more])
+        return capsys.readouterr().out
+
+    return call
+
+
+def rows(out: str, *first: str) -> list[list[float]]:
+    """The numbers in the lines of a table that begin with these words."""
+    lines = [line.split() for line in out.splitlines()]
+    found = [[float(number) for number in NUMBER.findall(" ".join(words[len(first):]))] for words in lines
+             if words[:len(first)] == list(first) and NUMBER.fullmatch(*words[len(first):][:1] or [""])]
+    assert all(math.isfinite(number) for row in found for number in row)
+    return found
+
+
+def run_folder() -> Path:
+    """The only run there is."""
+    [file] = Path("out").glob("*/evaluation.json")
+    return file.parent
+
+
+def test_estimators_are_compared(example: Example) -> None:
+    out = example("compare_estimators", "--estimators", "isolated,zscore")
+    [page] = Path("out").glob("*/compare.html")
+    assert str(page.absolute()) in out
+    [contest], _ = gather(["out"])
+    assert contest.tokens == 4 * 31
+    told = {run.config.estimator: run for run in contest.contestants}
+    assert told.keys() == {"isolated", "zscore"}
+    [[free, *_]], [[forwards, nll, _, difference, _]] = rows(out, "zscore"), rows(out, "isolated")
+    assert free == 0 < forwards
+    assert nll == pytest.approx(told["isolated"].plan.nll, abs=1e-4)
+    assert difference == pytest.approx(nll - told["zscore"].plan.nll, abs=2e-4)
+
+
+def test_a_sweep_is_read_back(example: Example) -> None:
+    out = example("sweep_from_python", "--budgets", "2.5bits,3bits")
+    [contest], _ = gather(["out"])
+    assert len(contest.contestants) == 4
+    for run in contest.contestants:
+        [[_, *rest]] = rows(out, run.budget, run.config.allocator)
+        predicted = json.loads((run.folder / "plan.json").read_text())["predicted_loss"]
+        assert rest[0] == pytest.approx(predicted, abs=1e-4)
+        assert any(number == pytest.approx(run.plan.nll, abs=1e-4) for number in rest)
+
+
+@pytest.mark.parametrize("form", ["gptq", "compressed-tensors"])
+def test_a_checkpoint_for_vllm_is_what_was_measured(example: Example, form: str) -> None:
+    out = example("plan_for_vllm", "--format", form)
+    folder = run_folder() / form
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in folder.iterdir()}
+    assert all(f"{file.stat().st_size:,}" in out for file in folder.iterdir())
+    assert f"vllm serve {folder.absolute()}" in out
+    [[written, _]], [[again, _]] = rows(out, "NLL", "as", "written"), rows(out, "NLL", "read", "back")
+    assert written == pytest.approx(again, abs=1e-4)
+    layers = json.loads((folder / "plan.json").read_text())["layers"]
+    assert len(layers) == 4 * 4  # fused groups
+    if form == "gptq":
+        config = json.loads((folder / "config.json").read_text())["quantization_config"]
+        for name, choice in layers.items():  # vLLM looks for qkv and gate_up by their fused names
+            module = name if name.endswith("_proj") else f"{name}_proj"
+            rules = [rule for key, rule in config["dynamic"].items() if re.match(key.removeprefix("+:"), module)]
+            assert (rules or [config])[0]["bits"] == choice["bits"]
+
+
+def test_a_recipe_for_llama_cpp_names_every_tensor(example: Example) -> None:
+    with pytest.warns(RuntimeWarning, match="28 of 28 lines.*256"):  # rows of 64 and 128 weights
+        out = example("plan_for_llama_cpp")
+    file = run_folder().absolute() / "recipe-llama.cpp" / "tensor-types.txt"
+    lines = file.read_text().splitlines()
+    assert len(lines) == 4 * 7
+    assert all(re.fullmatch(r"\^blk\\\.\d\\\.\w+\\\.weight\$=q[234]_k", line) for line in lines)
+    assert f"--tensor-type-file {file}" in out
+    widths = json.loads((file.parents[1] / "plan.json").read_text())["layers"].values()
+    for bits in (2, 3, 4):
+        count = sum(width["bits"] == bits for width in widths)
+        assert (f"{count} tensors q{bits}_k" in out) == (count > 0)
+
+
+def test_a_text_of_ones_own_makes_another_plan(example: Example) -> None:
+    mine = [file for file in sorted((EXAMPLES.parent / "docs").glob("*.md")) if file.name != "errors.md"]
+    out = example("custom_calibration", "--text", *map(str, mine), text="--other")
+    lines = Path("out/calibration.jsonl").read_text().splitlines()
+    assert [json.loads(line)["text"] for line in lines] == [file.read_text() for file in mine]
+    found = [rows(out, *words)[-1] for words in (("own", "own"), ("other", "other"), ("own", "other"))]
+    assert [len(row) for row in found] == [4, 2, 4]
+    [contest], _ = gather(["out"])
+    runs = sorted(contest.contestants, key=lambda run: run.folder.name)
+    assert sorted(row[0] for row in found) == pytest.approx(sorted(run.plan.nll for run in runs), abs=1e-4)
+    [given] = [run for run in runs if run.config.plan]
+    [own] = [run for run in runs if run.config.calibration.source.endswith("calibration.jsonl")]
+    [other] = [run for run in runs if run not in (given, own)]
+    assert given.widths == own.widths
+    changed = {name for name in own.widths if own.widths[name] != other.widths[name]}
+    assert bool(changed) == (" -> " in out)
+
+
+def test_a_text_that_is_not_there_is_said(example: Example) -> None:
+    with pytest.raises(ImpqError, match=r"none\.txt: no such file"):
+        example("custom_calibration", "--text", "none.txt", text="--other")
+
+
+def test_every_machine_has_docstrings() -> None:
+    found = list(load("custom_calibration").docstrings())
+    assert len(found) > 50 and all(isinstance(text, str) for text in found)
+    assert sum(map(len, found)) > 500_000  # enough for 64 windows of 256 tokens, thrice over
+
+
+def test_every_example_is_in_the_table() -> None:
+    table = (EXAMPLES / "README.md").read_text()
+    for file in EXAMPLES.glob("*.*"):
+        assert file.name == "README.md" or f"| [{file.name}]({file.name}) |" in table

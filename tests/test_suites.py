@@ -1,0 +1,211 @@
+"""The suites of impq_core.testing find what is wrong with parts that are wrong in one way each."""
+
+from __future__ import annotations
+
+import types
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from impq_greedy.allocators import Greedy
+from impq_scores.gradients import LlmMq
+from impq_scores.inspected import ZScore
+from impq_scores.played import Isolated
+from impq_surrogates.shapley import Additive
+
+from impq_core.errors import ImpqError
+from impq_core.hookspecs import hookimpl
+from impq_core.interfaces import Game, Inspector, Part, Probe, Refiner, Statistics, Variant
+from impq_core.plugins import Component
+from impq_core.space import Choice, LinearSpec
+from impq_core.testing import AllocatorSuite, BackendSuite, EstimatorSuite, PluginSuite, RefinerSuite, SurrogateSuite
+from impq_core.testing.part import PartSuite, Suite
+from impq_core.testing.rounding import Rounding
+from impq_core.types import Measurements, Plan, SensitivityEstimate
+
+Rng = np.random.Generator
+
+
+def failures(kind: type[Suite], **attributes: object) -> set[str]:
+    """Names of the tests that fail for a part."""
+    suite, found = type("TestIt", (kind,), attributes)(), set()
+    for name in dir(suite):
+        if name.startswith("test_"):
+            try:
+                getattr(suite, name)()
+            except Exception:
+                found.add(name)
+    return found
+
+
+class Careless(Isolated):
+    def estimate(self, game: Game, rng: Rng) -> SensitivityEstimate:
+        estimate = super().estimate(game, rng)
+        return replace(estimate, linear=estimate.linear * np.random.random(), forwards=1.0)
+
+
+class Backwards(Isolated):
+    def estimate(self, game: Game, rng: Rng) -> SensitivityEstimate:
+        estimate = super().estimate(game, rng)
+        return replace(estimate, linear=-estimate.linear)
+
+
+class Nameless(ZScore):
+    def inspect(self, probe: Probe, rng: Rng) -> SensitivityEstimate:
+        return replace(super().inspect(probe, rng), method="")
+
+
+class Vandal(ZScore):
+    def inspect(self, probe: Probe, rng: Rng) -> SensitivityEstimate:
+        probe.weight(probe.space.layers[0].linears[0]).mul_(2)
+        return super().inspect(probe, rng)
+
+
+class Curious(LlmMq):
+    needs = frozenset()
+
+
+class Shy(Inspector):
+    def inspect(self, probe: Probe, rng: Rng) -> SensitivityEstimate:
+        return None  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(("part", "wrong"), [
+    (Careless, {"test_every_draw_comes_from_the_generator_given", "test_the_cost_is_what_the_model_did"}),
+    (Backwards, {"test_what_matters_is_found"}), (Nameless, {"test_a_model_is_estimated"}),
+    (Vandal, {"test_weights_are_left_alone"}), (Curious, {"test_it_looks_only_at_what_it_says_it_needs"}),
+    (Isolated, set()), (ZScore, set())])
+def test_estimators(part: type[Part], wrong: set[str]) -> None:
+    assert failures(EstimatorSuite, part=part) - {"test_nothing_heavy_is_imported_with_it"} == wrong
+
+
+def test_an_estimator_without_an_estimate_is_told_so() -> None:
+    suite = type("TestIt", (EstimatorSuite,), {"part": Shy})()
+    with pytest.raises(AssertionError, match="returned NoneType, not a SensitivityEstimate"):
+        suite.test_a_model_is_estimated()
+
+
+class Unfair(Additive):
+    def fit(self, measurements: Measurements) -> SensitivityEstimate:
+        losses = np.nan_to_num(measurements.losses)
+        estimate = super().fit(replace(measurements, losses=losses))
+        return replace(estimate, linear=estimate.linear[::-1], forwards=estimate.forwards + 1)
+
+
+def test_surrogates() -> None:
+    assert failures(SurrogateSuite, part=Unfair) - {"test_nothing_heavy_is_imported_with_it"} == {
+        "test_it_tells_whose_estimate_it_is_and_what_it_cost", "test_an_additive_game_is_recovered",
+        "test_a_loss_that_is_no_number_is_refused"}
+
+
+class Boastful(Greedy):
+    def allocate(self, estimate: SensitivityEstimate, budget_bytes: int) -> Plan:
+        plan = super().allocate(estimate, max(budget_bytes, estimate.space.low_bytes))
+        return replace(plan, bound=plan.predicted_loss)
+
+
+def test_allocators() -> None:
+    light = {"test_nothing_heavy_is_imported_with_it"}
+    assert failures(AllocatorSuite, part=Boastful) - light == {
+        "test_plans_fit_and_keep_their_promises", "test_a_budget_below_everything_is_refused"}
+    assert failures(AllocatorSuite, part=Greedy, exact=True) - light == {"test_plans_fit_and_keep_their_promises"}
+
+
+class Reckless(Refiner):
+    """Takes any plan that looks better to the game alone."""
+
+    def refine(self, plan: Plan, estimate: SensitivityEstimate | None, game: Game, referee: Game, forwards: float,
+               rng: Rng) -> Plan:
+        for _ in range(int(forwards)):
+            other = replace(plan, pick=rng.permutation(plan.pick), budget_bytes=10**9, predicted_loss=None)
+            if other.nbytes <= plan.budget_bytes and game.loss(other.pick) < game.loss(plan.pick):
+                plan = other
+        return plan
+
+
+def test_refiners() -> None:
+    assert failures(RefinerSuite, part=Reckless) - {"test_nothing_heavy_is_imported_with_it"} == {
+        "test_a_random_plan_becomes_nearly_the_best", "test_nothing_worse_is_taken",
+        "test_a_referee_that_sees_no_difference_lets_nothing_pass"}
+
+
+class Endless(Refiner):
+    def refine(self, plan: Plan, estimate: SensitivityEstimate | None, game: Game, referee: Game, forwards: float,
+               rng: Rng) -> Plan:
+        while game.forwards < forwards:
+            game.loss(plan.pick)
+        return plan
+
+
+def test_a_refiner_without_an_end() -> None:
+    suite = type("TestIt", (RefinerSuite,), {"part": Endless})()
+    with pytest.raises(AssertionError, match="for ever"):
+        suite.test_it_ends_where_there_is_nothing_left_to_measure()
+
+
+class Sloppy(Rounding):
+    def nbytes(self, linear: LinearSpec, choice: Choice) -> int:
+        return linear.parameters
+
+    def quantize(self, weight: torch.Tensor, choice: Choice, statistics: Statistics | None) -> Variant:
+        if choice.bits == 3:
+            weight.mul_(1.01)
+        return super().quantize(weight, choice, statistics)
+
+    def check(self, linear: LinearSpec, choice: Choice) -> None:
+        if linear.rows % 2:
+            raise ImpqError("no")
+
+
+def test_backends() -> None:
+    light = {"test_nothing_heavy_is_imported_with_it"}
+    assert failures(BackendSuite, part=Rounding) - light == set()
+    assert failures(BackendSuite, part=Sloppy) - light == {
+        "test_sizes_are_exact", "test_the_same_weight_makes_the_same_variant_and_nothing_is_touched",
+        "test_awkward_shapes_are_exact_or_refused_by_name"}
+
+
+@dataclass
+class Untold:
+    depth: int = 1
+    where: tuple[int, ...] = ()
+
+
+def test_options_and_imports() -> None:
+    part = type("Bad", (ZScore,), {"Options": Untold, "__module__": "impq_core.bank"})
+    assert failures(PartSuite, part=part) == {"test_options_are_told", "test_nothing_heavy_is_imported_with_it"}
+
+
+def _plugin(monkeypatch: pytest.MonkeyPatch, **functions: object) -> types.ModuleType:
+    module = types.ModuleType("impq_imagined")
+    for name, function in functions.items():
+        function.__name__ = name  # type: ignore[attr-defined]
+        setattr(module, name, hookimpl(function))
+    monkeypatch.setitem(__import__("sys").modules, "impq_imagined", module)
+    return module
+
+
+@pytest.mark.parametrize(("hook", "offered", "wrong"), [
+    ("impq_estimators", [], set()),
+    ("impq_estimator", [], {"test_it_is_used"}),
+    ("impq_allocators", [Component("mine", "impq_greedy.allocators:Greedy", "greedy again")], set()),
+    ("impq_allocators", [Component("greedy", "impq_greedy.allocators:Greedy", "again")], {"test_names_are_free"}),
+    ("impq_allocators", [Component("mine", "impq_greedy.allocators:Greedy")], {"test_every_offer_has_a_summary"}),
+    ("impq_estimators", [Component("mine", "impq_greedy.allocators:Greedy", "no estimator")],
+     {"test_every_offer_loads"})])
+def test_plugins(hook: str, offered: list[Component], wrong: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert failures(PluginSuite, plugin=_plugin(monkeypatch, **{hook: lambda: offered})) == wrong
+
+
+def test_a_failure_that_is_expected_must_happen() -> None:
+    class TestIt(EstimatorSuite):
+        part = Backwards
+        expected_failures: ClassVar[dict[str, str]] = {"test_what_matters_is_found": "it is backwards"}
+
+    [mark] = TestIt.test_what_matters_is_found.pytestmark  # type: ignore[attr-defined]
+    assert (mark.name, mark.kwargs) == ("xfail", {"reason": "it is backwards", "strict": True})
+    assert not hasattr(EstimatorSuite.test_what_matters_is_found, "pytestmark")
+    with pytest.raises(TypeError, match="did you mean 'test_what_matters_is_found'"):
+        type("TestThat", (EstimatorSuite,), {"expected_failures": {"test_what_matters_is_fond": "a typo"}})
