@@ -1,7 +1,8 @@
 """impq: mixed precision with a plan that knows how layers interact.
 
-From Python: ``impq_core.run(impq_core.RunConfig(model=..., budget="3.0bits"))`` returns a ``RunResult``. What is named
-here is all that a script needs (``examples/`` has some); ``console()`` makes it talk as the command line does.
+From Python: ``impq_core.run(impq_core.RunConfig(model=..., budget="3.0bits"))`` returns a ``RunResult``, and
+``play`` of the same the game that estimators play. What is named here is all that a script needs (``examples/`` has
+some); ``console()`` makes it talk as the command line does.
 """
 
 from __future__ import annotations
@@ -18,17 +19,18 @@ if TYPE_CHECKING:
     from impq_core.compare.read import gather
     from impq_core.export import evaluate_folder, export_run
     from impq_core.grid import Sweep
-    from impq_core.pipeline import RunResult, resume, run
+    from impq_core.pipeline import RunResult, play, resume, run
     from impq_core.plugins import Plugins
     from impq_core.report import console
     from impq_core.sweep import run_sweep
 
 __all__ = ["ImpqError", "Plugins", "RunConfig", "RunResult", "Sweep", "TextConfig", "allocate_run", "console",
-           "evaluate_folder", "export_run", "gather", "resume", "run", "run_sweep", "write_page"]
+           "evaluate_folder", "export_run", "gather", "play", "resume", "run", "run_sweep", "write_page"]
 
 _HOMES = {"allocate_run": "allocate", "write_page": "compare.html", "gather": "compare.read",
           "evaluate_folder": "export", "export_run": "export", "Sweep": "grid", "RunResult": "pipeline",
-          "resume": "pipeline", "run": "pipeline", "Plugins": "plugins", "console": "report", "run_sweep": "sweep"}
+          "play": "pipeline", "resume": "pipeline", "run": "pipeline", "Plugins": "plugins", "console": "report",
+          "run_sweep": "sweep"}
 """Modules of the names that are imported when they are asked for: the command line's help must not import torch."""
 
 

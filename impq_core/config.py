@@ -57,13 +57,14 @@ class RunConfig:
 
     Args:
         model: ``demo``, a folder, or a hub name.
-        backend, estimator, surrogate, allocator: names of parts.
+        backend, estimator, surrogate, allocator: names of parts, as ``impq plugins`` lists them.
         estimate_with: backend whose variants the estimator measures, where that is not the one deployed; empty for
             the same.
         refiner: name of the part that improves the plan by measuring others near it.
         refine: full-model forwards it may spend; 0 leaves the plan as it is.
         bits: the widths to choose from; empty for the backend's default menu.
-        budget: see ``impq_core.budget.Budget``; empty for the middle of the widths.
+        budget: such as ``3.0bits`` (nominal average), ``3.25bpw`` (stored), ``60MB`` or ``60%``; empty for the middle
+            of the widths.
         granularity: ``block``, ``group`` (fused linears) or ``linear``; ``auto`` is groups for an estimator that only
             looks, and blocks for one that plays, because the cost of a game grows with the number of layers.
         pins: width by pattern of layers that do not play; their bytes count.

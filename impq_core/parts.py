@@ -221,14 +221,14 @@ def _shown(value: Any) -> str:
 
 
 def told_arguments(docstring: str) -> dict[str, str]:
-    """What the Args section of a docstring says of each name, on one line."""
+    """What the Args section of a docstring says of each name, on one line; names may share a line, with commas."""
     _, _, section = inspect.cleandoc(docstring).partition("Args:\n")
     told: dict[str, str] = {}
-    last = ""
+    last: list[str] = []
     for line in section.splitlines():
-        if match := re.match(r" {4}(\w+): (.*)", line):
-            last = match[1]
-            told[last] = match[2]
-        elif last and line.strip():
-            told[last] += " " + line.strip()
+        if match := re.match(r" {4}(\w+(?:, \w+)*): (.*)", line):
+            last = match[1].split(", ")
+            told |= dict.fromkeys(last, match[2])
+        elif line.strip():
+            told |= {name: f"{told[name]} {line.strip()}" for name in last}
     return told

@@ -257,6 +257,28 @@ def playing(prepared: Prepared, plugins: Plugins, folder: RunFolder, runner: Blo
                 "impq_measured", picks=picks, losses=losses, forwards=forwards)), probe
 
 
+def play(config: RunConfig, plugins: Plugins | None = None) -> ModelGame:
+    """The game of a configuration's model, for a script to play: the model is loaded and quantized at every width, no
+    folder is made, and nothing is logged.
+
+    Args:
+        config: what to play; its estimator must be one that reads text.
+        plugins: who makes the variants; the installed plugins by default.
+
+    Raises:
+        ImpqError: anything the user can mend.
+    """
+    plugins = plugins or Plugins()
+    prepared = prepare(config, plugins)
+    if prepared.calibration is None or prepared.probed is None:
+        raise ImpqError(f"estimator '{config.estimator}' reads no text to play on: name one that does, such as spqe")
+    runner = load_runner(prepared)
+    bank = quantize_played(prepared, runner, report(plugins, "quantize"))
+    probe = ModelProbe(prepared.played, bank, runner, prepared.probed, config.value, config.game_windows)
+    return ModelGame(prepared.played, bank, runner, prepared.calibration.first(config.game_windows), value=config.value,
+                     budget_bytes=prepared.played_budget, spare=prepared.spare, probe=probe)
+
+
 def _search(prepared: Prepared, plugins: Plugins, folder: RunFolder, runner: BlockwiseModel, bank: Bank, clock: Clock,
             only_estimate: bool) -> Search:
     """Estimate on the variants of a bank and allocate; a plan that was given is only measured."""

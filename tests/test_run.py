@@ -16,7 +16,7 @@ from impq_core.errors import ImpqError
 from impq_core.fit import fit_run
 from impq_core.hookspecs import hookimpl
 from impq_core.ledger import MeasurementLog
-from impq_core.pipeline import RunResult, run
+from impq_core.pipeline import RunResult, play, run
 from impq_core.plugins import Plugins
 from impq_core.tracking import Tracker
 from impq_core.types import Measurements, Plan, SensitivityEstimate
@@ -291,3 +291,12 @@ def test_nothing_is_left_behind_by_what_is_refused(tiny_config: RunConfig, texts
         assert "\n" not in str(error.value)
     assert not Path(tiny_config.output).exists()
     assert not Path(tiny_config.tracking_uri.removeprefix("sqlite:///")).exists()
+
+
+def test_a_script_plays_the_game_of_a_run(tiny_config: RunConfig, result: RunResult) -> None:
+    game, told = play(tiny_config), result.measurements
+    assert np.array_equal(game.losses(told.picks), told.losses) and game.reference_loss == told.reference_loss
+    assert game.budget_bytes == told.budget_bytes and len(list(Path(tiny_config.output).iterdir())) == 1
+    blind = replace(tiny_config, estimator="random", backend="hqq", options={})
+    with pytest.raises(ImpqError, match="'random' reads no text to play on"):
+        play(blind)
