@@ -22,10 +22,10 @@ from frontier_report import AIMS, Row, write_report
 from impq_core.budget import Budget
 from impq_core.config import RunConfig, TextConfig
 from impq_core.errors import ImpqError
-from impq_core.game import ModelGame
+from impq_core.game.model_game import ModelGame
+from impq_core.model.text import Windows, draw_windows
 from impq_core.parts import Parts
 from impq_core.space import FloatArray
-from impq_core.text import Windows, draw_windows
 from impq_core.types import Measurements, Plan, SensitivityEstimate
 
 WORK = Path(__file__).parent / "kept" / "frontier"

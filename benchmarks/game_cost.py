@@ -12,11 +12,11 @@ import numpy as np
 from common import heading, say, table, write
 from impq_spqe.sampler import demotions
 
-from impq_core.calibration import input_statistics
 from impq_core.config import RunConfig
-from impq_core.game import ModelGame
-from impq_core.pipeline import load_runner, prepare, quantize_all
+from impq_core.game.model_game import ModelGame
+from impq_core.model.calibration import input_statistics
 from impq_core.plugins import Plugins
+from impq_core.runs.pipeline import load_runner, prepare, quantize_all
 
 STEPS = 10
 

@@ -22,11 +22,11 @@ from common import heading, say, table, write
 from safetensors import safe_open
 
 from impq_core.config import RunConfig, TextConfig
-from impq_core.export import export_run
+from impq_core.exports.export import export_run
 from impq_core.parts import Parts, load_exporter
-from impq_core.pipeline import prepare
 from impq_core.plugins import Plugins
 from impq_core.references import random_plan
+from impq_core.runs.pipeline import prepare
 from impq_core.types import Plan
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -14,7 +14,7 @@ import numpy as np
 from common import RESULTS, Bench, heading, plus_minus, table, write
 
 from impq_core.config import RunConfig
-from impq_core.figures import BLUE, GREY, ORANGE
+from impq_core.tracking.figures import BLUE, GREY, ORANGE
 from impq_core.types import Measurements
 from impq_core.validation import HigherOrder, higher_order_share
 

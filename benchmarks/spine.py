@@ -12,7 +12,7 @@ from common import Bench, heading, say, table, write
 
 from impq_core.config import RunConfig
 from impq_core.evaluate import evaluate_plan
-from impq_core.report import evaluation_rows
+from impq_core.terminal import evaluation_rows
 
 MENUS = ((2.0, 4.0), (3.0, 8.0))
 SEEDS = (0, 1, 2)

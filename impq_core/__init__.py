@@ -14,23 +14,23 @@ from impq_core.config import RunConfig, TextConfig
 from impq_core.errors import ImpqError
 
 if TYPE_CHECKING:
-    from impq_core.allocate import allocate_run
     from impq_core.compare.html import write_page
     from impq_core.compare.read import gather
-    from impq_core.export import evaluate_folder, export_run
-    from impq_core.grid import Sweep
-    from impq_core.pipeline import RunResult, play, resume, run
+    from impq_core.exports.export import evaluate_folder, export_run
     from impq_core.plugins import Plugins
-    from impq_core.report import console
-    from impq_core.sweep import run_sweep
+    from impq_core.runs.allocate import allocate_run
+    from impq_core.runs.grid import Sweep
+    from impq_core.runs.pipeline import RunResult, play, resume, run
+    from impq_core.runs.sweep import run_sweep
+    from impq_core.terminal import console
 
 __all__ = ["ImpqError", "Plugins", "RunConfig", "RunResult", "Sweep", "TextConfig", "allocate_run", "console",
            "evaluate_folder", "export_run", "gather", "play", "resume", "run", "run_sweep", "write_page"]
 
-_HOMES = {"allocate_run": "allocate", "write_page": "compare.html", "gather": "compare.read",
-          "evaluate_folder": "export", "export_run": "export", "Sweep": "grid", "RunResult": "pipeline",
-          "play": "pipeline", "resume": "pipeline", "run": "pipeline", "Plugins": "plugins", "console": "report",
-          "run_sweep": "sweep"}
+_HOMES = {"allocate_run": "runs.allocate", "write_page": "compare.html", "gather": "compare.read",
+          "evaluate_folder": "exports.export", "export_run": "exports.export", "Sweep": "runs.grid",
+          "RunResult": "runs.pipeline", "play": "runs.pipeline", "resume": "runs.pipeline", "run": "runs.pipeline",
+          "Plugins": "plugins", "console": "terminal", "run_sweep": "runs.sweep"}
 """Modules of the names that are imported when they are asked for: the command line's help must not import torch."""
 
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from impq_core.cache import UNFINISHED_SECONDS, shelves
-from impq_core.demo import cache_folder
 from impq_core.errors import ImpqError
+from impq_core.model.cache import UNFINISHED_SECONDS, shelves
+from impq_core.model.demo import cache_folder
 from impq_core.plugins import OFFERED, Plugins
-from impq_core.provenance import source_digest, versions
-from impq_core.runfolder import RunFolder
+from impq_core.runs.folder import RunFolder
+from impq_core.runs.provenance import source_digest, versions
 
 LEAST_FREE = 2e9
 """Bytes of free disk below which a run is likely to fail."""
@@ -56,7 +56,7 @@ def _software(plugins: Plugins) -> Iterator[Finding]:
 
 
 def _store(tracking_uri: str, fix: bool) -> Iterator[Finding]:
-    from impq_core.store import check_store, orphans, store_uri
+    from impq_core.tracking.store import check_store, orphans, store_uri
 
     if tracking_uri == "none":
         return

@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from impq_core.bank import Assignment, Bank
-from impq_core.blockwise import BlockwiseModel
 from impq_core.errors import ImpqError
 from impq_core.files import write_text
 from impq_core.ledger import Ledger
+from impq_core.model.bank import Assignment, Bank
+from impq_core.model.blockwise import BlockwiseModel
+from impq_core.model.text import Windows
 from impq_core.references import first_last_high, random_plan
 from impq_core.space import Choice, FloatArray, SearchSpace
-from impq_core.text import Windows
 from impq_core.types import Plan
 
 RANDOM_PLANS = 3

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     import click
 
     from impq_core.config import RunConfig
-    from impq_core.export import Exported
-    from impq_core.pipeline import RunResult
+    from impq_core.exports.export import Exported
     from impq_core.plugins import Component
+    from impq_core.runs.pipeline import RunResult
     from impq_core.space import FloatArray, IntArray, SearchSpace
     from impq_core.types import Measurements, Plan, SensitivityEstimate
 

@@ -24,10 +24,10 @@ import numpy as np
 
 from impq_core.cli import main
 from impq_core.config import RunConfig, TextConfig
-from impq_core.export import export_run
-from impq_core.pipeline import run
+from impq_core.exports.export import export_run
 from impq_core.plugins import Plugins
-from impq_core.sweep import Sweep, run_sweep
+from impq_core.runs.pipeline import run
+from impq_core.runs.sweep import Sweep, run_sweep
 from impq_core.testing import tiny_model
 
 HEAVY = ("mlflow", "torch", "transformers")

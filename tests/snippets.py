@@ -18,9 +18,9 @@ from typing import Any
 from scenes import World
 
 from impq_core.config import RunConfig, TextConfig
-from impq_core.pipeline import run
 from impq_core.plugins import Plugins
-from impq_core.sweep import Sweep, run_sweep
+from impq_core.runs.pipeline import run
+from impq_core.runs.sweep import Sweep, run_sweep
 from impq_core.testing import tiny_model
 
 ROOT = Path(__file__).parents[1]

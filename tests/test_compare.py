@@ -21,7 +21,7 @@ from impq_core.compare.html import render
 from impq_core.compare.read import gather
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError
-from impq_core.pipeline import run
+from impq_core.runs.pipeline import run
 from impq_core.testing import planted_estimate
 from impq_core.types import Measurements, SensitivityEstimate
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from impq_core.demo import cache_folder, demo_model, demo_text
+from impq_core.model.demo import cache_folder, demo_model, demo_text
 
 pytestmark = pytest.mark.crash
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from impq_core.config import RunConfig, TextConfig
-from impq_core.demo import Packaged, _fetch
 from impq_core.errors import ImpqError
-from impq_core.pipeline import run
+from impq_core.model.demo import Packaged, _fetch
+from impq_core.runs.pipeline import run
 
 
 @pytest.fixture(autouse=True)

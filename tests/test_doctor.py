@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from impq_core.cache import shelves
 from impq_core.cli import main
 from impq_core.config import RunConfig
 from impq_core.doctor import examine
-from impq_core.pipeline import run
+from impq_core.model.cache import shelves
 from impq_core.plugins import Plugins
-from impq_core.runfolder import RunFolder
-from impq_core.tracking import Tracker
+from impq_core.runs.folder import RunFolder
+from impq_core.runs.pipeline import run
+from impq_core.tracking.tracker import Tracker
 
 
 def findings(config: RunConfig, fix: bool = False) -> dict[str, list[str]]:

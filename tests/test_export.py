@@ -19,12 +19,12 @@ from safetensors import safe_open
 
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError, UsageError
-from impq_core.export import evaluate_folder, export_run
+from impq_core.exports.export import evaluate_folder, export_run
 from impq_core.interfaces import Variant
+from impq_core.model.source import locate_model
 from impq_core.parts import Parts, load_exporter
-from impq_core.pipeline import RunResult, run
 from impq_core.plugins import Plugins
-from impq_core.source import locate_model
+from impq_core.runs.pipeline import RunResult, run
 from impq_core.space import Choice, LinearSpec
 from impq_core.testing import tiny_model
 

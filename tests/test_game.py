@@ -11,17 +11,17 @@ from impq_gptq.backend import Gptq, Options
 from impq_spqe.sampler import Options as SpqeOptions
 from impq_spqe.sampler import Spqe
 
-from impq_core.bank import Bank, fill_bank
-from impq_core.blockwise import BlockwiseModel
 from impq_core.errors import ImpqError
-from impq_core.game import ModelGame
+from impq_core.game.model_game import ModelGame
+from impq_core.game.probe import ModelProbe
 from impq_core.ledger import Ledger, MeasurementLog
-from impq_core.model import layers_of, search_space
-from impq_core.probe import ModelProbe
-from impq_core.source import locate_model
+from impq_core.model.bank import Bank, fill_bank
+from impq_core.model.blockwise import BlockwiseModel
+from impq_core.model.layers import layers_of, search_space
+from impq_core.model.source import locate_model
+from impq_core.model.text import Windows
 from impq_core.space import Choice, SearchSpace
 from impq_core.testing import tiny_model
-from impq_core.text import Windows
 
 BLOCKS = 12
 WINDOWS = Windows(np.random.default_rng(0).integers(0, 256, (6, 24)), "test", "random bytes")

@@ -24,15 +24,15 @@ from impq_scores.gradients import (
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
-from impq_core.bank import Bank, fill_bank
-from impq_core.blockwise import BlockwiseModel
-from impq_core.game import ModelGame
-from impq_core.model import layers_of, search_space
-from impq_core.probe import ModelProbe
-from impq_core.source import locate_model
+from impq_core.game.model_game import ModelGame
+from impq_core.game.probe import ModelProbe
+from impq_core.model.bank import Bank, fill_bank
+from impq_core.model.blockwise import BlockwiseModel
+from impq_core.model.layers import layers_of, search_space
+from impq_core.model.source import locate_model
+from impq_core.model.text import Windows
 from impq_core.space import Choice, LinearSpec
 from impq_core.testing import planted_space, tiny_model
-from impq_core.text import Windows
 
 WINDOWS = Windows(np.random.default_rng(0).integers(0, 256, (6, 24)), "test", "random bytes")
 RNG = np.random.default_rng(0)
@@ -104,7 +104,7 @@ def test_slopes_are_the_same_in_any_batch_and_leave_the_model_as_it_was(table: T
                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     probe = table.probe()
     whole = probe.slopes()
-    monkeypatch.setattr("impq_core.probe.BATCH_TOKENS", 48)
+    monkeypatch.setattr("impq_core.game.probe.BATCH_TOKENS", 48)
     np.testing.assert_allclose(table.probe().slopes(), whole, rtol=1e-3, atol=1e-6)
     assert probe.forwards == 3
     table.bank.apply([None] * len(table.bank.layers))

@@ -10,10 +10,10 @@ import torch
 from torch.nn import functional
 from transformers import LlamaForCausalLM
 
-from impq_core.blockwise import BlockwiseModel
 from impq_core.errors import ImpqError
-from impq_core.model import blocks_of, layers_of
-from impq_core.source import locate_model
+from impq_core.model.blockwise import BlockwiseModel
+from impq_core.model.layers import blocks_of, layers_of
+from impq_core.model.source import locate_model
 from impq_core.testing import ARCHITECTURES, tiny_model
 
 IDS = np.random.default_rng(0).integers(0, 256, (70, 40))

@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-from impq_core import pipeline
-from impq_core.cache import shelves
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError
 from impq_core.files import write_text
 from impq_core.hookspecs import hookimpl
 from impq_core.interfaces import Variant
-from impq_core.pipeline import RunResult, resume, run
+from impq_core.model.cache import shelves
 from impq_core.plugins import Plugins
-from impq_core.runfolder import RunFolder
+from impq_core.runs import pipeline
+from impq_core.runs.folder import RunFolder
+from impq_core.runs.pipeline import RunResult, resume, run
 from impq_core.space import Choice, LinearSpec
 from impq_core.testing import tiny_model
-from impq_core.tracking import Tracker
+from impq_core.tracking.tracker import Tracker
 
 
 class Stop:
@@ -187,7 +187,7 @@ def quantized(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Choice]]:
     """Every variant that is made from now on."""
     from impq_gptq.backend import Gptq
 
-    from impq_core.bank import Bank
+    from impq_core.model.bank import Bank
 
     made: list[tuple[str, Choice]] = []
     plain, add = Gptq.quantize, Bank.add
@@ -246,7 +246,7 @@ def test_a_cache_that_takes_nothing_is_a_warning(broken: str, tiny_config: RunCo
         def full(path: Path, data: bytes) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("impq_core.cache.replace_file", full)
+        monkeypatch.setattr("impq_core.model.cache.replace_file", full)
     with pytest.warns(RuntimeWarning, match="variants are not kept"):
         result = run(tiny_config)
     assert result.evaluation is not None
@@ -265,7 +265,7 @@ def test_a_run_exists_only_with_what_it_is_resumed_from(tiny_config: RunConfig,
     def full(path: Path, text: str) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("impq_core.runfolder.write_text", full)
+    monkeypatch.setattr("impq_core.runs.folder.write_text", full)
     with pytest.raises(ImpqError, match="No space left on device"):
         pipeline.run(tiny_config)
     assert list(Path(tiny_config.output).iterdir()) == []

@@ -13,12 +13,12 @@ import pytest
 from impq_core.cli import main
 from impq_core.config import RunConfig, TextConfig, read_toml
 from impq_core.errors import ImpqError
-from impq_core.fit import fit_run
 from impq_core.hookspecs import hookimpl
 from impq_core.ledger import MeasurementLog
-from impq_core.pipeline import RunResult, play, run
 from impq_core.plugins import Plugins
-from impq_core.tracking import Tracker
+from impq_core.runs.fit import fit_run
+from impq_core.runs.pipeline import RunResult, play, run
+from impq_core.tracking.tracker import Tracker
 from impq_core.types import Measurements, Plan, SensitivityEstimate
 
 

@@ -174,7 +174,7 @@ class Untold:
 
 
 def test_options_and_imports() -> None:
-    part = type("Bad", (ZScore,), {"Options": Untold, "__module__": "impq_core.bank"})
+    part = type("Bad", (ZScore,), {"Options": Untold, "__module__": "impq_core.model.bank"})
     assert failures(PartSuite, part=part) == {"test_options_are_told", "test_nothing_heavy_is_imported_with_it"}
 
 

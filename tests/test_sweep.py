@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from impq_core.allocate import allocate_run
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError, UsageError
 from impq_core.hookspecs import hookimpl
 from impq_core.interfaces import Surrogate
 from impq_core.ledger import MeasurementLog
-from impq_core.pipeline import run
 from impq_core.plugins import Plugins
-from impq_core.runfolder import RunFolder
-from impq_core.sweep import Sweep, run_sweep
-from impq_core.tracking import Tracker
+from impq_core.runs.allocate import allocate_run
+from impq_core.runs.folder import RunFolder
+from impq_core.runs.pipeline import run
+from impq_core.runs.sweep import Sweep, run_sweep
+from impq_core.tracking.tracker import Tracker
 from impq_core.types import Measurements, Plan, SensitivityEstimate
 
 

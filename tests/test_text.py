@@ -10,8 +10,8 @@ import pytest
 
 from impq_core.config import TextConfig
 from impq_core.errors import ImpqError
+from impq_core.model.text import check_source, draw_windows, refuse_overlap
 from impq_core.testing.tiny import byte_tokenizer
-from impq_core.text import check_source, draw_windows, refuse_overlap
 
 PLAIN, WITH_START = byte_tokenizer(), byte_tokenizer(adds_start=True)
 

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from impq_core.config import RunConfig
-from impq_core.export import export_run
-from impq_core.logged_model import ExportTracker
-from impq_core.pages import COLUMNS, VIEW_TAG, experiment_tags, run_name, shortened, sweep_name
-from impq_core.pipeline import RunResult, resume, run
+from impq_core.exports.export import export_run
 from impq_core.plugins import Plugins
-from impq_core.runfolder import RunFolder
-from impq_core.store import experiments
-from impq_core.sweep import Sweep, run_sweep
-from impq_core.tracking import Tracker
+from impq_core.runs.folder import RunFolder
+from impq_core.runs.pipeline import RunResult, resume, run
+from impq_core.runs.sweep import Sweep, run_sweep
+from impq_core.tracking.logged_model import ExportTracker
+from impq_core.tracking.pages import COLUMNS, VIEW_TAG, experiment_tags, run_name, shortened, sweep_name
+from impq_core.tracking.store import experiments
+from impq_core.tracking.tracker import Tracker
 
 
 def watched(config: RunConfig) -> Plugins:

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from impq_core.config import RunConfig
-from impq_core.export import export_run
-from impq_core.logged_model import ExportTracker
-from impq_core.pipeline import run
+from impq_core.exports.export import export_run
 from impq_core.plugins import Plugins
-from impq_core.sweep import Sweep, run_sweep
-from impq_core.tracking import Tracker
+from impq_core.runs.pipeline import run
+from impq_core.runs.sweep import Sweep, run_sweep
+from impq_core.tracking.logged_model import ExportTracker
+from impq_core.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome

@@ -103,9 +103,9 @@ def read_pairs(options: tuple[str, ...], time_limit: float | None = None) -> dic
 
 def check(config: RunConfig, plugins: Plugins) -> None:
     """Everything of a run that can be wrong without a heavy import; raises ImpqError."""
+    from impq_core.model.source import locate_model
+    from impq_core.model.text import check_source
     from impq_core.parts import Parts
-    from impq_core.source import locate_model
-    from impq_core.text import check_source
 
     parts = Parts.build(config, plugins)
     locate_model(config.model)
@@ -128,12 +128,12 @@ def watched(config: RunConfig, plugins: Plugins, brief: bool = False) -> RunConf
     """Let MLflow and the terminal watch, and settle which store is meant; raises ImpqError where it does not answer."""
     from dataclasses import replace
 
-    from impq_core.report import ConsoleReporter, make_console, quiet_libraries
+    from impq_core.terminal import ConsoleReporter, make_console, quiet_libraries
 
     if config.tracking_uri != "none":
-        from impq_core.logged_model import ExportTracker
-        from impq_core.store import check_store, store_uri
-        from impq_core.tracking import Tracker
+        from impq_core.tracking.logged_model import ExportTracker
+        from impq_core.tracking.store import check_store, store_uri
+        from impq_core.tracking.tracker import Tracker
 
         config = replace(config, tracking_uri=store_uri(config.tracking_uri))
         check_store(config.tracking_uri)
@@ -148,7 +148,7 @@ def watched(config: RunConfig, plugins: Plugins, brief: bool = False) -> RunConf
 
 def look_at(config: RunConfig) -> None:
     """Say how to see it in MLflow."""
-    from impq_core.store import store_uri
+    from impq_core.tracking.store import store_uri
 
     if config.tracking_uri != "none":
         flag = "" if config.tracking_uri == store_uri("") else f" --tracking-uri {config.tracking_uri}"

@@ -61,9 +61,9 @@ def new(name: str, kinds: tuple[str, ...]) -> None:
 @click.pass_context
 def cache(context: click.Context) -> None:
     """List what is kept of quantized variants; 'impq cache prune' deletes."""
-    from impq_core.cache import shelves
-    from impq_core.demo import cache_folder
-    from impq_core.report import make_console, shelves_table
+    from impq_core.model.cache import shelves
+    from impq_core.model.demo import cache_folder
+    from impq_core.terminal import make_console, shelves_table
 
     if context.invoked_subcommand:
         return
@@ -82,7 +82,7 @@ def prune(older_than: float | None, model: str | None, everything: bool) -> None
     """Delete variants from the cache."""
     import time
 
-    from impq_core.cache import shelves
+    from impq_core.model.cache import shelves
 
     if older_than is not None and not older_than >= 0:  # NaN is no number of days either
         raise UsageError(f"--older-than takes a number of days, not {older_than:g}")
@@ -119,8 +119,8 @@ def doctor(tracking_uri: str, output: str, fix: bool, plugin_files: tuple[Path, 
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to serve on.")
 def ui(tracking_uri: str, port: int, host: str) -> None:
     """Serve the MLflow pages of a store until stopped."""
-    from impq_core.pages import view_path
-    from impq_core.store import check_store, experiments, store_uri
+    from impq_core.tracking.pages import view_path
+    from impq_core.tracking.store import check_store, experiments, store_uri
 
     if tracking_uri == "none":
         raise UsageError("without a store there is nothing to show: --tracking-uri takes sqlite:///FILE or http(s)://HOST")

@@ -17,8 +17,8 @@ from impq_core.plugins import Plugins
 @part_options
 def fit(run: str, names: tuple[str, ...], options: tuple[str, ...]) -> None:
     """Fit surrogates to the losses a run (its folder) has measured, and say how well they tell unseen ones."""
-    from impq_core.fit import fit_run
-    from impq_core.report import fit_table, make_console
+    from impq_core.runs.fit import fit_run
+    from impq_core.terminal import fit_table, make_console
 
     found = Plugins()
     for name in names:
@@ -38,8 +38,8 @@ def fit(run: str, names: tuple[str, ...], options: tuple[str, ...]) -> None:
 def allocate(run: str, budgets: str, surrogate: str | None, allocator: str | None, options: tuple[str, ...],
              plugin_files: tuple[Path, ...]) -> None:
     """Make plans for other budgets from what a run (its folder) has estimated, without the model."""
-    from impq_core.allocate import allocate_run
-    from impq_core.report import make_console, plans_table
+    from impq_core.runs.allocate import allocate_run
+    from impq_core.terminal import make_console, plans_table
 
     wanted = [part.strip() for part in budgets.split(",")]
     made = allocate_run(run, wanted, surrogate, allocator, read_pairs(options), Plugins(plugin_files))
@@ -62,7 +62,7 @@ def show(runs: Sequence[str | Path], html: Path | None) -> None:
     """Print finished runs beside each other, and write the page where one is wanted; raises ImpqError."""
     from impq_core.compare.read import gather
     from impq_core.compare.table import contest_table
-    from impq_core.report import make_console
+    from impq_core.terminal import make_console
 
     contests, notes = gather(runs)
     for note in notes:

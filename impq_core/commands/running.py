@@ -16,7 +16,7 @@ from impq_core.errors import UsageError
 from impq_core.plugins import ROLES, Plugins
 
 if TYPE_CHECKING:
-    from impq_core.export import Exported
+    from impq_core.exports.export import Exported
 
 RESUME = click.option("--resume", metavar="RUN", help="Go on with this run folder, as it was configured; takes no "
                                                       "other option but --plugin.")
@@ -38,7 +38,7 @@ def run(context: click.Context, /, resume: str | None, exports: tuple[str, ...],
         load_exporter(name, config.backend, options, plugins)
     warn(config, plugins)
     config = watched(config, plugins)
-    from impq_core import pipeline
+    from impq_core.runs import pipeline
 
     result = pipeline.resume(resume, plugins) if resume else pipeline.run(config, plugins)
     for name in exports:
@@ -57,7 +57,7 @@ def estimate(context: click.Context, /, **given: Any) -> None:
         raise UsageError("an estimate is made without a plan: leave --plan and --refine to 'impq run'")
     warn(config, plugins)
     config = watched(config, plugins)
-    from impq_core import pipeline
+    from impq_core.runs import pipeline
 
     result = pipeline.run(config, plugins, only_estimate=True)
     click.echo(f"plans from it: impq allocate {result.folder} --budget 2.5bits,3bits")
@@ -67,7 +67,7 @@ def estimate(context: click.Context, /, **given: Any) -> None:
 def _configure(context: click.Context, resume: str | None, given: dict[str, Any]) -> tuple[Plugins, RunConfig]:
     """Plugins and configuration, checked as far as that goes without heavy imports."""
     from impq_core.parts import assign_options
-    from impq_core.runfolder import RunFolder
+    from impq_core.runs.folder import RunFolder
 
     plugins = Plugins(given.pop("plugin_files"))
     options, time_limit, bits = (given.pop(name) for name in ("options", "time_limit", "bits"))
@@ -98,7 +98,7 @@ def refuse_others(context: click.Context) -> None:
 def sweep(context: click.Context, /, resume: str | None, **given: Any) -> None:
     """Every combination of the given estimators, surrogates, allocators, backends and budgets, with one measurement
     for each estimator and backend."""
-    from impq_core.grid import Sweep
+    from impq_core.runs.grid import Sweep
 
     plugins = Plugins(given.pop("plugin_files"))
     options, time_limit, bits = (given.pop(name) for name in ("options", "time_limit", "bits"))
@@ -115,7 +115,7 @@ def sweep(context: click.Context, /, resume: str | None, **given: Any) -> None:
     for config in configs:
         check(config, plugins)
     warn(configs[0], plugins)
-    from impq_core.sweep import run_sweep
+    from impq_core.runs.sweep import run_sweep
 
     settled = watched(plan.base, plugins, brief=True)
     folder = run_sweep(replace(plan, base=settled), plugins, Path(resume) if resume else None)
@@ -131,10 +131,10 @@ def export(run: str, format: str, target: Path | None) -> None:
     """Write the plan of a run (its folder) as a checkpoint or a recipe; 'impq plugins' lists the formats."""
     found = Plugins()
     found.find("exporter", format)
-    from impq_core.logged_model import ExportTracker
-    from impq_core.manifest import check_target
-    from impq_core.report import ConsoleReporter, make_console, quiet_libraries
-    from impq_core.runfolder import RunFolder
+    from impq_core.exports.manifest import check_target
+    from impq_core.runs.folder import RunFolder
+    from impq_core.terminal import ConsoleReporter, make_console, quiet_libraries
+    from impq_core.tracking.logged_model import ExportTracker
 
     quiet_libraries()
     target = target or RunFolder.open(run, "plan.json").path / format
@@ -145,8 +145,8 @@ def export(run: str, format: str, target: Path | None) -> None:
 
 
 def _export(run: str, format: str, target: Path, found: Plugins) -> None:
-    from impq_core.export import export_run
-    from impq_core.report import score_line
+    from impq_core.exports.export import export_run
+    from impq_core.terminal import score_line
 
     exported = export_run(run, format, target, found)
     if exported.score:
@@ -167,13 +167,13 @@ def _on(exported: Exported) -> str:
 @click.option("--evaluation-length", type=int, help="Tokens in a window.")
 def evaluate(path: str, **text: Any) -> None:
     """Load a checkpoint that 'impq export' wrote and measure it."""
-    from impq_core.manifest import read_manifest
+    from impq_core.exports.manifest import read_manifest
 
     read_manifest(Path(path))
-    from impq_core.report import quiet_libraries, score_line
+    from impq_core.terminal import quiet_libraries, score_line
 
     quiet_libraries()
-    from impq_core.export import evaluate_folder
+    from impq_core.exports.export import evaluate_folder
 
     exported = evaluate_folder(path, Plugins(), **text)
     assert exported.score is not None

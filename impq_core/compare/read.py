@@ -12,7 +12,7 @@ import numpy as np
 
 from impq_core.compare.contest import Contest, Contestant, Scored, block_of
 from impq_core.errors import ImpqError
-from impq_core.runfolder import CHILDREN, SWEEP, RunFolder
+from impq_core.runs.folder import CHILDREN, SWEEP, RunFolder
 from impq_core.space import FloatArray
 
 DEPTH = 3

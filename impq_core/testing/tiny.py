@@ -79,11 +79,11 @@ class TinyTable:
                  blocks: int = 3) -> None:
         import torch
 
-        from impq_core.bank import Bank, fill_bank
-        from impq_core.blockwise import BlockwiseModel
-        from impq_core.game import ModelGame
-        from impq_core.model import layers_of, search_space
-        from impq_core.text import Windows
+        from impq_core.game.model_game import ModelGame
+        from impq_core.model.bank import Bank, fill_bank
+        from impq_core.model.blockwise import BlockwiseModel
+        from impq_core.model.layers import layers_of, search_space
+        from impq_core.model.text import Windows
 
         model, backend = _random_model("llama", blocks, 0).eval(), Rounding()
         choices = tuple(choice for choice in backend.choices() if choice.bits in bits)

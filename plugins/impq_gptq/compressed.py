@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from impq_core.checkpoint import read_model, write_model
 from impq_core.errors import ImpqError
+from impq_core.exports.checkpoint import read_model, write_model
 from impq_core.interfaces import Checkpoint, Exporter, Variant
 from impq_core.space import LinearSpec
 from impq_core.types import Plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from impq_core.checkpoint import read_variants, write_model
+from impq_core.exports.checkpoint import read_variants, write_model
 from impq_core.interfaces import Checkpoint, Exporter, Variant
 from impq_core.types import Plan
 from impq_hqq.backend import Hqq, Options

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from impq_core.blockwise import BlockwiseModel, Hidden
 from impq_core.interfaces import Statistics
+from impq_core.model.blockwise import BlockwiseModel, Hidden
 
 
 def input_statistics(runner: BlockwiseModel, index: int, hidden: Hidden,

@@ -14,21 +14,21 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from impq_core.bank import Bank, fill_bank
-from impq_core.blockwise import BlockwiseModel
-from impq_core.checkpoint import WEIGHTS, read_model, tensor_names
 from impq_core.config import RunConfig, from_data, override
 from impq_core.errors import ImpqError
 from impq_core.evaluate import Evaluator, Score
+from impq_core.exports.checkpoint import WEIGHTS, read_model, tensor_names
+from impq_core.exports.manifest import FORMAT, MANIFEST, check_target, read_manifest
 from impq_core.files import write_text
 from impq_core.interfaces import Checkpoint
-from impq_core.manifest import FORMAT, MANIFEST, check_target, read_manifest
-from impq_core.model import resolve_dtype
+from impq_core.model.bank import Bank, fill_bank
+from impq_core.model.blockwise import BlockwiseModel
+from impq_core.model.layers import resolve_dtype
 from impq_core.parts import load_exporter
-from impq_core.pipeline import report
 from impq_core.plugins import Plugins
-from impq_core.prepare import Prepared, prepare
-from impq_core.runfolder import RunFolder
+from impq_core.runs.folder import RunFolder
+from impq_core.runs.pipeline import report
+from impq_core.runs.prepare import Prepared, prepare
 from impq_core.types import Plan
 
 Progress = Callable[[int, int], None]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from impq_core.config import RunConfig, TextConfig
 
 if TYPE_CHECKING:
-    from impq_core.pipeline import RunResult
+    from impq_core.runs.pipeline import RunResult
 
 VIEW = "impq"
 """Key and name of the saved view that every impq experiment gets."""
@@ -94,7 +94,7 @@ def view_path(experiment_id: str) -> str:
 
 def run_note(result: RunResult) -> str:
     """The run in a few lines of Markdown, with its evaluation table."""
-    from impq_core.report import evaluation_rows, score_line, summary
+    from impq_core.terminal import evaluation_rows, score_line, summary
 
     config, evaluation = result.config, result.evaluation
     lines = [f"{Path(config.model).name}, {config.backend}, budget {config.budget}"

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from impq_core.blockwise import BlockwiseModel, Hidden
-from impq_core.cache import Shelf
-from impq_core.calibration import input_statistics
 from impq_core.errors import ImpqError
 from impq_core.files import write_text
 from impq_core.interfaces import Backend, Variant
+from impq_core.model.blockwise import BlockwiseModel, Hidden
+from impq_core.model.cache import Shelf
+from impq_core.model.calibration import input_statistics
 from impq_core.space import Choice, LayerSpec, LinearSpec
 
 Assignment = Sequence[Choice | None]

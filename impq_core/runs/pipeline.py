@@ -14,21 +14,21 @@ from pathlib import Path
 
 import numpy as np
 
-from impq_core.bank import Bank, fill_bank
-from impq_core.blockwise import BlockwiseModel
-from impq_core.cache import Shelf, shelf_for
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError
 from impq_core.evaluate import Evaluation, Evaluator, ScoreLog, evaluate_plan
 from impq_core.files import write_text
-from impq_core.game import ModelGame
+from impq_core.game.model_game import ModelGame
+from impq_core.game.probe import ModelProbe
 from impq_core.interfaces import Backend
 from impq_core.ledger import Ledger, MeasurementLog, refuse_changes
-from impq_core.model import resolve_dtype
+from impq_core.model.bank import Bank, fill_bank
+from impq_core.model.blockwise import BlockwiseModel
+from impq_core.model.cache import Shelf, shelf_for
+from impq_core.model.layers import resolve_dtype
 from impq_core.plugins import Plugins
-from impq_core.prepare import Prepared, prepare
-from impq_core.probe import ModelProbe
-from impq_core.runfolder import RunFolder
+from impq_core.runs.folder import RunFolder
+from impq_core.runs.prepare import Prepared, prepare
 from impq_core.space import Choice, SearchSpace
 from impq_core.types import Measurements, Plan, SensitivityEstimate
 

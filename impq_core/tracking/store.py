@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 from filelock import FileLock
 
 from impq_core.errors import ImpqError
-from impq_core.pages import VIEW_TAG
-from impq_core.runfolder import RunFolder
+from impq_core.runs.folder import RunFolder
+from impq_core.tracking.pages import VIEW_TAG
 
 FOLDER_TAG = "impq.folder"
 """Tag that says which run folder a run is kept in."""

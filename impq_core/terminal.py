@@ -21,12 +21,12 @@ from impq_core.plugins import Plugins
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from impq_core.allocate import Planned
-    from impq_core.cache import Shelf
     from impq_core.config import RunConfig
     from impq_core.evaluate import Evaluation, Score
-    from impq_core.fit import Fits
-    from impq_core.pipeline import RunResult
+    from impq_core.model.cache import Shelf
+    from impq_core.runs.allocate import Planned
+    from impq_core.runs.fit import Fits
+    from impq_core.runs.pipeline import RunResult
     from impq_core.space import SearchSpace
     from impq_core.types import Plan
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from impq_core.config import TextConfig
-from impq_core.demo import demo_text
 from impq_core.errors import ImpqError, UsageError
+from impq_core.model.demo import demo_text
 from impq_core.space import IntArray
 
 MOST_CHARACTERS = 8_000_000

@@ -12,7 +12,7 @@ from impq_core.errors import ImpqError, UsageError
 from impq_core.interfaces import Inspector, Sampler
 from impq_core.parts import assign_options
 from impq_core.plugins import Plugins
-from impq_core.runfolder import SWEEP, RunFolder
+from impq_core.runs.folder import SWEEP, RunFolder
 
 VARIED = ("backend", "estimator", "surrogate", "allocator", "budget")
 """What a sweep takes lists of."""

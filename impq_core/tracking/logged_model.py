@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from impq_core.errors import ImpqError
 from impq_core.hookspecs import hookimpl
-from impq_core.pages import text_name
-from impq_core.runfolder import RunFolder
-from impq_core.store import check_store
+from impq_core.runs.folder import RunFolder
+from impq_core.tracking.pages import text_name
+from impq_core.tracking.store import check_store
 
 if TYPE_CHECKING:
-    from impq_core.export import Exported
+    from impq_core.exports.export import Exported
 
 
 class ExportTracker:

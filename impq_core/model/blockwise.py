@@ -18,7 +18,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from impq_core.errors import ImpqError
-from impq_core.model import blocks_of
+from impq_core.model.layers import blocks_of
 from impq_core.space import FloatArray, IntArray
 
 Hidden = list[torch.Tensor]

@@ -12,13 +12,13 @@ import numpy as np
 
 from impq_core.config import RunConfig
 from impq_core.interfaces import Backend
-from impq_core.model import layers_of, resolve_dtype, rest_parameters, search_space
+from impq_core.model.layers import layers_of, resolve_dtype, rest_parameters, search_space
+from impq_core.model.source import ModelSource, locate_model
+from impq_core.model.text import Windows, check_source, draw_windows, refuse_overlap
 from impq_core.parts import Parts
 from impq_core.plugins import Plugins
-from impq_core.provenance import code_digest, digest_of, versions
-from impq_core.source import ModelSource, locate_model
+from impq_core.runs.provenance import code_digest, digest_of, versions
 from impq_core.space import Choice, SearchSpace
-from impq_core.text import Windows, check_source, draw_windows, refuse_overlap
 from impq_core.types import Plan
 
 

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from impq_core.bank import Bank
-from impq_core.blockwise import BlockwiseModel
 from impq_core.errors import ImpqError
 from impq_core.ledger import Ledger
+from impq_core.model.bank import Bank
+from impq_core.model.blockwise import BlockwiseModel
+from impq_core.model.text import Windows
 from impq_core.space import Choice, FloatArray, LinearSpec, SearchSpace
-from impq_core.text import Windows
 
 BATCH_TOKENS = 1024
 """Tokens of a backward pass: its logits are float32 and there twice."""

@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from impq_core.demo import demo_model
 from impq_core.errors import ImpqError
+from impq_core.model.demo import demo_model
 
 if TYPE_CHECKING:
     import torch

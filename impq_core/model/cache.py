@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from impq_core.demo import cache_folder
 from impq_core.errors import ImpqError
 from impq_core.files import replace_file, write_text
+from impq_core.model.demo import cache_folder
 from impq_core.space import Choice, LinearSpec
 
 if TYPE_CHECKING:

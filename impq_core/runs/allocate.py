@@ -10,7 +10,7 @@ from pathlib import Path
 from impq_core.errors import UsageError
 from impq_core.parts import Parts, assign_options
 from impq_core.plugins import Plugins
-from impq_core.runfolder import RunFolder
+from impq_core.runs.folder import RunFolder
 from impq_core.types import Plan
 
 

@@ -13,14 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from impq_core.bank import Bank
-from impq_core.blockwise import BlockwiseModel
 from impq_core.errors import ImpqError
 from impq_core.evaluate import Evaluator, evaluate_plan
-from impq_core.grid import Sweep
 from impq_core.interfaces import Sampler
 from impq_core.ledger import Ledger, refuse_changes
-from impq_core.pipeline import (
+from impq_core.model.bank import Bank
+from impq_core.model.blockwise import BlockwiseModel
+from impq_core.plugins import Plugins
+from impq_core.runs.folder import CHILDREN, SWEEP, RunFolder
+from impq_core.runs.grid import Sweep
+from impq_core.runs.pipeline import (
     RunResult,
     Search,
     allocate,
@@ -33,9 +35,7 @@ from impq_core.pipeline import (
     report,
     score_log,
 )
-from impq_core.plugins import Plugins
-from impq_core.prepare import Prepared, prepare
-from impq_core.runfolder import CHILDREN, SWEEP, RunFolder
+from impq_core.runs.prepare import Prepared, prepare
 from impq_core.types import Measurements, SensitivityEstimate
 
 MEASURED = "measured"

@@ -11,7 +11,7 @@ from impq_core.config import RunConfig
 from impq_core.errors import ImpqError
 from impq_core.parts import assign_options, build_part
 from impq_core.plugins import Plugins
-from impq_core.runfolder import RunFolder
+from impq_core.runs.folder import RunFolder
 from impq_core.types import SensitivityEstimate
 from impq_core.validation import HigherOrder, Validation, higher_order_share, validate
 

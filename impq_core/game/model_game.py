@@ -8,13 +8,13 @@ from itertools import pairwise
 
 import numpy as np
 
-from impq_core.bank import Bank
-from impq_core.blockwise import BlockwiseModel, Hidden
 from impq_core.errors import ImpqError
+from impq_core.game.probe import ModelProbe
 from impq_core.ledger import MeasurementLog
-from impq_core.probe import ModelProbe
+from impq_core.model.bank import Bank
+from impq_core.model.blockwise import BlockwiseModel, Hidden
+from impq_core.model.text import Windows
 from impq_core.space import FloatArray, IntArray, SearchSpace
-from impq_core.text import Windows
 
 Watcher = Callable[[IntArray, FloatArray, float], None]
 """Called with picks, losses and forwards so far, when the losses are on disk."""

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError
 from impq_core.hookspecs import hookimpl
-from impq_core.pages import (
+from impq_core.runs.folder import CHILDREN, RunFolder
+from impq_core.tracking.pages import (
     NOTE_TAG,
     experiment_note,
     experiment_tags,
@@ -25,13 +26,12 @@ from impq_core.pages import (
     sweep_name,
     text_inputs,
 )
-from impq_core.runfolder import CHILDREN, RunFolder
-from impq_core.store import FOLDER_TAG, check_store, create_store, store_lock, store_uri
+from impq_core.tracking.store import FOLDER_TAG, check_store, create_store, store_lock, store_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-    from impq_core.pipeline import RunResult
+    from impq_core.runs.pipeline import RunResult
     from impq_core.space import FloatArray, IntArray, SearchSpace
     from impq_core.types import Measurements, Plan, SensitivityEstimate
 
@@ -182,7 +182,7 @@ class Tracker:
         """Quality, cost, texts, figures and every file of the run."""
         from PIL import Image
 
-        from impq_core.figures import draw_figures
+        from impq_core.tracking.figures import draw_figures
 
         try:
             self._metrics({**run_numbers(result), **self._sizes,
@@ -221,7 +221,7 @@ class Tracker:
             self._client.log_batch(self.run_id, metrics=metrics[start:start + 1000])
 
     def _end(self, status: str) -> None:
-        from impq_core.manifest import MANIFEST
+        from impq_core.exports.manifest import MANIFEST
 
         try:
             for item in sorted(self._folder.path.iterdir()):

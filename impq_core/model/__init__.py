@@ -1,0 +1,1 @@
+"""The model, its texts, and its linears at every width."""
