@@ -24,13 +24,14 @@ def plugins(context: click.Context, show_options: bool, plugin_files: tuple[Path
     if context.invoked_subcommand:
         return
     found = Plugins(plugin_files)
+    width = max(len(name) for _, name in found.offers)
     for role in OFFERED:
         click.echo(f"{role}s")
         for name in found.names(role):
             component = found.find(role, name)
             origin = found.offers[role, name].origin
             note = f"  [{component.remedy()}]" if component.missing() else ""
-            click.echo(f"  {name:<12} {component.summary}  ({origin}){note}")
+            click.echo(f"  {name:<{width}} {component.summary}  ({origin}){note}")
             if show_options:
                 for line in describe_options(found, role, name):
                     click.echo(f"      {line}")

@@ -18,8 +18,8 @@ from impq_core.plugins import ROLES, Plugins
 if TYPE_CHECKING:
     from impq_core.exports.export import Exported
 
-RESUME = click.option("--resume", metavar="RUN", help="Go on with this run folder, as it was configured; takes no "
-                                                      "other option but --plugin.")
+RESUME = click.option("--resume", metavar="FOLDER", help="Go on with what was begun in this folder, as it was "
+                                                         "configured; takes no other option but --plugin.")
 
 
 @click.command()

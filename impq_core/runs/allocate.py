@@ -39,7 +39,8 @@ def allocate_run(run: str | Path, budgets: Sequence[str], surrogate: str | None 
         ImpqError: the run has no estimate (or no losses to fit), or a name, option or budget is wrong.
     """
     plugins = plugins or Plugins()
-    folder = RunFolder.open(run, "space.json", "measurements.npz" if surrogate else "estimate.npz")
+    folder = RunFolder.open(run, "space.json", *(() if surrogate else ("estimate.npz",)))
+    measurements = folder.read_measurements() if surrogate else None
     if not all(budgets):
         raise UsageError("--budget takes budgets such as 2.5bits,60MB, with nothing left out between the commas")
     before = folder.read_config()
@@ -53,13 +54,13 @@ def allocate_run(run: str | Path, budgets: Sequence[str], surrogate: str | None 
     parts = [Parts.build(one, plugins) for one in every]
     space = folder.read_space()
     sizes = [part.wanted.resolve(space) for part in parts]
-    measurements = folder.read_measurements() if surrogate else None
     made = []
     for one, part, size in zip(every, parts, sizes, strict=True):
         estimate = part.surrogate.fit(measurements) if measurements else folder.read_estimate()
         plan = part.allocator.allocate(estimate.on(space), size)
         plan = replace(plan, provenance={"run": str(folder.path), "estimate": estimate.method})
-        name = re.sub(r"[^\w.]+", "-", f"{config.allocator}-{surrogate or 'estimate'}-{one.budget}")
+        size_name = one.budget.replace("%", "percent")
+        name = re.sub(r"[^\w.]+", "-", f"{config.allocator}-{surrogate or 'estimate'}-{size_name}")
         file = folder.path / "plans" / f"{name}.json"
         file.parent.mkdir(exist_ok=True)
         plan.save(file)

@@ -50,9 +50,6 @@ def fit_run(run: str, names: Sequence[str], pairs: dict[str, str], plugins: Plug
             option is wrong.
     """
     folder = RunFolder.open(run)
-    if not folder.measurements.is_file():
-        raise ImpqError(f"{run} is no run whose losses can be fitted: it has no {folder.measurements.name} (an "
-                        "estimator that only looks, or makes its own estimate, leaves none)")
     measurements, config = folder.read_measurements(), folder.read_config()
     built = []
     for name in names or plugins.names("surrogate"):

@@ -175,7 +175,10 @@ class RunFolder:
         return _readable(self.estimate, SensitivityEstimate.load)
 
     def read_measurements(self) -> Measurements:
-        """The measured losses; raises ImpqError where they cannot be read."""
+        """The measured losses; raises ImpqError where there are none, or they cannot be read."""
+        if not self.measurements.is_file():
+            raise ImpqError(f"{self.path} is no run whose losses can be fitted: it has no {self.measurements.name} (an "
+                            "estimator that only looks, or makes its own estimate, leaves none)")
         return _readable(self.measurements, Measurements.load)
 
     @contextmanager
