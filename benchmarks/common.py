@@ -63,25 +63,22 @@ class Bench:
         return Bench(prepared, self.plugins, self.runner, bank, self.windows,
                      Evaluator(self.runner, bank, prepared.evaluation))
 
-    def game(self, value: str = "nll", budget_bytes: int | None = None) -> ModelGame:
-        return ModelGame(self.prepared.space, self.bank, self.runner, self.windows, progress=say("estimate"),
-                         value=value, budget_bytes=budget_bytes, spare=self.prepared.spare)
-
-    def probe(self, value: str = "nll") -> ModelProbe:
-        return ModelProbe(self.prepared.space, self.bank, self.runner, self.windows, value)
-
-    def estimate(self, config: RunConfig,
-                 budget_bytes: int | None = None) -> tuple[SensitivityEstimate, Measurements | None]:
-        """What a configuration's estimator makes of this model, and what it measured for a surrogate to fit."""
+    def game(self, config: RunConfig, budget_bytes: int | None = None) -> ModelGame:
+        """The game of a configuration, and its probe, on this model."""
         calibration = self.prepared.calibration
         assert calibration is not None
         probe = ModelProbe(self.prepared.space, self.bank, self.runner,
                            calibration.first(config.probe_windows or config.game_windows), config.value,
                            config.game_windows)
-        game = ModelGame(self.prepared.space, self.bank, self.runner, calibration.first(config.game_windows),
+        return ModelGame(self.prepared.space, self.bank, self.runner, calibration.first(config.game_windows),
                          progress=say("estimate"), value=config.value, budget_bytes=budget_bytes,
                          spare=calibration.part(config.game_windows, len(calibration.ids)), probe=probe)
-        return Parts.build(config, self.plugins).estimate(game, probe, np.random.default_rng(config.seed))
+
+    def estimate(self, config: RunConfig,
+                 budget_bytes: int | None = None) -> tuple[SensitivityEstimate, Measurements | None]:
+        """What a configuration's estimator makes of this model, and what it measured for a surrogate to fit."""
+        game = self.game(config, budget_bytes)
+        return Parts.build(config, self.plugins).estimate(game, game.probe, np.random.default_rng(config.seed))
 
     def plan(self, config: RunConfig, estimate: SensitivityEstimate, budget: float) -> Plan:
         """The plan of a configuration's allocator at a budget in nominal bits."""

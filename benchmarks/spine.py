@@ -26,8 +26,8 @@ def measure(bits: tuple[float, ...]) -> list[str]:
     lines: list[str] = []
     plans = []
     for seed in SEEDS:
-        game = bench.game()
-        estimate, _ = prepared.parts.estimate(game, bench.probe(), np.random.default_rng(seed))
+        game = bench.game(prepared.config)
+        estimate, _ = prepared.parts.estimate(game, game.probe, np.random.default_rng(seed))
         plan = prepared.parts.allocator.allocate(estimate, prepared.budget_bytes)
         predicted, measured, forwards = plan.predicted_loss, game.loss(plan.pick), estimate.forwards
         evaluation = evaluate_plan(bench.evaluator, plan, prepared.between, prepared.evaluation, seed,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from impq_core.errors import ImpqError
-from impq_core.model.cache import UNFINISHED_SECONDS, shelves
+from impq_core.model.cache import shelves
 from impq_core.model.demo import cache_folder
 from impq_core.plugins import OFFERED, Plugins
 from impq_core.runs.folder import RunFolder
@@ -19,6 +19,9 @@ from impq_core.runs.provenance import source_digest, versions
 
 LEAST_FREE = 2e9
 """Bytes of free disk below which a run is likely to fail."""
+
+UNFINISHED_SECONDS = 3600.0
+"""A temporary file of this age belongs to a process that died."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ def _cache(fix: bool) -> Iterator[Finding]:
             yield Finding("note", f"{shelf.folder}: variants of {shelf.about.get('model')} made by other code, which "
                                    "nothing uses any more (--fix deletes them)")
         else:
-            yield from (_leftover(file, fix) for file in shelf.unfinished())
+            yield from (_leftover(file, fix) for file in sorted(shelf.folder.glob(".*")) if _old(file))
     for place in ("models", "texts"):
         yield from (_leftover(path, fix) for path in sorted((folder / place).glob("tmp*")) if _old(path))
 

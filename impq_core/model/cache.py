@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import time
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
@@ -21,9 +20,6 @@ from impq_core.space import Choice, LinearSpec
 
 if TYPE_CHECKING:
     from impq_core.interfaces import Variant
-
-UNFINISHED_SECONDS = 3600.0
-"""A temporary file of this age belongs to a process that died."""
 
 
 @dataclass(frozen=True)
@@ -100,11 +96,6 @@ class Shelf:
             shutil.rmtree(self.folder)
         except OSError as error:
             raise ImpqError(f"{self.folder} cannot be deleted: {error.strerror}") from error
-
-    def unfinished(self) -> list[Path]:
-        """Temporary files that a process left when it died."""
-        before = time.time() - UNFINISHED_SECONDS
-        return [file for file in self.folder.glob(".*") if file.stat().st_mtime < before]
 
     def _file(self, linear: LinearSpec, choice: Choice) -> Path:
         return self.folder / f"{linear.name}.{choice.bits:g}bits.{choice.group_size}.safetensors"
