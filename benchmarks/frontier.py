@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -88,25 +89,23 @@ WIDEST = replace(WIDE, text=64)
 ISOLATED = Method("isolated")
 
 
+ONE = Method("aumann-shapley", {"nodes": 1})
+
+
 def slopes(aim: tuple[float, ...]) -> tuple[Method, ...]:
-    return (Method("aumann-shapley", {"nodes": 1}), WIDE, *(Method(name, options, budgets=aim) for name, options in (
+    return tuple(Method(name, options, budgets=aim) for name, options in (
         ("aumann-shapley", {"nodes": 2}), ("aumann-shapley", {"nodes": 4}), ("fisher", {"at": 0.5}),
-        ("fisher", {"at": 1.0}), ("hawq", {"samples": 4}), ("llm-mq", {}))))
+        ("fisher", {"at": 1.0}), ("hawq", {"samples": 4}), ("llm-mq", {})))
 
 
-def sketches(aim: tuple[float, ...]) -> tuple[Method, ...]:
-    """What costs little with the paper's players and menu."""
-    return (ISOLATED, *slopes(aim), Method("random", seeds=3, budgets=aim), Method("first-last", budgets=aim))
+def chance(aim: tuple[float, ...]) -> tuple[Method, ...]:
+    return Method("random", seeds=3, budgets=aim), Method("first-last", budgets=aim)
 
 
 def games(aim: tuple[float, float]) -> tuple[Method, ...]:
     """What plays at length with the paper's players and menu."""
     top = aim[1:]
-    return (Method("spqe", PAPER, ("covariance", "additive")),
-            Method("spqe", PAPER, ("regression", "coverage"), budgets=aim),
-            Method("spqe", PAPER, ("auto",), budgets=aim),
-            Method("spqe", PAPER, ("covariance",), parts=(3, 10), budgets=aim),
-            Method("clado", budgets=aim),
+    return (Method("clado", budgets=aim),
             Method("random", refine=("evolve", 100), budgets=top, seeds=3),
             Method("spqe", {**TEN, "fresh": True}, ("covariance",), seeds=3, budgets=aim),
             Method("spqe", TEN, ("covariance",), value="kl", budgets=aim),
@@ -115,23 +114,35 @@ def games(aim: tuple[float, float]) -> tuple[Method, ...]:
             Method("spqe", {**PAPER, "settle": 0.02}, ("covariance",), budgets=top, aimed=True))
 
 
+def papers(aim: tuple[float, float]) -> tuple[Method, ...]:
+    """The paper's protocol, other fits of the same losses, and plans from thirds of them."""
+    return (Method("spqe", PAPER, ("covariance", "additive")),
+            Method("spqe", PAPER, ("regression", "coverage"), budgets=aim),
+            Method("spqe", PAPER, ("auto",), budgets=aim),
+            Method("spqe", PAPER, ("covariance",), parts=(3, 10), budgets=aim))
+
+
 FINE = Method("coarse-to-fine", budgets=(3.0,), aimed=True)
-SETTINGS = (
+FEW = (ISOLATED, ONE, WIDE)
+GPTQ, HQQ = AIMS["gptq"], AIMS["hqq"]
+SETTINGS = (  # the dear ones last: a run that is cut short has the others
     Setting("gptq", ALL, "group", LOW, (
-        ISOLATED, *slopes(AIMS["gptq"]), WIDEST, FINE, replace(FINE, text=32),
-        replace(WIDE, refine=("swaps", 60), budgets=(3.0,)), replace(WIDE, refine=("evolve", 60), budgets=(3.0,)),
-        replace(WIDE, refine=("swaps", 60), budgets=(3.0,), game=16))),
-    Setting("gptq", ALL, "linear", LOW, (ISOLATED, *slopes(AIMS["gptq"]), WIDEST, replace(FINE, text=32))),
-    Setting("gptq", (2.0, 4.0), "block", LOW, (*sketches(AIMS["gptq"]), *games(AIMS["gptq"]))),
-    Setting("gptq", (2.0, 4.0), "group", LOW, (ISOLATED, WIDE)),
-    Setting("gptq", (2.0, 4.0), "linear", LOW, (ISOLATED, WIDE)),
+        *FEW, *slopes(GPTQ), WIDEST, FINE, replace(WIDE, refine=("swaps", 60), budgets=(3.0,)),
+        replace(WIDE, refine=("evolve", 60), budgets=(3.0,)))),
+    Setting("gptq", (2.0, 4.0), "block", LOW, (*FEW, *papers(GPTQ), *chance(GPTQ), *slopes(GPTQ))),
+    Setting("gptq", ALL, "linear", LOW, (*FEW, WIDEST)),
+    Setting("hqq", (3.0, 8.0), "block", HIGH, (*FEW, *chance(HQQ))),
+    Setting("hqq", (3.0, 8.0), "group", HIGH, FEW),
+    Setting("hqq", (3.0, 8.0), "linear", HIGH, FEW),
+    Setting("gptq", (2.0, 4.0), "group", LOW, FEW),
+    Setting("gptq", (2.0, 4.0), "linear", LOW, FEW),
     Setting("gptq", ALL, "block", LOW, (
-        ISOLATED, *slopes(AIMS["gptq"]),
-        Method("spqe", {"permutations": 4}, ("covariance", "auto"), seeds=3, budgets=AIMS["gptq"]))),
-    Setting("hqq", (3.0, 8.0), "block", HIGH, sketches(AIMS["hqq"])),
-    Setting("hqq", (3.0, 8.0), "group", HIGH, (ISOLATED, WIDE)),
-    Setting("hqq", (3.0, 8.0), "linear", HIGH, (ISOLATED, WIDE)),
-    Setting("hqq", (3.0, 8.0), "block", HIGH, games(AIMS["hqq"])),
+        *FEW, *slopes(GPTQ), Method("spqe", {"permutations": 4}, ("covariance", "auto"), seeds=3, budgets=GPTQ))),
+    Setting("gptq", (2.0, 4.0), "block", LOW, games(GPTQ)),
+    Setting("gptq", ALL, "group", LOW, (
+        replace(FINE, text=32), replace(WIDE, refine=("swaps", 60), budgets=(3.0,), game=16))),
+    Setting("gptq", ALL, "linear", LOW, (*slopes(GPTQ), replace(FINE, text=32))),
+    Setting("hqq", (3.0, 8.0), "block", HIGH, (*slopes(HQQ), *papers(HQQ), *games(HQQ))),
 )
 MENUS = {"gptq": ALL, "hqq": (3.0, 4.0, 8.0)}
 """The widths that a backend's settings and uniform references are made of."""
@@ -320,30 +331,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="settings whose name contains this")
     parser.add_argument("--work", type=Path, default=WORK)
+    parser.add_argument("--name", default="frontier", help="of the report in results/, of all rows that are in --work")
     given = parser.parse_args()
     store = Store(given.work)
-    for backend, bits in MENUS.items():
-        settings = [setting for setting in SETTINGS if setting.backend == backend and given.only in setting.name]
-        if settings:
-            rows = []
-            for some in measure(Workshop.build(backend, bits, store), settings):
-                rows += [vars(row) for row in some]
-                (given.work / f"{backend}.rows.json").write_text(json.dumps(rows))
-    write_report(given.work, TEXT_WINDOWS)
+    wanted = [setting for setting in SETTINGS if given.only in setting.name]
+    for backend, settings in groupby(wanted, key=lambda setting: setting.backend):
+        file = given.work / f"{backend}.rows.json"
+        found = {key(row): row for row in (Row(**one) for one in json.loads(file.read_text()))} if file.exists() else {}
+        for row in measure(Workshop.build(backend, MENUS[backend], store), list(settings)):
+            found[key(row)] = row
+            file.write_text(json.dumps([vars(one) for one in found.values()]))
+    write_report(given.work, TEXT_WINDOWS, given.name)
 
 
-def measure(shop: Workshop, settings: Sequence[Setting]) -> Iterator[list[Row]]:
+def measure(shop: Workshop, settings: Sequence[Setting]) -> Iterator[Row]:
     """The uniform models of a backend, then the plans of one setting after another."""
     space = shop.whole.prepared.space
-    yield [Row("uniform", f"uniform {choice}", 0, choice.bits, space.bytes_of(space.uniform(k)), 0.0,
-               shop.score_pick(space.uniform(k)).tolist()) for k, choice in enumerate(space.choices)]
+    for k, choice in enumerate(space.choices):
+        yield Row("uniform", f"uniform {choice}", 0, choice.bits, space.bytes_of(space.uniform(k)), 0.0,
+                  shop.score_pick(space.uniform(k)).tolist())
     for setting in settings:
-        rows = []
         for row in rows_of(shop, setting):
             print(f"{row.setting}; {row.method}; seed {row.seed}; {row.budget:g} bits: "
                   f"{np.mean(row.windows):.4f} for {row.forwards:.1f}", flush=True)
-            rows.append(row)
-        yield rows
+            yield row
+
+
+def key(row: Row) -> tuple[str, str, int, float]:
+    """What a row is of."""
+    return row.setting, row.method, row.seed, row.budget
 
 
 if __name__ == "__main__":

@@ -85,9 +85,10 @@ class Board:
         return min([float(np.mean(row.windows)) for row in rows] + [float(self.line(rows[0].nbytes).mean())])
 
 
-def write_report(work: Path, text_windows: int) -> None:
-    """results/frontier.md and frontier-*.png from the rows in a folder."""
-    lines = heading("What a plan costs and what it is worth, SmolLM2-135M", "python benchmarks/frontier.py")
+def write_report(work: Path, text_windows: int, name: str) -> None:
+    """results/NAME.md and NAME-*.png from the rows in a folder."""
+    command = "python benchmarks/frontier.py" + (f" --name {name}" if name != "frontier" else "")
+    lines = heading("What a plan costs and what it is worth, SmolLM2-135M", command)
     lines += [f"Held-out NLL, nats per token, mean over {text_windows} windows of 256 tokens of Wikipedia and as many "
               f"of C4 ({2 * text_windows * 255} scored tokens; no window is among those of calibration or game); "
               "differences are paired over windows, ± their standard error. Losses of the game are measured on 1,020 "
@@ -101,11 +102,10 @@ def write_report(work: Path, text_windows: int) -> None:
         lines += [f"## {backend}", "", *uniform_lines(board, text_windows)]
         for setting in board.settings:
             lines += [f"### {setting}", "", *setting_table(board, setting)]
-        if board.paper(AIMS[backend][0]):
-            lines += ["### Against the paper's protocol and the line of uniforms", "", *against_paper(board)]
-        draw(board, RESULTS / f"frontier-{backend}.png")
-        lines += [f"![NLL above the best plan against forwards, {backend}](frontier-{backend}.png)", ""]
-    write("frontier.md", lines)
+        lines += ["### Against the line of uniforms, and the paper's protocol where it was played", "", *against(board)]
+        draw(board, RESULTS / f"{name}-{backend}.png")
+        lines += [f"![NLL above the best plan against forwards, {backend}]({name}-{backend}.png)", ""]
+    write(f"{name}.md", lines)
 
 
 def uniform_lines(board: Board, text_windows: int) -> list[str]:
@@ -142,7 +142,7 @@ def setting_table(board: Board, setting: str) -> list[str]:
     return table(["method", "forwards", *(f"{b:g} bits" for b in budgets), "regret", "sd"], rows)
 
 
-def against_paper(board: Board) -> list[str]:
+def against(board: Board) -> list[str]:
     rows = []
     for setting in board.settings:
         for method in board.methods(setting):
@@ -150,10 +150,10 @@ def against_paper(board: Board) -> list[str]:
             for budget in AIMS[board.backend]:
                 windows, paper = board.windows(setting, method, budget), board.windows(
                     PAPERS[board.backend], PAPER, budget)
-                if windows is None or paper is None:
+                if windows is None:
                     continue
                 line = board.line(board.plans(setting, method, budget)[0].nbytes)
-                cells += [starred(windows - paper), starred(windows - line)]
+                cells += ["" if paper is None else starred(windows - paper), starred(windows - line)]
             if len(cells) == 4:
                 forwards = next(r.forwards for r in board.rows if (r.setting, r.method) == (setting, method))
                 rows.append([setting, method, f"{forwards:.1f}", *cells])
