@@ -18,6 +18,10 @@ class UsageError(ImpqError):
     exit_code = 2
 
 
+class Malformed(ImpqError):
+    """Measurements, an estimate or a plan whose arrays cannot be."""
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM, raised where the signal finds the program, so that runs end as KILLED."""
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
-from impq_core.errors import ImpqError
+from impq_core.errors import ImpqError, Malformed
 from impq_core.space import Choice, FloatArray, IntArray, LinearSpec, SearchSpace
 from impq_core.types import Measurements, Plan, SensitivityEstimate
 
@@ -33,7 +33,10 @@ class NoOptions:
 def _checked(method: Callable[..., Any], kind: type) -> Callable[..., Any]:
     @functools.wraps(method)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        answer = method(*args, **kwargs)
+        try:
+            answer = method(*args, **kwargs)
+        except Malformed as error:
+            raise ImpqError(f"{method.__module__}.{method.__qualname__} made what cannot be: {error}") from error
         if not isinstance(answer, kind):
             raise ImpqError(f"{method.__module__}.{method.__qualname__} returned {type(answer).__name__}, not "
                             f"{kind.__name__}: this is a bug of that plugin")

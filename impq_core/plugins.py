@@ -35,6 +35,10 @@ OFFERED = (*ROLES, "refiner", "exporter")
 """Everything that is chosen by name."""
 
 
+PLAIN = (bool, int, float, str)
+"""What an option can be."""
+
+
 @dataclass(frozen=True)
 class Component:
     """A part on offer.
@@ -123,7 +127,10 @@ class Plugins:
         self._manager.register(plugin, origin)
         try:
             known = [name for name in vars(hookspecs) if name.startswith("impq_")]
-            for caller in self._manager.get_hookcallers(plugin) or []:
+            callers = self._manager.get_hookcallers(plugin) or []
+            if not callers:
+                raise ImpqError("it offers nothing and watches nothing: mark its functions with @hookimpl")
+            for caller in callers:
                 if caller.name not in known:
                     raise ImpqError(f"unknown hook '{caller.name}'{nearest(caller.name, known)}")
             offers = [offer for role in OFFERED for offer in self._offers_of(plugin, origin, role)]
@@ -232,6 +239,9 @@ def build_options(part: type[Any], role: str, name: str, given: Mapping[str, Any
     for key, value in given.items():
         if key not in types:
             raise UsageError(f"{role} '{name}' has no option '{key}'{nearest(key, types)}")
+        if types[key] not in PLAIN:
+            raise ImpqError(f"option {key} of {role} '{name}' is of type {types[key]}: this is a bug of that plugin, "
+                            "whose options can be bool, int, float or str")
         values[key] = _convert(value, types[key], f"option {key} of {role} '{name}'")
     try:
         return part.Options(**values)

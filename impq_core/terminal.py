@@ -161,7 +161,8 @@ def plan_lines(result: RunResult) -> list[str]:
     """The plan's widths and bytes."""
     plan = result.plan
     assert plan is not None
-    return [f"plan: {width_counts(plan)} bits; {plan.nbytes / 1e6:.2f} MB = "
+    alike = f" (this is uniform {plan.space.choices[plan.pick[0]]})" if (plan.pick == plan.pick[0]).all() else ""
+    return [f"plan: {width_counts(plan)} bits{alike}; {plan.nbytes / 1e6:.2f} MB = "
             f"{plan.space.nominal_bits(plan.nbytes):.3f} bits nominal, "
             f"{plan.space.bits_per_weight(plan.nbytes):.3f} stored",
             f"whole model: {result.model_bytes / 1e6:.2f} MB, of which {result.rest_bytes / 1e6:.2f} MB are "

@@ -83,6 +83,8 @@ NAMES = [
     Case("plugins --plugin mine.txt", 2, "not a Python file", "a text file", lambda: write("mine.txt", "hello")),
     Case("doctor --plugin mine.py", 2, "did you mean 'impq_backends'", "a plugin with an unknown hook", lambda: write(
         "mine.py", "from impq_core.hookspecs import hookimpl\n@hookimpl\ndef impq_backend():\n    return []\n")),
+    Case("run --plugin mine.py", 2, "it offers nothing and watches nothing", "a plugin without a hook",
+         lambda: write("mine.py", "def impq_estimators():\n    return []\n")),
     Case("run --plugin mine.py", 2, "SystemExit: 3", "a plugin that exits",
          lambda: write("mine.py", "raise SystemExit(3)")),
 ]

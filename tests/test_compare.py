@@ -108,6 +108,14 @@ def test_a_plan_that_loses_is_said_to_lose(tmp_path: Path, config: RunConfig,
     assert page.count('class="plan loses"') == 3 and page.count('class="best wins"') == 1
 
 
+def test_a_difference_within_two_standard_errors_is_a_tie(tmp_path: Path, config: RunConfig) -> None:
+    noise = np.tile([0.1, -0.1], len(BASE) // 2 + 1)[:len(BASE)]
+    make_run(tmp_path / "a", config, BASE + 0.601 + noise)
+    [contest], _ = gather([tmp_path])
+    [one] = contest.contestants
+    assert one.verdict.startswith("ties with ") and "± 0.0" in one.verdict and not one.losses
+
+
 def test_budgets_and_backends(tmp_path: Path, config: RunConfig) -> None:
     for backend in ("gptq", "hqq"):
         for budget in ("3bits", "60%"):

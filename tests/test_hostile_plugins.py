@@ -15,7 +15,9 @@ HEAD = "from impq_core.hookspecs import hookimpl\nfrom impq_core.plugins import 
 PART = """
 import numpy as np
 from impq_core.interfaces import Allocator, Backend, Inspector, Refiner, Sampler, Surrogate
+from dataclasses import dataclass
 from impq_core.space import Choice
+from impq_core.types import SensitivityEstimate
 """
 
 
@@ -43,7 +45,7 @@ def offer(role: str, target: str, name: str = "theirs") -> str:
 
 
 def returning(role: str, base: str, method: str, value: str = "None") -> str:
-    return offer(role, "{0}:Theirs") + PART + (f"class Theirs({base}):\n    def {method}(self, *given, **named):\n"
+    return offer(role, "{0}:Theirs") + PART + (f"class Theirs({base}):\n    def {method}(self, *args, **named):\n"
                                                f"        return {value}\n")
 
 
@@ -64,6 +66,19 @@ PLUGINS = {
     def nbytes(self, linear, choice): return linear.parameters
     def dequantize(self, variant, linear): pass
 """, "", "--backend theirs --bits 4,8", "impq_unpacked.Theirs.quantize returned NoneType, not Variant"),
+    "misshapen": Hostile(returning("estimator", "Inspector", "inspect",
+                                   "SensitivityEstimate(args[0].space, np.zeros((5, 5)))"), "", "--estimator theirs",
+                         "impq_misshapen.Theirs.inspect made what cannot be: linear of an estimate of this space has "
+                         "shape (2, 2), not (5, 5)"),
+    "enlisted": Hostile(offer("estimator", "{0}:Theirs") + PART + """
+class Theirs(Inspector):
+    @dataclass(frozen=True)
+    class Options:
+        depths: list = None
+    def inspect(self, probe, rng): ...
+""", "", "--estimator theirs -o depths=3", "option depths of estimator 'theirs' is of type <class 'list'>"),
+    "silent": Hostile("def impq_estimators():\n    return []\n", "impq-silent:silent: it offers nothing and watches "
+                      "nothing: mark its functions with @hookimpl"),
     "mistyped": Hostile(HEAD + "@hookimpl\ndef impq_backends():\n    return 'gptq2'\n",
                         "impq-mistyped:mistyped: impq_backends returned str, not a list of Components"),
     "empty-handed": Hostile(returning("estimator", "Inspector", "inspect"), "", "--estimator theirs",

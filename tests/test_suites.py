@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import types
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -178,12 +179,27 @@ def test_options_and_imports() -> None:
     assert failures(PartSuite, part=part) == {"test_options_are_told", "test_nothing_heavy_is_imported_with_it"}
 
 
+class Forgetful(Inspector):
+    def inspect(self, probe: Probe, rng: Rng) -> SensitivityEstimate:
+        return SensitivityEstimate(probe.space, np.zeros(probe.space.nbytes.shape), method="nothing")
+
+
+def test_options_that_were_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("impq_forgetful")
+    module.Options = Untold  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "impq_forgetful", module)
+    monkeypatch.setattr(Forgetful, "__module__", "impq_forgetful")
+    suite = type("TestIt", (PartSuite,), {"part": Forgetful})()
+    with pytest.raises(AssertionError, match="does not say 'Options = Options'"):
+        suite.test_options_are_told()
+
+
 def _plugin(monkeypatch: pytest.MonkeyPatch, **functions: object) -> types.ModuleType:
     module = types.ModuleType("impq_imagined")
     for name, function in functions.items():
         function.__name__ = name  # type: ignore[attr-defined]
         setattr(module, name, hookimpl(function))
-    monkeypatch.setitem(__import__("sys").modules, "impq_imagined", module)
+    monkeypatch.setitem(sys.modules, "impq_imagined", module)
     return module
 
 

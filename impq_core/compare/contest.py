@@ -34,6 +34,11 @@ class Difference:
         return f"{abs(self.mean):.4f}{self._error}"
 
     @property
+    def seen(self) -> bool:
+        """Whether it is more than two of its standard errors, or one that is not known."""
+        return self.mean != 0 and not abs(self.mean) <= 2 * self.stderr
+
+    @property
     def _error(self) -> str:
         return "" if math.isnan(self.stderr) else f" ± {self.stderr:.4f}"
 
@@ -145,18 +150,20 @@ class Contestant:
 
     @property
     def losses(self) -> dict[str, Difference]:
-        """The gaps to what is better than the plan; a plan whose NLL is no number is worse than anything."""
-        return {kind: gap for kind, gap in self.gaps.items() if not gap.mean <= 0}
+        """The gaps to what is seen to be better than the plan; one whose NLL is no number is worse than anything."""
+        return {kind: gap for kind, gap in self.gaps.items() if not gap.mean <= 0 and gap.seen}
 
     @property
     def verdict(self) -> str:
-        """Whether the search was worth it: whom the plan loses to, or by how much at least it beats all."""
+        """Whether the search was worth it: whom the plan loses to or ties with, or by how much at least it beats
+        all."""
         if self.losses:
             return "LOSES to " + ", ".join(f"{kind} by {gap.unsigned}" for kind, gap in self.losses.items())
         if not self.gaps:
             return "no reference"
-        kind, gap = max(self.gaps.items(), key=lambda pair: pair[1].mean)
-        return f"beats all by ≥ {gap.unsigned}" if gap.mean else f"as good as {kind}"
+        if ties := {kind: gap for kind, gap in self.gaps.items() if not gap.seen}:
+            return "ties with " + ", ".join(f"{kind} ({gap})" for kind, gap in ties.items())
+        return f"beats all by ≥ {max(self.gaps.values(), key=lambda gap: gap.mean).unsigned}"
 
 
 @dataclass(frozen=True, eq=False)

@@ -304,6 +304,9 @@ def keep_estimate(plugins: Plugins, folder: RunFolder, estimate: SensitivityEsti
     if measurements is not None:
         measurements.save(folder.measurements)
     estimate.save(folder.estimate)
+    if (gains := int((estimate.linear[:, -1] < 0).sum())) > 0.9 * len(estimate.space):
+        warnings.warn(f"the estimate says that {gains} of {len(estimate.space)} layers are better at their narrowest "
+                      "width than at their widest: is a sign wrong?", RuntimeWarning, stacklevel=2)
     plugins.notify("impq_estimate_ready", estimate=estimate, measurements=measurements)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import subprocess
 import sys
@@ -13,9 +14,9 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from impq_core.errors import nearest
-from impq_core.interfaces import Part
+from impq_core.interfaces import NoOptions, Part
 from impq_core.parts import told_arguments
-from impq_core.plugins import build_options
+from impq_core.plugins import PLAIN, build_options
 
 HEAVY = ("mlflow", "torch", "transformers")
 """What takes seconds to import."""
@@ -71,13 +72,15 @@ class PartSuite(Suite):
     def test_options_are_told(self) -> None:
         """``impq plugins --options`` and ``-o name=value`` can do with the options: a frozen dataclass of plain values,
         each with a default and a line in the docstring's Args."""
-        options = self.part.Options
+        options, module = self.part.Options, importlib.import_module(self.part.__module__)
+        assert options is not NoOptions or not hasattr(module, "Options"), (
+            f"{module.__name__} has Options, but {self.part.__name__} does not say 'Options = Options'")
         assert is_dataclass(options), f"{self.part.__name__}.Options is no dataclass"
         assert options.__dataclass_params__.frozen, f"{options.__name__} is not frozen"  # type: ignore[attr-defined]
         kinds, told, plain = typing.get_type_hints(options), told_arguments(options.__doc__ or ""), options()
         for field in fields(options):
             what = f"option {field.name} of {self.part.__name__}"
-            assert kinds[field.name] in (bool, int, float, str), f"{what} is {kinds[field.name]}, not plain"
+            assert kinds[field.name] in PLAIN, f"{what} is {kinds[field.name]}, not plain"
             assert told.get(field.name), f"{what} is not told in the Args of {options.__name__}'s docstring"
             typed = build_options(self.part, "part", "", {field.name: str(getattr(plain, field.name))})
             assert typed == plain, f"{what}: its default, typed as text, is not its default"
