@@ -150,3 +150,17 @@ def test_a_run_with_one_says_whose_fault_it_is(name: str, world: World, tmp_path
     done = impq(world, install(tmp_path, name), "run", *plugin.chosen.split(), "--tracking-uri", "none")
     assert done.returncode == plugin.code and plugin.says in done.stderr, done
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_an_estimate_upside_down_is_wondered_at(world: World) -> None:
+    world.reset()
+    (world.here / "mine.py").write_text(offer("estimator", "impq_file_mine:Theirs") + PART + """
+class Theirs(Inspector):
+    def inspect(self, probe, rng):
+        costs = np.zeros(probe.space.nbytes.shape)
+        costs[:, 1:] = -1.0
+        return SensitivityEstimate(probe.space, costs, method="theirs")
+""")
+    done = impq(world, "", "run", "--plugin", "mine.py", "--estimator", "theirs", "--tracking-uri", "none")
+    assert done.returncode == 0 and "is a sign wrong?" in done.stderr, done
+    assert "(this is uniform 2)" in done.stdout
