@@ -162,11 +162,6 @@ class Plugins:
         others = [other for other in self._manager.get_plugins() if other is not plugin]
         return self._manager.subset_hook_caller(hook, others)
 
-    def hooks(self) -> list[str]:
-        """Names of the hooks that anybody implements."""
-        return sorted({caller.name for plugin in self._manager.get_plugins()
-                       for caller in self._manager.get_hookcallers(plugin) or []})
-
     def watch(self, observer: object) -> None:
         """Register an object with hook methods for the moments of a run."""
         self._add(observer, type(observer).__name__)
