@@ -127,7 +127,7 @@ def row(kind: str, coupling: str, estimate: SensitivityEstimate, limit: float, l
         return QuadraticProgram(options).allocate(estimate, budget)
 
     began = time.perf_counter()
-    best = plan(Options(time_limit=limit))
+    best = plan(Options(work_limit=limit))
     seconds = time.perf_counter() - began
     value = best.predicted_loss
     assert value is not None
@@ -160,7 +160,7 @@ def row(kind: str, coupling: str, estimate: SensitivityEstimate, limit: float, l
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measured", type=Path, help="folder of stored estimates, in place of random programs")
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds for qp [60]")
+    parser.add_argument("--limit", type=float, default=60.0, help="qp's work_limit [60]")
     parser.add_argument("--losers", type=float, default=60.0, help="seconds for each of the others [60]")
     args = parser.parse_args()
     name = "allocation_measured.md" if args.measured else "allocation.md"
@@ -168,9 +168,9 @@ def main() -> None:
         f" --{key} {value:g}" for key, value in (("limit", args.limit), ("losers", args.losers)) if value != 60)
     title = "Programs that scale" + (", on measured estimates" if args.measured else "")
     lines = heading(title, command + (" --measured FOLDER" if args.measured else ""))
-    lines += [f"The budget is midway between all-low and all-high. `qp` has {args.limit:g} s in all, its local search "
-              f"included. HiGHS on the whole program, in the paper's linearisation and in Glover's compact one, has "
-              f"{args.losers:g} s after a local search, and so has SCIP on the quadratic program as it stands. Gaps "
+    lines += [f"The budget is midway between all-low and all-high. `qp` has {args.limit:g} units of work for its proof, "
+              "of about a second each. HiGHS on the whole program, in the paper's linearisation and in Glover's compact "
+              f"one, has {args.losers:g} s after a local search, and so has SCIP on the quadratic program as it stands. Gaps "
               "are the value of qp's plan minus the proven bound, in % of that value; at 0.0001 a plan counts as "
               "proven. *Worse by* is in % of it too, *exhaustive* is the plan's value minus the least of all plans. "
               f"The paper's form is left out above {MOST_PRODUCTS:,} products.", ""]

@@ -285,7 +285,7 @@ def rows_of(shop: Workshop, setting: Setting) -> Iterator[Row]:
         for group in ([budget] for budget in sizes) if one_by_one else [list(sizes)]:
             for name, seed, config, estimate in estimates(bench, base, method, shop.store,
                                                           sizes[group[0]] if one_by_one else None):
-                allocator = Parts.build(replace(config, options={"allocator": {"time_limit": 10.0}}),
+                allocator = Parts.build(replace(config, options={"allocator": {"work_limit": 10.0}}),
                                         bench.plugins).allocator
                 for budget in group:
                     key = [setting.name, name, seed, budget]

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from impq_qp.linearized import branch
 from impq_qp.local import search
 from impq_qp.program import Options, QuadraticProgram, solve
 from impq_qp.relaxation import Program, relaxations
@@ -14,14 +16,39 @@ from impq_core.testing import least_loss, planted_estimate
 from impq_core.types import SensitivityEstimate
 
 
-def test_a_solver_without_time_is_no_worse_than_the_local_search() -> None:
+@pytest.mark.parametrize("limit", [{"work_limit": 0.2}, {"time_limit": 0.5}])
+def test_a_proof_cut_short_is_no_worse_than_the_local_search(limit: dict[str, float]) -> None:
     estimate = planted_estimate(1, 40, (4, 3, 2), 0.5)
     budget = (estimate.space.low_bytes + estimate.space.high_bytes) // 2
     heuristic = search(estimate, budget, 20, np.random.default_rng(0))
-    plan = QuadraticProgram(Options(time_limit=0.5)).allocate(estimate, budget)
-    assert plan.predicted_loss is not None
+    plan = QuadraticProgram(Options(**limit)).allocate(estimate, budget)
+    assert plan.predicted_loss is not None and plan.gap is not None
     assert plan.predicted_loss <= float(estimate.predict(heuristic)[0]) + 1e-9
-    assert plan.gap is None or plan.gap >= 0
+    assert plan.gap > 1e-3  # it was cut short
+
+
+def test_a_plan_that_is_not_proven_does_not_depend_on_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    estimate = planted_estimate(1, 40, (4, 3, 2), 0.5)
+    budget = (estimate.space.low_bytes + estimate.space.high_bytes) // 2
+    plans = []
+    for pace in (0.0, 1e6):  # seconds that go by between two looks at the clock
+        ticks = itertools.count()
+        monkeypatch.setattr("time.monotonic", lambda ticks=ticks, pace=pace: pace * next(ticks))
+        plans.append(QuadraticProgram(Options(work_limit=0.5)).allocate(estimate, budget))
+    first, second = plans
+    np.testing.assert_array_equal(first.pick, second.pick)
+    assert first.gap is not None and first.gap > 1e-3
+    assert first.bound == second.bound
+
+
+def test_a_part_that_the_solver_leaves_open_keeps_a_bound() -> None:
+    estimate = planted_estimate(2, 12, (4, 3, 2), 2.0)
+    budget = (estimate.space.low_bytes + estimate.space.high_bytes) // 2
+    program = Program.of(estimate, budget, np.ones(estimate.space.nbytes.shape, dtype=bool))
+    best = least_loss(estimate, budget)
+    _, cut_short = branch(program, (), "compact", best + 10, nodes=1)
+    _, whole = branch(program, (), "compact", best + 10)
+    assert cut_short < whole == pytest.approx(best, abs=1e-5)
 
 
 def test_the_same_estimate_gives_the_same_plan() -> None:

@@ -69,7 +69,8 @@ def run_options(several: bool = False) -> Callable[[Command], Command]:
         _text_options("evaluation", "Held-out"),
         click.option("--dtype", help="auto, float32 or bfloat16 [auto]."),
         click.option("--seed", type=int, help="Seed of every other random draw [0]."),
-        click.option("--time-limit", type=float, help="Seconds the allocator may take (its option time_limit)."),
+        click.option("--time-limit", type=float, help="Seconds the allocator may take (its option time_limit), at "
+                                                          "the price of plans that depend on the machine."),
         click.option("--plan", help="Apply this plan.json instead of estimating and allocating."),
         click.option("--output", help="Folder that run folders are made in [impq-runs]."),
         tracking_option,

@@ -18,10 +18,18 @@ _TOLERANCE = 1e-7
 """HiGHS's, absolute."""
 
 
-def branch(program: Program, cuts: Sequence[Tangent], form: str, target: float,
-           seconds: float) -> tuple[IntArray | None, float]:
+def branch(program: Program, cuts: Sequence[Tangent], form: str, target: float, seconds: float | None = None,
+           nodes: int | None = None) -> tuple[IntArray | None, float]:
     """A pick with a score below ``target``, if HiGHS finds one, and a lower bound on the scores of all; -inf where it
-    has none in time.
+    has none by the time it must end.
+
+    Args:
+        program: what to solve.
+        cuts: below its pair terms.
+        form: ``paper`` or ``compact``.
+        target: picks that score more are of no interest.
+        seconds: when HiGHS must end; None for whenever.
+        nodes: after how many nodes of its tree it must; None for however many.
 
     Raises:
         ImpqError: the solver failed, which must not look like a plan.
@@ -44,15 +52,17 @@ def branch(program: Program, cuts: Sequence[Tangent], form: str, target: float,
         cuts[c].slope[key] * mod.x[key] for key in keys))
 
     solver: Any = Highs()
-    solver.config.time_limit = max(seconds, 0.1)
+    solver.config.time_limit = seconds
     solver.config.load_solution = False
     solver.highs_options = {"random_seed": 0, "output_flag": False, "mip_rel_gap": 0.0, "mip_abs_gap": 1e-7,
-                            "objective_bound": (target - program.constant) / program.unit}
+                            "objective_bound": (target - program.constant) / program.unit,
+                            **({} if nodes is None else {"mip_max_nodes": nodes})}
     result = solver.solve(model)
     if result.termination_condition in (TerminationCondition.infeasible, TerminationCondition.infeasibleOrUnbounded,
                                         TerminationCondition.objectiveLimit):
         return None, target  # every pick is above the objective bound
-    if result.termination_condition not in (TerminationCondition.optimal, TerminationCondition.maxTimeLimit):
+    if result.termination_condition not in (TerminationCondition.optimal, TerminationCondition.maxTimeLimit,
+                                            TerminationCondition.maxIterations):
         raise ImpqError(f"HiGHS ended with '{result.termination_condition.name}'; -o starts and budgets as they are, "
                         "this is a bug worth reporting")
     bound = result.best_objective_bound

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,30 +26,40 @@ _ROUNDS = 40
 _PRODUCTS = 500
 """Up to so many HiGHS solves the paper's form in seconds."""
 
+_NODES = 10_000
+"""Most nodes of HiGHS in one part; those of so few products take hundreds."""
+
 
 @dataclass(frozen=True)
 class Options:
     """Options of the quadratic program.
 
     Args:
-        time_limit: seconds for the plan and its proof; the local search is never cut short.
+        work_limit: what the proof may cost, in units that take about a second of one desktop core; they are counted,
+            not timed, so that a plan does not depend on how busy a machine is. The local search is never cut short.
+        time_limit: seconds after which the proof ends too, for whoever cannot wait; a plan may then be another on
+            another day. 0 for none.
         gap: relative gap at which a plan counts as proven.
         starts: starts of the local search.
         seed: of the local search.
         linearization: ``auto`` closes choices by convex relaxations, splits what stays open, and gives HiGHS each part
             once it has no more than 500 products, in the paper's form; ``paper`` (a variable for each product of two
-            choices) and ``compact`` (Glover: one for each choice) give HiGHS the whole program as it is.
+            choices) and ``compact`` (Glover: one for each choice) give HiGHS the whole program as it is, and
+            ``work_limit`` as seconds where there is no ``time_limit``.
     """
 
-    time_limit: float = 60.0
+    work_limit: float = 60.0
+    time_limit: float = 0.0
     gap: float = 1e-6
     starts: int = 20
     seed: int = 0
     linearization: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.time_limit <= 0 or self.gap < 0 or self.starts < 1:
-            raise ValueError("time_limit and starts must be positive, gap not negative")
+        if self.work_limit <= 0 or self.starts < 1:
+            raise ValueError("work_limit and starts must be positive")
+        if self.time_limit < 0 or self.gap < 0:
+            raise ValueError("time_limit and gap must not be negative")
         if self.linearization not in ("auto", "paper", "compact"):
             raise ValueError(f"linearization must be auto, paper or compact, not '{self.linearization}'")
 
@@ -58,8 +69,8 @@ class QuadraticProgram(Allocator):
 
     A multi-start local search finds a plan, which is replaced only by a better one. Convex relaxations bound the
     program and close choices that no better plan can take; HiGHS solves what they leave open, with products of choices
-    linearised (IMPQ, section on allocation; there with two widths and SCIP). Only the time limit, where it is reached,
-    makes a result depend on the machine.
+    linearised (IMPQ, section on allocation; there with two widths and SCIP). What is not settled within the work limit
+    stays open, and the plan tells by how much.
     """
 
     Options = Options
@@ -76,32 +87,62 @@ class QuadraticProgram(Allocator):
 
 
 def solve(estimate: SensitivityEstimate, budget: int, options: Options) -> tuple[IntArray, float]:
-    """The best pick found, and a proven lower bound on the score of all; -inf where nothing was proven in time."""
-    deadline = time.monotonic() + options.time_limit
+    """The best pick found, and a proven lower bound on the score of all; -inf where nothing was proven."""
     best = _Best(estimate, budget, options)
     whole = np.ones(estimate.space.nbytes.shape, dtype=bool)
     if options.linearization != "auto":
         found, bound = branch(Program.of(estimate, budget, whole), (), options.linearization, best.target,
-                              deadline - time.monotonic())
+                              seconds=options.time_limit or options.work_limit)
         best.offer(found)
         return best.pick, bound
+    work = _Work(options.work_limit, time.monotonic() + options.time_limit if options.time_limit else math.inf)
     parts: list[tuple[float, int, _Allowed]] = [(-np.inf, 0, whole)]  # what is not settled yet, least bound first
     number, settled = 0, np.inf
-    while parts and parts[0][0] < best.target and (time.monotonic() < deadline or not number):  # once at least
+    while parts and parts[0][0] < best.target and (work.left or not number):  # once at least
         floor, _, allowed = heapq.heappop(parts)
-        left = _narrow(best, allowed, floor, deadline)
-        settled = min(settled, left.closed)
-        if left.program is None:
+        rest = _narrow(best, allowed, floor, work)
+        settled = min(settled, rest.closed)
+        if rest.program is None:
             continue
-        if np.count_nonzero(left.program.pairs) <= 2 * _PRODUCTS and time.monotonic() < deadline:
-            found, bound = branch(left.program, left.cuts, "paper", best.target, deadline - time.monotonic())
+        products = np.count_nonzero(rest.program.pairs) // 2
+        if products <= _PRODUCTS and work.left:
+            work.solved(products)
+            found, bound = branch(rest.program, rest.cuts, "paper", best.target, work.seconds, _NODES)
             best.offer(found)
-            settled = min(settled, max(bound, left.bound))
+            settled = min(settled, max(bound, rest.bound))
             continue
-        for half in left.halves():
+        for half in rest.halves():
             number += 1
-            heapq.heappush(parts, (left.bound, number, half))
+            heapq.heappush(parts, (rest.bound, number, half))
     return best.pick, min(settled, parts[0][0]) if parts else settled
+
+
+@dataclass
+class _Work:
+    """What a proof has cost so far, in units of about a second of one desktop core: rates are rough, and part of what
+    a plan is reproduced from."""
+
+    limit: float
+    deadline: float
+    done: float = 0.0
+
+    @property
+    def left(self) -> bool:
+        """Whether there is any."""
+        return self.done < self.limit and time.monotonic() < self.deadline
+
+    @property
+    def seconds(self) -> float | None:
+        """To the deadline; None where there is none."""
+        return None if math.isinf(self.deadline) else max(self.deadline - time.monotonic(), 0.1)
+
+    def relaxed(self, choices: int) -> None:
+        """A round of relaxation over so many choices."""
+        self.done += (60 + choices) / 7500
+
+    def solved(self, products: int) -> None:
+        """A part of so many products went to HiGHS."""
+        self.done += (30 + products) / 300
 
 
 class _Best:
@@ -156,14 +197,14 @@ class _Left:
             yield without
 
 
-def _narrow(best: _Best, allowed: _Allowed, floor: float, deadline: float) -> _Left:
+def _narrow(best: _Best, allowed: _Allowed, floor: float, work: _Work) -> _Left:
     """Close the choices that no better plan can take, as relaxations prove, until they prove little more.
 
     Args:
         best: offered what relaxations suggest.
         allowed: the choices open in this part.
         floor: a known lower bound on the scores of its picks.
-        deadline: of ``time.monotonic``.
+        work: charged with every round.
     """
     allowed, closed = allowed.copy(), np.inf
     while True:
@@ -177,6 +218,7 @@ def _narrow(best: _Best, allowed: _Allowed, floor: float, deadline: float) -> _L
         cuts: list[Tangent] = []
         bounds: list[float] = []
         for point, cut in relaxations(program, _ROUNDS, close):
+            work.relaxed(program.open.size)
             cuts.append(cut)
             whole, each = cut.bound(program)
             floor = max(floor, whole)
@@ -188,9 +230,9 @@ def _narrow(best: _Best, allowed: _Allowed, floor: float, deadline: float) -> _L
             if floor >= best.target or not allowed.any(axis=1).all():
                 return _Left(allowed, None, (), point, floor, min(closed, best.target))
             still = int(allowed.sum()) - len(allowed)
-            if (still <= program.open.sum() / 2 or time.monotonic() > deadline
+            if (still <= program.open.sum() / 2 or not work.left
                     or (len(bounds) > 3 and bounds[-1] - bounds[-4] < 0.03 * (best.value - floor))):
                 break
         best.offer(program.pick(point))
-        if still > 0.9 * program.open.sum() or time.monotonic() > deadline:
+        if still > 0.9 * program.open.sum() or not work.left:
             return _Left(allowed, program, tuple(cuts), point, floor, closed)
