@@ -168,12 +168,12 @@ def main() -> None:
         f" --{key} {value:g}" for key, value in (("limit", args.limit), ("losers", args.losers)) if value != 60)
     title = "Programs that scale" + (", on measured estimates" if args.measured else "")
     lines = heading(title, command + (" --measured FOLDER" if args.measured else ""))
-    lines += [f"The budget is midway between all-low and all-high. `qp` has {args.limit:g} units of work for its proof, "
-              "of about a second each. HiGHS on the whole program, in the paper's linearisation and in Glover's compact "
-              f"one, has {args.losers:g} s after a local search, and so has SCIP on the quadratic program as it stands. Gaps "
-              "are the value of qp's plan minus the proven bound, in % of that value; at 0.0001 a plan counts as "
-              "proven. *Worse by* is in % of it too, *exhaustive* is the plan's value minus the least of all plans. "
-              f"The paper's form is left out above {MOST_PRODUCTS:,} products.", ""]
+    lines += [f"The budget is midway between all-low and all-high. `qp` has a work limit of {args.limit:g}, about as "
+              "many seconds, for its proof. HiGHS on the whole program, in the paper's linearisation and in Glover's "
+              f"compact one, has {args.losers:g} s after a local search, and so has SCIP on the quadratic program as "
+              "it stands. Gaps are the value of qp's plan minus the proven bound, in % of that value; at 0.0001 a plan "
+              "counts as proven. *Worse by* is in % of it too, *exhaustive* is the plan's value minus the least of all "
+              f"plans. The paper's form is left out above {MOST_PRODUCTS:,} products.", ""]
     if not args.measured:
         lines += ["Random programs: the mean absolute row sum of the pair terms is 1 (moderate) or 5 (strong) standard "
                   "deviations of the linear terms; pair terms are a Gram matrix (positive semidefinite, but for the "

@@ -102,7 +102,11 @@ def write_report(work: Path, text_windows: int, name: str) -> None:
         lines += [f"## {backend}", "", *uniform_lines(board, text_windows)]
         for setting in board.settings:
             lines += [f"### {setting}", "", *setting_table(board, setting)]
-        lines += ["### Against the line of uniforms, and the paper's protocol where it was played", "", *against(board)]
+        lines += ["### Against the line of uniforms, and the paper's protocol where it was played", "",
+                  "Bold: better by more than three standard errors.", ""]
+        for text, part in (("Both texts", slice(None)), ("Wikipedia", slice(text_windows)),
+                           ("C4", slice(text_windows, None))):
+            lines += [f"{text}:", "", *against(board, part)]
         draw(board, RESULTS / f"{name}-{backend}.png")
         lines += [f"![NLL above the best plan against forwards, {backend}]({name}-{backend}.png)", ""]
     write(f"{name}.md", lines)
@@ -142,7 +146,8 @@ def setting_table(board: Board, setting: str) -> list[str]:
     return table(["method", "forwards", *(f"{b:g} bits" for b in budgets), "regret", "sd"], rows)
 
 
-def against(board: Board) -> list[str]:
+def against(board: Board, part: slice) -> list[str]:
+    """Differences over a part of the windows."""
     rows = []
     for setting in board.settings:
         for method in board.methods(setting):
@@ -153,13 +158,12 @@ def against(board: Board) -> list[str]:
                 if windows is None:
                     continue
                 line = board.line(board.plans(setting, method, budget)[0].nbytes)
-                cells += ["" if paper is None else starred(windows - paper), starred(windows - line)]
+                cells += ["" if paper is None else starred((windows - paper)[part]), starred((windows - line)[part])]
             if len(cells) == 4:
                 forwards = next(r.forwards for r in board.rows if (r.setting, r.method) == (setting, method))
                 rows.append([setting, method, f"{forwards:.1f}", *cells])
     header = [told for budget in AIMS[board.backend] for told in (f"{budget:g} bits, minus paper", "minus line")]
-    return ["Bold: better by more than three standard errors.", "",
-            *table(["setting", "method", "forwards", *header], rows)]
+    return table(["setting", "method", "forwards", *header], rows)
 
 
 def starred(difference: FloatArray) -> str:
