@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +17,10 @@ from impq_core.files import write_text
 from impq_core.ledger import Ledger
 from impq_core.model.bank import Assignment, Bank
 from impq_core.model.blockwise import BlockwiseModel
+from impq_core.model.cache import Shelf
 from impq_core.model.text import Windows
 from impq_core.references import first_last_high, random_plan
-from impq_core.space import Choice, FloatArray, SearchSpace
+from impq_core.space import Choice, FloatArray, LayerSpec, SearchSpace
 from impq_core.types import Plan
 
 RANDOM_PLANS = 3
@@ -57,6 +59,15 @@ class Score:
     def perplexity_stderr(self) -> float:
         """By the delta method: perplexity times the standard error of the NLL."""
         return self.perplexity * self.stderr
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {"window_nll": self.window_nll.tolist(), "kl": self.kl, "top1": self.top1}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Score:
+        """What ``to_dict`` gave; KeyError, TypeError or ValueError where it did not."""
+        return cls(np.array(data["window_nll"], float), float(data["kl"]), float(data["top1"]))
 
     def minus(self, other: Score) -> tuple[float, float]:
         """This NLL minus another on the same windows, nats per token, and its standard error paired over windows."""
@@ -139,18 +150,46 @@ class ScoreLog(Ledger):
     def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
         super().__init__(path, "impq-scores/1", header)
         try:
-            self.scores = {
-                row["widths"]: Score(np.array(row["window_nll"], float), float(row["kl"]), float(row["top1"]))
-                for row in self.known}
+            self.scores = {row["widths"]: Score.from_dict(row) for row in self.known}
         except (KeyError, TypeError, ValueError) as error:
             self.close()
             raise ImpqError(f"{path} holds a line that is no score ({type(error).__name__}: {error})") from error
 
     def add(self, widths: str, score: Score) -> None:
         """Add a score; it is on the disk when this returns."""
-        self.append({"widths": widths, "window_nll": score.window_nll.tolist(), "kl": score.kl, "top1": score.top1})
+        self.append({"widths": widths, **score.to_dict()})
         self.sync()
         self.scores[widths] = score
+
+
+@dataclass(frozen=True, eq=False)
+class KeptScores:
+    """Scores of earlier runs on the same text, beside the variants they are scores of.
+
+    Args:
+        shelf: of the variants.
+        digest: of the text's tokens.
+        layers: of the bank.
+    """
+
+    shelf: Shelf
+    digest: str
+    layers: Sequence[LayerSpec]
+
+    def get(self, assignment: Assignment) -> Score | None:
+        """The score of an allocation; None where no run has measured it."""
+        found = self.shelf.recall(self._name(assignment))
+        return Score.from_dict(found) if found else None
+
+    def put(self, assignment: Assignment, score: Score) -> None:
+        """Keep a score for other runs."""
+        self.shelf.remember(self._name(assignment), score.to_dict())
+
+    def _name(self, assignment: Assignment) -> str:
+        """By linears, which are the same at any granularity."""
+        widths = sorted((linear.name, str(choice), choice.group_size if choice else 0)
+                        for layer, choice in zip(self.layers, assignment, strict=True) for linear in layer.linears)
+        return "score-" + hashlib.sha256(json.dumps([self.digest, widths]).encode()).hexdigest()[:20]
 
 
 class Evaluator:
@@ -161,16 +200,18 @@ class Evaluator:
         bank: its variants.
         windows: held-out text.
         log: where scores go before they are returned, and where earlier ones come from.
+        kept: where those of other runs come from and go to.
     """
 
-    def __init__(self, runner: BlockwiseModel, bank: Bank, windows: Windows, log: ScoreLog | None = None) -> None:
-        self._runner, self._bank, self._ids, self._log = runner, bank, windows.ids, log
+    def __init__(self, runner: BlockwiseModel, bank: Bank, windows: Windows, log: ScoreLog | None = None,
+                 kept: KeptScores | None = None) -> None:
+        self._runner, self._bank, self._ids, self._log, self._kept = runner, bank, windows.ids, log, kept
         self._embedded = runner.embed(windows.ids)
         self._layers_of_block = [[i for i, layer in enumerate(bank.layers) if layer.block == b]
                                  for b in range(len(runner))]
         self._scores: dict[str, Score] = log.scores if log else {}
         # Made now, while the model is what it was loaded as, unless all that will be asked for may be known already.
-        self._reference = None if self._scores else self._run([None] * len(bank.layers))
+        self._reference = None if self._scores or kept else self._run([None] * len(bank.layers))
 
     def _run(self, assignment: Assignment) -> list[Any]:
         def switch(block: int) -> None:
@@ -183,7 +224,10 @@ class Evaluator:
         thousands of times less memory than the logits would. An allocation is scored once."""
         key = " ".join(f"{choice}/{choice.group_size}" if choice else "-" for choice in assignment)
         if key not in self._scores:
-            score = self._measure(assignment)
+            known = self._kept.get(assignment) if self._kept else None
+            score = known or self._measure(assignment)
+            if self._kept and not known:
+                self._kept.put(assignment, score)
             if self._log:
                 self._log.add(key, score)
             self._scores[key] = score

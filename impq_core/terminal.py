@@ -253,12 +253,12 @@ def plans_table(made: Sequence[Planned]) -> Table:
 def shelves_table(found: Sequence[Shelf]) -> Table:
     """What ``impq cache`` prints."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("model", "backend", "options", "variants", "MB", "last used", "folder"):
-        table.add_column(name, justify="right" if name in ("variants", "MB") else "left", overflow="fold")
+    for name in ("model", "backend", "options", "variants", "scores", "MB", "last used", "folder"):
+        table.add_column(name, justify="right" if name in ("variants", "scores", "MB") else "left", overflow="fold")
     for shelf in found:
         options = ", ".join(f"{key}={value}" for key, value in shelf.about.get("options", {}).items())
         table.add_row(str(shelf.about.get("model")), str(shelf.about.get("backend")).split(".")[0], options,
-                      str(shelf.count), f"{shelf.nbytes / 1e6:.1f}",
+                      str(shelf.count), str(shelf.facts), f"{shelf.nbytes / 1e6:.1f}",
                       time.strftime("%Y-%m-%d %H:%M", time.localtime(shelf.used)), str(shelf.folder))
     return table
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,11 @@ import torch
 
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError
+from impq_core.evaluate import Evaluator, Score
 from impq_core.files import write_text
 from impq_core.hookspecs import hookimpl
 from impq_core.interfaces import Variant
+from impq_core.model.bank import Assignment
 from impq_core.model.cache import shelves
 from impq_core.plugins import Plugins
 from impq_core.runs import pipeline
@@ -74,7 +77,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_that_was_cut_anywhere_ends_as_if_it_had_not_been(case: str, tiny_config: RunConfig) -> None:
+def test_a_run_that_was_cut_anywhere_ends_as_if_it_had_not_been(case: str, tiny_config: RunConfig,
+                                                                cache: Path) -> None:
     config = replace(tiny_config, cache=case != "spqe", **CASES[case])
     uncut = run(config)
     whole = outcome(uncut.folder)
@@ -84,6 +88,8 @@ def test_a_run_that_was_cut_anywhere_ends_as_if_it_had_not_been(case: str, tiny_
     if config.estimator in ("aumann-shapley", "hawq"):
         stages.remove(("estimate", 3))
     for stage, done in stages:
+        for score in cache.rglob("score-*.json"):  # or there would be nothing to cut
+            score.unlink()
         folder = cut(config, stage, done)
         assert (folder / "error.txt").exists()
         result = resume(folder, plugins(config))
@@ -234,6 +240,44 @@ def test_damaged_variants_are_made_anew(tiny_config: RunConfig, quantized: list[
         assert outcome(run(tiny_config).folder) == whole
     assert len(quantized) == 3 and len([w for w in warned if "damaged" in str(w.message)]) == 2
     assert outcome(run(tiny_config).folder) == whole and len(quantized) == 3
+
+
+@pytest.fixture
+def scored(monkeypatch: pytest.MonkeyPatch) -> list[Assignment]:
+    """Allocations that the model was run under for a score."""
+    made: list[Assignment] = []
+    measure = Evaluator._measure
+
+    def count(self: Evaluator, assignment: Assignment) -> Score:
+        made.append(assignment)
+        return measure(self, assignment)
+
+    monkeypatch.setattr(Evaluator, "_measure", count)
+    return made
+
+
+def test_nothing_is_scored_twice(tiny_config: RunConfig, scored: list[Assignment]) -> None:
+    def count(config: RunConfig) -> tuple[int, bytes]:
+        del scored[:]
+        folder = run(config).folder
+        return len(scored), (folder / "evaluation.json").read_bytes()
+
+    every, whole = count(tiny_config)
+    assert every > 5
+    assert count(tiny_config) == (0, whole)
+    assert count(replace(tiny_config, cache=False)) == (every, whole)
+    finer, _ = count(replace(tiny_config, granularity="group"))
+    assert 0 < finer <= every - 3  # the uniform models and the unquantized one are the same
+    other, _ = count(replace(tiny_config, evaluation=replace(tiny_config.evaluation, windows=3)))
+    assert other == every
+    [shelf] = shelves()
+    files = sorted(shelf.folder.glob("score-*.json"))
+    assert len(files) == shelf.facts == 2 * every + finer
+    for file, damage in zip(files, itertools.cycle(('"kl": 1', "{", "[]")), strict=False):
+        file.write_text(file.read_text().replace('"kl": ', damage) if "kl" in damage else damage)
+    with pytest.warns(RuntimeWarning, match="is damaged and made anew"):
+        assert count(tiny_config) == (every, whole)
+    assert count(tiny_config) == (0, whole)
 
 
 @pytest.mark.parametrize("broken", ["a file", "full"])

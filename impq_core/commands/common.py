@@ -75,7 +75,8 @@ def run_options(several: bool = False) -> Callable[[Command], Command]:
         click.option("--output", help="Folder that run folders are made in [impq-runs]."),
         tracking_option,
         click.option("--experiment", help="MLflow experiment [impq]."),
-        click.option("--cache/--no-cache", default=None, help="Keep variants in the cache for another time [yes]."),
+        click.option("--cache/--no-cache", default=None, help="Keep variants and scores in the cache for another "
+                                                               "time [yes]."),
         click.option("--trust-remote-code", is_flag=True, default=None,
                      help="Let transformers run the model's own code."),
         part_options, plugin_option]

@@ -61,7 +61,7 @@ def new(name: str, kinds: tuple[str, ...]) -> None:
 @click.group(invoke_without_command=True)
 @click.pass_context
 def cache(context: click.Context) -> None:
-    """List what is kept of quantized variants; 'impq cache prune' deletes."""
+    """List what is kept of quantized variants and their held-out scores; 'impq cache prune' deletes."""
     from impq_core.model.cache import shelves
     from impq_core.model.demo import cache_folder
     from impq_core.terminal import make_console, shelves_table
@@ -80,7 +80,7 @@ def cache(context: click.Context) -> None:
 @click.option("--model", help="Those of this model.")
 @click.option("--all", "everything", is_flag=True, help="All.")
 def prune(older_than: float | None, model: str | None, everything: bool) -> None:
-    """Delete variants from the cache."""
+    """Delete variants and their scores from the cache."""
     import time
 
     from impq_core.model.cache import shelves

@@ -1,4 +1,5 @@
-"""Variants on disk, found by what they were made of, so that nothing is quantized twice."""
+"""Variants, and what held-out text says of them, on disk: found by what they were made of, so that nothing is
+quantized or scored twice."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shelf:
-    """The variants of one model by one backend: a file for each linear at each width.
+    """The variants of one model by one backend, a file for each linear at each width, and facts about them.
 
     Args:
         folder: where they are.
@@ -43,6 +44,11 @@ class Shelf:
     def count(self) -> int:
         """Variants on it."""
         return sum(1 for _ in self.folder.glob("*.safetensors"))
+
+    @property
+    def facts(self) -> int:
+        """Facts on it."""
+        return sum(1 for _ in self.folder.glob("*.json")) - 1  # about.json is none
 
     @property
     def used(self) -> float:
@@ -76,14 +82,38 @@ class Shelf:
 
         tensors = {name: tensor.contiguous() for name, tensor in variant.tensors.items()}
         facts = json.dumps({"record": dict(variant.record), "sha256": _digest(tensors)})
+        self._write(self._file(linear, variant.choice), save(tensors, metadata={"impq": facts}))
+
+    def recall(self, name: str) -> dict[str, Any] | None:
+        """What was remembered under a name; None where nothing was, or it is damaged, which is said in a warning."""
+        path = self.folder / f"{name}.json"
+        try:
+            kept = json.loads(path.read_text())
+            if kept["sha256"] != _digest_of(kept["fact"]):
+                raise ValueError("it is not what was written")
+        except FileNotFoundError:
+            return None
+        except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+            warnings.warn(f"{path} is damaged and made anew: {' '.join(str(error).split())[:120]}", RuntimeWarning,
+                          stacklevel=2)
+            return None
+        found: dict[str, Any] = kept["fact"]
+        return found
+
+    def remember(self, name: str, fact: Mapping[str, Any]) -> None:
+        """Keep plain data about the variants, whole or not at all; a disk that does not take it is a warning."""
+        self._write(self.folder / f"{name}.json",
+                    json.dumps({"fact": fact, "sha256": _digest_of(fact)}).encode())
+
+    def _write(self, path: Path, data: bytes) -> None:
         try:
             if not (self.folder / "about.json").exists():  # without it nobody would list or delete the shelf
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_text(self.folder / "about.json", json.dumps(self.about, indent=1) + "\n")
-            replace_file(self._file(linear, variant.choice), save(tensors, metadata={"impq": facts}))
+            replace_file(path, data)
         except OSError as error:
             warnings.warn(f"variants are not kept for another time: {self.folder}: {error.strerror}", RuntimeWarning,
-                          stacklevel=2)
+                          stacklevel=3)
 
     def touch(self) -> None:
         """Remember that it is in use."""
@@ -103,8 +133,7 @@ class Shelf:
 
 def shelf_for(about: Mapping[str, Any]) -> Shelf:
     """The place of variants that are made of this, in the user's cache; raises ImpqError where there is no cache."""
-    name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:20]
-    return Shelf(cache_folder() / "variants" / name, about)
+    return Shelf(cache_folder() / "variants" / _digest_of(about)[:20], about)
 
 
 def shelves() -> list[Shelf]:
@@ -117,6 +146,10 @@ def shelves() -> list[Shelf]:
             about = {}
         found.append(Shelf(file.parent, about if isinstance(about, dict) else {}))
     return sorted(found, key=lambda shelf: -shelf.used)
+
+
+def _digest_of(fact: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fact, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(tensors: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError
-from impq_core.evaluate import Evaluation, Evaluator, ScoreLog, evaluate_plan
+from impq_core.evaluate import Evaluation, Evaluator, KeptScores, ScoreLog, evaluate_plan
 from impq_core.files import write_text
 from impq_core.game.model_game import ModelGame
 from impq_core.game.probe import ModelProbe
@@ -156,21 +156,35 @@ def load_runner(prepared: Prepared) -> BlockwiseModel:
 
 def quantize_all(prepared: Prepared, runner: BlockwiseModel, progress: Callable[[int, int], None]) -> Bank:
     """Store every layer at every width of the menu and between; the model must stand at its own weights."""
-    between = [choice for choice, _ in prepared.between]
-    return _fill(prepared, runner, prepared.space, prepared.parts.backend, between, progress)
+    return _fill(prepared, runner, prepared.space, prepared.parts.backend, _deployed_menus(prepared), progress)
 
 
 def quantize_played(prepared: Prepared, runner: BlockwiseModel, progress: Callable[[int, int], None]) -> Bank:
     """The same for the variants that are measured, where ``estimate_with`` makes them."""
     backend = prepared.parts.estimate_with or prepared.parts.backend
-    return _fill(prepared, runner, prepared.played, backend, [], progress)
+    return _fill(prepared, runner, prepared.played, backend, _menus(prepared.played), progress)
+
+
+def make_evaluator(prepared: Prepared, runner: BlockwiseModel, bank: Bank, log: ScoreLog) -> Evaluator:
+    """Who scores plans with the deployed backend's variants, and knows the scores of other runs."""
+    shelf = _shelf(prepared, prepared.parts.backend, _deployed_menus(prepared))
+    kept = KeptScores(shelf, prepared.evaluation.digest, bank.layers) if shelf else None
+    return Evaluator(runner, bank, prepared.evaluation, log, kept)
+
+
+def _deployed_menus(prepared: Prepared) -> list[list[Choice]]:
+    return _menus(prepared.space, [choice for choice, _ in prepared.between])
+
+
+def _menus(space: SearchSpace, between: Sequence[Choice] = ()) -> list[list[Choice]]:
+    """Widest first, for every layer."""
+    menu = sorted([*space.choices, *between], reverse=True)
+    return [menu] * len(space) + [[pin.choice] if pin.choice else [] for pin in space.pinned]
 
 
 def _fill(prepared: Prepared, runner: BlockwiseModel, space: SearchSpace, backend: Backend,
-          between: Sequence[Choice], progress: Callable[[int, int], None]) -> Bank:
+          menus: Sequence[Sequence[Choice]], progress: Callable[[int, int], None]) -> Bank:
     bank = Bank(runner.model, space.everyone, backend, resolve_dtype(prepared.config.dtype))
-    menu = sorted([*space.choices, *between], reverse=True)
-    menus = [menu] * len(space) + [[pin.choice] if pin.choice else [] for pin in space.pinned]
     hidden = None
     if backend.needs:
         assert prepared.calibration is not None
@@ -222,10 +236,9 @@ def _carry_out(prepared: Prepared, plugins: Plugins, folder: RunFolder, only_est
             with clock.stage("refine"):
                 search, refined = _refine(prepared, plugins, folder, runner, bank, search)
         with clock.stage("evaluate"), closing(score_log(prepared, folder.scores)) as log:
-            evaluator = Evaluator(runner, bank, prepared.evaluation, log)
             assert search.plan is not None
-            evaluation = evaluate_plan(evaluator, search.plan, prepared.between, prepared.evaluation,
-                                       prepared.config.seed, report(plugins, "evaluate"))
+            evaluation = evaluate_plan(make_evaluator(prepared, runner, bank, log), search.plan, prepared.between,
+                                       prepared.evaluation, prepared.config.seed, report(plugins, "evaluate"))
             evaluation.save(folder.evaluation)
     forwards = refined + (search.estimate.forwards if search.estimate else 0.0)
     folder.write_json(folder.cost, {"forwards": forwards, "seconds": clock.seconds})

@@ -28,6 +28,7 @@ from impq_core.runs.pipeline import (
     allocate,
     keep_estimate,
     load_runner,
+    make_evaluator,
     make_folder,
     playing,
     quantize_all,
@@ -117,7 +118,7 @@ def _one_backend(children: list[_Child], plugins: Plugins, folder: RunFolder, do
     if apart:
         bank = quantize_all(first, runner, report(plugins, "quantize"))
     with closing(score_log(first, folder.path / f"scores-{first.config.backend}.jsonl")) as log:
-        evaluator = Evaluator(runner, bank, first.evaluation, log)
+        evaluator = make_evaluator(first, runner, bank, log)
         for child, search in found:
             _finish(child, search, evaluator, plugins, folder, bank)
             done.append({"run": child.name})
