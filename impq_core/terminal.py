@@ -97,7 +97,8 @@ class ConsoleReporter:
             return
         gap = "" if plan.gap is None or plan.predicted_loss is None else f", proven within {plan.gap:.2g}"
         if plan.predicted_loss is not None:
-            self._say(f"plan by {plan.method}: predicted cost {plan.predicted_loss:.4f} nats per token{gap}")
+            unit = "nats per token" if plan.nats else "in no unit, of an estimate that only ranks"
+            self._say(f"plan by {plan.method}: predicted cost {plan.predicted_loss:.4f} {unit}{gap}")
 
     @hookimpl
     def impq_run_finished(self, result: RunResult) -> None:
@@ -222,16 +223,17 @@ def fit_table(fits: Fits) -> Table:
         if one.validation is None:
             table.add_row(one.surrogate, "", "", "", one.problem)
         else:
-            v = one.validation
-            table.add_row(one.surrogate, f"{v.error:.4f}", f"{100 * v.misordered:.1f}%", f"{100 * v.explained:.1f}%",
-                          str(one.file))
+            v, told = one.validation, one.estimate is None or one.estimate.nats
+            table.add_row(one.surrogate, f"{v.error:.4f}" if told else "", f"{100 * v.misordered:.1f}%",
+                          f"{100 * v.explained:.1f}%" if told else "", str(one.file))
     if math.isnan(fits.game.loss):
         table.title = "how far the game is from additive: too few measurements to tell"
     else:
         table.title = (f"of the variance among equally many demotions, {100 * fits.game.loss:.1f}% is of order two and "
                        f"above, {100 * fits.game.linked:.1f}% behind the best saturating or growing curve")
     table.caption = ("of permutations left out: root mean square error in nats per token; pairs of equally many "
-                     "demotions in the wrong order (50% is a guess); variance among such explained")
+                     "demotions in the wrong order (50% is a guess); variance among such explained; empty where a "
+                     "surrogate forecasts no loss")
     return table
 
 
@@ -245,8 +247,8 @@ def plans_table(made: Sequence[Planned]) -> Table:
         table.add_row(one.budget, f"{space.nominal_bits(plan.nbytes):.3f}", f"{space.bits_per_weight(plan.nbytes):.3f}",
                       f"{plan.nbytes / 1e6:.2f}", "" if plan.predicted_loss is None else f"{plan.predicted_loss:.4f}",
                       "" if plan.gap is None else f"{plan.gap:.2g}", width_counts(plan), one.file.name)
-    table.caption = (f"files in {made[0].file.parent}; predicted cost in nats per token above the widest model, not "
-                     "measured")
+    unit = "in nats per token above the widest model" if made[0].plan.nats else "of an estimate that only ranks"
+    table.caption = f"files in {made[0].file.parent}; predicted cost {unit}, not measured"
     return table
 
 

@@ -132,7 +132,8 @@ class SensitivityEstimate:
     """What an allocator reads: the predicted cost of every choice, alone and in pairs.
 
     ``score(q) = sum_i linear[i, q_i] + sum_{i<j} pairwise[i, q_i, j, q_j]``, which is the predicted loss in nats per
-    token, or, with a link, grows with it: the pick of least score is the pick of least loss.
+    token, or, with a link, grows with it: the pick of least score is the pick of least loss. An estimate that only
+    ranks has scores of no unit.
 
     Args:
         space: the space it is an estimate of.
@@ -143,6 +144,7 @@ class SensitivityEstimate:
             a loss.
         method: who made it, such as ``spqe + covariance``.
         forwards: what it cost, in full-model forwards.
+        nats: false where scores only rank picks, and are no losses.
     """
 
     space: SearchSpace
@@ -152,6 +154,7 @@ class SensitivityEstimate:
     method: str = ""
     forwards: float = 0.0
     link: FloatArray | None = None
+    nats: bool = True
 
     def __post_init__(self) -> None:
         n, m = self.space.nbytes.shape
@@ -227,7 +230,8 @@ class SensitivityEstimate:
         with np.load(path, allow_pickle=False) as data:
             return cls(SearchSpace.from_dict(json.loads(str(data["space"]))), data["linear"],
                        data.get("pairwise"), data.get("stderr"),
-                       str(data["method"]), float(data["forwards"]), data.get("link"))
+                       str(data["method"]), float(data["forwards"]), data.get("link"),
+                       bool(data["nats"]) if "nats" in data else True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,6 +246,7 @@ class Plan:
         bound: proven lower bound of that prediction over all picks in the budget; None where nothing was proven.
         method: who made it, such as ``qp``.
         provenance: names and digests that tell where it came from.
+        nats: false where the prediction is the score of an estimate that only ranks, and no loss.
     """
 
     FORMAT: ClassVar[str] = "impq-plan/1"
@@ -253,6 +258,7 @@ class Plan:
     bound: float | None = None
     method: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    nats: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pick", frozen(self.space.check_pick(self.pick)))
@@ -284,7 +290,7 @@ class Plan:
             "format": self.FORMAT, "bytes": self.nbytes, "budget_bytes": self.budget_bytes,
             "bits_nominal": round(self.space.nominal_bits(self.nbytes), 4),
             "bits_stored": round(self.space.bits_per_weight(self.nbytes), 4),
-            "predicted_loss": self.predicted_loss, "bound": self.bound, "method": self.method,
+            "predicted_loss": self.predicted_loss, "bound": self.bound, "nats": self.nats, "method": self.method,
             "provenance": dict(self.provenance), "layers": layers}, indent=1) + "\n")
 
     @classmethod

@@ -18,6 +18,7 @@ from impq_core.ledger import MeasurementLog
 from impq_core.plugins import Plugins
 from impq_core.runs.fit import fit_run
 from impq_core.runs.pipeline import RunResult, play, run
+from impq_core.terminal import console
 from impq_core.tracking.tracker import Tracker
 from impq_core.types import Measurements, Plan, SensitivityEstimate
 
@@ -91,6 +92,7 @@ def test_other_surrogates_are_fitted_without_the_model(result: RunResult, capsys
     assert {one.surrogate for one in fitted.values() if one.problem} <= {"coverage"}
     again = SensitivityEstimate.load(fitted["auto"].file)
     assert result.estimate is not None and again.method == result.estimate.method
+    assert result.estimate.nats and result.plan.nats and not fitted["covariance"].estimate.nats
     assert again.method.startswith("auto: ") and "misordered: additive" in again.method
     np.testing.assert_array_equal(again.linear, result.estimate.linear)
     [plain] = fit_run(str(result.folder), ["covariance"], {"alpha": "1"}, Plugins()).surrogates
@@ -120,6 +122,25 @@ BASELINES = {"isolated": 5, "coarse-to-fine": 17, "llm-mq": 6, "fisher": 6, "aum
              "activation": 2, "zscore": 0, "first-last": 0, "random": 0}
 """What they cost in forwards with 4 layers and 3 widths, looking at twice as many windows as the game has; played ones
 about so."""
+
+
+@pytest.mark.parametrize("changes", [{"estimator": "zscore"}, {"surrogate": "covariance"}])
+def test_a_score_is_not_called_a_loss(changes: dict[str, str], tiny_config: RunConfig,
+                                      capsys: pytest.CaptureFixture[str]) -> None:
+    from mlflow import MlflowClient
+
+    config = replace(tiny_config, options={}, **changes)
+    plugins = console()
+    plugins.watch(Tracker(config.tracking_uri, config.experiment))
+    result = run(config, plugins)
+    told = capsys.readouterr().out
+    assert "in no unit, of an estimate that only ranks" in told and "nats per token, proven" not in told
+    assert not result.plan.nats and json.loads((result.folder / "plan.json").read_text())["nats"] is False
+    assert not SensitivityEstimate.load(result.folder / "estimate.npz").nats
+    client = MlflowClient(config.tracking_uri)
+    [kept] = client.search_runs([client.get_experiment_by_name(config.experiment).experiment_id])
+    assert kept.data.metrics["predicted_score"] == result.plan.predicted_loss
+    assert not {"predicted_loss", "surrogate_error"} & set(kept.data.metrics)
 
 
 @pytest.mark.parametrize("estimator", BASELINES)

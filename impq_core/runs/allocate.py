@@ -58,7 +58,7 @@ def allocate_run(run: str | Path, budgets: Sequence[str], surrogate: str | None 
     for one, part, size in zip(every, parts, sizes, strict=True):
         estimate = part.surrogate.fit(measurements) if measurements else folder.read_estimate()
         plan = part.allocator.allocate(estimate.on(space), size)
-        plan = replace(plan, provenance={"run": str(folder.path), "estimate": estimate.method})
+        plan = replace(plan, nats=estimate.nats, provenance={"run": str(folder.path), "estimate": estimate.method})
         size_name = one.budget.replace("%", "percent")
         name = re.sub(r"[^\w.]+", "-", f"{config.allocator}-{surrogate or 'estimate'}-{size_name}")
         file = folder.path / "plans" / f"{name}.json"

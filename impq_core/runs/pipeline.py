@@ -326,7 +326,7 @@ def keep_estimate(plugins: Plugins, folder: RunFolder, estimate: SensitivityEsti
 def allocate(prepared: Prepared, estimate: SensitivityEstimate) -> Plan:
     """The plan of a run's allocator, with its provenance."""
     plan = prepared.parts.allocator.allocate(estimate.on(prepared.space), prepared.budget_bytes)
-    return replace(plan, provenance={**prepared.provenance, "estimate": estimate.method})
+    return replace(plan, nats=estimate.nats, provenance={**prepared.provenance, "estimate": estimate.method})
 
 
 def _refine(prepared: Prepared, plugins: Plugins, folder: RunFolder, runner: BlockwiseModel, bank: Bank,

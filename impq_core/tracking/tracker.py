@@ -173,7 +173,8 @@ class Tracker:
     def impq_plan_ready(self, plan: Plan) -> None:
         """Size and prediction of the plan."""
         numbers = {"bytes": plan.nbytes, "bits_nominal": plan.space.nominal_bits(plan.nbytes),
-                   "bits_stored": plan.space.bits_per_weight(plan.nbytes), "predicted_loss": plan.predicted_loss,
+                   "bits_stored": plan.space.bits_per_weight(plan.nbytes),
+                   "predicted_loss" if plan.nats else "predicted_score": plan.predicted_loss,
                    "optimality_gap": plan.gap}
         self._metrics({name: value for name, value in numbers.items() if value is not None})
 

@@ -15,7 +15,7 @@ class LlmMq(Inspector):
     """LLM-MQ (NeurIPS 2023 ENLSP): ``s_{i,b} = |g_i . (W_i - Q_b(W_i))|``, first order, at the unquantized weights.
     The inner product can cancel, so its absolute value is taken per window and averaged over windows.
 
-    The cost of a choice is its score minus the reference's, and never less than zero.
+    The cost of a choice is its score minus the reference's, and never less than zero; it ranks, and is no loss.
     """
 
     needs = frozenset({"gradients"})
@@ -24,7 +24,7 @@ class LlmMq(Inspector):
         """One backward a window: three forwards in all."""
         scores = np.abs(probe.slopes()).mean(axis=0)
         linear = np.maximum(scores - scores[:, :1], 0.0)
-        return SensitivityEstimate(probe.space, linear, method="llm-mq", forwards=probe.forwards)
+        return SensitivityEstimate(probe.space, linear, method="llm-mq", forwards=probe.forwards, nats=False)
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ from impq_core.types import SensitivityEstimate
 
 def from_importance(space: SearchSpace, importance: FloatArray, method: str,
                     forwards: float = 0.0) -> SensitivityEstimate:
-    """An estimate from importances (n,), shifted so that the least is a small positive cost."""
+    """An estimate in no unit from importances (n,), shifted so that the least is a small positive cost."""
     spread = float(importance.max() - importance.min()) or 1.0
     cost = (importance - importance.min()) / spread + 1e-3
     distortion = 4.0 ** -np.array([choice.bits for choice in space.choices])
     relative = (distortion - distortion[0]) / (distortion[-1] - distortion[0])
-    return SensitivityEstimate(space, cost[:, None] * relative, method=method, forwards=forwards)
+    return SensitivityEstimate(space, cost[:, None] * relative, method=method, forwards=forwards, nats=False)
 
 
 class Random(Inspector):

@@ -59,7 +59,8 @@ class Covariance(Surrogate):
     The players are width steps: q_(i,k) is 1 where layer i stands at choice k or narrower, so with two widths this is
     the paper's formula to the letter. The rows of C sum to zero, hence the objective equals
     ``(phi + diag C)'q + (1-alpha) q'Cq``, a mean-plus-variance rule; and a covariance of marginals is not an
-    interaction: for two players it is negative whatever the sign of their joint effect.
+    interaction: for two players it is negative whatever the sign of their joint effect. The objective ranks plans, and
+    is no loss.
     """
 
     Options = CovarianceOptions
@@ -76,7 +77,8 @@ class Covariance(Surrogate):
         linear, quadratic = paper_form(phi, covariance(values), self.options.alpha)
         return SensitivityEstimate(space, *from_quadratic(space, linear, quadratic),
                                    stderr=_stderr(marginals, replicates),
-                                   method=f"covariance(alpha={self.options.alpha:g})", forwards=measurements.forwards)
+                                   method=f"covariance(alpha={self.options.alpha:g})", forwards=measurements.forwards,
+                                   nats=False)
 
 
 def covariance(values: FloatArray) -> FloatArray:

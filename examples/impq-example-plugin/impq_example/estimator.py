@@ -19,7 +19,8 @@ class Options:
 
 
 class Example(Inspector):
-    """Cost of a choice: the squared error of the layer's weights there, above that of the widest choice.
+    """Cost of a choice: the squared error of the layer's weights there, above that of the widest choice: it ranks, and
+    is no loss.
 
     An ``Inspector`` only looks. An ``Estimator`` plays the game itself (``estimate(game, rng)``), and a ``Sampler``
     only measures, for a surrogate to fit (``sample(game, rng, drift)``).
@@ -37,4 +38,5 @@ class Example(Inspector):
                 size = float(weight.square().sum()) if self.options.relative else 1.0
                 for k, choice in enumerate(space.choices):
                     costs[i, k] += float((probe.variant(linear, choice) - weight).square().sum()) / size
-        return SensitivityEstimate(space, costs - costs[:, :1], method="example", forwards=probe.forwards)
+        return SensitivityEstimate(space, costs - costs[:, :1], method="example", forwards=probe.forwards,
+                                   nats=False)
