@@ -106,12 +106,17 @@ def games(aim: tuple[float, float]) -> tuple[Method, ...]:
     """What plays at length with the paper's players and menu."""
     top = aim[1:]
     return (Method("clado", budgets=aim),
-            Method("random", refine=("evolve", 100), budgets=top, seeds=3),
-            Method("spqe", {**TEN, "fresh": True}, ("covariance",), seeds=3, budgets=aim),
-            Method("spqe", TEN, ("covariance",), value="kl", budgets=aim),
             Method("spqe", {**TEN, "antithetic": True, "around": top[0]}, ("additive", "regression"), seeds=3,
                    budgets=top),
-            Method("spqe", {**PAPER, "settle": 0.02}, ("covariance",), budgets=top, aimed=True))
+            Method("random", refine=("evolve", 100), budgets=top, seeds=3),
+            Method("spqe", {**TEN, "fresh": True}, ("covariance",), seeds=3, budgets=aim),
+            Method("spqe", TEN, ("covariance",), value="kl", budgets=aim))
+
+
+def long(aim: tuple[float, float]) -> tuple[Method, ...]:
+    """Hundreds of forwards for each plan."""
+    return (Method("spqe", {**PAPER, "settle": 0.02}, ("covariance",), budgets=aim[1:], aimed=True),
+            Method("spqe", PAPER, ("covariance",), seeds=3, budgets=aim))
 
 
 def papers(aim: tuple[float, float]) -> tuple[Method, ...]:
@@ -139,10 +144,13 @@ SETTINGS = (  # the dear ones last: a run that is cut short has the others
     Setting("gptq", ALL, "block", LOW, (
         *FEW, *slopes(GPTQ), Method("spqe", {"permutations": 4}, ("covariance", "auto"), seeds=3, budgets=GPTQ))),
     Setting("gptq", (2.0, 4.0), "block", LOW, games(GPTQ)),
+    Setting("gptq", ALL, "linear", LOW, slopes(GPTQ)),
+    Setting("hqq", (3.0, 8.0), "block", HIGH, (*slopes(HQQ), *papers(HQQ), *games(HQQ))),
     Setting("gptq", ALL, "group", LOW, (
         replace(FINE, text=32), replace(WIDE, refine=("swaps", 60), budgets=(3.0,), game=16))),
-    Setting("gptq", ALL, "linear", LOW, (*slopes(GPTQ), replace(FINE, text=32))),
-    Setting("hqq", (3.0, 8.0), "block", HIGH, (*slopes(HQQ), *papers(HQQ), *games(HQQ))),
+    Setting("gptq", ALL, "linear", LOW, (replace(FINE, text=32),)),
+    Setting("gptq", (2.0, 4.0), "block", LOW, long(GPTQ)),
+    Setting("hqq", (3.0, 8.0), "block", HIGH, long(HQQ)),
 )
 MENUS = {"gptq": ALL, "hqq": (3.0, 4.0, 8.0)}
 """The widths that a backend's settings and uniform references are made of."""
