@@ -61,7 +61,7 @@ def new(name: str, kinds: tuple[str, ...]) -> None:
 @click.group(invoke_without_command=True)
 @click.pass_context
 def cache(context: click.Context) -> None:
-    """List what is kept of quantized variants and their held-out scores; 'impq cache prune' deletes."""
+    """List the variants and scores that are kept; 'impq cache prune' deletes."""
     from impq_core.model.cache import shelves
     from impq_core.model.demo import cache_folder
     from impq_core.terminal import make_console, shelves_table
