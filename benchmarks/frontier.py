@@ -149,9 +149,8 @@ SETTINGS = (  # the dear ones last: a run that is cut short has the others
     Setting("gptq", ALL, "group", LOW, (
         replace(FINE, text=32), replace(WIDE, refine=("swaps", 60), budgets=(3.0,), game=16))),
     Setting("gptq", ALL, "linear", LOW, (replace(FINE, text=32),)),
-    Setting("gptq", (2.0, 4.0), "block", LOW, long(GPTQ)),
-    Setting("hqq", (3.0, 8.0), "block", HIGH, long(HQQ)),
 )
+LONG = (Setting("gptq", (2.0, 4.0), "block", LOW, long(GPTQ)), Setting("hqq", (3.0, 8.0), "block", HIGH, long(HQQ)))
 MENUS = {"gptq": ALL, "hqq": (3.0, 4.0, 8.0)}
 """The widths that a backend's settings and uniform references are made of."""
 
@@ -340,9 +339,10 @@ def main() -> None:
     parser.add_argument("--only", default="", help="settings whose name contains this")
     parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--name", default="frontier", help="of the report in results/, of all rows that are in --work")
+    parser.add_argument("--long", action="store_true", help="also what takes hundreds of forwards for each plan")
     given = parser.parse_args()
     store = Store(given.work)
-    wanted = [setting for setting in SETTINGS if given.only in setting.name]
+    wanted = [setting for setting in (*SETTINGS, *(LONG if given.long else ())) if given.only in setting.name]
     for backend, settings in groupby(wanted, key=lambda setting: setting.backend):
         file = given.work / f"{backend}.rows.json"
         found = {key(row): row for row in (Row(**one) for one in json.loads(file.read_text()))} if file.exists() else {}
