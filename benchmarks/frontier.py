@@ -239,9 +239,11 @@ def measured(bench: Bench, config: RunConfig, store: Store,
     kinds = ((SensitivityEstimate, path.with_suffix(".estimate.npz")), (Measurements, path.with_suffix(".losses.npz")))
     found = [kind.load(file) if file.exists() else None for kind, file in kinds]
     if not any(found):
-        estimate, losses = bench.estimate(replace(config, surrogate="additive"), budget)
+        game = bench.game(config, budget)
+        made = Parts.build(replace(config, surrogate="additive"), bench.plugins).measure(
+            game, game.probe, np.random.default_rng(config.seed))
         put_back(bench)
-        found = [None, losses] if losses is not None else [estimate, None]
+        found = [made, None] if isinstance(made, SensitivityEstimate) else [None, made]
         for thing, (_, file) in zip(found, kinds, strict=True):
             if thing is not None:
                 thing.save(file)
