@@ -189,7 +189,7 @@ def draw(board: Board, path: Path) -> None:
     families = dict.fromkeys(family(row.method) for row in board.rows if row.setting != "uniform")
     signs = dict(zip((name for name in families if name != "random"), "o^vsDPX*<>hp", strict=False))
     colours = dict(zip(board.settings, COLOURS, strict=False))
-    figure = Figure(figsize=(6.4 * len(budgets), 5.2), layout="constrained", dpi=110)
+    figure = Figure(figsize=(6.4 * len(budgets), 5.6), layout="constrained", dpi=110)
     for axes, budget in zip(figure.subplots(1, len(budgets), squeeze=False)[0], budgets, strict=True):
         for setting, colour in colours.items():
             for method in board.methods(setting):
@@ -208,7 +208,7 @@ def draw(board: Board, path: Path) -> None:
         axes.set(xscale="log", title=f"{budget:g} nominal bits", xlim=(0.6, 2000),
                  ylim=(board.best(budget) - 0.05, max(line, board.best(budget)) + 0.6),
                  xlabel="forwards spent (none drawn at 0.7)", ylabel="held-out NLL, nats per token")
-        axes.legend(fontsize=7, loc="upper right", ncols=2, handles=[
-            *(Line2D([], [], marker="s", linestyle="", color=colour, label=name) for name, colour in colours.items()),
-            *(Line2D([], [], marker=sign, linestyle="", color="black", label=name) for name, sign in signs.items())])
+    figure.legend(fontsize=8, loc="outside lower center", ncols=6, handles=[
+        *(Line2D([], [], marker="s", linestyle="", color=colour, label=name) for name, colour in colours.items()),
+        *(Line2D([], [], marker=sign, linestyle="", color="black", label=name) for name, sign in signs.items())])
     figure.savefig(path)
