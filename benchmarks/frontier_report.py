@@ -206,7 +206,7 @@ def draw(board: Board, path: Path) -> None:
             axes.annotate("the paper's protocol", (paper[0].forwards, float(np.mean(paper[0].windows))), fontsize=8,
                           xytext=(-30, 14), textcoords="offset points", arrowprops={"arrowstyle": "-", "color": GREY})
         axes.set(xscale="log", title=f"{budget:g} nominal bits", xlim=(0.6, 2000),
-                 ylim=(board.best(budget) - 0.05, max(line, board.best(budget)) + 0.6),
+                 ylim=(board.best(budget) - 0.05, max([line, *(np.mean(row.windows) for row in paper)]) + 0.5),
                  xlabel="forwards spent (none drawn at 0.7)", ylabel="held-out NLL, nats per token")
     figure.legend(fontsize=8, loc="outside lower center", ncols=6, handles=[
         *(Line2D([], [], marker="s", linestyle="", color=colour, label=name) for name, colour in colours.items()),
