@@ -145,7 +145,7 @@ def row(kind: str, coupling: str, estimate: SensitivityEstimate, limit: float, l
         if form == "paper" and (n * (m - 1)) ** 2 / 2 > MOST_PRODUCTS:
             old.append("too large")
             continue
-        whole = plan(Options(time_limit=losers + alone / 20, linearization=form, starts=1)).bound
+        whole = plan(Options(time_limit=losers, linearization=form, starts=1)).bound
         old.append(share(None if whole is None else value - whole))
     try:
         found, bound = scip(estimate, budget, losers)
