@@ -1,7 +1,7 @@
 """How far programs scale: the allocator ``qp`` beside local search alone, HiGHS on the whole program, and SCIP.
 
-Random programs by default; with ``--measured FOLDER`` the estimates stored there (``*.npz`` as an estimate's ``save``
-writes them), whole and cut to their first layers.
+Random programs by default; with ``--measured`` the interaction matrices of ``fisher`` at three points of the real
+model, over single linears at 2, 3 and 4 bits, whole and cut to their first layers.
 """
 
 from __future__ import annotations
@@ -14,17 +14,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from common import heading, table, write
+from common import Bench, heading, table, write
 from impq_qp.local import search
 from impq_qp.program import Options, QuadraticProgram
 from impq_spqe.sampler import Options as SpqeOptions
 from impq_spqe.sampler import Spqe
 from impq_surrogates.shapley import Covariance
 
+from impq_core.config import RunConfig
 from impq_core.space import FloatArray, IntArray
 from impq_core.testing import PlantedGame, least_loss, planted_space
 from impq_core.types import Plan, SensitivityEstimate
 
+WORK = Path(__file__).parent / "kept" / "allocation"
+POINTS = (0.25, 0.5, 1.0)
+"""Of the path from all-widest to all-narrowest, where ``fisher`` reads its gradients."""
 SIZES = (16, 32, 64, 100, 224)
 MENUS = ((4.0, 2.0), (4.0, 3.0, 2.0))
 COUPLINGS = {"moderate": 1.0, "strong": 5.0}
@@ -78,11 +82,23 @@ def random_instances() -> Iterator[tuple[str, str, SensitivityEstimate]]:
         yield f"covariance of {permutations} planted", "", planted_covariance(0, 210, permutations)
 
 
-def measured_instances(folder: Path) -> Iterator[tuple[str, str, SensitivityEstimate]]:
-    for path in sorted(folder.glob("*.npz")):
-        estimate = SensitivityEstimate.load(path)
+def measured_estimates(work: Path) -> dict[str, SensitivityEstimate]:
+    """Made once, on all calibration windows, and kept in a folder."""
+    files = {f"fisher at {at:g}": work / f"fisher-{at:g}.npz" for at in POINTS}
+    if not all(file.exists() for file in files.values()):
+        config = RunConfig(tracking_uri="none", backend="gptq", bits=(2.0, 3.0, 4.0), granularity="linear")
+        bench = Bench.build(config)
+        work.mkdir(parents=True, exist_ok=True)
+        for at, file in zip(POINTS, files.values(), strict=True):
+            estimate, _ = bench.estimate(replace(config, estimator="fisher", options={"estimator": {"at": at}}))
+            estimate.save(file)
+    return {name: SensitivityEstimate.load(file) for name, file in files.items()}
+
+
+def measured_instances(work: Path) -> Iterator[tuple[str, str, SensitivityEstimate]]:
+    for name, estimate in measured_estimates(work).items():
         for n in sorted({*(n for n in SIZES if n < len(estimate.space)), len(estimate.space)}):
-            yield f"{path.stem}: {estimate.method}", "measured", first(estimate, n)
+            yield name, "measured", first(estimate, n)
 
 
 def scip(estimate: SensitivityEstimate, budget: int, seconds: float) -> tuple[float | None, float]:
@@ -159,7 +175,8 @@ def row(kind: str, coupling: str, estimate: SensitivityEstimate, limit: float, l
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--measured", type=Path, help="folder of stored estimates, in place of random programs")
+    parser.add_argument("--measured", action="store_true", help="matrices of the real model, in place of random ones")
+    parser.add_argument("--work", type=Path, default=WORK, help="where those are kept")
     parser.add_argument("--limit", type=float, default=60.0, help="qp's work_limit [60]")
     parser.add_argument("--losers", type=float, default=60.0, help="seconds for each of the others [60]")
     args = parser.parse_args()
@@ -167,7 +184,7 @@ def main() -> None:
     command = "python benchmarks/allocation.py" + "".join(
         f" --{key} {value:g}" for key, value in (("limit", args.limit), ("losers", args.losers)) if value != 60)
     title = "Programs that scale" + (", on measured estimates" if args.measured else "")
-    lines = heading(title, command + (" --measured FOLDER" if args.measured else ""))
+    lines = heading(title, command + (" --measured" if args.measured else ""))
     lines += [f"The budget is midway between all-low and all-high. `qp` has a work limit of {args.limit:g}, about as "
               "many seconds, for its proof. HiGHS on the whole program, in the paper's linearisation and in Glover's "
               f"compact one, has {args.losers:g} s after a local search, and so has SCIP on the quadratic program as "
@@ -179,8 +196,10 @@ def main() -> None:
                   "deviations of the linear terms; pair terms are a Gram matrix (positive semidefinite, but for the "
                   "blocks within layers) or normal and of either sign. *Planted* are covariances of SPQE's marginals "
                   "from that many permutations of a saturating game.", ""]
+    else:
+        lines += ["`fisher` on all 64 calibration windows, between GPTQ's variants of SmolLM2-135M's 210 linears.", ""]
     rows: list[list[str]] = []
-    for kind, coupling, estimate in measured_instances(args.measured) if args.measured else random_instances():
+    for kind, coupling, estimate in measured_instances(args.work) if args.measured else random_instances():
         rows.append(row(kind, coupling, estimate, args.limit, args.losers))
         print(*rows[-1], sep=" | ", flush=True)
     write(name, [*lines, *table(HEADER, rows)])

@@ -63,9 +63,9 @@ class Bench:
         return Bench(prepared, self.plugins, self.runner, bank, self.windows,
                      Evaluator(self.runner, bank, prepared.evaluation))
 
-    def game(self, config: RunConfig, budget_bytes: int | None = None) -> ModelGame:
-        """The game of a configuration, and its probe, on this model."""
-        calibration = self.prepared.calibration
+    def game(self, config: RunConfig, budget_bytes: int | None = None, text: Windows | None = None) -> ModelGame:
+        """The game of a configuration, and its probe, on this model; on other text than calibration's where given."""
+        calibration = text or self.prepared.calibration
         assert calibration is not None
         probe = ModelProbe(self.prepared.space, self.bank, self.runner,
                            calibration.first(config.probe_windows or config.game_windows), config.value,

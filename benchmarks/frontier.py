@@ -49,6 +49,7 @@ class Method:
         aimed: whether it is measured, not only fitted, for one budget at a time.
         game: windows that a loss is measured on; a forward over more than the setting's counts as so many more.
         text: windows that gradients are read on, counted likewise.
+        drawn: whether every seed has a text of its own; the first is the calibration text, as for all others.
     """
 
     estimator: str
@@ -62,6 +63,7 @@ class Method:
     aimed: bool = False
     game: int = GAME_WINDOWS
     text: int = GAME_WINDOWS
+    drawn: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,8 @@ ALL = (2.0, 3.0, 4.0)
 WIDE = Method("aumann-shapley", {"nodes": 2}, text=32)
 WIDEST = replace(WIDE, text=64)
 ISOLATED = Method("isolated")
-
-
 ONE = Method("aumann-shapley", {"nodes": 1})
+TWO = Method("aumann-shapley", {"nodes": 2})
 
 
 def slopes(aim: tuple[float, ...]) -> tuple[Method, ...]:
@@ -127,6 +128,11 @@ def papers(aim: tuple[float, float]) -> tuple[Method, ...]:
             Method("spqe", PAPER, ("covariance",), parts=(3, 10), budgets=aim))
 
 
+def drawn(aim: tuple[float, float], *methods: Method) -> tuple[Method, ...]:
+    """The same on three texts."""
+    return tuple(replace(method, seeds=3, drawn=True, budgets=aim) for method in methods)
+
+
 FINE = Method("coarse-to-fine", budgets=(3.0,), aimed=True)
 FEW = (ISOLATED, ONE, WIDE)
 GPTQ, HQQ = AIMS["gptq"], AIMS["hqq"]
@@ -149,6 +155,10 @@ SETTINGS = (  # the dear ones last: a run that is cut short has the others
     Setting("gptq", ALL, "group", LOW, (
         replace(FINE, text=32), replace(WIDE, refine=("swaps", 60), budgets=(3.0,), game=16))),
     Setting("gptq", ALL, "linear", LOW, (replace(FINE, text=32),)),
+    Setting("gptq", ALL, "group", LOW, drawn(GPTQ, ONE, TWO, WIDE, WIDEST, ISOLATED)),
+    Setting("gptq", ALL, "linear", LOW, drawn(GPTQ, ONE, TWO, WIDE, WIDEST)),
+    Setting("gptq", (2.0, 4.0), "block", LOW, drawn(GPTQ, *FEW, TWO)),
+    Setting("hqq", (3.0, 8.0), "block", HIGH, drawn(HQQ, *FEW, TWO)),
 )
 LONG = (Setting("gptq", (2.0, 4.0), "block", LOW, long(GPTQ)), Setting("hqq", (3.0, 8.0), "block", HIGH, long(HQQ)))
 MENUS = {"gptq": ALL, "hqq": (3.0, 4.0, 8.0)}
@@ -191,6 +201,8 @@ class Workshop:
     whole: Bench
     judge: ModelGame
     store: Store
+    texts: tuple[Windows, ...]
+    """Of one kind, disjoint and unseen by the judge: the calibration text, and others for other seeds."""
 
     @classmethod
     def build(cls, backend: str, bits: tuple[float, ...], store: Store) -> Workshop:
@@ -204,9 +216,12 @@ class Workshop:
         other = draw_windows(TextConfig(windows=256, seed=1), "calibration", model.tokenizer(),
                              model.skeleton().get_input_embeddings().num_embeddings)
         known = {row.tobytes() for row in prepared.calibration.ids}
-        fresh = [row for row in other.ids if row.tobytes() not in known][:TEXT_WINDOWS]
-        held = Windows(np.concatenate([prepared.evaluation.ids, np.stack(fresh)]), "two texts", "two texts")
-        return cls(whole, ModelGame(prepared.space, whole.bank, whole.runner, held), store)
+        fresh = np.stack([row for row in other.ids if row.tobytes() not in known])
+        held = Windows(np.concatenate([prepared.evaluation.ids, fresh[:TEXT_WINDOWS]]), "two texts", "two texts")
+        spare, size = fresh[TEXT_WINDOWS:], len(known)
+        others = [replace(other, ids=spare[at:at + size]) for at in range(0, len(spare) - size + 1, size)]
+        return cls(whole, ModelGame(prepared.space, whole.bank, whole.runner, held), store,
+                   (prepared.calibration, *others))
 
     def score(self, plan: Plan) -> FloatArray:
         """Held-out NLL (windows,) of a plan of any granularity."""
@@ -230,16 +245,18 @@ def put_back(bench: Bench) -> None:
     bench.bank.apply([None] * len(bench.bank.layers))
 
 
-def measured(bench: Bench, config: RunConfig, store: Store,
-             budget: int | None) -> tuple[SensitivityEstimate | None, Measurements | None]:
-    """What a configuration's estimator made of the model, or measured, now or earlier."""
+def measured(bench: Bench, config: RunConfig, store: Store, budget: int | None,
+             text: Windows) -> tuple[SensitivityEstimate | None, Measurements | None]:
+    """What a configuration's estimator made of the model, or measured, on a text, now or earlier."""
+    usual = bench.prepared.calibration
+    others = [text.digest] if usual is None or text.digest != usual.digest else []
     path = store.path(config.backend, config.bits, config.granularity, config.estimator,
                       dict(config.options.get("estimator", {})), config.value, config.seed, budget,
-                      config.game_windows, config.probe_windows)
+                      config.game_windows, config.probe_windows, *others)
     kinds = ((SensitivityEstimate, path.with_suffix(".estimate.npz")), (Measurements, path.with_suffix(".losses.npz")))
     found = [kind.load(file) if file.exists() else None for kind, file in kinds]
     if not any(found):
-        game = bench.game(config, budget)
+        game = bench.game(config, budget, text)
         made = Parts.build(replace(config, surrogate="additive"), bench.plugins).measure(
             game, game.probe, np.random.default_rng(config.seed))
         put_back(bench)
@@ -250,18 +267,20 @@ def measured(bench: Bench, config: RunConfig, store: Store,
     return found[0], found[1]
 
 
-def estimates(bench: Bench, base: RunConfig, method: Method, store: Store,
+def estimates(bench: Bench, base: RunConfig, method: Method, shop: Workshop,
               budget: int | None) -> Iterator[tuple[str, int, RunConfig, SensitivityEstimate]]:
     """Name, seed, configuration and estimate of everything that a method's measurements are good for."""
     for seed in range(method.seeds):
         options = {"estimator": dict(method.options)}
         config = replace(base, estimator=method.estimator, options=options, value=method.value, seed=seed,
                          game_windows=method.game, probe_windows=method.text)
-        estimate, losses = measured(bench, config, store, budget if method.aimed else None)
+        estimate, losses = measured(bench, config, shop.store, budget if method.aimed else None,
+                                    shop.texts[seed if method.drawn else 0])
         name = method.estimator + "".join(f" {k}={v}" for k, v in method.options.items())
         name += f", {method.value}" if method.value != "nll" else ""
         name += f" on {method.game} windows" if method.game != GAME_WINDOWS and not method.refine[0] else ""
         name += f", gradients of {method.text} windows" if method.text != GAME_WINDOWS else ""
+        name += f", {method.seeds} texts" if method.drawn else ""
         if losses is None:
             assert estimate is not None
             yield name, seed, config, estimate
@@ -292,7 +311,7 @@ def rows_of(shop: Workshop, setting: Setting) -> Iterator[Row]:
                  for budget in method.budgets or setting.budgets}
         one_by_one = method.aimed or "auto" in method.surrogates
         for group in ([budget] for budget in sizes) if one_by_one else [list(sizes)]:
-            for name, seed, config, estimate in estimates(bench, base, method, shop.store,
+            for name, seed, config, estimate in estimates(bench, base, method, shop,
                                                           sizes[group[0]] if one_by_one else None):
                 allocator = Parts.build(replace(config, options={"allocator": {"work_limit": 10.0}}),
                                         bench.plugins).allocator
