@@ -19,8 +19,41 @@ NEAR = 0.25
 CURVES = np.concatenate([1.0 / (1.0 + 10.0 ** np.linspace(-2.0, 2.0, 25)), -(10.0 ** np.linspace(-2.0, 1.0, 19))])
 """The largest loss over the ceilings c of the curves tried."""
 
+FEWEST_DRAWS = 5
+"""Independent draws that a standard error of a difference between surrogates is made of."""
+
 PAIR_GAMES, INDEPENDENT = 32, 1000
 """Random games of pairs, and at least so many independent picks, that tell what least squares takes for costs."""
+
+
+@dataclass(frozen=True, eq=False)
+class Ordering:
+    """Which pairs of measurements of one size (equally many steps down) were put in the wrong order. Sizes differ
+    trivially, and a plan has to choose among equals. Where the measurements know what budget plans are wanted for, only
+    sizes near it are here (``NEAR``).
+
+    Args:
+        wrong: (P,) 1 where the order is wrong, 0.5 where it was left open.
+        draws: int (P, 2) the independent draws of the two.
+    """
+
+    wrong: FloatArray
+    draws: IntArray
+
+    @property
+    def share(self) -> float:
+        """Of all pairs; 0.5 is a guess, NaN where there are none."""
+        return float(self.wrong.mean()) if len(self.wrong) else np.nan
+
+    def beyond(self, other: Ordering) -> tuple[float, float]:
+        """This share minus that of another surrogate for the same measurements, and the standard error of the
+        difference by the jackknife over independent draws; infinite where fewer than ``FEWEST_DRAWS`` tell."""
+        difference, names = self.wrong - other.wrong, np.unique(self.draws)
+        if len(names) < FEWEST_DRAWS:
+            return self.share - other.share, np.inf
+        left = np.array([difference[(self.draws != one).all(axis=1)].mean() for one in names])
+        spread = ((left - left.mean()) ** 2).sum() * (len(names) - 1) / len(names)
+        return float(difference.mean()), float(np.sqrt(spread))
 
 
 @dataclass(frozen=True)
@@ -29,16 +62,19 @@ class Validation:
 
     Args:
         error: root mean square error, nats per token.
-        misordered: share of pairs of measurements of one size (equally many steps down) that it puts in the wrong
-            order; 0.5 is a guess. Sizes differ trivially, and a plan has to choose among equals. Where the
-            measurements know what budget plans are wanted for, only sizes near it count (``NEAR``).
+        ordering: the pairs of measurements it puts in the wrong order.
         explained: share of the variance among measurements of one size that it explains; negative where it is worse
             than their mean. For an additive surrogate, 1 minus this is the share of interactions and noise.
     """
 
     error: float
-    misordered: float
+    ordering: Ordering
     explained: float
+
+    @property
+    def misordered(self) -> float:
+        """The share of those pairs."""
+        return self.ordering.share
 
 
 @dataclass(frozen=True)
@@ -150,18 +186,19 @@ def validate(fit: Callable[[Measurements], SensitivityEstimate], measurements: M
         guesses[held] = fit(measurements.part(kept)).predict(measurements.picks[held])
     told = np.intersect1d(_told(measurements), np.flatnonzero(near_budget(measurements)))
     size, losses, seen = measurements.picks[told].sum(axis=1), measurements.losses[told], guesses[told]
-    wrong, pairs, left, whole = 0.0, 0, 0.0, 0.0
+    pairs: list[IntArray] = [np.empty((0, 2), dtype=np.int64)]
+    left, whole = 0.0, 0.0
     for one in np.unique(size):
-        here = size == one
+        here = np.flatnonzero(size == one)
         right, said = losses[here], seen[here]
-        a, b = np.triu_indices(len(right), 1)
-        a, b = a[right[a] != right[b]], b[right[a] != right[b]]  # the same pick twice has no order
-        order = np.sign(right[a] - right[b]) * np.sign(said[a] - said[b])
-        wrong += float((order < 0).sum() + 0.5 * (order == 0).sum())
-        pairs += len(a)
+        pairs.append(here[np.stack(np.triu_indices(len(here), 1), axis=1)])
         left += float(((right - right.mean() - (said - said.mean())) ** 2).sum())
         whole += float(((right - right.mean()) ** 2).sum())
-    return Validation(_rms(seen - losses), wrong / pairs if pairs else np.nan, 1 - left / whole if whole else np.nan)
+    every = np.concatenate(pairs)
+    truth, guess = (np.sign(np.subtract(*values[every].T)) for values in (losses, seen))
+    told_apart = truth != 0  # the same pick twice has no order
+    ordering = Ordering((0.5 - 0.5 * truth * guess)[told_apart], measurements.replicate[told][every[told_apart]])
+    return Validation(_rms(seen - losses), ordering, 1 - left / whole if whole else np.nan)
 
 
 def near_budget(measurements: Measurements) -> BoolArray:

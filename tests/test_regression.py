@@ -18,7 +18,7 @@ from impq_core.interfaces import Surrogate
 from impq_core.space import IntArray
 from impq_core.testing import PlantedGame, planted_estimate, planted_space
 from impq_core.types import Measurements, SensitivityEstimate
-from impq_core.validation import higher_order_share, validate
+from impq_core.validation import Ordering, higher_order_share, validate
 
 N, BITS = 8, (4, 3, 2)
 SPACE = planted_space(N, BITS)
@@ -136,6 +136,21 @@ def test_auto_takes_what_tells_unseen_losses_best() -> None:
     assert "auto: regression" in Auto().fit(_measured(_interacting(), 60)).method
     assert "auto: coverage" in Auto().fit(_measured(_saturating, 10, noise=0.003)).method
     assert "misordered: additive 0%" in Auto().fit(_measured(_additive)).method
+    few = _measured(_interacting(), 4)
+    assert validate(Regression().fit, few).misordered < validate(Additive().fit, few).misordered
+    assert "auto: additive" in Auto().fit(few).method
+
+
+def test_what_orderings_differ_by_has_a_standard_error_over_draws() -> None:
+    rng = np.random.default_rng(0)
+    wrong = rng.integers(0, 2, (2, 12, 30)).astype(float)
+    draws = np.repeat(np.arange(12), 30)[:, None].repeat(2, axis=1)
+    one, other = (Ordering(part.ravel(), draws) for part in wrong)
+    difference = (wrong[0] - wrong[1]).mean(axis=1)  # of each draw, as its pairs are with itself
+    assert one.beyond(other) == pytest.approx((difference.mean(), difference.std(ddof=1) / np.sqrt(12)))
+    assert one.beyond(one) == (0.0, 0.0)
+    few = [Ordering(part[:4].ravel(), draws[:120]) for part in wrong]
+    assert few[0].beyond(few[1])[1] == np.inf
 
 
 def test_one_permutation_cannot_be_validated() -> None:
