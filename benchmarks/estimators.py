@@ -24,7 +24,7 @@ MENUS = (
     ("quanto", (2.0, 4.0), (3.0, 3.5, 3.75)),
 )
 BASE = RunConfig(tracking_uri="none", estimator="spqe", granularity="block", evaluation=TextConfig(windows=32))
-PLAYED = replace(BASE, estimator="spqe", options={"estimator": {"permutations": 10}})
+PLAYED = replace(BASE, estimator="spqe", options={"estimator": {"permutations": 10, "fresh": False}})
 ESTIMATORS = {
     "spqe, covariance": PLAYED,
     "spqe, additive": replace(PLAYED, surrogate="additive"),

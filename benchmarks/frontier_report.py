@@ -15,7 +15,7 @@ from impq_core.space import FloatArray
 PAPERS = {"gptq": "gptq 2,4, block", "hqq": "hqq 3,8, block"}
 """The setting of the paper's protocol, by backend."""
 
-PAPER = "spqe permutations=50 antithetic=False: covariance"
+PAPER = "spqe permutations=50 antithetic=False fresh=False: covariance"
 """The paper's method."""
 
 AIMS = {"gptq": (2.5, 3.0), "hqq": (4.0, 5.5)}

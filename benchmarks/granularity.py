@@ -33,7 +33,7 @@ def main() -> None:
     for granularity, permutations in PERMUTATIONS.items():
         config = replace(BASE, granularity=granularity)
         bench = whole.at(config)
-        for estimator, options in (("spqe", {"permutations": permutations}), ("isolated", {})):
+        for estimator, options in (("spqe", {"permutations": permutations, "fresh": False}), ("isolated", {})):
             config = replace(config, estimator=estimator, options={"estimator": options})
             estimate, _ = bench.estimate(config)
             plans = [bench.plan(config, estimate, budget) for budget in BUDGETS]

@@ -22,7 +22,7 @@ MENUS = {(2.0, 4.0): (2.5, 3.0, 3.5), (4.0, 8.0): (5.0, 6.0, 7.0)}
 PERMUTATIONS = 4
 BASE = RunConfig(tracking_uri="none", estimator="spqe", granularity="block",
                  bits=(2.0, 4.0, 8.0), evaluation=TextConfig(windows=32),
-                 options={"estimator": {"permutations": PERMUTATIONS}})
+                 options={"estimator": {"permutations": PERMUTATIONS, "fresh": False}})
 
 
 def spearman(a: SensitivityEstimate, b: SensitivityEstimate) -> float:

@@ -16,7 +16,7 @@ from impq_core.terminal import evaluation_rows
 
 MENUS = ((2.0, 4.0), (3.0, 8.0))
 SEEDS = (0, 1, 2)
-OPTIONS = {"estimator": {"permutations": 10}}
+OPTIONS = {"estimator": {"permutations": 10, "fresh": False}}
 
 
 def measure(bits: tuple[float, ...]) -> list[str]:

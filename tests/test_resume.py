@@ -66,7 +66,7 @@ def cut(config: RunConfig, stage: str, done: int) -> Path:
 PLAIN = {"backend": {"clip_search": False}}
 CASES = {
     "spqe": {},
-    "fresh": {"options": {**PLAIN, "estimator": {"permutations": 4, "fresh": True}}, "game_windows": 2, "value": "kl",
+    "fresh": {"options": {**PLAIN, "estimator": {"permutations": 4}}, "game_windows": 2, "value": "kl",
               "surrogate": "covariance"},
     "gradients": {"estimator": "aumann-shapley", "granularity": "group", "options": PLAIN},
     "traces": {"estimator": "hawq", "options": PLAIN},

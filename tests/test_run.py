@@ -74,7 +74,7 @@ def test_the_resolved_configuration_makes_the_same_run_again(result: RunResult) 
     assert config == result.config and Path(config.model).is_absolute()
     assert config.bits == (4, 2) and config.budget == "3bits"
     assert config.options["estimator"] == {"permutations": 4, "antithetic": True, "tolerance": 0.0, "settle": 0.0,
-                                                  "fresh": False, "truncate": 0.0, "around": 0.0, "span": 0.25}
+                                                  "fresh": True, "truncate": 0.0, "around": 0.0, "span": 0.25}
     again = run(config)
     np.testing.assert_array_equal(again.plan.pick, result.plan.pick)
     assert again.measurements is not None and result.measurements is not None
@@ -316,7 +316,11 @@ def test_nothing_is_left_behind_by_what_is_refused(tiny_config: RunConfig, texts
 
 def test_a_script_plays_the_game_of_a_run(tiny_config: RunConfig, result: RunResult) -> None:
     game, told = play(tiny_config), result.measurements
-    assert np.array_equal(game.losses(told.picks), told.losses) and game.reference_loss == told.reference_loss
+    assert game.reference_loss == told.reference_loss
+    for number in range(4):
+        game.redraw(number)  # SPQE plays every order on windows of its own
+        rows = told.path == number
+        assert np.array_equal(game.losses(told.picks[rows]), told.losses[rows])
     assert game.budget_bytes == told.budget_bytes and len(list(Path(tiny_config.output).iterdir())) == 1
     blind = replace(tiny_config, estimator="random", backend="hqq", options={})
     with pytest.raises(ImpqError, match="'random' reads no text to play on"):

@@ -61,7 +61,7 @@ def test_the_plan_settles_before_the_permutations_end() -> None:
     assert len(np.unique(Spqe(Options(6, settle=0.005)).sample(game, np.random.default_rng(0)).replicate)) == 3
 
 
-def test_every_draw_may_have_windows_of_its_own() -> None:
+def test_every_order_has_windows_of_its_own() -> None:
     """Noise that belongs to the windows: with one set it stays in the estimate however many orders are played."""
     space, truth = planted_space(6), np.arange(6) / 6
 
@@ -72,6 +72,10 @@ def test_every_draw_may_have_windows_of_its_own() -> None:
         return float(np.abs(Additive().fit(m).linear[:, 1] - truth).mean())
 
     assert error(True) < 0.6 * error(False)
+    m = Spqe(Options(4)).sample(game := PlantedGame(space, lambda pick: 0.0, noise=1.0), np.random.default_rng(0))
+    for number in range(4):
+        game.redraw(number)
+        assert np.array_equal(game.losses(m.picks[m.path == number]), m.losses[m.path == number])
 
 
 def test_shapley_values_of_a_saturating_game_by_brute_force() -> None:

@@ -25,8 +25,8 @@ class Options:
             (standard deviation over layers); 0 never stops early.
         settle: stop early once the plan has stopped changing: twice in a row the plan before an independent draw was
             less than this worse, in nats per token, than the one after it, by the estimate after it; 0 never does.
-        fresh: play every independent draw on calibration windows of its own, as long as there are any: the same
-            forwards see more text.
+        fresh: play every order on calibration windows of its own, as long as there are any: nearly the same forwards
+            see more text, and plans are better; false is the paper.
         truncate: end an order once the loss is this many nats above the reference, where the model has collapsed and
             further demotions tell nothing (SMPQ); 0 never does. Needs a surrogate that allows gaps, such as additive.
         around: nominal bits that plans are wanted for: of each order only the picks within ``span`` bits of it are
@@ -39,7 +39,7 @@ class Options:
     antithetic: bool = True
     tolerance: float = 0.0
     settle: float = 0.0
-    fresh: bool = False
+    fresh: bool = True
     truncate: float = 0.0
     around: float = 0.0
     span: float = 0.25
@@ -76,9 +76,9 @@ class Spqe(Sampler):
         losses: list[FloatArray] = []
         replicates: list[int] = []
         calm = 0
-        for order, replicate in self._orders(space, rng):
+        for number, (order, replicate) in enumerate(self._orders(space, rng)):
             if options.fresh:
-                game.redraw(replicate)
+                game.redraw(number)
             path = self._wanted(space, demotions(space, order))
             measured = self._play(game, path)
             picks.append(path[:len(measured)])
