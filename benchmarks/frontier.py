@@ -133,6 +133,7 @@ def drawn(aim: tuple[float, float], *methods: Method) -> tuple[Method, ...]:
     return tuple(replace(method, seeds=3, drawn=True, budgets=aim) for method in methods)
 
 
+FITS = "covariance", "regression", "auto"
 FINE = Method("coarse-to-fine", budgets=(3.0,), aimed=True)
 FEW = (ISOLATED, ONE, WIDE)
 GPTQ, HQQ = AIMS["gptq"], AIMS["hqq"]
@@ -148,8 +149,8 @@ SETTINGS = (  # the dear ones last: a run that is cut short has the others
     Setting("gptq", (2.0, 4.0), "group", LOW, FEW),
     Setting("gptq", (2.0, 4.0), "linear", LOW, FEW),
     Setting("gptq", ALL, "block", LOW, (
-        *FEW, *slopes(GPTQ), Method("spqe", {"permutations": 4}, ("covariance", "auto"), seeds=3, budgets=GPTQ),
-        Method("spqe", {"permutations": 4, "fresh": False}, ("covariance", "auto"), seeds=3, budgets=GPTQ))),
+        *FEW, *slopes(GPTQ), Method("spqe", {"permutations": 4}, FITS, seeds=3, budgets=GPTQ),
+        Method("spqe", {"permutations": 4, "fresh": False}, FITS, seeds=3, budgets=GPTQ))),
     Setting("gptq", (2.0, 4.0), "block", LOW, games(GPTQ)),
     Setting("gptq", ALL, "linear", LOW, slopes(GPTQ)),
     Setting("hqq", (3.0, 8.0), "block", HIGH, (*slopes(HQQ), *papers(HQQ), *games(HQQ))),

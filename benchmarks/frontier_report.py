@@ -94,8 +94,9 @@ def write_report(work: Path, text_windows: int, name: str) -> None:
               "differences are paired over windows, ± their standard error. Losses of the game are measured on 1,020 "
               "tokens of C4, and a forward is one of the whole model over these (a backward counts two). *Regret* is "
               "the NLL above the best plan that anything here found at the budget, mean over budgets. Methods with "
-              "several seeds: mean, and *sd* their standard deviation, mean over budgets. Plans are made by `qp`, with "
-              "`work_limit=10`. `permutations=10 of 50`: plans from parts of one run.", ""]
+              "several seeds (some of them at two budgets only): mean, and *sd* their standard deviation, mean over "
+              "budgets. Plans are made by `qp`, with `work_limit=10`. `permutations=10 of 50`: plans from parts of one "
+              "run.", ""]
     for file in sorted(work.glob("*.rows.json")):
         backend = file.name.split(".")[0]
         board = Board(backend, [Row(**row) for row in json.loads(file.read_text())])
