@@ -19,8 +19,8 @@ from impq_core.types import Measurements
 from impq_core.validation import HigherOrder, higher_order_share
 
 MENUS = (("gptq", (2.0, 4.0)), ("hqq", (3.0, 8.0)), ("quanto", (4.0, 8.0)))
-BASE = RunConfig(tracking_uri="none", estimator="spqe", granularity="block", game_windows=4,
-                 options={"estimator": {"permutations": 10, "fresh": False}})
+BASE = RunConfig(tracking_uri="none", estimator="spqe", granularity="block", game_windows=2,
+                 options={"estimator": {"permutations": 4, "fresh": False}})
 EVERY = 5
 """Numbers of demoted blocks in the table."""
 
