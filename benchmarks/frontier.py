@@ -157,12 +157,15 @@ SETTINGS = (  # the dear ones last: a run that is cut short has the others
     Setting("gptq", ALL, "group", LOW, (
         replace(FINE, text=32), replace(WIDE, refine=("swaps", 60), budgets=(3.0,), game=16))),
     Setting("gptq", ALL, "linear", LOW, (replace(FINE, text=32),)),
+)
+LONG = (
+    Setting("gptq", (2.0, 4.0), "block", LOW, long(GPTQ)),
+    Setting("hqq", (3.0, 8.0), "block", HIGH, long(HQQ)),
     Setting("gptq", ALL, "group", LOW, drawn(GPTQ, ONE, TWO, WIDE, WIDEST, ISOLATED)),
     Setting("gptq", ALL, "linear", LOW, drawn(GPTQ, ONE, TWO, WIDE, WIDEST)),
     Setting("gptq", (2.0, 4.0), "block", LOW, drawn(GPTQ, *FEW, TWO)),
     Setting("hqq", (3.0, 8.0), "block", HIGH, drawn(HQQ, *FEW, TWO)),
 )
-LONG = (Setting("gptq", (2.0, 4.0), "block", LOW, long(GPTQ)), Setting("hqq", (3.0, 8.0), "block", HIGH, long(HQQ)))
 MENUS = {"gptq": ALL, "hqq": (3.0, 4.0, 8.0)}
 """The widths that a backend's settings and uniform references are made of."""
 
@@ -372,7 +375,7 @@ def main() -> None:
         for row in measure(Workshop.build(backend, MENUS[backend], store), list(settings)):
             found[key(row)] = row
             file.write_text(json.dumps([vars(one) for one in found.values()]))
-    write_report(given.work, TEXT_WINDOWS, given.name)
+    write_report(given.work, TEXT_WINDOWS, given.name, given.long)
 
 
 def measure(shop: Workshop, settings: Sequence[Setting]) -> Iterator[Row]:

@@ -85,9 +85,9 @@ class Board:
         return min([float(np.mean(row.windows)) for row in rows] + [float(self.line(rows[0].nbytes).mean())])
 
 
-def write_report(work: Path, text_windows: int, name: str) -> None:
+def write_report(work: Path, text_windows: int, name: str, long: bool) -> None:
     """results/NAME.md and NAME-*.png from the rows in a folder."""
-    command = "python benchmarks/frontier.py" + (f" --name {name}" if name != "frontier" else "")
+    command = "python benchmarks/frontier.py" + " --long" * long + (f" --name {name}" if name != "frontier" else "")
     lines = heading("What a plan costs and what it is worth, SmolLM2-135M", command)
     lines += [f"Held-out NLL, nats per token, mean over {text_windows} windows of 256 tokens of Wikipedia and as many "
               f"of C4 ({2 * text_windows * 255} scored tokens; no window is among those of calibration or game); "
