@@ -73,7 +73,7 @@ def test_every_combination_is_a_run_and_nothing_is_measured_twice(sweep: Sweep) 
     assert runs[0] == "gptq-isolated-greedy-2.5bits" and "gptq-spqe-covariance-qp-3bits" in runs
     assert sorted(path.name for path in (folder / "measured").iterdir()) == ["gptq-isolated", "gptq-spqe"]
     _, rows = MeasurementLog.read(folder / "measured" / "gptq-spqe" / "measurements.jsonl")
-    assert len(rows) == len({pick for pick, _ in rows})
+    assert len(rows) == len(set(rows))  # a pick comes again on the windows of another order, with another loss
     # A run of the sweep is the run alone.
     alone = run(replace(sweep.base, surrogate="covariance", budget="2.5bits", options={
         "estimator": {"permutations": 2}, "backend": {"clip_search": False}}))
