@@ -185,8 +185,8 @@ def main() -> None:
         f" --{key} {value:g}" for key, value in (("limit", args.limit), ("losers", args.losers)) if value != 60)
     title = "Programs that scale" + (", on measured estimates" if args.measured else "")
     lines = heading(title, command + (" --measured" if args.measured else ""))
-    lines += [f"The budget is midway between all-low and all-high. `qp` has a work limit of {args.limit:g}, about as "
-              "many seconds, for its proof. HiGHS on the whole program, in the paper's linearisation and in Glover's "
+    lines += [f"The budget is midway between all-low and all-high. `qp` has a work limit of {args.limit:g} for "
+              "its proof, in counted units. HiGHS on the whole program, in the paper's linearisation and in Glover's "
               f"compact one, has {args.losers:g} s after a local search, and so has SCIP on the quadratic program as "
               "it stands. Gaps are the value of qp's plan minus the proven bound, in % of that value; at 0.0001 a plan "
               "counts as proven. *Worse by* is in % of it too, *exhaustive* is the plan's value minus the least of all "

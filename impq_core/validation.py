@@ -49,11 +49,12 @@ class Ordering:
         """This share minus that of another surrogate for the same measurements, and the standard error of the
         difference by the jackknife over independent draws; infinite where fewer than ``FEWEST_DRAWS`` tell."""
         difference, names = self.wrong - other.wrong, np.unique(self.draws)
+        gain = self.share - other.share
         if len(names) < FEWEST_DRAWS:
-            return self.share - other.share, np.inf
+            return gain, np.inf
         left = np.array([difference[(self.draws != one).all(axis=1)].mean() for one in names])
         spread = ((left - left.mean()) ** 2).sum() * (len(names) - 1) / len(names)
-        return float(difference.mean()), float(np.sqrt(spread))
+        return gain, float(np.sqrt(spread))
 
 
 @dataclass(frozen=True)
