@@ -86,11 +86,11 @@ TEN = {**PAPER, "permutations": 10}
 LOW = (2.25, 2.5, 2.75, 3.0, 3.5)
 HIGH = (3.5, 4.0, 4.5, 5.5, 6.5)
 ALL = (2.0, 3.0, 4.0)
-WIDE = Method("aumann-shapley", {"nodes": 2}, text=32)
+TWO = Method("aumann-shapley", {"nodes": 2})
+WIDE = replace(TWO, text=32)
 WIDEST = replace(WIDE, text=64)
 ISOLATED = Method("isolated")
 ONE = Method("aumann-shapley", {"nodes": 1})
-TWO = Method("aumann-shapley", {"nodes": 2})
 
 
 def slopes(aim: tuple[float, ...]) -> tuple[Method, ...]:
