@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from impq_core.errors import ImpqError, Malformed, nearest
+from impq_core.errors import ImpqError, InvalidArrays, nearest
 from impq_core.files import write_npz, write_text
 from impq_core.space import Choice, FloatArray, IntArray, SearchSpace, frozen
 
@@ -54,11 +54,12 @@ class Measurements:
         object.__setattr__(self, "losses", frozen(np.asarray(self.losses, dtype=np.float64)))
         count = len(self.losses)
         if self.picks.shape != (count, len(self.space)):
-            raise Malformed(f"{count} losses need picks of shape ({count}, {len(self.space)}), got {self.picks.shape}")
+            raise InvalidArrays(f"{count} losses need picks of shape ({count}, {len(self.space)}), not "
+                                f"{self.picks.shape}")
         if count and not 0 <= self.picks.min() <= self.picks.max() < len(self.space.choices):
-            raise Malformed(f"picks for this space are numbers in 0..{len(self.space.choices) - 1}")
+            raise InvalidArrays(f"picks for this space are numbers in 0..{len(self.space.choices) - 1}")
         if any(len(a) != count for a in (self.path, self.step, self.replicate)):
-            raise Malformed("path, step and replicate must be as long as the losses")
+            raise InvalidArrays("path, step and replicate must be as long as the losses")
 
     def __len__(self) -> int:
         return len(self.losses)
@@ -161,26 +162,26 @@ class SensitivityEstimate:
         if self.link is not None:
             object.__setattr__(self, "link", frozen(np.asarray(self.link, dtype=np.float64)))
             if self.link.ndim != 2 or len(self.link) != 2 or (np.diff(self.link) <= 0).any() or self.link[:, 0].any():
-                raise Malformed("an estimate's link is two increasing rows that begin with 0")
+                raise InvalidArrays("an estimate's link is two increasing rows that begin with 0")
         for name, shape in (("linear", (n, m)), ("stderr", (n, m)), ("pairwise", (n, m, n, m))):
             value = getattr(self, name)
             if value is None:
                 continue
             value = frozen(np.asarray(value, dtype=np.float64))
             if value.shape != shape:
-                raise Malformed(f"{name} of an estimate of this space has shape {shape}, not {value.shape}")
+                raise InvalidArrays(f"{name} of an estimate of this space has shape {shape}, not {value.shape}")
             if name != "stderr" and not np.isfinite(value).all():
-                raise Malformed(f"the estimate's {name} terms are not all finite")
+                raise InvalidArrays(f"the estimate's {name} terms are not all finite")
             object.__setattr__(self, name, value)
         if np.abs(self.linear[:, 0]).max() > 1e-12:
-            raise Malformed("an estimate's first column is the reference and must be 0")
+            raise InvalidArrays("an estimate's first column is the reference and must be 0")
         if self.pairwise is not None:
             if not np.allclose(self.pairwise, self.pairwise.transpose(2, 3, 0, 1), atol=1e-9):
-                raise Malformed("an estimate's pairwise terms must be symmetric")
+                raise InvalidArrays("an estimate's pairwise terms must be symmetric")
             if np.abs(self.pairwise[np.arange(n), :, np.arange(n)]).max() > 1e-12:
-                raise Malformed("an estimate's pairwise terms within one layer must be 0: they belong to linear")
+                raise InvalidArrays("an estimate's pairwise terms within one layer must be 0: they belong to linear")
             if np.abs(self.pairwise[:, 0]).max() > 1e-12:
-                raise Malformed("an estimate's pairwise terms at choice 0 must be 0: it is the reference")
+                raise InvalidArrays("an estimate's pairwise terms at choice 0 must be 0: it is the reference")
 
     def on(self, space: SearchSpace) -> SensitivityEstimate:
         """The same estimate for a space of the same layers and widths but other sizes: what was measured with one
@@ -263,7 +264,7 @@ class Plan:
     def __post_init__(self) -> None:
         object.__setattr__(self, "pick", frozen(self.space.check_pick(self.pick)))
         if self.nbytes > self.budget_bytes:
-            raise Malformed(f"the plan takes {self.nbytes} bytes, more than its budget of {self.budget_bytes}")
+            raise InvalidArrays(f"the plan takes {self.nbytes} bytes, more than its budget of {self.budget_bytes}")
 
     @property
     def nbytes(self) -> int:

@@ -15,7 +15,6 @@ import numpy as np
 
 from impq_core.errors import ImpqError
 from impq_core.evaluate import Evaluator, evaluate_plan
-from impq_core.interfaces import Sampler
 from impq_core.ledger import Ledger, refuse_changes
 from impq_core.model.bank import Bank
 from impq_core.model.blockwise import BlockwiseModel
@@ -96,7 +95,7 @@ def _prepare_all(sweep: Sweep, plugins: Plugins) -> list[_Child]:
         for config in configs:
             child = prepared.planned(config, plugins)
             parts = [getattr(config, name) for name in ("backend", "estimator")]
-            if isinstance(child.parts.estimator, Sampler):
+            if child.parts.estimator.needs_surrogate:
                 parts.append(config.surrogate)
             name = re.sub(r"[^\w.]+", "-", "-".join([*parts, config.allocator, child.config.budget]))
             children.append(_Child(name, child))

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from impq_core.interfaces import Estimator, Game, Inspector, Probe, Sampler
+from impq_core.interfaces import Estimator, Game, Inspector, Probe
 from impq_core.references import random_plan
 from impq_core.testing.part import PartSuite
 from impq_core.testing.planted import PlantedGame, PlantedProbe, best_pick, planted_estimate, planted_loss
@@ -21,25 +21,22 @@ MENUS = ((8.0, 2.0), (8.0, 4.0, 2.0))
 class EstimatorSuite(PartSuite):
     """An ``Estimator``, ``Sampler`` or ``Inspector`` on a tiny model, and, where it plays, on a planted game."""
 
-    part: ClassVar[type[Estimator | Sampler | Inspector]]
+    part: ClassVar[type[Estimator]]
 
     def estimate(self, game: Game, probe: Probe, seed: int = 0) -> SensitivityEstimate:
         """What the part makes of a game or a probe; what a sampler measured is fitted by least squares."""
-        part: Estimator | Sampler | Inspector = self.make()
-        rng = np.random.default_rng(seed)
+        part: Estimator = self.make()
         part.check_space(game.space)
-        if isinstance(part, Inspector):
-            return part.inspect(probe, rng)
-        if isinstance(part, Estimator):
-            return part.estimate(game, rng)
-        measured = part.sample(game, rng)
-        measured.require_finite()
-        return least_squares(measured)
+        result = part.measure(game, probe, np.random.default_rng(seed))
+        if isinstance(result, SensitivityEstimate):
+            return result
+        result.require_finite()
+        return least_squares(result)
 
     def on_tiny_model(self, bits: Sequence[float], exclude: tuple[str, ...] = ()) -> tuple[TinyTable,
                                                                                            SensitivityEstimate]:
         """A tiny model and its estimate."""
-        table = TinyTable(bits, "group" if issubclass(self.part, Inspector) else "block", exclude)
+        table = TinyTable(bits, self.part.default_granularity, exclude)
         return table, self.estimate(table.game, table.game.probe)
 
     def test_a_model_is_estimated(self) -> None:
