@@ -38,6 +38,10 @@ class InputFile(str):
     """
 
 
+NO_FILE = InputFile()
+"""Default of an option that names no file."""
+
+
 def _checked(method: Callable[..., Any], returns: tuple[type, ...]) -> Callable[..., Any]:
     """The method, which raises ImpqError if it returns another type, or if it builds arrays of a wrong shape."""
     name = f"{method.__module__}.{method.__qualname__}"

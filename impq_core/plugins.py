@@ -139,7 +139,8 @@ class Plugins:
 
     def watch(self, observer: object) -> None:
         """Register an object with hook methods for the moments of a run."""
-        self._add(observer, type(observer).__name__)
+        name = type(observer).__name__
+        self._add(observer, f"{name} {len(self._registered)}" if self._manager.has_plugin(name) else name)
 
     def notify(self, moment: str, **facts: Any) -> None:
         """Call the observers of a moment, in the order of their registration.
