@@ -147,10 +147,10 @@ class Evaluation:
 class ScoreLog(Ledger):
     """Held-out scores of allocations."""
 
-    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
-        super().__init__(path, "impq-scores/1", header)
+    def __init__(self, path: Path, key: Key) -> None:
+        super().__init__(path, "impq-scores/2", key)
         try:
-            self.scores = {row["widths"]: Score.from_dict(row) for row in self.known}
+            self.scores = {row["widths"]: Score.from_dict(row) for row in self.rows}
         except (KeyError, TypeError, ValueError) as error:
             self.close()
             raise ImpqError(f"{path} holds a line that is no score ({type(error).__name__}: {error})") from error

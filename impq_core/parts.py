@@ -72,7 +72,7 @@ class Parts:
     @property
     def wanted(self) -> Budget:
         """The budget, or the middle of the menu where none was asked for."""
-        return self.budget or Budget((self.menu[0].bits + self.menu[-1].bits) / 2, "bits")
+        return self.budget or Budget.nominal((self.menu[0].bits + self.menu[-1].bits) / 2)
 
     @property
     def needs_calibration(self) -> bool:

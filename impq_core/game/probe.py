@@ -135,7 +135,7 @@ class ModelProbe:
 
     def _known(self, name: str, key: Any, cost: float, find: Callable[[], Any]) -> Any:
         """Plain data that was found earlier under a name and key, or is found and logged now; it costs the same."""
-        rows = self._log.known if self._log else []
+        rows = self._log.rows if self._log else []
         found = next((row["found"] for row in rows if name in row and row[name] == key), None)
         if found is None:
             found = find()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from impq_core.errors import ImpqError
 from impq_core.files import replace_file, write_text
+from impq_core.keys import VariantsKey
 from impq_core.model.demo import cache_folder
 from impq_core.space import Choice, LinearSpec
 
@@ -131,9 +132,9 @@ class Shelf:
         return self.folder / f"{linear.name}.{choice.bits:g}bits.{choice.group_size}.safetensors"
 
 
-def shelf_for(about: Mapping[str, Any]) -> Shelf:
-    """The place of variants that are made of this, in the user's cache; raises ImpqError where there is no cache."""
-    return Shelf(cache_folder() / "variants" / _digest_of(about)[:20], about)
+def shelf_for(key: VariantsKey) -> Shelf:
+    """The shelf of the variants with a key, in the user's cache; raises ImpqError if there is no cache."""
+    return Shelf(cache_folder() / "variants" / key.digest, key.to_dict())
 
 
 def shelves() -> list[Shelf]:
