@@ -10,13 +10,13 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from impq_core.config import RunConfig, from_data, override
 from impq_core.errors import ImpqError
-from impq_core.evaluate import Evaluator, Score
+from impq_core.evaluate import Evaluator
 from impq_core.exports.checkpoint import WEIGHTS, read_model, tensor_names
 from impq_core.exports.manifest import FORMAT, MANIFEST, check_target, read_manifest
 from impq_core.files import write_text
@@ -26,30 +26,13 @@ from impq_core.model.blockwise import BlockwiseModel
 from impq_core.model.layers import resolve_dtype
 from impq_core.parts import load_exporter
 from impq_core.plugins import Plugins
+from impq_core.results import Exported, Score
 from impq_core.runs.folder import RunFolder
 from impq_core.runs.pipeline import report
 from impq_core.runs.prepare import Prepared, prepare
 from impq_core.types import Plan
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Exported:
-    """An exported folder and the held-out score of the model in it (None for a recipe, which holds no model)."""
-
-    folder: Path
-    format: str
-    score: Score | None
-    text: str
-    nbytes: int
-    """Of the quantized weights, as the backend stores them."""
-
-    @property
-    def file_bytes(self) -> int:
-        """Of the model's file, embeddings and all; 0 for a recipe."""
-        file = self.folder / WEIGHTS
-        return file.stat().st_size if file.exists() else 0
 
 
 def export_run(run: str | Path, name: str, target: Path | None = None, plugins: Plugins | None = None,
@@ -99,7 +82,7 @@ def export_run(run: str | Path, name: str, target: Path | None = None, plugins: 
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
-    exported = Exported(target, name, score, str(prepared.evaluation), prepared.plan.nbytes)
+    exported = _exported(target, name, score, prepared)
     plugins.notify("impq_exported", exported=exported, run=source.path)
     return exported
 
@@ -169,7 +152,14 @@ def evaluate_folder(path: str | Path, plugins: Plugins | None = None, **text: st
             raise ImpqError(f"{folder / WEIGHTS} does not fit the model it was made from: "
                             f"{' '.join(str(error).split())[:200]}") from error
     score = evaluator.score(prepared.space.assignment(prepared.plan.pick))
-    return Exported(folder, name, score, str(prepared.evaluation), prepared.plan.nbytes)
+    return _exported(folder, name, score, prepared)
+
+
+def _exported(folder: Path, name: str, score: Score | None, prepared: Prepared) -> Exported:
+    file = folder / WEIGHTS
+    assert prepared.plan is not None
+    return Exported(folder, name, score, str(prepared.evaluation), prepared.plan.nbytes,
+                    file.stat().st_size if file.exists() else 0)
 
 
 def config_data(config: RunConfig) -> dict[str, Any]:

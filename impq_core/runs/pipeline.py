@@ -16,7 +16,7 @@ import numpy as np
 
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError
-from impq_core.evaluate import Evaluation, Evaluator, KeptScores, ScoreLog, evaluate_plan
+from impq_core.evaluate import Evaluator, KeptScores, ScoreLog, evaluate_plan
 from impq_core.files import write_text
 from impq_core.game.model_game import ModelGame
 from impq_core.game.probe import ModelProbe
@@ -27,49 +27,11 @@ from impq_core.model.blockwise import BlockwiseModel
 from impq_core.model.cache import Shelf, shelf_for
 from impq_core.model.layers import resolve_dtype
 from impq_core.plugins import Plugins
+from impq_core.results import Evaluation, RunResult
 from impq_core.runs.folder import RunFolder
 from impq_core.runs.prepare import Prepared, prepare
 from impq_core.space import Choice, SearchSpace
 from impq_core.types import Measurements, Plan, SensitivityEstimate
-
-
-@dataclass(frozen=True, eq=False)
-class RunResult:
-    """What a run leaves behind; the same things are files in ``folder``.
-
-    ``measured_loss`` is the plan's loss in the game it was estimated from, nats per token above the reference, to
-    hold against ``plan.predicted_loss`` (None where no text was read); ``forwards`` the cost of the search in
-    full-model forwards; ``rest_bytes`` what embeddings, head and all else that is never quantized take at 16 bits;
-    ``seconds`` by stage; ``digests`` of the tokens of both texts. Where only an estimate was asked for there is no
-    plan and no evaluation.
-    """
-
-    folder: Path
-    config: RunConfig
-    plan: Plan | None
-    evaluation: Evaluation | None
-    estimate: SensitivityEstimate | None
-    measurements: Measurements | None
-    measured_loss: float | None
-    forwards: float
-    rest_bytes: int
-    seconds: dict[str, float]
-    digests: dict[str, str]
-
-    @classmethod
-    def of(cls, prepared: Prepared, folder: RunFolder, search: Search, evaluation: Evaluation | None, forwards: float,
-           seconds: dict[str, float]) -> RunResult:
-        """Put together from what the stages made."""
-        texts = {"calibration": prepared.calibration, "evaluation": prepared.evaluation}
-        return cls(folder.path, prepared.config, search.plan, evaluation, search.estimate, search.measurements,
-                   search.measured_loss, forwards, prepared.rest_bytes, seconds,
-                   {role: text.digest for role, text in texts.items() if text})
-
-    @property
-    def model_bytes(self) -> int:
-        """The whole model under the plan."""
-        assert self.plan is not None
-        return self.plan.nbytes + self.rest_bytes
 
 
 def run(config: RunConfig, plugins: Plugins | None = None, only_estimate: bool = False) -> RunResult:
@@ -242,7 +204,16 @@ def _carry_out(prepared: Prepared, plugins: Plugins, folder: RunFolder, only_est
             evaluation.save(folder.evaluation)
     forwards = refined + (search.estimate.forwards if search.estimate else 0.0)
     folder.write_json(folder.cost, {"forwards": forwards, "seconds": clock.seconds})
-    return RunResult.of(prepared, folder, search, evaluation, forwards, clock.seconds)
+    return make_result(prepared, folder, search, evaluation, forwards, clock.seconds)
+
+
+def make_result(prepared: Prepared, folder: RunFolder, search: Search, evaluation: Evaluation | None, forwards: float,
+                seconds: dict[str, float]) -> RunResult:
+    """The result of a run from the results of its stages."""
+    texts = {"calibration": prepared.calibration, "evaluation": prepared.evaluation}
+    return RunResult(folder.path, prepared.config, search.plan, evaluation, search.estimate, search.measurements,
+                     search.measured_loss, forwards, prepared.rest_bytes, seconds,
+                     {role: text.digest for role, text in texts.items() if text})
 
 
 def _variants_ready(plugins: Plugins, folder: RunFolder, bank: Bank, clock: Clock) -> None:

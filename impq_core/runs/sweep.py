@@ -23,13 +23,13 @@ from impq_core.plugins import Plugins
 from impq_core.runs.folder import CHILDREN, SWEEP, RunFolder
 from impq_core.runs.grid import Sweep
 from impq_core.runs.pipeline import (
-    RunResult,
     Search,
     allocate,
     keep_estimate,
     load_runner,
     make_evaluator,
     make_folder,
+    make_result,
     playing,
     quantize_all,
     quantize_played,
@@ -174,5 +174,5 @@ def _finish(child: _Child, search: Search, evaluator: Evaluator, plugins: Plugin
                                    report(plugins, "evaluate"))
         evaluation.save(folder.evaluation)
         folder.write_json(folder.cost, {"forwards": estimate.forwards, "seconds": {}})
-        plugins.notify("impq_run_finished", result=RunResult.of(prepared, folder, search, evaluation,
+        plugins.notify("impq_run_finished", result=make_result(prepared, folder, search, evaluation,
                                                                 estimate.forwards, {}))
