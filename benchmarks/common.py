@@ -14,7 +14,7 @@ import numpy as np
 
 from impq_core.budget import Budget
 from impq_core.config import RunConfig
-from impq_core.evaluate import Evaluator, Score
+from impq_core.evaluate import Evaluator
 from impq_core.game.model_game import ModelGame
 from impq_core.game.probe import ModelProbe
 from impq_core.model.bank import Bank
@@ -22,6 +22,7 @@ from impq_core.model.blockwise import BlockwiseModel
 from impq_core.model.text import Windows
 from impq_core.parts import Parts
 from impq_core.plugins import Plugins
+from impq_core.results import Score
 from impq_core.runs.pipeline import load_runner, quantize_all
 from impq_core.runs.prepare import Prepared, prepare
 from impq_core.types import Measurements, Plan, SensitivityEstimate

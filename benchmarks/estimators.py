@@ -14,8 +14,8 @@ from common import Bench, heading, plus_minus, table, write
 
 from impq_core.budget import Budget
 from impq_core.config import RunConfig, TextConfig
-from impq_core.evaluate import Score
 from impq_core.parts import Parts
+from impq_core.results import Score
 
 MENUS = (
     ("gptq", (2.0, 4.0), (2.5, 3.0, 3.5)),

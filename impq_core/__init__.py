@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from impq_core.compare.read import gather
     from impq_core.exports.export import evaluate_folder, export_run
     from impq_core.plugins import Plugins
+    from impq_core.results import RunResult
     from impq_core.runs.allocate import allocate_run
     from impq_core.runs.grid import Sweep
-    from impq_core.runs.pipeline import RunResult, play, resume, run
+    from impq_core.runs.pipeline import play, resume, run
     from impq_core.runs.sweep import run_sweep
     from impq_core.terminal import console
 
@@ -29,7 +30,7 @@ __all__ = ["ImpqError", "Plugins", "RunConfig", "RunResult", "Sweep", "TextConfi
 
 _HOMES = {"allocate_run": "runs.allocate", "write_page": "compare.html", "gather": "compare.read",
           "evaluate_folder": "exports.export", "export_run": "exports.export", "Sweep": "runs.grid",
-          "RunResult": "runs.pipeline", "play": "runs.pipeline", "resume": "runs.pipeline", "run": "runs.pipeline",
+          "RunResult": "results", "play": "runs.pipeline", "resume": "runs.pipeline", "run": "runs.pipeline",
           "Plugins": "plugins", "console": "terminal", "run_sweep": "runs.sweep"}
 """Modules of the names that are imported when they are asked for: the command line's help must not import torch."""
 

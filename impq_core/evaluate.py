@@ -1,11 +1,10 @@
-"""What a plan costs on held-out text, beside what knows nothing of the layers."""
+"""Held-out evaluation of a plan and its references."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,135 +12,18 @@ from typing import Any
 import numpy as np
 
 from impq_core.errors import ImpqError
-from impq_core.files import write_text
+from impq_core.keys import Key
 from impq_core.ledger import Ledger
 from impq_core.model.bank import Assignment, Bank
 from impq_core.model.blockwise import BlockwiseModel
 from impq_core.model.cache import Shelf
 from impq_core.model.text import Windows
 from impq_core.references import first_last_high, random_plan
-from impq_core.space import Choice, FloatArray, LayerSpec, SearchSpace
+from impq_core.results import Evaluation, Row, Score
+from impq_core.space import Choice, LayerSpec
 from impq_core.types import Plan
 
 RANDOM_PLANS = 3
-
-
-@dataclass(frozen=True, eq=False)
-class Score:
-    """Held-out quality of one allocation.
-
-    Args:
-        window_nll: float64 (windows,), mean nats per token of each window.
-        kl: mean KL divergence from the unquantized model's next-token distribution, nats per token.
-        top1: share of tokens whose most likely successor is the unquantized model's.
-    """
-
-    window_nll: FloatArray
-    kl: float
-    top1: float
-
-    @property
-    def nll(self) -> float:
-        """Nats per token."""
-        return float(self.window_nll.mean())
-
-    @property
-    def stderr(self) -> float:
-        """Standard error of ``nll`` over windows."""
-        return _stderr(self.window_nll)
-
-    @property
-    def perplexity(self) -> float:
-        """exp of ``nll``."""
-        return math.exp(min(self.nll, 700.0))
-
-    @property
-    def perplexity_stderr(self) -> float:
-        """By the delta method: perplexity times the standard error of the NLL."""
-        return self.perplexity * self.stderr
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return {"window_nll": self.window_nll.tolist(), "kl": self.kl, "top1": self.top1}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Score:
-        """What ``to_dict`` gave; KeyError, TypeError or ValueError where it did not."""
-        return cls(np.array(data["window_nll"], float), float(data["kl"]), float(data["top1"]))
-
-    def minus(self, other: Score) -> tuple[float, float]:
-        """This NLL minus another on the same windows, nats per token, and its standard error paired over windows."""
-        difference = self.window_nll - other.window_nll
-        return float(difference.mean()), _stderr(difference)
-
-
-@dataclass(frozen=True, eq=False)
-class Row:
-    """A line of the evaluation table: an allocation, its size, and its score (or, on a line between two uniform
-    models, an interpolated NLL)."""
-
-    name: str
-    nbytes: int | None
-    score: Score | None = None
-    interpolated_nll: float | None = None
-
-    @property
-    def nll(self) -> float:
-        """Nats per token, measured or interpolated."""
-        if self.score is not None:
-            return self.score.nll
-        assert self.interpolated_nll is not None
-        return self.interpolated_nll
-
-
-@dataclass(frozen=True, eq=False)
-class Evaluation:
-    """The plan and its references on one held-out text; the first row is the plan."""
-
-    rows: tuple[Row, ...]
-    space: SearchSpace
-    text: str
-    tokens: int
-
-    def row(self, name: str) -> Row:
-        """The row of that name; KeyError where there is none."""
-        return {row.name: row for row in self.rows}[name]
-
-    @property
-    def plan(self) -> Score:
-        """The plan's score."""
-        score = self.rows[0].score
-        assert score is not None
-        return score
-
-    def against_plan(self, row: Row) -> tuple[float, float] | None:
-        """A row's NLL minus the plan's, and the standard error of that difference paired over windows."""
-        if row is self.rows[0]:
-            return None
-        if row.score is None:
-            return row.nll - self.plan.nll, math.nan
-        return row.score.minus(self.plan)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; what is not a number is null."""
-        rows = []
-        for row in self.rows:
-            entry: dict[str, Any] = {"name": row.name, "bytes": row.nbytes, "nll": row.nll}
-            if row.nbytes is not None:
-                entry |= {"bits_nominal": self.space.nominal_bits(row.nbytes),
-                          "bits_stored": self.space.bits_per_weight(row.nbytes)}
-            if row.score is not None:
-                entry |= {"nll_stderr": row.score.stderr, "perplexity": row.score.perplexity,
-                          "perplexity_stderr": row.score.perplexity_stderr, "kl": row.score.kl,
-                          "top1_agreement": row.score.top1, "window_nll": row.score.window_nll.tolist()}
-            if (difference := self.against_plan(row)) is not None:
-                entry |= {"minus_plan": difference[0], "minus_plan_stderr": difference[1]}
-            rows.append({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()})
-        return {"text": self.text, "tokens": self.tokens, "rows": rows}
-
-    def save(self, path: Path) -> None:
-        """Write evaluation.json."""
-        write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
 
 
 class ScoreLog(Ledger):
@@ -268,15 +150,9 @@ def evaluate_plan(evaluator: Evaluator, plan: Plan, between: Sequence[tuple[Choi
     progress(0, len(todo))
     rows = []
     for name, nbytes, assignment in todo:
-        rows.append(Row(name, nbytes, evaluator.score(assignment)))
+        score = evaluator.score(assignment)
+        nominal, stored = (None, None) if nbytes is None else (space.nominal_bits(nbytes), space.bits_per_weight(nbytes))
+        rows.append(Row(name, score.window_nll, nbytes, nominal, stored, score))
         progress(len(rows), len(todo))
-    points = sorted((row.nbytes, row.nll) for row in rows if row.name.startswith("uniform") and row.nbytes)
-    sizes, losses = np.array(points).T
-    rows.append(Row("line low-high", plan.nbytes, None, float(np.interp(plan.nbytes, sizes[[0, -1]], losses[[0, -1]]))))
-    if len(points) > 2:
-        rows.append(Row("line of uniforms", plan.nbytes, None, float(np.interp(plan.nbytes, sizes, losses))))
-    return Evaluation(tuple(rows), space, str(windows), windows.scored_tokens)
+    return Evaluation(tuple(rows), str(windows), windows.scored_tokens).with_lines()
 
-
-def _stderr(values: FloatArray) -> float:
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan

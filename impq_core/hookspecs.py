@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     import click
 
     from impq_core.config import RunConfig
-    from impq_core.exports.export import Exported
-    from impq_core.runs.pipeline import RunResult
+    from impq_core.results import Exported, RunResult
     from impq_core.space import FloatArray, IntArray, SearchSpace
     from impq_core.types import Measurements, Plan, SensitivityEstimate
 

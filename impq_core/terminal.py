@@ -22,11 +22,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from impq_core.config import RunConfig
-    from impq_core.evaluate import Evaluation, Score
     from impq_core.model.cache import Shelf
+    from impq_core.results import Evaluation, RunResult, Score
     from impq_core.runs.allocate import Planned
     from impq_core.runs.fit import Fits
-    from impq_core.runs.pipeline import RunResult
     from impq_core.space import SearchSpace
     from impq_core.types import Plan
 
@@ -188,8 +187,7 @@ def evaluation_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]
     for row in evaluation.rows:
         sizes = ["", "", ""]
         if row.nbytes is not None:
-            sizes = [f"{evaluation.space.nominal_bits(row.nbytes):.2f}",
-                     f"{evaluation.space.bits_per_weight(row.nbytes):.3f}", f"{row.nbytes / 1e6:.2f}"]
+            sizes = [f"{row.bits_nominal:.2f}", f"{row.bits_stored:.3f}", f"{row.nbytes / 1e6:.2f}"]
         difference = evaluation.against_plan(row)
         minus = ""
         if difference is not None:

@@ -24,7 +24,8 @@ from impq_core.interfaces import Variant
 from impq_core.model.source import locate_model
 from impq_core.parts import Parts, load_exporter
 from impq_core.plugins import Plugins
-from impq_core.runs.pipeline import RunResult, run
+from impq_core.results import RunResult
+from impq_core.runs.pipeline import run
 from impq_core.space import Choice, LinearSpec
 from impq_core.testing import tiny_model
 

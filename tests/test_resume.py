@@ -13,16 +13,17 @@ import torch
 
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError
-from impq_core.evaluate import Evaluator, Score
+from impq_core.evaluate import Evaluator
 from impq_core.files import write_text
 from impq_core.hookspecs import hookimpl
 from impq_core.interfaces import Variant
 from impq_core.model.bank import Assignment
 from impq_core.model.cache import shelves
 from impq_core.plugins import Plugins
+from impq_core.results import RunResult, Score
 from impq_core.runs import pipeline
 from impq_core.runs.folder import RunFolder
-from impq_core.runs.pipeline import RunResult, resume, run
+from impq_core.runs.pipeline import resume, run
 from impq_core.space import Choice, LinearSpec
 from impq_core.testing import tiny_model
 from impq_core.tracking.tracker import Tracker

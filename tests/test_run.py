@@ -16,8 +16,9 @@ from impq_core.errors import ImpqError
 from impq_core.hookspecs import hookimpl
 from impq_core.ledger import MeasurementLog
 from impq_core.plugins import Plugins
+from impq_core.results import RunResult
 from impq_core.runs.fit import fit_run
-from impq_core.runs.pipeline import RunResult, play, run
+from impq_core.runs.pipeline import play, run
 from impq_core.terminal import console
 from impq_core.tracking.tracker import Tracker
 from impq_core.types import Measurements, Plan, SensitivityEstimate

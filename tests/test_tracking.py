@@ -11,8 +11,9 @@ import pytest
 from impq_core.config import RunConfig
 from impq_core.exports.export import export_run
 from impq_core.plugins import Plugins
+from impq_core.results import RunResult
 from impq_core.runs.folder import RunFolder
-from impq_core.runs.pipeline import RunResult, resume, run
+from impq_core.runs.pipeline import resume, run
 from impq_core.runs.sweep import Sweep, run_sweep
 from impq_core.tracking.logged_model import ExportTracker
 from impq_core.tracking.pages import COLUMNS, VIEW_TAG, experiment_tags, run_name, shortened, sweep_name

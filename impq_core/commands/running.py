@@ -16,7 +16,7 @@ from impq_core.errors import UsageError
 from impq_core.plugins import ROLES, Plugins
 
 if TYPE_CHECKING:
-    from impq_core.exports.export import Exported
+    from impq_core.results import Exported
 
 RESUME = click.option("--resume", metavar="FOLDER", help="Go on with what was begun in this folder, as it was "
                                                          "configured; takes no other option but --plugin.")

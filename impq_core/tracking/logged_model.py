@@ -15,7 +15,7 @@ from impq_core.tracking.pages import text_name
 from impq_core.tracking.store import check_store
 
 if TYPE_CHECKING:
-    from impq_core.exports.export import Exported
+    from impq_core.results import Exported
 
 
 class ExportTracker:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from impq_core.config import RunConfig, TextConfig
 
 if TYPE_CHECKING:
-    from impq_core.runs.pipeline import RunResult
+    from impq_core.results import RunResult
 
 VIEW = "impq"
 """Key and name of the saved view that every impq experiment gets."""

@@ -31,7 +31,7 @@ from impq_core.tracking.store import FOLDER_TAG, check_store, create_store, stor
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-    from impq_core.runs.pipeline import RunResult
+    from impq_core.results import RunResult
     from impq_core.space import FloatArray, IntArray, SearchSpace
     from impq_core.types import Measurements, Plan, SensitivityEstimate
 

@@ -1,0 +1,320 @@
+"""Results of runs, exports and held-out evaluations, as plain data.
+
+Nothing here needs torch: observers, comparisons and the command line read results without the model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from impq_core.config import RunConfig
+from impq_core.errors import ImpqError
+from impq_core.files import write_text
+from impq_core.space import FloatArray
+from impq_core.statistics import standard_error
+from impq_core.types import Measurements, Plan, SensitivityEstimate
+
+
+class Difference(NamedTuple):
+    """Difference of two NLLs on the same windows, nats per token, and its standard error paired over windows (NaN if
+    unknown)."""
+
+    mean: float
+    stderr: float
+
+    @property
+    def unsigned(self) -> str:
+        """Its amount, without the sign."""
+        return f"{abs(self.mean):.4f}{self._error}"
+
+    @property
+    def significant(self) -> bool:
+        """Whether it exceeds two of its standard errors; true for any difference if the standard error is unknown."""
+        return self.mean != 0 and not abs(self.mean) <= 2 * self.stderr
+
+    @property
+    def _error(self) -> str:
+        return "" if math.isnan(self.stderr) else f" ± {self.stderr:.4f}"
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.4f}{self._error}"
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """Held-out quality of one allocation.
+
+    Args:
+        window_nll: float64 (windows,), mean nats per token of each window.
+        kl: mean KL divergence from the unquantized model's next-token distribution, nats per token.
+        top1: share of tokens for which the most likely successor is the same as the unquantized model's.
+    """
+
+    window_nll: FloatArray
+    kl: float
+    top1: float
+
+    @property
+    def nll(self) -> float:
+        """Mean negative log-likelihood, nats per token."""
+        return float(self.window_nll.mean())
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of ``nll`` over windows, nats per token."""
+        return standard_error(self.window_nll)
+
+    @property
+    def perplexity(self) -> float:
+        """exp of ``nll``."""
+        return math.exp(min(self.nll, 700.0))
+
+    @property
+    def perplexity_stderr(self) -> float:
+        """Standard error of ``perplexity`` by the delta method: perplexity times the standard error of the NLL."""
+        return self.perplexity * self.stderr
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {"window_nll": self.window_nll.tolist(), "kl": self.kl, "top1": self.top1}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Score:
+        """Read the data of ``to_dict``; raises KeyError, TypeError or ValueError if it is something else."""
+        return cls(np.array(data["window_nll"], float), float(data["kl"]), float(data["top1"]))
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """Line of an evaluation: an allocation, its size and its loss.
+
+    Args:
+        name: ``plan``, ``unquantized``, ``uniform 3``, ``first/last high``, ``random 1``, ``line low-high`` ...
+        window_nll: float64 (windows,), mean nats per token of each window.
+        nbytes: stored bytes of the quantizable weights; None for the unquantized model.
+        bits_nominal: nominal average width, bits per weight; None for the unquantized model.
+        bits_stored: stored bits per weight; None for the unquantized model.
+        score: the measured score; None if the losses are interpolated between uniform models.
+    """
+
+    name: str
+    window_nll: FloatArray
+    nbytes: int | None = None
+    bits_nominal: float | None = None
+    bits_stored: float | None = None
+    score: Score | None = None
+
+    @property
+    def nll(self) -> float:
+        """Measured or interpolated mean negative log-likelihood, nats per token."""
+        return float(self.window_nll.mean())
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of ``nll`` over windows, nats per token."""
+        return standard_error(self.window_nll)
+
+    @property
+    def kind(self) -> str:
+        """First word of the name: plan, unquantized, uniform, line, first/last or random."""
+        return self.name.partition(" ")[0]
+
+    def minus(self, other: Row) -> Difference:
+        """This NLL minus another on the same windows."""
+        with np.errstate(invalid="ignore"):  # infinite losses have no difference
+            return Difference(self.nll - other.nll, standard_error(self.window_nll - other.window_nll))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, with derived numbers for other programs."""
+        data: dict[str, Any] = {"name": self.name, "bytes": self.nbytes, "nll": self.nll}
+        if self.nbytes is not None:
+            data |= {"bits_nominal": self.bits_nominal, "bits_stored": self.bits_stored}
+        if self.score is not None:
+            data |= {"nll_stderr": self.stderr, "perplexity": self.score.perplexity,
+                     "perplexity_stderr": self.score.perplexity_stderr, "kl": self.score.kl,
+                     "top1_agreement": self.score.top1, "window_nll": self.window_nll.tolist()}
+        return data
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """The plan and its references on one held-out text.
+
+    Args:
+        rows: the plan first; among the others, one named ``unquantized``.
+        text: description of the held-out text.
+        tokens: scored tokens.
+
+    Raises:
+        ImpqError: the first row is no measured plan, no row is the unquantized model, or rows have different numbers of
+            windows.
+    """
+
+    rows: tuple[Row, ...]
+    text: str
+    tokens: int
+
+    def __post_init__(self) -> None:
+        measured = {row.name for row in self.rows if row.score is not None}
+        if not self.rows or self.rows[0].nbytes is None or not {self.rows[0].name, "unquantized"} <= measured:
+            raise ImpqError("an evaluation needs a measured plan with its bytes in its first row, and a row for the "
+                            "unquantized model")
+        if len({len(row.window_nll) for row in self.rows}) != 1 or not len(self.rows[0].window_nll):
+            raise ImpqError("rows of an evaluation have different numbers of windows, or none")
+
+    def row(self, name: str) -> Row:
+        """The row of that name; raises KeyError if there is none."""
+        return {row.name: row for row in self.rows}[name]
+
+    @property
+    def plan(self) -> Score:
+        """The plan's score."""
+        score = self.rows[0].score
+        assert score is not None
+        return score
+
+    def against_plan(self, row: Row) -> Difference | None:
+        """A row's NLL minus the plan's, paired over windows; None for the plan itself."""
+        return None if row is self.rows[0] else row.minus(self.rows[0])
+
+    def with_lines(self) -> Evaluation:
+        """The evaluation with rows for straight lines between its uniform models at the plan's bytes: ``line
+        low-high`` between the smallest and the largest, ``line of uniforms`` between neighbours if there are more
+        than two. Losses are interpolated window by window."""
+        points = sorted(((row.nbytes, row.nll, row.window_nll) for row in self.rows
+                         if row.kind == "uniform" and row.nbytes is not None), key=lambda point: point[:2])
+        lines = {"line low-high": [points[0], points[-1]]} if points else {}
+        if len(points) > 2:
+            lines["line of uniforms"] = points
+        plan, rows = self.rows[0], list(self.rows)
+        assert plan.nbytes is not None
+        for name, ends in lines.items():
+            sizes, _, windows = zip(*ends, strict=True)
+            between = np.array([np.interp(plan.nbytes, sizes, losses) for losses in np.stack(windows, axis=1)])
+            rows.append(Row(name, between, plan.nbytes, plan.bits_nominal, plan.bits_stored))
+        return replace(self, rows=tuple(rows))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; a number that is not finite is null, except in ``window_nll``."""
+        rows = []
+        for row in self.rows:
+            data = row.to_dict()
+            if (difference := self.against_plan(row)) is not None:
+                data |= {"minus_plan": difference.mean, "minus_plan_stderr": difference.stderr}
+            rows.append({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in data.items()})
+        return {"text": self.text, "tokens": self.tokens, "rows": rows}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Evaluation:
+        """Read the data of ``to_dict``. Interpolated rows hold no windows there and are computed again.
+
+        Raises:
+            ImpqError: it is something else; the message says in which row, and what is wrong.
+        """
+        for key, kind in (("text", str), ("tokens", int), ("rows", list)):
+            if type(data.get(key)) is not kind:
+                raise ImpqError(f"an evaluation needs '{key}' as {_KINDS[kind]}, not {data.get(key)!r}"[:200])
+        entries = data["rows"]
+        if not all(isinstance(entry, Mapping) and isinstance(entry.get("name"), str) for entry in entries):
+            raise ImpqError("every row of an evaluation is an object with a name")
+        measured = tuple(_measured_row(entry) for entry in entries if "window_nll" in entry)
+        evaluation = cls(measured, data["text"], data["tokens"]).with_lines()
+        if names := {entry["name"] for entry in entries} - {row.name for row in evaluation.rows}:
+            raise ImpqError(f"row '{min(names)}' of an evaluation has no 'window_nll'")
+        return evaluation
+
+    def save(self, path: Path) -> None:
+        """Write evaluation.json, whole or not at all."""
+        write_text(path, json.dumps(self.to_dict(), indent=1) + "\n")
+
+
+_KINDS = {str: "text", int: "a whole number", list: "a list"}
+
+
+def _measured_row(entry: Mapping[str, Any]) -> Row:
+    name, nbytes = entry["name"], entry.get("bytes")
+    if nbytes is not None and (type(nbytes) is not int or nbytes < 0):
+        raise ImpqError(f"row '{name}' of an evaluation: 'bytes' is a whole number or null, not {nbytes!r}"[:200])
+    windows = entry["window_nll"]
+    if not isinstance(windows, Sequence) or not windows or not all(type(value) in (int, float) for value in windows):
+        raise ImpqError(f"row '{name}' of an evaluation: 'window_nll' is no list of numbers")
+    window_nll = np.array(windows, dtype=np.float64)
+    score = Score(window_nll, _number(entry, "kl"), _number(entry, "top1_agreement"))
+    if nbytes is None:
+        return Row(name, window_nll, score=score)
+    return Row(name, window_nll, nbytes, _number(entry, "bits_nominal"), _number(entry, "bits_stored"), score)
+
+
+def _number(entry: Mapping[str, Any], key: str) -> float:
+    """A number of a row, NaN for null."""
+    if key not in entry or type(entry[key]) not in (int, float, type(None)):
+        raise ImpqError(f"row '{entry['name']}' of an evaluation needs '{key}' as a number or null, not "
+                        f"{entry.get(key)!r}"[:200])
+    return math.nan if entry[key] is None else float(entry[key])
+
+
+@dataclass(frozen=True, eq=False)
+class RunResult:
+    """Results of a run; the same are files in ``folder``. If only an estimate was asked for, there is no plan and no
+    evaluation.
+
+    Args:
+        folder: the run folder.
+        config: the configuration.
+        plan: the plan.
+        evaluation: the plan and its references on held-out text.
+        estimate: the estimate that the plan was made from; None if the plan was given.
+        measurements: losses that the estimate was fitted to; None if the estimator measured none.
+        measured_loss: the plan's loss in the game it was estimated from, nats per token above the reference, to compare
+            with ``plan.predicted_loss``; None if no calibration text was read.
+        forwards: cost of the search in full-model forwards.
+        rest_bytes: bytes at 16 bits of all that is never quantized (embeddings, head, norms).
+        seconds: by stage.
+        digests: of the tokens of both texts, by role.
+    """
+
+    folder: Path
+    config: RunConfig
+    plan: Plan | None
+    evaluation: Evaluation | None
+    estimate: SensitivityEstimate | None
+    measurements: Measurements | None
+    measured_loss: float | None
+    forwards: float
+    rest_bytes: int
+    seconds: dict[str, float]
+    digests: dict[str, str]
+
+    @property
+    def model_bytes(self) -> int:
+        """Bytes of the whole model under the plan."""
+        assert self.plan is not None
+        return self.plan.nbytes + self.rest_bytes
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported folder.
+
+    Args:
+        folder: the folder.
+        format: name of the exporter.
+        score: held-out score of the model in it; None for a recipe, which holds no model.
+        text: description of the held-out text.
+        nbytes: stored bytes of the quantized weights.
+        file_bytes: bytes of the model's file, embeddings and head included; 0 for a recipe.
+    """
+
+    folder: Path
+    format: str
+    score: Score | None
+    text: str
+    nbytes: int
+    file_bytes: int
