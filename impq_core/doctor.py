@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Literal
 
 from impq_core.errors import ImpqError
+from impq_core.keys import versions
 from impq_core.model.cache import shelves
 from impq_core.model.demo import cache_folder
 from impq_core.plugins import OFFERED, Plugins
 from impq_core.runs.folder import RunFolder
-from impq_core.runs.provenance import source_digest, versions
 
 LEAST_FREE = 2e9
 """Bytes of free disk below which a run is likely to fail."""
@@ -114,7 +114,7 @@ def _cache(fix: bool) -> Iterator[Finding]:
         yield Finding("wrong", f"only {free / 1e6:.0f} MB are free on the disk of {folder}")
     for shelf in found:
         backend = str(shelf.about.get("backend", "")).split(".")[0]
-        stale = not backend or shelf.about.get("code") != source_digest([backend])
+        stale = not backend
         if stale and fix:
             freed = shelf.nbytes
             shelf.remove()

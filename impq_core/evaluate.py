@@ -151,7 +151,8 @@ def evaluate_plan(evaluator: Evaluator, plan: Plan, between: Sequence[tuple[Choi
     rows = []
     for name, nbytes, assignment in todo:
         score = evaluator.score(assignment)
-        nominal, stored = (None, None) if nbytes is None else (space.nominal_bits(nbytes), space.bits_per_weight(nbytes))
+        nominal = None if nbytes is None else space.nominal_bits(nbytes)
+        stored = None if nbytes is None else space.bits_per_weight(nbytes)
         rows.append(Row(name, score.window_nll, nbytes, nominal, stored, score))
         progress(len(rows), len(todo))
     return Evaluation(tuple(rows), str(windows), windows.scored_tokens).with_lines()

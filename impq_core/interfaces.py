@@ -326,17 +326,24 @@ class Variant:
 class Checkpoint:
     """A quantized model on its way to files.
 
+    Linears are named as in the model's files, which is the name of their weight there without ``.weight``; for most
+    architectures that is the name of the module in the model.
+
     Args:
-        plan: the widths.
-        variants: the stored form of every quantized linear, by module name. Like ``dense``, ``config`` and
-            ``options`` it is empty for an exporter without ``backends``, for which nothing is quantized.
-        dense: every other tensor of the model, by its name in the model.
-        config: the model's own configuration, as its config.json has it.
-        backend: name of the backend whose variants these are.
+        plan: the plan, with the names of the model.
+        widths: the choice of every linear; None for those that stay unquantized.
+        specs: name in the model and shape of every linear.
+        variants: the packed form of every quantized linear. Like ``dense`` and ``config`` it is empty for an exporter
+            without ``backends``, for which nothing is quantized, and in ``restore``.
+        dense: every other tensor of the model's files, by its name there.
+        config: the model's configuration, as its config.json has it.
+        backend: name of the backend that made the variants.
         options: that backend's options.
     """
 
     plan: Plan
+    widths: Mapping[str, Choice | None]
+    specs: Mapping[str, LinearSpec]
     variants: Mapping[str, Variant]
     dense: Mapping[str, torch.Tensor]
     config: Mapping[str, Any]
@@ -358,10 +365,15 @@ class Exporter(Part, ABC):
 
     @abstractmethod
     def export(self, checkpoint: Checkpoint, folder: Path) -> None:
-        """Write the files into an existing folder; the tokenizer is already there."""
+        """Write the files into an existing folder. Tokenizer and further files of the model are there already, if the
+        format holds weights."""
 
-    def restore(self, folder: Path, plan: Plan) -> Mapping[str, Variant]:
-        """The variants that ``export`` wrote, by module name; raises ImpqError where a format holds no weights."""
+    def restore(self, folder: Path, checkpoint: Checkpoint) -> Mapping[str, Variant]:
+        """The variants that ``export`` wrote, by the names of ``checkpoint``, which holds no tensors.
+
+        Raises:
+            ImpqError: the format holds no weights, or the file lacks a tensor.
+        """
         raise ImpqError(f"{type(self).__name__} writes a recipe, not weights: there is nothing to load")
 
 

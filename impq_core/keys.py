@@ -56,7 +56,10 @@ class Key:
 
     def diff(self, stored: Mapping[str, Any]) -> list[Change]:
         """The facts in which a stored key (``to_dict``'s data) differs from this one; labels are not compared."""
-        return list(_changes(_unlabelled(stored), _unlabelled(self.to_dict())))
+        changes = _changes(_unlabelled(stored), _unlabelled(self.to_dict()))
+        # A fact such as the code is in several nested keys; it is named once.
+        return list({(change.name.rpartition(".")[2], change.before, change.now): change
+                     for change in reversed(list(changes))}.values())[::-1]
 
     def require(self, stored: Mapping[str, Any], where: str) -> None:
         """Raises ImpqError, which names the first fact that changed, if a stored key differs from this one."""

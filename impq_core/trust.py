@@ -1,8 +1,8 @@
 """Trust: what a file may decide, and what only the command line may.
 
 Files travel: an export's ``impq.json``, a run's ``impq.toml`` and an ``impq.toml`` in the working folder may come from
-another person. They may name models, texts, parts and options. They may not permit code to run: that permission is given
-on the command line (or by the calling script), for one command at a time, and is never written down.
+another person. They may name models, texts, parts and options. They may not permit code to run: that permission is
+given on the command line (or by the calling script), for one command at a time, and is never written down.
 """
 
 from __future__ import annotations

@@ -7,22 +7,26 @@ block after block, each behind the quantized ones; the score in the manifest is 
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from impq_core.config import from_data, override
 from impq_core.errors import ImpqError, one_line
 from impq_core.exports.checkpoint import WEIGHTS, read_model, tensor_names
 from impq_core.exports.manifest import FORMAT, MANIFEST, check_target, read_manifest
-from impq_core.files import scratch_folder, write_text
+from impq_core.files import write_text
 from impq_core.interfaces import Checkpoint
 from impq_core.model.names import file_names
 from impq_core.parts import load_exporter
 from impq_core.plugins import Plugins
 from impq_core.results import Exported, Score
 from impq_core.runs.folder import RunFolder
-from impq_core.runs.prepare import Prepared, prepare
+from impq_core.runs.prepare import prepare
 from impq_core.runs.session import Session
 from impq_core.trust import NO_TRUST, Trust
 from impq_core.types import Plan
@@ -51,38 +55,60 @@ def export_run(run: str | Path, name: str, target: Path | None = None, plugins: 
     prepared = prepare(config, plugins, trust)
     plan, score = prepared.plan, None
     assert plan is not None
-    checkpoint = _without_weights(prepared, plan, {})
+    checkpoint = bare_checkpoint(plan, config.backend, prepared.config.options.get("backend", {}))
     if exporter.backends:
         session = Session(prepared, plugins)
         evaluator = session.evaluator_of_exports()
         session.quantize_plan(plan)
         score = evaluator.score(prepared.space.assignment(plan.pick))
         checkpoint = make_checkpoint(session, plan)
-    with scratch_folder(target.parent, target.name) as work:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
         if exporter.backends:
             prepared.source.copy_files(work)
-        prepared.source.tokenizer().save_pretrained(work)
         exporter.export(checkpoint, work)
         plan.save(work / "plan.json")
         write_text(work / MANIFEST, json.dumps({
             "format": FORMAT, "exporter": name, "run": _plain(asdict(prepared.config)),
             "text": str(prepared.evaluation), "score": _numbers(score) if score else None}, indent=1) + "\n")
+        work.chmod(0o755)
+        for file in work.iterdir():
+            file.chmod(0o644)  # safetensors and temporary files are readable by their owner alone
+        if target.exists():
+            target.rmdir()
+        work.rename(target)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
     exported = Exported(target, name, score, str(prepared.evaluation), plan.nbytes, _file_bytes(target))
     plugins.notify("impq_exported", exported=exported, run=source.path)
     return exported
 
 
-def _without_weights(prepared: Prepared, plan: Plan, names: dict[str, str]) -> Checkpoint:
-    """The checkpoint of a plan with its widths alone, by name in the files."""
-    specs = {spec.name: spec for layer in prepared.space.everyone for spec in layer.linears}
+def bare_checkpoint(plan: Plan, backend: str, options: Mapping[str, Any],
+                    names: Mapping[str, str] = MappingProxyType({})) -> Checkpoint:
+    """A checkpoint without tensors.
+
+    Args:
+        plan: the plan.
+        backend: name of the backend of the variants.
+        options: its options.
+        names: names of weights in the model's files, by their names in the model; other weights have one name.
+    """
+    specs = {spec.name: spec for layer in plan.space.everyone for spec in layer.linears}
     in_files = {name: names.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight") for name in specs}
     return Checkpoint(plan, {in_files[name]: choice for name, choice in plan.widths().items()},
-                      {in_files[name]: spec for name, spec in specs.items()}, {}, {}, {}, prepared.config.backend,
-                      asdict(prepared.parts.backend.options))
+                      {in_files[name]: spec for name, spec in specs.items()}, {}, {}, {}, backend, options)
 
 
 def _names(session: Session) -> dict[str, str]:
     return file_names(session.runner.model, session.runner.model.state_dict())
+
+
+def _bare(session: Session, plan: Plan) -> Checkpoint:
+    prepared = session.prepared
+    return bare_checkpoint(plan, prepared.config.backend, asdict(prepared.parts.backend.options), _names(session))
 
 
 def make_checkpoint(session: Session, plan: Plan) -> Checkpoint:
@@ -93,8 +119,8 @@ def make_checkpoint(session: Session, plan: Plan) -> Checkpoint:
     Raises:
         ImpqError: a planned weight is not in the model's files under a name of its own.
     """
-    prepared, model = session.prepared, session.runner.model
-    bare = _without_weights(prepared, plan, _names(session))
+    prepared = session.prepared
+    bare = _bare(session, plan)
     planned = {f"{name}.weight" for name, choice in bare.widths.items() if choice is not None}
     dense = {}
     for name, tensor in prepared.source.tensors():
@@ -141,18 +167,17 @@ def evaluate_folder(path: str | Path, plugins: Plugins | None = None, trust: Tru
     assert plan is not None
     session = Session(prepared, plugins)
     evaluator = session.evaluator_of_exports()
-    names = _names(session)
-    bare = _without_weights(prepared, plan, names)
+    bare = _bare(session, plan)
     for file_name, variant in exporter.restore(folder, bare).items():
         session.bank.add(bare.specs[file_name], variant)
-    _load_dense(session, folder, names)
+    _load_dense(session, folder)
     score = evaluator.score(prepared.space.assignment(plan.pick))
     return Exported(folder, name, score, str(prepared.evaluation), plan.nbytes, _file_bytes(folder))
 
 
-def _load_dense(session: Session, folder: Path, names: dict[str, str]) -> None:
+def _load_dense(session: Session, folder: Path) -> None:
     """Give the model the unquantized tensors of an exported folder that it stores one to one."""
-    model, stored = session.runner.model, tensor_names(folder)
+    model, names, stored = session.runner.model, _names(session), tensor_names(folder)
     with read_model(folder) as tensor:
         try:
             model.load_state_dict({name: tensor(names[name]) for name in model.state_dict()

@@ -17,7 +17,8 @@ def file_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
         model: as ``from_pretrained`` returned it.
         names: of tensors in the model, such as ``model.layers.0.mlp.up_proj.weight``.
     """
-    reverse = [conversion.reverse_transform() for conversion in reversed(getattr(model, "_weight_conversions", None) or [])]
+    conversions = getattr(model, "_weight_conversions", None) or []
+    reverse = [conversion.reverse_transform() for conversion in reversed(conversions)]
     renamings = [entry for entry in reverse if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in reverse if isinstance(entry, WeightConverter)]
     return {name: apply_renamings(name, renamings) for name in names if apply_converters(name, converters)[1] is None}

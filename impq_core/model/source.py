@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -109,6 +112,41 @@ class ModelSource:
                             "they would be random; fetch or save it again")
         return model.eval().requires_grad_(False)
 
+    @cached_property
+    def folder(self) -> Path:
+        """The folder with the model's files; of a hub's model, the local copy.
+
+        Raises:
+            ImpqError: a hub's model has not been fetched.
+        """
+        if Path(self._files).is_dir():
+            return Path(self._files)
+        from transformers.utils import cached_file
+
+        config = cached_file(self._files, "config.json", local_files_only=True)
+        if config is None:
+            raise ImpqError(f"model {self.name} has no local copy")
+        return Path(config).parent
+
+    def config(self) -> dict[str, Any]:
+        """The content of config.json."""
+        return json.loads((self.folder / "config.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor of the safetensors files by its name there, mapped from the disk."""
+        from safetensors import safe_open
+
+        for file in sorted(self.folder.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as stored:
+                for name in stored.keys():  # noqa: SIM118
+                    yield name, stored.get_tensor(name)
+
+    def copy_files(self, folder: Path) -> None:
+        """Copy every file of the model but its weights: tokenizer, generation settings, code, licence ..."""
+        for file in sorted(self.folder.iterdir()):
+            if file.is_file() and not file.name.startswith(".") and not file.name.endswith(WEIGHT_SUFFIXES):
+                shutil.copyfile(file, folder / file.name)
+
     def tokenizer(self) -> Any:
         """The model's tokenizer; raises ImpqError where there is none."""
         from transformers import AutoTokenizer
@@ -117,6 +155,10 @@ class ModelSource:
             return AutoTokenizer.from_pretrained(self._files, trust_remote_code=self.trust_remote_code)
         except Exception as error:
             raise ImpqError(f"model {self.name} has no tokenizer that can be loaded: {_brief(error)}") from error
+
+
+WEIGHT_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
+"""Endings of the names of files that hold weights, or say where weights are."""
 
 
 def locate_model(name: str, trust_remote_code: bool = False) -> ModelSource:

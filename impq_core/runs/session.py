@@ -72,10 +72,11 @@ class Session:
                       self._shelf(backend, menus))
 
     def quantize_plan(self, plan: Plan) -> None:
-        """Quantize a plan block after block, each behind the quantized ones. The model ends at the plan."""
+        """Quantize a plan block after block, each behind the quantized ones. The model ends at the plan.
+
+        The session must not have made variants before: those of a run stand behind another prefix.
+        """
         backend = self.prepared.parts.backend
-        self.bank.apply([None] * len(self.bank.layers))
-        self.bank = Bank(self.runner.model, self.prepared.space.everyone, backend, self.dtype)
         menus = [[choice] if choice else [] for choice in self.prepared.space.assignment(plan.pick)]
         fill_bank(self.bank, self.runner, self._statistics_input(backend), menus, self.report("quantize"))
 
@@ -153,6 +154,11 @@ class Session:
         shelf = self._shelf(prepared.parts.backend, prepared.deployed_menus)
         kept = KeptScores(shelf, prepared.evaluation.digest, self.bank.layers) if shelf else None
         return Evaluator(self.runner, self.bank, prepared.evaluation, log, kept)
+
+    def evaluator_of_exports(self) -> Evaluator:
+        """An evaluator that takes no scores from the cache: an export is quantized in sequence. To be made before the
+        model leaves its own weights."""
+        return Evaluator(self.runner, self.bank, self.prepared.evaluation)
 
     def score_log(self, path: Path) -> ScoreLog:
         """The log of held-out scores in a file."""
