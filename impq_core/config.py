@@ -81,6 +81,8 @@ class RunConfig:
         tracking_uri: MLflow store; empty for ``mlflow.db`` in the working folder, ``none`` for no tracking.
         experiment: MLflow experiment.
         cache: keep variants in the user's cache, and take those that are there.
+        partial: go on even if less than half of the weights in the model's blocks can be quantized, as in many mixtures
+            of experts; the others stay at 16 bits.
         trust_remote_code: let transformers run code that comes with the model.
         options: options of parts, by role.
     """
@@ -110,6 +112,7 @@ class RunConfig:
     tracking_uri: str = ""
     experiment: str = "impq"
     cache: bool = True
+    partial: bool = False
     trust_remote_code: bool = False
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 

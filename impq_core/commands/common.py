@@ -77,6 +77,8 @@ def run_options(several: bool = False) -> Callable[[Command], Command]:
         click.option("--experiment", help="MLflow experiment [impq]."),
         click.option("--cache/--no-cache", default=None, help="Keep variants and scores in the cache for another "
                                                                "time [yes]."),
+        click.option("--partial", is_flag=True, default=None,
+                     help="Go on even if less than half of the weights in the blocks can be quantized."),
         click.option("--trust-remote-code", is_flag=True, default=None,
                      help="Let transformers run the model's own code."),
         part_options, plugin_option]

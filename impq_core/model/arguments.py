@@ -28,7 +28,8 @@ class Call:
         """Everything that the arguments hold, by path: ``position_embeddings.0`` is the first item of a tuple. A
         container is at its own path too, with its type and length."""
         arguments = {f"argument {place}": value for place, value in enumerate(self.positional, start=2)}
-        return {path: leaf for name, value in {**arguments, **self.named}.items() for path, leaf in _leaves(name, value)}
+        return {path: leaf for name, value in {**arguments, **self.named}.items()
+                for path, leaf in _leaves(name, value)}
 
 
 def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:

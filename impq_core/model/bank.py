@@ -117,8 +117,8 @@ def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden | None, menus: 
     The statistics of a block are collected once, behind a prefix at the widest choice, and serve every width: the
     Hessian of GPTQ does not depend on the width. (Strictly it depends on the widths of the blocks before; a bank has
     to settle on one prefix, and the widest is nearest to the plans of interest.) Afterwards the model stands at the
-    widest choice. Variants whose record says ``unreached`` (the calibration text never got to their linear) are reported
-    in one warning.
+    widest choice. Variants whose record says ``unreached`` (no token of the calibration text got to their linear) are
+    reported in one warning.
 
     Args:
         bank: to be filled.

@@ -1,9 +1,9 @@
 """A causal language model run block by block, so that a forward can start at any block.
 
-Works for any architecture that calls its blocks one after the other on the hidden states. The other arguments of a block
-(rotary embeddings, masks) are caught from one ordinary forward for each shape of a batch and given again for every batch
-of that shape. That is right only if they do not depend on the text, so they are compared between two texts, and the
-replayed logits are compared with the model's own: an architecture that does more is refused, not mismeasured.
+Works for any architecture that calls its blocks one after the other on the hidden states. The other arguments of a
+block (rotary embeddings, masks) are caught from one ordinary forward for each shape of a batch and given again for
+every batch of that shape. That is right only if they do not depend on the text, so they are compared between two texts,
+and the replayed logits are compared with the model's own: an architecture that does more is refused, not mismeasured.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ Hidden = list[torch.Tensor]
 BATCH_TOKENS = 2048
 HEAD_ROWS = 64
 """Logits are made for this many positions at a time: so few stay in the processor's cache, which is twice as fast."""
+
+UNSUPPORTED = "impq cannot run this architecture block by block yet"
 
 CHECKED = 8
 """Last positions of each window whose replayed logits are compared with the model's own."""
@@ -83,8 +85,8 @@ class BlockwiseModel:
         norm = getattr(parent, "norm", None)
         head = model.get_output_embeddings()
         if not isinstance(norm, nn.Module) or head is None:
-            part = "output head" if isinstance(norm, nn.Module) else "final norm (a module called 'norm' beside the blocks)"
-            raise ImpqError(f"{type(model).__name__} has no {part}: impq cannot run this architecture block by block yet")
+            part = "output head" if isinstance(norm, nn.Module) else "final norm called 'norm' beside its blocks"
+            raise ImpqError(f"{self._name} has no {part}: {UNSUPPORTED}")
         self._norm, self._head = norm, head
         self._softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self._calls: dict[tuple[int, int], list[Call]] = {}
@@ -141,7 +143,7 @@ class BlockwiseModel:
             one, other = self._observe(ids[:1]), self._observe(ids[:1].flip(1))
             if name := unlike_calls(one.leaves, other.leaves):
                 raise ImpqError(f"{self._name} gives its blocks '{name}', which depends on the text or holds a state: "
-                                "impq cannot run this architecture block by block yet")
+                                f"{UNSUPPORTED}")
             self._check(other, one.calls)
             self._calls[1, length] = one.calls
         if windows > 1:
@@ -150,7 +152,7 @@ class BlockwiseModel:
             self._calls[windows, length] = batch.calls
 
     def _observe(self, ids: torch.Tensor) -> _Observed:
-        hidden: list[torch.Tensor] = []
+        hidden: list[Any] = []
         calls: list[Call] = []
         before: list[dict[str, Any]] = []
         order: list[nn.Module] = []
@@ -169,12 +171,12 @@ class BlockwiseModel:
             for hook in hooks:
                 hook.remove()
         if order != self.blocks or not all(isinstance(states, torch.Tensor) for states in hidden):
-            raise ImpqError(f"{self._name} does more than run its blocks in order, once each, on hidden states: impq "
-                            "cannot run this architecture block by block yet")
+            raise ImpqError(f"{self._name} does more than run its blocks in order, once each, on hidden states: "
+                            f"{UNSUPPORTED}")
         after = [call.leaves() for call in calls]
         if name := unlike_calls(before, after):
-            raise ImpqError(f"{self._name} gives its blocks '{name}', which is a cache or is written to by them: impq "
-                            "cannot run this architecture block by block yet")
+            raise ImpqError(f"{self._name} gives its blocks '{name}', which is a cache or is written to by them: "
+                            f"{UNSUPPORTED}")
         return _Observed(hidden[0], calls, after, logits.float())
 
     def _check(self, observed: _Observed, calls: list[Call]) -> None:
@@ -185,7 +187,7 @@ class BlockwiseModel:
         replayed = self.logits(states[:, -CHECKED:])
         if not (replayed - observed.logits).abs().max() <= 0.05 * observed.logits.std():
             raise ImpqError(f"{self._name} does more than run its blocks in order between embeddings and logits (such "
-                            "as scaling them): impq cannot run this architecture block by block yet")
+                            f"as scaling them): {UNSUPPORTED}")
 
     @property
     def _name(self) -> str:

@@ -91,9 +91,9 @@ class Coverage:
     def require(self, model: str) -> None:
         """Raises ImpqError if less than half of the weights can be quantized."""
         if self.share < 0.5:
-            raise ImpqError(f"model {model}: only {100 * self.share:.0f}% of the weights in its blocks are linears that "
-                            f"can be quantized; the rest, such as {self.uncovered}, would stay at 16 bits; --partial "
-                            "goes on all the same")
+            raise ImpqError(f"model {model}: only {100 * self.share:.0f}% of the weights in its blocks are in linears, "
+                            f"which can be quantized; the rest, such as {self.uncovered}, would stay at 16 bits; "
+                            "--partial goes on all the same")
 
 
 def coverage(model: PreTrainedModel, layers: Sequence[LayerSpec]) -> Coverage:
@@ -195,8 +195,8 @@ def _matches(pattern: str, layer: LayerSpec) -> bool:
 
 
 def resolve_dtype(name: str) -> torch.dtype:
-    """The dtype of the forwards. ``auto`` is bfloat16 on processors that multiply it twice as fast as float32: those with
-    AMX, and AMD's with AVX-512. On Intel's AVX-512 a bfloat16 linear was measured to take 1.8 times as long."""
+    """The dtype of the forwards. ``auto`` is bfloat16 on processors that multiply it twice as fast as float32: those
+    with AMX, and AMD's with AVX-512. On Intel's AVX-512 a bfloat16 linear was measured to take 1.8 times as long."""
     if name == "auto":
         able = torch.cpu.get_capabilities()
         fast = able.get("amx_tile") or (able.get("avx512_bf16") and "AMD" in able.get("cpu_name", ""))

@@ -84,7 +84,7 @@ class ModelSource:
                             f"codes, so the model is quantized already; {UNQUANTIZED}")
         if (tensor.is_floating_point() and tensor.dtype.itemsize > 1 and tensor.numel()
                 and not torch.isfinite(torch.stack(tensor.aminmax())).all()):
-            raise ImpqError(f"model {self.name}: its tensor {name} holds NaN or infinity; take a sound copy of the model")
+            raise ImpqError(f"model {self.name}: its tensor {name} holds NaN or infinity; take a sound copy of it")
 
     def _config(self) -> Any:
         from transformers import AutoConfig
@@ -136,8 +136,8 @@ class ModelSource:
         head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
         if (head is not None and model.config.get_text_config().tie_word_embeddings
                 and head.weight is not embeddings.weight):
-            raise ImpqError(f"model {self.name}: config.json ties the head to the embeddings, but the file holds another "
-                            "tensor for it; set tie_word_embeddings to false, or save the model again")
+            raise ImpqError(f"model {self.name}: config.json ties the head to the embeddings, but the file holds "
+                            "another tensor for it; set tie_word_embeddings to false, or save the model again")
         return model.eval().requires_grad_(False)
 
     def _from_files(self, **options: Any) -> PreTrainedModel:

@@ -12,7 +12,7 @@ import numpy as np
 
 from impq_core.config import RunConfig
 from impq_core.interfaces import Backend
-from impq_core.model.layers import layers_of, resolve_dtype, rest_parameters, search_space
+from impq_core.model.layers import coverage, layers_of, resolve_dtype, rest_parameters, search_space
 from impq_core.model.source import ModelSource, locate_model
 from impq_core.model.text import Windows, check_source, draw_windows, refuse_overlap
 from impq_core.parts import Parts
@@ -28,7 +28,7 @@ class Prepared:
 
     ``played`` is the space the estimator sees: the layers and widths of ``space`` at the sizes of the backend whose
     variants are measured. ``between`` are the backend's widths between the menu's that uniform references are made
-    of, each with its bytes.
+    of, each with its bytes. ``coverage`` is the share of the weights in the blocks that the layers hold.
     """
 
     config: RunConfig
@@ -43,6 +43,7 @@ class Prepared:
     calibration: Windows | None
     evaluation: Windows
     libraries: tuple[str, ...]
+    coverage: float
 
     @cached_property
     def measured_on(self) -> dict[str, Any]:
@@ -137,6 +138,9 @@ def prepare(config: RunConfig, plugins: Plugins, calibrate: bool = True) -> Prep
     source = locate_model(config.model, config.trust_remote_code)
     skeleton = source.skeleton()
     layers = layers_of(skeleton, parts.granularity)
+    covered = coverage(skeleton, layers)
+    if not config.partial:
+        covered.require(config.model)
     space = search_space(layers, parts.backend, parts.menu, config.pins, config.exclude)
     played = space
     if parts.estimate_with and not config.plan:  # a plan that is given is measured as it will be deployed
@@ -168,7 +172,7 @@ def prepare(config: RunConfig, plugins: Plugins, calibrate: bool = True) -> Prep
     return Prepared(resolved, parts, source, space, played, tuple(between), budget_bytes,
                     2 * rest_parameters(skeleton, layers), plan, calibration, evaluation,
                     tuple(sorted({library for name in {config.backend, config.estimate_with} - {""}
-                                  for library in plugins.find("backend", name).needs})))
+                                  for library in plugins.find("backend", name).needs})), covered.share)
 
 
 def _absolute(name: str) -> str:

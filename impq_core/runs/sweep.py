@@ -165,7 +165,8 @@ def _finish(child: _Child, search: Search, evaluator: Evaluator, plugins: Plugin
     path = sweep.path / CHILDREN / child.name
     folder = RunFolder(path) if path.exists() else make_folder(prepared, path.parent, path.name)
     with folder.locked():
-        plugins.notify("impq_run_started", config=prepared.config, space=prepared.space, folder=folder.path)
+        plugins.notify("impq_run_started", config=prepared.config, space=prepared.space, folder=folder.path,
+                       coverage=prepared.coverage)
         bank.save_record(folder.variants)
         keep_estimate(plugins, folder, estimate, search.measurements)
         plan.save(folder.plan)

@@ -107,7 +107,8 @@ class Gptq(Backend):
         tensors = {name: getattr(packed, name).clone() for name in TENSORS}
         if not isinstance(loss, float):  # the library returns a word if it gave up on the Hessian
             raise ImpqError(f"GPTQ failed at {choice} bits ({loss}); more calibration text or damping may help")
-        return Variant(choice, tensors, {"damping": float(damping), "loss": loss, **({} if reached else {"unreached": 1.0})})
+        record = {"damping": float(damping), "loss": loss}
+        return Variant(choice, tensors, record if reached else {**record, "unreached": 1.0})
 
     def pack(self, codes: torch.Tensor, scales: torch.Tensor, choice: Choice) -> Variant:
         """A variant from signed symmetric codes (rows, columns) and 16-bit scales (rows, groups)."""
