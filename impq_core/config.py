@@ -110,6 +110,8 @@ class RunConfig:
         tracking_uri: MLflow store; empty for ``mlflow.db`` in the working folder, ``none`` for no tracking.
         experiment: MLflow experiment.
         cache: keep variants in the user's cache, and take those that are there.
+        partial: continue even if less than half of the weights in the model's blocks can be quantized, as in many
+            mixtures of experts; the others stay at 16 bits.
         options: options of parts, by role.
     """
 
@@ -138,6 +140,7 @@ class RunConfig:
     tracking_uri: str = ""
     experiment: str = "impq"
     cache: bool = True
+    partial: bool = False
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -110,8 +110,9 @@ def impq_commands() -> Iterable[click.Command]:
 
 
 @hookspec
-def impq_run_started(config: RunConfig, space: SearchSpace, folder: Path) -> None:
-    """Everything is checked and the folder exists; the model's weights are not loaded yet."""
+def impq_run_started(config: RunConfig, space: SearchSpace, folder: Path, coverage: float) -> None:
+    """Everything is checked and the folder exists; the model's weights are not loaded yet. ``coverage`` is the share
+    (0 to 1) of the weights in the model's blocks that the layers of ``space`` hold."""
 
 
 @hookspec

@@ -49,13 +49,14 @@ class ConsoleReporter:
         self._last = 0.0
 
     @hookimpl
-    def impq_run_started(self, config: RunConfig, space: SearchSpace, folder: Path) -> None:
-        """Say what is about to happen."""
+    def impq_run_started(self, config: RunConfig, space: SearchSpace, folder: Path, coverage: float) -> None:
+        """Print what the run is about to do."""
         if self._brief:
             return
         menu = "/".join(map(str, space.choices))
+        share = "" if coverage > 0.99 else f" ({100 * coverage:.0f}% of those in the blocks)"
         self._say(f"{config.model}: {len(space)} layers ({config.granularity}), {space.parameters / 1e6:.1f} M "
-                  f"weights, {menu} bits with {config.backend}"
+                  f"weights{share}, {menu} bits with {config.backend}"
                   + (f", measured with {config.estimate_with}" if config.estimate_with else "")
                   + f", budget {config.budget}")
         self._say(f"run folder {folder}")

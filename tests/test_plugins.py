@@ -127,7 +127,7 @@ def test_observers_watch_and_cannot_break_a_run() -> None:
         found.notify("impq_progress", stage="x", done=3, total=4)
     assert Good.seen == [3]
     with pytest.raises(ImpqError, match="store is gone"):
-        found.notify("impq_run_started", config=None, space=None, folder=None)
+        found.notify("impq_run_started", config=None, space=None, folder=None, coverage=1.0)
 
 
 def test_observers_are_called_in_the_order_of_their_registration() -> None:

@@ -80,6 +80,8 @@ def run_options(several: bool = False) -> Callable[[Command], Command]:
         click.option("--experiment", help="MLflow experiment [impq]."),
         click.option("--cache/--no-cache", default=None, help="Keep variants and scores in the cache for another "
                                                                "time [yes]."),
+        click.option("--partial", is_flag=True, default=None,
+                     help="Continue even if less than half of the weights in the blocks can be quantized."),
         trust_option, part_options, plugin_option]
 
     def add(command: Command) -> Command:

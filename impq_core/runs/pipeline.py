@@ -111,7 +111,8 @@ def make_folder(prepared: Prepared, parent: Path | None = None, name: str = "") 
 
 def _start(prepared: Prepared, plugins: Plugins, folder: RunFolder) -> None:
     try:
-        plugins.notify("impq_run_started", config=prepared.config, space=prepared.space, folder=folder.path)
+        plugins.notify("impq_run_started", config=prepared.config, space=prepared.space, folder=folder.path,
+                       coverage=prepared.coverage)
     except BaseException as error:
         plugins.notify("impq_run_failed", error=error)
         raise

@@ -25,7 +25,7 @@ from impq_core.keys import (
     part_facts,
     versions,
 )
-from impq_core.model.layers import layers_of, resolve_dtype, rest_parameters, search_space
+from impq_core.model.layers import coverage, layers_of, resolve_dtype, rest_parameters, search_space
 from impq_core.model.source import ModelSource, locate_model
 from impq_core.model.text import Windows, check_source, draw_windows, refuse_overlap
 from impq_core.parts import Parts, slots_of
@@ -53,6 +53,7 @@ class Prepared:
         calibration: None if no part reads calibration text.
         evaluation: the held-out windows.
         libraries: import names of the backends' libraries.
+        coverage: share of the weights in the model's blocks that the layers hold.
     """
 
     config: RunConfig
@@ -67,6 +68,7 @@ class Prepared:
     calibration: Windows | None
     evaluation: Windows
     libraries: tuple[str, ...]
+    coverage: float
 
     @property
     def measures_another_backend(self) -> bool:
@@ -221,6 +223,9 @@ def prepare(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
     source = source or locate_model(config.model, trust.remote_code)
     skeleton = source.skeleton()
     layers = layers_of(skeleton, parts.granularity)
+    covered = coverage(skeleton, layers)
+    if not config.partial:
+        covered.require(config.model)
     space = search_space(layers, parts.backend, parts.menu, config.pins, config.exclude)
     played = space
     if parts.estimate_with and not config.plan:  # a plan that is given is measured as it will be deployed
@@ -257,7 +262,7 @@ def prepare(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
     return Prepared(resolved, parts, source, space, played, tuple(between), budget_bytes,
                     2 * rest_parameters(skeleton, layers), plan, calibration, evaluation,
                     tuple(sorted({library for name in {config.backend, config.estimate_with} - {""}
-                                  for library in plugins.find("backend", name).needs})))
+                                  for library in plugins.find("backend", name).needs})), covered.share)
 
 
 def _absolute(name: str) -> str:

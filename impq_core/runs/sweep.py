@@ -161,7 +161,8 @@ def _finish(child: _Child, search: Search, session: Session, evaluator: Evaluato
     path = sweep.path / CHILDREN / child.name
     folder = RunFolder(path) if path.exists() else make_folder(prepared, path.parent, path.name)
     with folder.locked():
-        plugins.notify("impq_run_started", config=prepared.config, space=prepared.space, folder=folder.path)
+        plugins.notify("impq_run_started", config=prepared.config, space=prepared.space, folder=folder.path,
+                       coverage=prepared.coverage)
         session.bank.save_record(folder.variants)
         keep_estimate(plugins, folder, search.estimate, search.measurements)
         search.plan.save(folder.plan)
