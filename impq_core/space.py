@@ -148,8 +148,18 @@ class SearchSpace:
         return np.full(len(self), choice, dtype=np.int64)
 
     def bytes_of(self, pick: IntArray) -> int:
-        """Stored bytes of a pick, pinned layers included."""
-        return self.fixed_bytes + int(self.nbytes[np.arange(len(self)), pick].sum())
+        """Stored bytes of a pick (n,), pinned layers included."""
+        return int(self.bytes_of_all(pick[None])[0])
+
+    def bytes_of_all(self, picks: IntArray) -> IntArray:
+        """Stored bytes (N,) of picks (N, n), pinned layers included."""
+        sizes: IntArray = self.fixed_bytes + self.nbytes[np.arange(len(self)), picks].sum(axis=1)
+        return sizes
+
+    def carry_over(self, nbytes: int, other: SearchSpace) -> int:
+        """A size of this space as a size of another: at the same place between all-narrowest and all-widest."""
+        place = (nbytes - self.low_bytes) / max(1, self.high_bytes - self.low_bytes)
+        return round(other.low_bytes + place * (other.high_bytes - other.low_bytes))
 
     @property
     def low_bytes(self) -> int:

@@ -64,8 +64,8 @@ class ModelGame:
         self.tokens = windows.scored_tokens
         self.redraw(0)
 
-    def redraw(self, number: int) -> None:
-        """Go on with another set of windows; what was measured on it before is still known."""
+    def redraw(self, number: int) -> int:
+        """Continue on another set of windows and return its number; losses measured on it before are kept."""
         self._number = number % len(self._sets)
         self._ids, self._memo = self._sets[self._number], self._memos[self._number]
         self._inputs: list[Hidden] = [self._runner.embed(self._ids)]
@@ -75,6 +75,7 @@ class ModelGame:
             self._bank.apply([None] * len(self._bank.layers))
             self._unquantized = self._runner.run_all(self._inputs[0])
             self.block_forwards += len(self._runner)
+        return self._number
 
     @property
     def forwards(self) -> float:

@@ -98,7 +98,7 @@ class Exhaustive(Allocator):
         plans = itertools.product(range(m), repeat=n)
         while chunk := list(itertools.islice(plans, 50_000)):
             picks = np.array(chunk)
-            picks = picks[space.fixed_bytes + space.nbytes[np.arange(n), picks].sum(axis=1) <= budget_bytes]
+            picks = picks[space.bytes_of_all(picks) <= budget_bytes]
             if len(picks):
                 losses = estimate.predict(picks)
                 if losses.min() < value:
