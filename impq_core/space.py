@@ -149,7 +149,7 @@ class SearchSpace:
 
     def bytes_of(self, pick: IntArray) -> int:
         """Stored bytes of a pick (n,), pinned layers included."""
-        return int(self.bytes_of_all(pick[None])[0])
+        return int(self.bytes_of_all(np.asarray(pick)[None])[0])
 
     def bytes_of_all(self, picks: IntArray) -> IntArray:
         """Stored bytes (N,) of picks (N, n), pinned layers included."""
@@ -197,6 +197,11 @@ class SearchSpace:
         if pick.shape != (len(self),) or (pick < 0).any() or (pick >= len(self.choices)).any():
             raise ImpqError(f"a pick for this space is {len(self)} numbers in 0..{len(self.choices) - 1}")
         return pick
+
+    def check_budget(self, budget: int) -> None:
+        """Raises ImpqError if a budget in bytes is below the smallest plan."""
+        if budget < self.low_bytes:
+            raise ImpqError(f"a budget of {budget} bytes is below the smallest plan, {self.low_bytes} bytes")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
