@@ -135,9 +135,9 @@ class Game(Protocol):
     def window_losses(self, pick: IntArray) -> FloatArray:
         """Absolute losses (windows,) of one pick, nats per token: what paired differences are made of."""
 
-    def redraw(self, number: int) -> None:
-        """Go on with another set of windows, the one of that number (modulo as many as there are): the reference is
-        measured anew, and losses stay above it."""
+    def redraw(self, number: int) -> int:
+        """Continue on another set of windows: the one with that number, modulo the number of sets, which is returned.
+        Losses are above the reference on that set. A game starts on set 0."""
 
 
 class Probe(Protocol):

@@ -66,8 +66,9 @@ class ModelGame:
         self.tokens = windows.scored_tokens
         self.redraw(0)
 
-    def redraw(self, number: int) -> None:
-        """Go on with the set of windows of that number (modulo the number of sets); its earlier losses are kept."""
+    def redraw(self, number: int) -> int:
+        """Continue on the set of windows of that number (modulo the number of sets) and return the set's number; its
+        earlier losses are kept."""
         self._number = number % len(self._sets)
         self._ids, self._memo = self._sets[self._number], self._memos[self._number]
         self._inputs: list[Hidden] = [self._runner.embed(self._ids)]
@@ -77,6 +78,7 @@ class ModelGame:
             self._bank.apply([None] * len(self._bank.layers))
             self._unquantized = self._runner.run_all(self._inputs[0])
             self._flops += self._cost.behind(0)
+        return self._number
 
     @property
     def forwards(self) -> float:

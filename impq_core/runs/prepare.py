@@ -169,11 +169,8 @@ class Prepared:
 
     @property
     def played_budget(self) -> int:
-        """The budget in the space the estimator sees: the same place between all-low and all-high."""
-        if self.played is self.space:
-            return self.budget_bytes
-        place = (self.budget_bytes - self.space.low_bytes) / max(1, self.space.high_bytes - self.space.low_bytes)
-        return round(self.played.low_bytes + place * (self.played.high_bytes - self.played.low_bytes))
+        """The budget in the space the estimator sees: the same place between all-narrowest and all-widest."""
+        return self.space.carry_over(self.budget_bytes, self.played)
 
     @property
     def spare(self) -> Windows | None:
