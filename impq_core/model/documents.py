@@ -9,6 +9,7 @@ import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ class TextFile:
                              "rename it to .txt if it is plain text")
         if not os.path.lexists(path):
             siblings = os.listdir(path.parent) if path.parent.is_dir() else []
-            close = nearest(path.name, difflib.get_close_matches(path.name, siblings, n=1))
+            close = nearest(path.name, difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.85))
             raise ImpqError(f"{label}: no such file{close}")
         if not path.is_file():
             raise ImpqError(f"{label} is not a regular file: save the text to a file first, it is read more than once")
@@ -130,13 +131,14 @@ class TextFile:
         return f"convert it to UTF-8 (iconv -f {encoding} -t UTF-8 {shlex.quote(self.source)} > {target})"
 
     def _check_characters(self, text: str, first_line: int) -> None:
-        """Refuse bytes that are not UTF-8, which were decoded to surrogates, and NUL characters."""
-        for position in (_first_surrogate(text), text.find("\0")):
+        """Refuse NUL characters, and bytes that are not UTF-8, which were decoded to surrogates."""
+        for position in (text.find("\0"), _first_surrogate(text)):
             if position >= 0:
                 line = first_line + text.count("\n", 0, position)
                 if text[position] == "\0":
+                    order = "UTF-16BE" if text.startswith("\0") else "UTF-16LE"
                     raise self._error(f"line {line}", "holds a NUL character, which is not text",
-                                      f"delete it; or, if the file is UTF-16, {self._iconv('UTF-16')}")
+                                      f"delete it; or, if the file is UTF-16, {self._iconv(order)}")
                 raise self._error(f"line {line}", f"byte 0x{ord(text[position]) - 0xdc00:02x} is not UTF-8",
                                   f"if the file is text in another encoding, {self._iconv('LATIN1')}")
 
@@ -159,9 +161,12 @@ class TextFile:
         try:
             row = json.loads(line, object_pairs_hook=_fields)
         except (ValueError, RecursionError) as error:
+            reason = _one_line(error)
+            if isinstance(error, json.JSONDecodeError):
+                reason = f"{error.msg.removesuffix(' at')} at character {error.pos + 1}"
             cures = {"[": f"write one object a line ({self._jq('.[]')})",
                      "{": f"write each object in one line ({self._jq('.')})"}
-            raise self._error(place, f"is not a JSON object ({_one_line(error)})",
+            raise self._error(place, f"is not valid JSON ({reason})",
                               cures.get(line.strip(), "correct or delete the line")) from error
         if not isinstance(row, dict):
             cure = self._jq(".[]" if isinstance(row, list) else "{text: .}")
@@ -171,9 +176,10 @@ class TextFile:
             longest_first = sorted(row, key=lambda name: -len(row[name]) if isinstance(row[name], str) else 0)
             kinds = {name: _kind(row[name]) for name in longest_first}
             problem, cure, name = _without_text(kinds, "field")
-            program = f"{{text: .{json.dumps(name)}}}"
+            field = "." + json.dumps(name, ensure_ascii=not name.isprintable())
+            program = f"{{text: {field}}}"
             if name and kinds[name] == _CHAT:
-                program = f'{{text: [.{json.dumps(name)}[] | .content // .value] | join("\\n\\n")}}'
+                program = f'{{text: [{field}[] | .content // .value] | join("\\n\\n")}}'
             raise self._error(place, problem, f"{cure} ({self._jq(program)})" if name else cure)
         problem = problem_of(row["text"], "field")
         if problem:
@@ -251,15 +257,21 @@ def problem_of(text: Any, noun: str) -> str:
 
 
 def joined(documents: Iterable[str]) -> str:
-    """Documents joined by blank lines, until there are ``MOST_CHARACTERS``; further documents are not asked for."""
+    """Documents joined by blank lines: as many as have ``MOST_CHARACTERS``, and at most so many documents."""
     pieces: list[str] = []
     size = 0
-    for document in documents:
+    for document in islice(documents, MOST_CHARACTERS):
         pieces.append(document)
         size += len(document)
         if size >= MOST_CHARACTERS:
             break
     return "\n\n".join(pieces)
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first eight names, quoted, in one line."""
+    *first, last = [repr(name[:40]) for name in islice(names, 9)]
+    return ", ".join([*first, last if len(first) < 8 else "..."])
 
 
 def _without_text(kinds: Mapping[str, str], noun: str) -> tuple[str, str, str]:
@@ -271,13 +283,12 @@ def _without_text(kinds: Mapping[str, str], noun: str) -> tuple[str, str, str]:
     """
     chat = next((name for name, kind in kinds.items() if kind == _CHAT), "")
     if chat:
-        return f"has chat records ('{chat}'), which are not read", "write each chat as one 'text'", chat
+        return f"has chat records ({chat!r}), which are not read", "write each chat as one 'text'", chat
     texts = [name for name, kind in kinds.items() if kind == _TEXT]
-    names = ", ".join(f"'{name}'" for name in list(kinds)[:8]) + (", ..." if len(kinds) > 8 else "")
-    problem = f"has no {noun} 'text', " + (f"only {names}" if names else "and no other")
+    problem = f"has no {noun} 'text', " + (f"only {listed(kinds)}" if kinds else "and no other")
     if not texts:
-        return problem, f"add a {noun} 'text' with the text", ""
-    return problem, f"rename the {noun} with the text, such as '{texts[0]}', to 'text'", texts[0]
+        return problem, f"add a {noun} 'text', with null for rows to skip", ""
+    return problem, f"rename the {noun} with the text, such as {texts[0]!r}, to 'text'", texts[0]
 
 
 def _kind(value: Any) -> str:
@@ -309,7 +320,7 @@ def _column_kind(column: Any) -> str:
 def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs) and [name for name, _ in pairs].count("text") > 1:
-        raise ValueError("it has several fields 'text'")
+        raise ValueError("several fields 'text'")
     return fields
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import numpy as np
 from impq_core.config import TextConfig
 from impq_core.errors import ImpqError, UsageError
 from impq_core.model.demo import demo_text
-from impq_core.model.documents import MOST_CHARACTERS, TextFile, is_file_name, joined, problem_of
+from impq_core.model.documents import TextFile, is_file_name, joined, listed, problem_of
 from impq_core.space import IntArray
 
 SHARED_RUN = 32
@@ -63,14 +62,21 @@ class Windows:
 def check_source(source: str, role: str) -> None:
     """Refuse a local file that cannot be read as text, before anything heavy is imported.
 
-    The part of the file that windows would be drawn from is read and checked; names of ``demo`` and ``datasets`` texts
-    are not.
+    The part of the file that windows would be drawn from is read and checked. Of a ``datasets`` text only the form of
+    the name is checked.
+
+    Args:
+        source: ``demo``, a file, or a ``datasets`` name.
+        role: ``calibration`` or ``evaluation``, to be named in errors.
 
     Raises:
-        ImpqError: the file is missing, empty, of a kind that is not read, or cannot be read as text.
+        UsageError: the file is of a kind that is not read, or the name is malformed.
+        ImpqError: the file is missing, empty, or cannot be read as text.
     """
-    if source != "demo" and is_file_name(source):
+    if is_file_name(source) and source != "demo":
         _read(source, role)
+    else:
+        _parts_of_name(source, role)
 
 
 def draw_windows(config: TextConfig, role: str, tokenizer: Any, vocabulary: int) -> Windows:
@@ -165,26 +171,32 @@ def _from_demo(role: str) -> tuple[str, str]:
 def _from_datasets(source: str, role: str) -> tuple[str, str]:
     import datasets
 
-    name, config, split, *rest = [*source.split(":"), "", ""]
-    if any(rest):
-        raise UsageError(f"text '{source}': a datasets name is path, path:config or path:config:split")
+    path, config, split = _parts_of_name(source, role)
     try:
-        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
-        text = joined(_texts(islice(rows, MOST_CHARACTERS), f"{role} text {source}"))
+        rows = datasets.load_dataset(path, config or None, split=split or "train", streaming=True)
+        text = joined(_texts(rows, f"{role} text {source}"))
     except ImpqError:
         raise
     except Exception as error:  # datasets raises exceptions of many classes
         reason = " ".join(str(error).split())[:160]
-        raise ImpqError(f"text '{source}' is neither a file here nor a dataset that can be loaded "
+        raise ImpqError(f"{role} text {source} is neither a file here nor a dataset that can be loaded "
                         f"({type(error).__name__}: {reason})") from error
     return text, f"{source} from datasets, rows joined by blank lines"
 
 
-def _texts(rows: Iterator[dict[str, Any]], label: str) -> Iterator[str]:
+def _parts_of_name(source: str, role: str) -> tuple[str, str, str]:
+    """Path, configuration and split in the name of a dataset; '' if not given."""
+    path, config, split, *rest = [*source.split(":"), "", ""]
+    if any(rest):
+        raise UsageError(f"{role} text {source}: a datasets name is path, path:config or path:config:split")
+    return path, config, split
+
+
+def _texts(rows: Iterable[dict[str, Any]], label: str) -> Iterator[str]:
     """The ``text`` of each row of a dataset; rows in which it is null are skipped."""
     for number, row in enumerate(rows, start=1):
         if "text" not in row:
-            raise ImpqError(f"{label} has no column 'text', only {', '.join(row)}; save it as a .jsonl file with a "
+            raise ImpqError(f"{label} has no column 'text', only {listed(row)}; save it as a .jsonl file with a "
                             "field 'text' in each row")
         if problem := problem_of(row["text"], "column"):
             raise ImpqError(f"{label}, row {number}: {problem}; save it as a .jsonl file with this corrected")
