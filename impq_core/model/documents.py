@@ -191,7 +191,7 @@ class TextFile:
         import pyarrow.parquet
 
         try:
-            with pyarrow.parquet.ParquetFile(self.path, buffer_size=2**20) as table:
+            with pyarrow.parquet.ParquetFile(self.path, buffer_size=2**20, pre_buffer=False) as table:
                 self._check_columns(table.schema_arrow)
                 leaf = next(i for i in range(table.metadata.num_columns)
                             if table.schema.column(i).path == "text")
@@ -326,11 +326,8 @@ def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _first_surrogate(text: str) -> int:
     """Position of the first surrogate, which UTF-8 cannot hold; -1 if there is none."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        return error.start
-    return -1
+    match = None if text.isascii() else re.search("[\ud800-\udfff]", text)
+    return match.start() if match else -1
 
 
 def _one_line(error: BaseException) -> str:
