@@ -114,8 +114,9 @@ def check(config: RunConfig, plugins: Plugins) -> None:
 
     parts = Parts.build(config, plugins)
     locate_model(config.model)
-    for text in (config.calibration, config.evaluation) if parts.needs_calibration else (config.evaluation,):
-        check_source(text.source)
+    if parts.needs_calibration:
+        check_source(config.calibration.source, "calibration")
+    check_source(config.evaluation.source, "evaluation")
 
 
 def warn(config: RunConfig, plugins: Plugins) -> None:

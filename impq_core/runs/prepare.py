@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -215,8 +216,9 @@ def prepare(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
     """
     parts = Parts.build(config, plugins)
     calibrate = calibrate and parts.needs_calibration
-    for text in (config.calibration, config.evaluation) if calibrate else (config.evaluation,):
-        check_source(text.source)
+    if calibrate:
+        check_source(config.calibration.source, "calibration")
+    check_source(config.evaluation.source, "evaluation")
     source = source or locate_model(config.model, trust.remote_code)
     skeleton = source.skeleton()
     layers = layers_of(skeleton, parts.granularity)
@@ -264,5 +266,5 @@ def prepare(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
 
 def _absolute(name: str) -> str:
     """A file's path made absolute, so that the resolved configuration runs from anywhere; other names as they are."""
-    path = Path(name).expanduser()
-    return str(path.absolute()) if name not in ("", "demo") and path.exists() else name
+    path = os.path.expanduser(name)
+    return str(Path(path).absolute()) if name not in ("", "demo") and os.path.exists(path) else name
