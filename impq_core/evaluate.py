@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -151,9 +151,10 @@ def evaluate_plan(evaluator: Evaluator, plan: Plan, between: Sequence[tuple[Choi
     rows = []
     for name, nbytes, assignment in todo:
         score = evaluator.score(assignment)
-        nominal = None if nbytes is None else space.nominal_bits(nbytes)
-        stored = None if nbytes is None else space.bits_per_weight(nbytes)
-        rows.append(Row(name, score.window_nll, nbytes, nominal, stored, score))
+        row = Row(name, score.window_nll, nbytes, score=score)
+        if nbytes is not None:
+            row = replace(row, bits_nominal=space.nominal_bits(nbytes), bits_stored=space.bits_per_weight(nbytes))
+        rows.append(row)
         progress(len(rows), len(todo))
     return Evaluation(tuple(rows), str(windows), windows.scored_tokens).with_lines()
 

@@ -48,7 +48,8 @@ class Measurements:
             all; files written before sets were recorded are read so.
 
     Raises:
-        InvalidArrays: the arrays disagree in length, a pick lies outside the space, or a path spans two sets of windows.
+        InvalidArrays: the arrays disagree in length, a pick lies outside the space, or a path spans two sets of
+            windows.
     """
 
     space: SearchSpace
@@ -170,8 +171,8 @@ class SensitivityEstimate:
     Zeros and symmetry may be off by rounding, up to ``TOLERANCE`` of the largest term; they are made exact.
 
     Raises:
-        InvalidArrays: a shape is wrong, a term is not finite, the first column or choice is not 0, the pair terms are not
-            symmetric or not 0 within a layer, or the link does not increase.
+        InvalidArrays: a shape is wrong, a term is not finite, the first column or choice is not 0, the pair terms are
+            not symmetric or not 0 within a layer, or the link does not increase.
     """
 
     space: SearchSpace

@@ -43,10 +43,12 @@ def make_run(folder: Path, config: RunConfig, plan: np.ndarray[Any, Any], estima
         {"name": "uniform 2", "bytes": 70_000, "window_nll": (unquantized + 1.0 + NOISE).tolist()}]
     rows += [{"name": name, "bytes": 99_000, "window_nll": (unquantized + above).tolist()}
              for name, above in references.items()]
-    line = float((unquantized + 0.6 + NOISE / 2).mean())
-    rows.append({"name": "line low-high", "bytes": 100_000, "nll": line})
     for row in rows:
-        row.setdefault("nll", float(np.mean(row.get("window_nll", line))))
+        row |= {"nll": float(np.mean(row["window_nll"])), "kl": 0.1, "top1_agreement": 0.9}
+        if row["bytes"]:
+            row |= {"bits_nominal": row["bytes"] / 33_000, "bits_stored": row["bytes"] / 30_000}
+    line = float((unquantized + 0.6 + NOISE / 2).mean())
+    rows.append({"name": "line low-high", "bytes": 100_000, "nll": line if math.isfinite(line) else None})
     (folder / "evaluation.json").write_text(json.dumps({"text": text, "tokens": 288, "rows": rows}))
     space = estimate.space if estimate else planted_estimate(0, 4).space
     layers = {layer.name: {"bits": (4, 2)[i % 2], "group_size": 64} for i, layer in enumerate(space.layers)}
@@ -164,6 +166,42 @@ def test_a_broken_file_is_one_line(name: str, content: str, tmp_path: Path, conf
     assert told.count("\n") == 1 and str(folder / name) in told and "bug of impq" not in told
 
 
+BROKEN = {"evaluation.json": '{"text": "t", "tokens": 1, "rows": []}', "plan.json": "{", "cost.json": "{}",
+          "estimate.npz": "no zip", "impq.toml": "seed = -1"}
+
+
+def test_a_broken_run_is_left_out_with_a_note(tmp_path: Path, config: RunConfig,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "good", config, BASE + 0.5)
+    for name, content in BROKEN.items():
+        folder = make_run(tmp_path / f"broken-{name}", config, BASE + 0.5, planted_estimate(0, 4))
+        (folder / name).write_text(content)
+    main(["compare", str(tmp_path), "--no-html"])
+    said = capsys.readouterr()
+    assert "spqe" in said.out and len(said.err.splitlines()) == len(BROKEN)
+    for name in BROKEN:
+        assert str(tmp_path / f"broken-{name}") in said.err
+    assert said.err.count("the run is left out") == len(BROKEN)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("reference", ["unquantized", "uniform 2", "first/last high"])
+def test_a_reference_that_is_no_number_stops_nothing(value: float, reference: str, tmp_path: Path,
+                                                     config: RunConfig) -> None:
+    make_run(tmp_path / "good", config, BASE + 0.5)
+    file = make_run(tmp_path / "odd", config, BASE + 0.6) / "evaluation.json"
+    evaluation = json.loads(file.read_text())
+    for row in evaluation["rows"]:
+        if row["name"] in (reference, "line low-high"):  # as a run writes it
+            row["nll"] = None
+            if "window_nll" in row:
+                row |= {"window_nll": [value] * WINDOWS, "kl": None}
+    file.write_text(json.dumps(evaluation))
+    contests, notes = gather([tmp_path])
+    assert not notes and sum(len(contest.contestants) for contest in contests) == 2
+    Page(render(contests))
+
+
 class Page(HTMLParser):
     """What a page refers to, and whether its elements are closed in order."""
 
@@ -223,11 +261,10 @@ def test_a_real_run_and_its_convergence(tiny_config: RunConfig, monkeypatch: pyt
     assert one.plan.nbytes == result.plan.nbytes and one.forwards == result.forwards
     for row in result.evaluation.rows[1:]:
         if row.name in ("line low-high", "first/last high"):
-            kind = row.name.split()[0]
-            gap = one.plan.minus(next(r for r in one.rows if r.name == row.name))
-            told = result.evaluation.against_plan(row)
-            assert told is not None and gap.mean == pytest.approx(-told[0]) and not math.isnan(gap.stderr)
-            assert kind == "line" or gap.stderr == pytest.approx(told[1])
+            gap = one.plan.minus(one.evaluation.row(row.name))
+            difference = result.evaluation.against_plan(row)
+            assert difference is not None and gap.mean == pytest.approx(-difference.mean)
+            assert gap.stderr == pytest.approx(difference.stderr) and not math.isnan(gap.stderr)
     # By hand: the last point is the standard error over all four antithetic pairs.
     measurements = result.measurements
     assert measurements is not None and one.convergence.shape == (2, 3)

@@ -154,7 +154,8 @@ def change_library(folder: Path, config: RunConfig) -> None:
 
 
 @pytest.mark.parametrize("change, told", [
-    (change_model, "model digest was"), (change_text, "calibration.tokens was"), (change_backend, "options.group size was 64"),
+    (change_model, "model digest was"), (change_text, "calibration.tokens was"),
+    (change_backend, "options.group size was 64"),
     (change_code, "code was"), (change_library, 'versions.gptqmodel was "1.0" and is now')])
 def test_what_has_changed_is_refused(change: object, told: str, tiny_config: RunConfig, texts: tuple[Path, Path],
                                      tmp_path: Path) -> None:

@@ -183,7 +183,8 @@ def test_one_backend_is_measured_and_another_deployed(tiny_config: RunConfig) ->
     assert [c.group_size for c in both.plan.space.choices] == [64, 64]
     assert both.plan.nbytes <= both.plan.budget_bytes
     header, _ = MeasurementLog.read(both.folder / "measurements.jsonl")
-    assert header["variants"]["backend"] == "impq_quanto.backend" and header["variants"]["options"] == {"group_size": 32}
+    assert header["variants"]["backend"] == "impq_quanto.backend"
+    assert header["variants"]["options"] == {"group_size": 32}
     for config in (tiny_config, both.config):
         deployed = run(replace(config, plan=str(both.folder / "plan.json")))
         assert deployed.evaluation.plan.nll == both.evaluation.plan.nll

@@ -15,6 +15,7 @@ from impq_core.results import RunResult
 from impq_core.runs.folder import RunFolder
 from impq_core.runs.pipeline import resume, run
 from impq_core.runs.sweep import Sweep, run_sweep
+from impq_core.tracking.figures import draw_figures
 from impq_core.tracking.logged_model import ExportTracker
 from impq_core.tracking.pages import COLUMNS, VIEW_TAG, experiment_tags, run_name, shortened, sweep_name
 from impq_core.tracking.store import experiments
@@ -85,6 +86,16 @@ def test_a_run_and_its_exports_in_mlflow(tiny_config: RunConfig, tmp_path: Path)
 
     resume(result.folder, watched(tiny_config))
     assert "gptq" not in {item.path for item in client.list_artifacts(kept.info.run_id)}  # weights are not copied
+
+
+def test_names_with_dollar_signs_are_no_formulas(tiny_config: RunConfig, texts: tuple[Path, Path],
+                                                 tmp_path: Path) -> None:
+    odd = tmp_path / "a$x_{$.txt"
+    odd.write_text(texts[1].read_text())
+    config = replace(tiny_config, tracking_uri="none", evaluation=replace(tiny_config.evaluation, source=str(odd)))
+    paths = draw_figures(run(config), tmp_path / "figures")
+    assert [path.stem for path in paths] == ["loss_against_bytes", "widths", "sensitivities"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
 
 def test_an_export_stands_without_its_store(tiny_config: RunConfig, tmp_path: Path,

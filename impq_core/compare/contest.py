@@ -1,4 +1,4 @@
-"""Finished runs beside each other: only what was scored on the same windows of the same text is ever compared."""
+"""Comparison of finished runs: only runs that were scored on the same windows of the same text are compared."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from impq_core.config import RunConfig
+from impq_core.results import Difference, Evaluation, Row
 from impq_core.space import FloatArray
 from impq_core.types import SensitivityEstimate
 
@@ -20,86 +19,28 @@ RIVALS = ("line", "first/last", "random")
 """Kinds of references that a plan has to beat at its own size."""
 
 
-@dataclass(frozen=True)
-class Difference:
-    """A difference of two NLLs on the same windows, nats per token, and its standard error paired over windows (NaN
-    where it is not known)."""
-
-    mean: float
-    stderr: float
-
-    @property
-    def unsigned(self) -> str:
-        """Its amount, whichever way it goes."""
-        return f"{abs(self.mean):.4f}{self._error}"
-
-    @property
-    def seen(self) -> bool:
-        """Whether it is more than two of its standard errors, or one that is not known."""
-        return self.mean != 0 and not abs(self.mean) <= 2 * self.stderr
-
-    @property
-    def _error(self) -> str:
-        return "" if math.isnan(self.stderr) else f" ± {self.stderr:.4f}"
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.4f}{self._error}"
-
-
-@dataclass(frozen=True, eq=False)
-class Scored:
-    """A line of an evaluation: an allocation, its stored bytes (None: unquantized), its NLL in nats per token, and that
-    of each window (None where it was interpolated between models whose windows are not known)."""
-
-    name: str
-    nbytes: int | None
-    nll: float
-    window_nll: FloatArray | None = None
-
-    @property
-    def stderr(self) -> float:
-        """Standard error of ``nll`` over windows; NaN where it is not known."""
-        return math.nan if self.window_nll is None else _stderr(self.window_nll)
-
-    @property
-    def kind(self) -> str:
-        """What sort of allocation it is, however many there are of it: plan, unquantized, uniform, line, first/last,
-        random."""
-        return self.name.partition(" ")[0]
-
-    def minus(self, other: Scored) -> Difference:
-        """This NLL minus another on the same windows."""
-        if self.window_nll is None or other.window_nll is None:
-            return Difference(self.nll - other.nll, math.nan)
-        with np.errstate(invalid="ignore"):  # infinite losses have no difference
-            return Difference(self.nll - other.nll, _stderr(self.window_nll - other.window_nll))
-
-
 @dataclass(frozen=True, eq=False)
 class Contestant:
     """A finished run.
 
     Args:
-        folder: where it is.
-        config: what it was asked to do.
-        text, tokens: what it was scored on, and how many tokens were scored.
-        rows: its evaluation, the plan first.
-        budget_bytes: what the plan had to fit in.
-        bits_nominal: the plan's nominal average width, bits a weight.
-        widths: bits of every layer in model order; None where it stays unquantized.
+        folder: its run folder.
+        config: its configuration.
+        evaluation: its plan and references on held-out text.
+        budget_bytes: the budget of the plan, bytes.
+        bits_nominal: the plan's nominal average width, bits per weight.
+        widths: bits of every layer in model order; None for a layer that stays unquantized.
         forwards: cost of the search in full-model forwards.
-        measured: whether losses were measured, which a surrogate was then fitted to.
-        estimate: what the plan was made from; None where it was given.
-        convergence: float64 (2, K), forwards spent and the mean standard error of the Shapley values by then, nats per
-            token; K is 0 where the run tells nothing of that.
-        provenance: digests and versions, as the run wrote them.
+        measured: whether a surrogate was fitted to measured losses.
+        estimate: the estimate that the plan was made from; None if the plan was given.
+        convergence: float64 (2, K): forwards spent, and the mean standard error of the Shapley values at that point,
+            nats per token. K is 0 if the run played no whole permutations.
+        provenance: digests and versions as the run wrote them.
     """
 
     folder: Path
     config: RunConfig
-    text: str
-    tokens: int
-    rows: tuple[Scored, ...]
+    evaluation: Evaluation
     budget_bytes: int
     bits_nominal: float
     widths: Mapping[str, float | None]
@@ -110,19 +51,19 @@ class Contestant:
     provenance: Mapping[str, Any]
 
     @property
-    def plan(self) -> Scored:
-        """The plan's score."""
-        return self.rows[0]
+    def plan(self) -> Row:
+        """The plan's row of the evaluation."""
+        return self.evaluation.rows[0]
 
     @property
-    def unquantized(self) -> Scored:
-        """The unquantized model's score."""
-        return next(row for row in self.rows if row.name == "unquantized")
+    def unquantized(self) -> Row:
+        """The unquantized model's row of the evaluation."""
+        return self.evaluation.row("unquantized")
 
     @property
     def budget(self) -> str:
-        """The budget as it was asked for: bytes differ between backends, this does not. A share is one of a menu's
-        widest width, so it is named with it; a plan that was given answers to its own nominal width."""
+        """The budget as configured, because bytes differ between backends. A percentage is relative to the widest width
+        of the menu, so that width is added; the budget of a given plan is its own nominal width."""
         if self.config.plan or not self.config.budget:
             return f"{round(self.bits_nominal, 1):g}bits"
         widest = max(self.config.bits, default=0)
@@ -130,7 +71,7 @@ class Contestant:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """What the run was made of, each in a word or two; empty where it does not apply."""
+        """Components and settings of the run, a word or two each; empty for a component that was not used."""
         c = self.config
         measured = f", measured with {c.estimate_with}" if c.estimate_with else ""
         search = ("plan given", "", "") if c.plan else (c.estimator, c.surrogate if self.measured else "", c.allocator)
@@ -138,30 +79,30 @@ class Contestant:
                 f"refined {c.refine} by {c.refiner}" if c.refine else "unrefined", f"value {c.value}", f"seed {c.seed}")
 
     @property
-    def rivals(self) -> dict[str, Scored]:
-        """The best reference of each kind: the line between uniform models, first/last, random."""
-        known = {kind: [row for row in self.rows if row.kind == kind and not math.isnan(row.nll)] for kind in RIVALS}
-        return {kind: min(rows, key=lambda row: row.nll) for kind, rows in known.items() if rows}
+    def rivals(self) -> dict[str, Row]:
+        """The best reference of each kind in ``RIVALS``; a reference whose NLL is NaN is left out."""
+        rows = {kind: [row for row in self.evaluation.rows if row.kind == kind and not math.isnan(row.nll)]
+                for kind in RIVALS}
+        return {kind: min(candidates, key=lambda row: row.nll) for kind, candidates in rows.items() if candidates}
 
     @property
     def gaps(self) -> dict[str, Difference]:
-        """The plan's NLL minus the best reference's of each kind; above zero it loses."""
+        """The plan's NLL minus that of the best reference of each kind; the plan loses if it is above zero."""
         return {kind: self.plan.minus(rival) for kind, rival in self.rivals.items()}
 
     @property
     def losses(self) -> dict[str, Difference]:
-        """The gaps to what is seen to be better than the plan; one whose NLL is no number is worse than anything."""
-        return {kind: gap for kind, gap in self.gaps.items() if not gap.mean <= 0 and gap.seen}
+        """The gaps to references that are significantly better than the plan; a plan whose NLL is NaN loses to all."""
+        return {kind: gap for kind, gap in self.gaps.items() if not gap.mean <= 0 and gap.significant}
 
     @property
     def verdict(self) -> str:
-        """Whether the search was worth it: whom the plan loses to or ties with, or by how much at least it beats
-        all."""
+        """The references that the plan loses to; else those that it ties with; else its smallest lead."""
         if self.losses:
             return "LOSES to " + ", ".join(f"{kind} by {gap.unsigned}" for kind, gap in self.losses.items())
         if not self.gaps:
             return "no reference"
-        if ties := {kind: gap for kind, gap in self.gaps.items() if not gap.seen}:
+        if ties := {kind: gap for kind, gap in self.gaps.items() if not gap.significant}:
             return "ties with " + ", ".join(f"{kind} ({gap})" for kind, gap in ties.items())
         return f"beats all by ≥ {max(self.gaps.values(), key=lambda gap: gap.mean).unsigned}"
 
@@ -179,54 +120,49 @@ class Contest:
 
     @property
     def text(self) -> str:
-        """The held-out text."""
-        return self.contestants[0].text
+        """Description of the held-out text."""
+        return self.contestants[0].evaluation.text
 
     @property
     def tokens(self) -> int:
-        """How many of its tokens were scored."""
-        return self.contestants[0].tokens
+        """Scored tokens of the held-out text."""
+        return self.contestants[0].evaluation.tokens
 
     @cached_property
     def budgets(self) -> dict[str, tuple[Contestant, ...]]:
         """The contestants of each budget, the best first; the smallest budget first."""
-        found: dict[str, list[Contestant]] = {}
-        for one in sorted(self.contestants, key=lambda one: one.budget_bytes):
-            found.setdefault(one.budget, []).append(one)
-        return {budget: tuple(sorted(those, key=lambda one: (math.isnan(one.plan.nll), one.plan.nll)))
-                for budget, those in found.items()}
+        groups: dict[str, list[Contestant]] = {}
+        for run in sorted(self.contestants, key=lambda run: run.budget_bytes):
+            groups.setdefault(run.budget, []).append(run)
+        return {budget: tuple(sorted(runs, key=lambda run: (math.isnan(run.plan.nll), run.plan.nll)))
+                for budget, runs in groups.items()}
 
     @cached_property
     def labels(self) -> dict[Path, str]:
-        """A name for each contestant by its folder: its estimator and whatever else differs between contestants; the
-        folder too where that leaves two of one budget alike."""
-        columns = list(zip(*(one.parts for one in self.contestants), strict=True))
-        telling = [number for number, column in enumerate(columns) if number == 0 or len({*column} - {""}) > 1]
-        short = {one.folder: ", ".join(one.parts[number] for number in telling if one.parts[number])
-                 for one in self.contestants}
-        for those in self.budgets.values():
-            names = [short[one.folder] for one in those]
-            short |= {one.folder: f"{name} ({one.folder.name})" for one, name in zip(those, names, strict=True)
-                      if names.count(name) > 1}
-        return short
+        """A name for each contestant by its folder: its estimator and all parts that differ between contestants, and
+        the folder's name if two contestants of one budget are still alike."""
+        columns = list(zip(*(run.parts for run in self.contestants), strict=True))
+        shown = [number for number, column in enumerate(columns) if number == 0 or len({*column} - {""}) > 1]
+        labels = {run.folder: ", ".join(run.parts[number] for number in shown if run.parts[number])
+                  for run in self.contestants}
+        for runs in self.budgets.values():
+            names = [labels[run.folder] for run in runs]
+            labels |= {run.folder: f"{name} ({run.folder.name})" for run, name in zip(runs, names, strict=True)
+                       if names.count(name) > 1}
+        return labels
 
-    def label(self, one: Contestant) -> str:
+    def label(self, run: Contestant) -> str:
         """The name of a contestant."""
-        return self.labels[one.folder]
+        return self.labels[run.folder]
 
-    def behind_best(self, one: Contestant) -> Difference | None:
+    def behind_best(self, run: Contestant) -> Difference | None:
         """A plan's NLL minus that of the best plan of its budget; None for the best itself."""
-        best = self.budgets[one.budget][0]
-        return None if one is best else one.plan.minus(best.plan)
+        best = self.budgets[run.budget][0]
+        return None if run is best else run.plan.minus(best.plan)
 
 
 def block_of(layer: str) -> int:
-    """The block a layer's name tells of: its first number. A plan's file names pinned layers last, and this sorts them
-    in."""
+    """The block that a layer belongs to: the first number in its name, -1 if there is none. Plan files name pinned
+    layers last; sorting by block restores the model's order."""
     number = re.search(r"(?<![^.])\d+(?![^.])", layer)
     return int(number[0]) if number else -1
-
-
-def _stderr(values: FloatArray) -> float:
-    known = len(values) > 1 and np.isfinite(values).all()
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if known else math.nan

@@ -1,4 +1,4 @@
-"""The page of a comparison: one file that needs no other."""
+"""The page of a comparison: a single HTML file that loads nothing else."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from impq_core.files import write_text
 
 @dataclass(frozen=True)
 class Fact:
-    """A line of the provenance table: what all runs have in common, or one of several values and the runs that have
-    it (none named: all)."""
+    """Line of the provenance table: a value, and the runs that have it (none named: all runs)."""
 
     name: str
     value: str
@@ -33,7 +32,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Chapter:
-    """What the page shows of a contest."""
+    """A contest with its table, figures and provenance."""
 
     model: str
     contest: Contest
@@ -43,9 +42,9 @@ class Chapter:
 
 
 def write_page(contests: Sequence[Contest], path: Path) -> None:
-    """Write the page, whole or not at all; raises ImpqError where it cannot be written."""
+    """Write the page, whole or not at all; raises ImpqError if it cannot be written."""
     if path.is_dir() or not path.absolute().parent.is_dir():
-        raise ImpqError(f"{path} cannot be written: give --html a file in a folder that is there")
+        raise ImpqError(f"{path} cannot be written: give --html a file in an existing folder")
     page = render(contests)
     try:
         write_text(path, page)
@@ -54,7 +53,7 @@ def write_page(contests: Sequence[Contest], path: Path) -> None:
 
 
 def render(contests: Sequence[Contest]) -> str:
-    """The page's HTML. Whatever users name is escaped; pictures are part of it; it asks no server for anything."""
+    """The page as HTML. All names are escaped, figures are embedded, and nothing is loaded from a server."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["data_uri"] = _data_uri
     chapters = [Chapter(model_name(contest), contest, contest_lines(contest), draw_contest(contest),
@@ -66,23 +65,24 @@ def render(contests: Sequence[Contest]) -> str:
 
 
 def facts(contest: Contest) -> Iterator[Fact]:
-    """What the runs' numbers hang on: configuration, seeds, texts, digests, versions."""
-    told = {_name(contest, one): _told(one) for one in contest.contestants}
-    for key in dict.fromkeys(key for data in told.values() for key in data):
+    """Provenance of the runs: configuration, seeds, texts, digests, versions."""
+    recorded = {f"{run.budget}: {contest.label(run)}": _recorded(run) for run in contest.contestants}
+    for key in dict.fromkeys(key for data in recorded.values() for key in data):
         values: dict[str, list[str]] = {}
-        for name, data in told.items():
+        for name, data in recorded.items():
             values.setdefault(data.get(key, "not recorded"), []).append(name)
         for value, names in values.items():
             yield Fact(key, value, () if len(values) == 1 else tuple(names))
 
 
-def _told(one: Contestant) -> dict[str, str]:
-    c = one.config
+def _recorded(run: Contestant) -> dict[str, str]:
+    c = run.config
     seeds = {"run": c.seed, "calibration": c.calibration.seed, "evaluation": c.evaluation.seed}
-    chosen = {"model": c.model, "dtype": c.dtype, "held-out text": one.text, "scored tokens": one.tokens,
+    chosen = {"model": c.model, "dtype": c.dtype, "held-out text": run.evaluation.text,
+              "scored tokens": run.evaluation.tokens,
               "calibration text": c.calibration.source, "seed": seeds,
-              "budget in bytes": one.budget_bytes, "run folder": str(one.folder)}
-    return dict([*_flat(chosen), *_flat(one.provenance, "recorded")])
+              "budget in bytes": run.budget_bytes, "run folder": str(run.folder)}
+    return dict([*_flat(chosen), *_flat(run.provenance, "recorded")])
 
 
 def _flat(data: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
@@ -94,10 +94,6 @@ def _flat(data: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]
             yield name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _name(contest: Contest, one: Contestant) -> str:
-    return f"{one.budget}: {contest.label(one)}"
-
-
 def _data_uri(svg: str) -> str:
-    # A picture of its own: the names inside one drawing cannot meet those of another.
+    # As an image of its own, so that identifiers inside two figures cannot clash.
     return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()

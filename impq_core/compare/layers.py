@@ -1,14 +1,14 @@
-"""Pictures of a contest, layer by layer: widths, sensitivities, interactions."""
+"""Figures by layer: widths, sensitivities, interactions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from impq_core.compare.contest import Contest, Contestant, block_of
-from impq_core.compare.drawing import COLOURS, GREY, Picture, new_figure, shared_name, to_svg
+from impq_core.compare.drawing import COLOURS, GREY, Picture, new_figure, shared_name
 from impq_core.types import SensitivityEstimate
 
 WIDTHS = ("#D55E00", "#E69F00", "#F0E442", "#56B4E9", "#0072B2")
@@ -17,18 +17,18 @@ WIDTHS = ("#D55E00", "#E69F00", "#F0E442", "#56B4E9", "#0072B2")
 UNQUANTIZED = "#BBBBBB"
 
 NAMED_LAYERS = 40
-"""Up to so many layers are named on an axis; of more, their blocks are."""
+"""Most layers that an axis names one by one; with more, it names blocks."""
 
 
 def draw_widths(contest: Contest) -> Iterator[Picture]:
-    """Plans above each other, a colour a width; those of other layers apart."""
+    """Plans as rows of coloured cells, one cell per layer; one figure for each set of layers."""
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
-    ordered = [(budget, one) for budget, those in contest.budgets.items() for one in those]
-    for names in dict.fromkeys(tuple(one.widths) for _, one in ordered):
-        plans = [(f"{budget}: {contest.label(one)}", list(one.widths.values())) for budget, one in ordered
-                 if tuple(one.widths) == names]
+    ordered = [(budget, run) for budget, runs in contest.budgets.items() for run in runs]
+    for names in dict.fromkeys(tuple(run.widths) for _, run in ordered):
+        plans = [(f"{budget}: {contest.label(run)}", list(run.widths.values())) for budget, run in ordered
+                 if tuple(run.widths) == names]
         bits = sorted({width for _, widths in plans for width in widths if width is not None})
         colours = [*_spread(len(bits)), UNQUANTIZED]
         cells = np.array([[bits.index(width) if width is not None else len(bits) for width in widths]
@@ -52,13 +52,13 @@ def draw_widths(contest: Contest) -> Iterator[Picture]:
         handles = [Patch(color=colour, label=f"{width:g} bits") for colour, width in zip(colours, bits, strict=False)]
         handles += [Patch(color=UNQUANTIZED, label="unquantized")] if (cells == len(bits)).any() else []
         figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False)
-        yield Picture(f"{len(names)} layers", to_svg(figure),
-                      "A row is a plan, a column a layer; by budget, the best plan first.", True)
+        yield Picture(f"{len(names)} layers", figure,
+                      "Rows are plans, columns are layers; by budget, the best plan first.", True)
 
 
-def draw_sensitivities(contest: Contest) -> Iterator[Picture]:
-    """What every layer costs at the narrowest width, by every distinct estimate."""
-    for users, estimate in _estimates(contest):
+def draw_sensitivities(estimates: Iterable[tuple[str, SensitivityEstimate]]) -> Iterator[Picture]:
+    """Cost of every layer at the narrowest width, for each titled estimate."""
+    for title, estimate in estimates:
         costs = estimate.linear[:, -1]
         wide = len(costs) > NAMED_LAYERS
         figure, axes = new_figure(12.5, 3.2) if wide else new_figure(6.4, 4)
@@ -69,13 +69,13 @@ def draw_sensitivities(contest: Contest) -> Iterator[Picture]:
         axes.set_xlim(-0.7, len(costs) - 0.3)
         _layer_axis(axes, tuple(layer.name for layer in estimate.space.layers))
         axes.set_ylabel(f"cost of {estimate.space.choices[-1]} bits (nats per token)")
-        known = "bars are standard errors of the measured part" if estimate.stderr is not None else "no error is known"
-        yield Picture(users, to_svg(figure), f"Estimate {estimate.method}; {known}.", wide)
+        bars = "bars are standard errors of the measured part" if estimate.stderr is not None else "no standard errors"
+        yield Picture(title, figure, f"Estimate {estimate.method}; {bars}.", wide)
 
 
-def draw_interactions(contest: Contest) -> Iterator[Picture]:
-    """What pairs of layers cost beyond their own costs, by every estimate that tells."""
-    for users, estimate in _estimates(contest):
+def draw_interactions(estimates: Iterable[tuple[str, SensitivityEstimate]]) -> Iterator[Picture]:
+    """Cost of pairs of layers beyond their single costs, for each titled estimate with pair terms."""
+    for title, estimate in estimates:
         if estimate.pairwise is None:
             continue
         matrix, alone = estimate.pairwise[:, -1, :, -1], np.eye(len(estimate.linear), dtype=bool)
@@ -90,24 +90,23 @@ def draw_interactions(contest: Contest) -> Iterator[Picture]:
         _layer_axis(axes, names, 15)
         ticks = axes.get_xticks()
         axes.set_yticks(ticks, [label.get_text() for label in axes.get_xticklabels()], fontsize=8)
-        yield Picture(users, to_svg(figure), f"Estimate {estimate.method}. Above zero (brown), two layers at the "
+        yield Picture(title, figure, f"Estimate {estimate.method}. Above zero (brown), two layers at the "
                       "narrowest width cost more together than their costs add up to. The scale ends at the 99th "
                       "percentile.")
 
 
-def _estimates(contest: Contest) -> Iterator[tuple[str, SensitivityEstimate]]:
-    """Every distinct estimate once, by the names of the runs that made it."""
-    users: dict[Any, tuple[SensitivityEstimate, list[Contestant]]] = {}
-    for one in (one for those in contest.budgets.values() for one in those):
-        if one.estimate is not None:
-            e = one.estimate
+def distinct_estimates(contest: Contest) -> list[tuple[str, SensitivityEstimate]]:
+    """Every distinct estimate once, titled with the names of the runs that made it."""
+    groups: dict[Any, tuple[SensitivityEstimate, list[Contestant]]] = {}
+    for run in (run for runs in contest.budgets.values() for run in runs):
+        if (e := run.estimate) is not None:
             key = (e.method, e.linear.tobytes(), None if e.pairwise is None else e.pairwise.tobytes())
-            users.setdefault(key, (e, []))[1].append(one)
-    yield from ((shared_name(contest, those), estimate) for estimate, those in users.values())
+            groups.setdefault(key, (e, []))[1].append(run)
+    return [(shared_name(contest, runs), estimate) for estimate, runs in groups.values()]
 
 
 def _spread(count: int) -> list[str]:
-    """Colours for so many widths, the ends of the scale among them."""
+    """Colours for ``count`` widths, from the narrowest to the widest, both ends of the scale included."""
     if count <= 1:
         return [WIDTHS[-1]] * count
     if count <= len(WIDTHS):
@@ -119,13 +118,13 @@ def _spread(count: int) -> list[str]:
 
 
 def _firsts(names: Sequence[str]) -> list[int]:
-    """The numbers of the layers that begin a block."""
+    """Indices of the layers that begin a block."""
     blocks = [block_of(name) for name in names]
     return [i for i, block in enumerate(blocks) if i == 0 or block != blocks[i - 1]]
 
 
 def _layer_axis(axes: Any, names: tuple[str, ...], most: int = 40) -> None:
-    """Layers on the horizontal axis: by name where they fit, else by the blocks they lie in, at most so many."""
+    """Label the horizontal axis with layer names if they fit, else with at most ``most`` block numbers."""
     if len(names) <= NAMED_LAYERS:
         short = _shortened(names)
         turned = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if max(map(len, short)) > 3 else {}
@@ -139,7 +138,7 @@ def _layer_axis(axes: Any, names: tuple[str, ...], most: int = 40) -> None:
 
 
 def _shortened(names: tuple[str, ...]) -> list[str]:
-    """Names without the words that all of them begin with."""
+    """Names without their common leading words."""
     split = [name.split(".") for name in names]
     shared = 0
     while all(len(words) > shared + 1 for words in split) and len({words[shared] for words in split}) == 1:

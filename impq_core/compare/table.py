@@ -1,4 +1,4 @@
-"""The table of a contest, for the terminal and for the page alike."""
+"""The table of a contest, for the terminal and the page."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from impq_core.compare.contest import Contest, Contestant, Scored
+from impq_core.compare.contest import Contest, Contestant
+from impq_core.results import Row
 
 HEADER = ("allocation", "MB", "bits", "forwards", "NLL", "minus best", "against references")
 
 EXPLAINED = (
-    "NLL in nats per token ± its standard error over windows. Differences are paired over the same windows, and so are "
-    "their standard errors; 'minus best' is to the best plan of the budget. Every plan is held against the references "
-    "of its own run: the line between uniform models at the plan's bytes, the first and last layers at the widest, and "
-    "the best of the random plans. Below the plans are those of the best one. MB: stored bytes of the quantizable "
-    "weights. bits: nominal average. forwards: full-model forwards the search took.")
+    "NLL in nats per token ± its standard error over windows. Differences and their standard errors are paired over "
+    "the same windows; 'minus best' is the difference to the best plan of the budget. Every plan is compared with the "
+    "references of its own run: the line between uniform models at the plan's bytes, the first and last layers at the "
+    "widest width, and the best random plan. The references of the best plan are listed below the plans. MB: stored "
+    "bytes of the quantizable weights. bits: nominal average. forwards: cost of the search in full-model forwards.")
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,9 @@ class Line:
     """A line of the table.
 
     Args:
-        cells: as ``HEADER``.
-        kind: ``best`` plan of its budget, another ``plan``, or ``reference``.
-        loses: whether a reference is better than the plan.
+        cells: one for each column of ``HEADER``.
+        kind: ``best`` (plan of its budget), ``plan`` or ``reference``.
+        loses: whether a reference is significantly better than the plan.
     """
 
     cells: tuple[str, ...]
@@ -37,25 +38,25 @@ class Line:
 
 
 def contest_lines(contest: Contest) -> dict[str, tuple[Line, ...]]:
-    """By budget: the plans, the best first, and the references of the best."""
-    return {budget: (*(_plan_line(contest, one) for one in those),
-                     *(_reference_line(those[0], row) for row in those[0].rivals.values()))
-            for budget, those in contest.budgets.items()}
+    """By budget: the plans, the best first, then the references of the best plan."""
+    return {budget: (*(_plan_line(contest, run) for run in runs),
+                     *(_reference_line(runs[0], row) for row in runs[0].rivals.values()))
+            for budget, runs in contest.budgets.items()}
 
 
 def contest_title(contest: Contest) -> str:
-    """What the plans of a contest have in common, in a line."""
+    """Model and held-out text of a contest, in one line."""
     return f"{model_name(contest)} on {contest.text}, {contest.tokens} scored tokens"
 
 
 def model_name(contest: Contest) -> str:
-    """The model's name; the last part of it where it is a folder's path."""
+    """The model's name; of a path, its last part."""
     return Path(contest.model).name if Path(contest.model).is_absolute() else contest.model
 
 
 def contest_table(contest: Contest) -> Table:
-    """What ``impq compare`` prints about a contest."""
-    # Text and not str: what users name is no markup.
+    """The table that ``impq compare`` prints for a contest."""
+    # Text and not str: names given by users are not markup.
     table = Table(box=None, header_style="bold", pad_edge=False, title=Text(contest_title(contest)),
                   title_justify="left", title_style="bold")
     for name in HEADER:
@@ -72,20 +73,20 @@ def contest_table(contest: Contest) -> Table:
     return table
 
 
-def _plan_line(contest: Contest, one: Contestant) -> Line:
-    behind = contest.behind_best(one)
-    cells = (contest.label(one), _megabytes(one.plan), f"{one.bits_nominal:.2f}", f"{one.forwards:.1f}",
-             _nll(one.plan), "best" if behind is None else str(behind), one.verdict)
-    return Line(cells, "best" if behind is None else "plan", bool(one.losses))
+def _plan_line(contest: Contest, run: Contestant) -> Line:
+    behind = contest.behind_best(run)
+    cells = (contest.label(run), _megabytes(run.plan), f"{run.bits_nominal:.2f}", f"{run.forwards:.1f}",
+             _nll(run.plan), "best" if behind is None else str(behind), run.verdict)
+    return Line(cells, "best" if behind is None else "plan", bool(run.losses))
 
 
-def _reference_line(best: Contestant, row: Scored) -> Line:
+def _reference_line(best: Contestant, row: Row) -> Line:
     return Line((row.name, _megabytes(row), "", "", _nll(row), str(row.minus(best.plan)), ""), "reference")
 
 
-def _megabytes(row: Scored) -> str:
+def _megabytes(row: Row) -> str:
     return "" if row.nbytes is None else f"{row.nbytes / 1e6:.3f}"
 
 
-def _nll(row: Scored) -> str:
+def _nll(row: Row) -> str:
     return f"{row.nll:.4f}" + ("" if math.isnan(row.stderr) else f" ± {row.stderr:.4f}")

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from impq_core.config import RunConfig, read_toml
 from impq_core.errors import ImpqError
 from impq_core.files import write_text
+from impq_core.results import Evaluation
 from impq_core.space import SearchSpace
 from impq_core.types import Measurements, SensitivityEstimate
 
@@ -173,6 +174,10 @@ class RunFolder:
     def read_estimate(self) -> SensitivityEstimate:
         """The estimate; raises ImpqError where it cannot be read."""
         return _readable(self.estimate, SensitivityEstimate.load)
+
+    def read_evaluation(self) -> Evaluation:
+        """The held-out evaluation; raises ImpqError if it cannot be read."""
+        return _readable(self.evaluation, lambda path: Evaluation.from_dict(self.read_json(path)))
 
     def read_measurements(self) -> Measurements:
         """The measured losses; raises ImpqError where there are none, or they cannot be read."""
