@@ -86,7 +86,12 @@ class Parts:
         The game's budget is one of the played space: if the deployed backend has other sizes, it is at the same share
         of the way from the smallest plan to the largest.
         """
-        return self.estimator.measure(game, probe, rng, self._drift(game.budget_bytes if game else None))
+        result = self.estimator.measure(game, probe, rng, self._drift(game.budget_bytes if game else None))
+        if result.space.fingerprint != probe.space.fingerprint:
+            raise ImpqError(f"{type(self.estimator).__module__}.{type(self.estimator).__qualname__} returned "
+                            f"{type(result).__name__} of another search space than the one it was given: this is a bug "
+                            "of that plugin")
+        return result
 
     def estimate(self, game: Game | None, probe: Probe,
                  rng: np.random.Generator) -> tuple[SensitivityEstimate, Measurements | None]:

@@ -131,7 +131,7 @@ class SearchSpace:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex digest of layers, choices and sizes: an estimate of another space is refused by it."""
+        """Hex digest of layers, choices and sizes. Losses are continued, and estimates taken, only for an equal one."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
     @property

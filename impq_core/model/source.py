@@ -111,6 +111,9 @@ class ModelSource:
                 with torch.device("meta"):
                     return AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
         except Exception as error:  # a configuration can be wrong in any way
+            if "trust_remote_code" in str(error) and not self.trust_remote_code:
+                raise ImpqError(f"model {self.name} comes with its own code, which runs only if the command line "
+                                "permits it: give --trust-remote-code if the code is trusted") from error
             raise ImpqError(f"model {self.name} is no causal language model that transformers can load: "
                             f"{_brief(error)}") from error
         raise ImpqError(f"model {self.name} is quantized already (its config.json has a quantization_config of method "
