@@ -1,4 +1,4 @@
-"""Where a run keeps its files: the one place that knows their names."""
+"""The folder of a run: the one module that knows the names of its files."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from impq_core.types import Measurements, SensitivityEstimate
 T = TypeVar("T")
 
 SWEEP = "sweep.json"
-"""The file that makes a folder a sweep's: what is varied."""
+"""The file of a sweep's folder that holds the values of each varied setting."""
 
 CHILDREN = "runs"
-"""The folder of a sweep that its runs are in."""
+"""The folder of a sweep's runs."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,15 @@ class RunFolder:
 
     @classmethod
     def create(cls, parent: Path, files: Mapping[str, str], name: str = "") -> RunFolder:
-        """A new one that holds these texts from its first moment on, named after the time unless a name is given.
+        """A new folder, which appears with all its files at once.
+
+        Args:
+            parent: created if missing.
+            files: texts by file name.
+            name: of the folder; a time stamp by default.
 
         Raises:
-            ImpqError: it cannot be made.
+            ImpqError: the folder cannot be written.
         """
         folder = (parent / (name or f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}")).absolute()
         try:
@@ -66,12 +71,11 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path, *needed: str) -> RunFolder:
-        """One that is there; raises ImpqError where it holds no configuration, or lacks one of the files needed."""
+        """An existing run folder; raises ImpqError if it lacks its configuration or one of the needed files."""
         folder = cls(Path(path).expanduser().absolute())
         for name in ("impq.toml", *needed):
             if not (folder.path / name).is_file():
-                raise ImpqError(f"{path} is no run folder{' of use here' if name != 'impq.toml' else ''}: "
-                                f"it has no {name}")
+                raise ImpqError(f"{path} is no run folder that this command can use: it has no {name}")
         return folder
 
     @property
@@ -81,17 +85,17 @@ class RunFolder:
 
     @property
     def provenance(self) -> Path:
-        """What decides the run's numbers: digests and versions."""
+        """The identity of the run (``RunKey``): digests, options and versions."""
         return self.path / "provenance.json"
 
     @property
     def space(self) -> Path:
-        """The layers and widths that plans are made of, with their bytes."""
+        """The search space of plans."""
         return self.path / "space.json"
 
     @property
     def variants(self) -> Path:
-        """What the backend told of every variant."""
+        """The backend's record of every variant."""
         return self.path / "variants.json"
 
     @property
@@ -106,7 +110,7 @@ class RunFolder:
 
     @property
     def measurements(self) -> Path:
-        """Measured losses as a surrogate reads them."""
+        """The measured losses that a surrogate fits."""
         return self.path / "measurements.npz"
 
     @property
@@ -126,7 +130,7 @@ class RunFolder:
 
     @property
     def evaluation(self) -> Path:
-        """The plan beside its references on held-out text."""
+        """Held-out scores of the plan and its references."""
         return self.path / "evaluation.json"
 
     @property
@@ -136,12 +140,12 @@ class RunFolder:
 
     @property
     def tracking(self) -> Path:
-        """Which MLflow run this is."""
+        """Store and id of the MLflow run."""
         return self.path / "mlflow.json"
 
     @property
     def error(self) -> Path:
-        """The traceback of what ended the run early."""
+        """The traceback of the error that ended the run."""
         return self.path / "error.txt"
 
     @property
@@ -150,11 +154,11 @@ class RunFolder:
         return self.path / "figures"
 
     def read_config(self) -> RunConfig:
-        """The configuration; raises UsageError where it cannot be read."""
+        """The configuration; raises UsageError if it cannot be read."""
         return read_toml(self.config)
 
     def read_json(self, path: Path) -> dict[str, Any]:
-        """A JSON file of the folder; raises ImpqError where it is missing or no JSON object."""
+        """The data of a JSON file; raises ImpqError if it is missing or no JSON object."""
         try:
             data = json.loads(path.read_text())
             if not isinstance(data, dict):
@@ -164,15 +168,15 @@ class RunFolder:
         return data
 
     def write_json(self, path: Path, data: Mapping[str, Any]) -> None:
-        """Write one."""
+        """Write a JSON file."""
         write_text(path, json.dumps(data, indent=1) + "\n")
 
     def read_space(self) -> SearchSpace:
-        """The space that plans are made of; raises ImpqError where it cannot be read."""
+        """The search space of plans; raises ImpqError if it cannot be read."""
         return _readable(self.space, lambda path: SearchSpace.from_dict(self.read_json(path)))
 
     def read_estimate(self) -> SensitivityEstimate:
-        """The estimate; raises ImpqError where it cannot be read."""
+        """The estimate; raises ImpqError if it cannot be read."""
         return _readable(self.estimate, SensitivityEstimate.load)
 
     def read_evaluation(self) -> Evaluation:
@@ -180,20 +184,20 @@ class RunFolder:
         return _readable(self.evaluation, lambda path: Evaluation.from_dict(self.read_json(path)))
 
     def read_measurements(self) -> Measurements:
-        """The measured losses; raises ImpqError where there are none, or they cannot be read."""
+        """The measured losses; raises ImpqError if there are none, or if they cannot be read."""
         if not self.measurements.is_file():
-            raise ImpqError(f"{self.path} is no run whose losses can be fitted: it has no {self.measurements.name} (an "
-                            "estimator that only looks, or makes its own estimate, leaves none)")
+            raise ImpqError(f"{self.path} has no losses to fit: it has no {self.measurements.name} (estimators that "
+                            "make their own estimate leave none)")
         return _readable(self.measurements, Measurements.load)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes out, as long as this one lives; raises ImpqError where one is at work."""
+        """Lock the folder until the block ends; raises ImpqError if another process works in it."""
         try:
             with FileLock(self.path / ".lock", timeout=0):
                 yield
         except Timeout as error:
-            raise ImpqError(f"another process is at work in {self.path}: wait for it, or stop it") from error
+            raise ImpqError(f"another process works in {self.path}: wait for it, or stop it") from error
 
 
 def _readable(path: Path, read: Callable[[Path], T]) -> T:
