@@ -1,4 +1,4 @@
-"""Mixtures of experts: what of them is covered, and slopes of linears that see some tokens, rows without windows or none."""
+"""Mixtures of experts: their coverage, and slopes of linears that read some tokens, none, or rows without windows."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_coverage_is_the_share_of_the_blocks_weights_that_layers_hold() -> None:
         covered = coverage(model, layers_of(model, granularity))
         assert covered.share == pytest.approx(attention / (attention + experts + router))
         assert covered.uncovered == "model.layers.0.mlp.experts.gate_up_proj"
-    with pytest.raises(ImpqError, match=r"model moe: only 11% .* model\.layers\.0\.mlp\.experts\.gate_up_proj.*--partial"):
+    with pytest.raises(ImpqError, match=r"model moe: only 11% .* model\.layers\.0\.mlp\.experts\.gate.*--partial"):
         covered.require("moe")
     dense = Toy()
     assert coverage(dense, layers_of(dense, "block")).share == 1.0

@@ -1,5 +1,5 @@
-"""A language model of its own code with the habits that released ones have: experts, routers that return a tuple, shared
-experts that read rows without windows, arguments between blocks, a forward that knows nothing of ``logits_to_keep``."""
+"""A language model of its own code with the habits of released ones: experts, routers that return a tuple, shared
+experts that read rows without windows, arguments between blocks, a forward that lacks ``logits_to_keep``."""
 
 from __future__ import annotations
 
