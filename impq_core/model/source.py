@@ -87,7 +87,8 @@ class ModelSource:
                             f"codes, so the model is quantized already; {UNQUANTIZED}")
         if (tensor.is_floating_point() and tensor.dtype.itemsize > 1 and tensor.numel()
                 and not torch.isfinite(torch.stack(tensor.aminmax())).all()):
-            raise ImpqError(f"model {self.name}: its tensor {name} holds NaN or infinity; take a sound copy of it")
+            raise ImpqError(f"model {self.name}: its weight {name} holds NaN or infinity; take a sound copy of the "
+                            "model")
 
     def _config(self) -> Any:
         from transformers import AutoConfig
