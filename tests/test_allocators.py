@@ -1,4 +1,4 @@
-"""What allocators do besides what every one must (test_conformance.py): scores of any scale, zeros, ties, equal layers."""
+"""Allocators beyond test_conformance.py: scores of any scale, zeros, ties, equal layers."""
 
 from __future__ import annotations
 
