@@ -1,4 +1,4 @@
-"""Evolution by random exchanges: the search that knows nothing of layers, as a baseline at equal cost."""
+"""Evolution by random exchanges: a search without any estimate, as a baseline at equal cost."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from impq_core.types import Plan, SensitivityEstimate
 from impq_refine.judge import Incumbent
 
 PATIENCE = 200
-"""Random exchanges in a row that make nothing new before the search ends."""
+"""Random exchanges in a row without a new pick before the search ends."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class Evolve(Refiner):
                 if pick.tobytes() in incumbent.seen:
                     idle += 1
                     continue
-                born.append((float(incumbent.measure(pick).mean()), pick))
+                born.append((incumbent.measure(pick)[0], pick))
             if not born:
                 break
-            loss, best = min(born, key=lambda one: one[0])
-            if loss < 0:
+            gain, best = min(born, key=lambda mutation: mutation[0])
+            if gain < 0:
                 incumbent.challenge(best)
         predicted = float(estimate.predict(incumbent.pick)[0]) if estimate else None
         return replace(plan, pick=incumbent.pick, predicted_loss=predicted, bound=None,
@@ -64,7 +64,8 @@ class Evolve(Refiner):
 
 
 def mutant(space: SearchSpace, pick: IntArray, budget: int, swaps: int, rng: np.random.Generator) -> IntArray:
-    """A pick with some random layers a step down, and for each of them others a step up while the budget lasts."""
+    """A pick with up to ``swaps`` random layers a step narrower and, after each, others a step wider while the budget
+    lasts."""
     last = len(space.choices) - 1
     pick = pick.copy()
     for _ in range(swaps):

@@ -1,4 +1,4 @@
-"""The incumbent plan and its judge: nothing replaces it that does not win on windows held back."""
+"""The incumbent plan: another replaces it only if it wins on windows held back."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import numpy as np
 
 from impq_core.interfaces import Game
 from impq_core.space import FloatArray, IntArray
+from impq_core.statistics import standard_error
 
 
 class Incumbent:
-    """A pick that only better ones replace.
+    """A pick that only better ones replace. A loss that is not finite is worse than any that is.
 
     Args:
         pick: (n,), where to begin.
         game: proposals are measured on it.
-        referee: has the last word, on other windows.
+        referee: decides on other windows.
         forwards: what both may spend.
     """
 
@@ -33,16 +34,16 @@ class Incumbent:
         """Whether forwards are left."""
         return self._game.forwards + self._referee.forwards - self._spent_before < self._forwards
 
-    def measure(self, pick: IntArray) -> FloatArray:
-        """The pick's loss minus the incumbent's, by window of the game."""
+    def measure(self, pick: IntArray) -> tuple[float, float]:
+        """A pick's loss in the game above the incumbent's, and its standard error (``difference``)."""
         self.seen.add(pick.tobytes())
-        return self._game.window_losses(pick) - self._losses
+        return difference(self._game.window_losses(pick), self._losses)
 
     def challenge(self, pick: IntArray) -> bool:
         """Put a pick that won in the game before the referee, and take it if it wins there by more than a standard
         error."""
         judged = self._referee.window_losses(pick)
-        mean, stderr = mean_and_stderr(judged - self._judged)
+        mean, stderr = difference(judged, self._judged)
         if not mean < -stderr:
             return False
         self.pick, self._losses, self._judged = pick, self._game.window_losses(pick), judged
@@ -50,7 +51,14 @@ class Incumbent:
         return True
 
 
-def mean_and_stderr(values: FloatArray) -> tuple[float, float]:
-    """Mean and standard error over windows; with one window the error is unknown and counts as 0."""
-    stderr = float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
-    return float(values.mean()), stderr
+def difference(losses: FloatArray, others: FloatArray) -> tuple[float, float]:
+    """Mean of ``losses - others`` over windows and its standard error, nats per token.
+
+    The error of a single window is unknown and counts as 0. The mean is infinite if ``losses`` are not all finite, and
+    minus infinite if only ``others`` are not.
+    """
+    for values, mean in ((losses, math.inf), (others, -math.inf)):
+        if not np.isfinite(values).all():
+            return mean, 0.0
+    stderr = standard_error(losses - others)
+    return float((losses - others).mean()), 0.0 if math.isnan(stderr) else stderr

@@ -9,13 +9,16 @@ import numpy as np
 from impq_core.interfaces import Game, Refiner
 from impq_core.space import FloatArray, IntArray, SearchSpace
 from impq_core.types import Plan, SensitivityEstimate
-from impq_refine.judge import Incumbent, mean_and_stderr
+from impq_refine.judge import Incumbent
 
 PATIENCE = 200
-"""Draws in a row that propose nothing new before the search ends."""
+"""Draws in a row without a new pick before the search ends."""
+
+UNKNOWN = 0.1
+"""Loss from all-widest to all-narrowest if no estimate gives a scale, nats per token."""
 
 WEIGHT = 3.0
-"""Measurements that the first doubt counts as much as."""
+"""Measurements that the belief's first standard deviation counts as."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,10 @@ class Options:
 class Swaps(Refiner):
     """Thompson sampling over exchanges.
 
-    What a layer costs at each width, near the plan, is believed to be normal around the estimate. A draw from the
-    belief proposes the best few changes that fit the budget; their measured joint difference, with its error over
-    windows, corrects the belief (Bayesian linear regression); what won in the game goes before the referee.
+    The belief about a layer's cost at each width, near the plan, is normal around the estimate. A draw from the belief
+    proposes the best few changes that fit the budget; their measured joint difference, with its error over windows,
+    corrects the belief (Bayesian linear regression). A pick that wins in the game goes before the referee. A loss that
+    is not finite corrects nothing: the pick is not proposed again, and the search goes on.
     """
 
     Options = Options
@@ -59,8 +63,9 @@ class Swaps(Refiner):
                 idle += 1
                 continue
             idle = 0
-            mean, stderr = mean_and_stderr(incumbent.measure(pick))
-            belief.learn(incumbent.pick, pick, mean, stderr)
+            mean, stderr = incumbent.measure(pick)
+            if np.isfinite(mean):
+                belief.learn(incumbent.pick, pick, mean, stderr)
             if mean < 0:
                 incumbent.challenge(pick)
         predicted = float(estimate.predict(incumbent.pick)[0]) if estimate else None
@@ -69,13 +74,13 @@ class Swaps(Refiner):
 
 
 def local_costs(space: SearchSpace, estimate: SensitivityEstimate | None, pick: IntArray) -> FloatArray:
-    """(n, m): what each choice of each layer costs while the others stand at the pick, nats per token; where nothing
-    is known, in proportion to the squared error of rounding, and 0.1 in all."""
+    """(n, m): cost of each choice of each layer with the others at the pick, nats per token; without an estimate, in
+    proportion to the squared error of rounding, and 0.1 from all-widest to all-narrowest."""
     n, m = space.nbytes.shape
     own = np.arange(n)
     if estimate is None:
         distortion = 4.0 ** -np.array([choice.bits for choice in space.choices])
-        return np.tile(0.1 / n * (distortion - distortion[0]) / (distortion[-1] - distortion[0]), (n, 1))
+        return np.tile(UNKNOWN / n * (distortion - distortion[0]) / (distortion[-1] - distortion[0]), (n, 1))
     moved = np.tile(pick, (n, m, 1))
     moved[own[:, None], np.arange(m), own[:, None]] = np.arange(m)
     return estimate.predict(moved.reshape(n * m, n)).reshape(n, m)
@@ -91,13 +96,15 @@ class Belief:
 
     def __init__(self, costs: FloatArray, doubt: float) -> None:
         self._mean = costs
-        self._sd = doubt * max(float(np.diff(costs, axis=1).std()), float(np.abs(np.diff(costs, axis=1)).mean()), 1e-6)
+        steps = np.diff(costs, axis=1)
+        spread = max(float(steps.std()), float(np.abs(steps).mean()))
+        self._sd = doubt * (spread or UNKNOWN / steps.size)  # if all cost the same, the estimate gives no scale
         self._features: list[FloatArray] = []
         self._seen: list[float] = []
         self._errors: list[float] = []
 
     def learn(self, before: IntArray, after: IntArray, difference: float, stderr: float) -> None:
-        """A pick's loss minus another's was measured; how the layers moved meet each other counts as error too."""
+        """Correct the belief by a measured loss of ``after`` minus that of ``before``, nats per token, finite."""
         feature = np.zeros_like(self._mean)
         own = np.arange(len(before))
         feature[own, after] += 1.0
@@ -108,8 +115,8 @@ class Belief:
 
     @property
     def sd(self) -> float:
-        """Standard deviation of the first belief, in the light of how far it was from what was measured: what is
-        doubted at the start counts as much as ``WEIGHT`` measurements."""
+        """Standard deviation of the first belief, updated by its misses: the one at the start counts as ``WEIGHT``
+        measurements."""
         if not self._seen:
             return self._sd
         features, seen, errors = np.stack(self._features), np.array(self._seen), np.array(self._errors)
@@ -118,13 +125,13 @@ class Belief:
         return float(np.sqrt((WEIGHT * self._sd**2 + variances.sum()) / (WEIGHT + len(seen))))
 
     def draw(self, rng: np.random.Generator) -> FloatArray:
-        """Costs (n, m) from the belief as it stands: a draw from the first belief, moved by what contradicts it."""
+        """Costs (n, m) drawn from the corrected belief: a draw from the first one, moved by its misses."""
         sd = self.sd
         costs = self._mean + sd * rng.normal(size=self._mean.shape)
         if not self._seen:
             return costs
         features = np.stack(self._features)
-        # How the layers moved meet each other is error too: a tenth of the doubt for each of them.
+        # Interactions of the layers moved are errors of a linear belief: a tenth of its deviation for each layer.
         errors = np.array(self._errors) + (0.1 * sd) ** 2 * np.abs(features).sum(axis=1) / 2
         gram = sd**2 * features @ features.T + np.diag(errors)
         missed = np.array(self._seen) - features @ costs.ravel() - np.sqrt(errors) * rng.normal(size=len(errors))

@@ -145,7 +145,7 @@ class Hawq(Inspector):
                                    for choice in space.choices])
                 traces = np.array([draw[spec] for draw in draws])
                 terms[:, i] += 0.5 * traces[:, None] / spec.parameters * (errors - errors[0])
-                linear[i] += 0.5 * max(0.0, traces.mean()) / spec.parameters * errors
+                linear[i] += 0.5 * np.maximum(0.0, traces.mean()) / spec.parameters * errors  # a NaN stays one
         several = len(draws) > 1
         stderr = terms.std(axis=0, ddof=1) / np.sqrt(len(draws)) if several else np.full(linear.shape, np.nan)
         return SensitivityEstimate(space, np.maximum(linear - linear[:, :1], 0.0), stderr=stderr,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from impq_core.errors import ImpqError
 from impq_core.interfaces import Inspector, Probe
 from impq_core.space import FloatArray, SearchSpace
 from impq_core.types import SensitivityEstimate
@@ -107,6 +108,9 @@ class Activation(Inspector):
         """One forward."""
         norms = {index: float(sum(float(b.float().square().sum()) for b in outputs)) ** 0.5
                  for index, _, outputs in probe.block_states()}
+        bad = [index for index, norm in norms.items() if not np.isfinite(norm)]
+        if bad:
+            raise ImpqError(f"the output of block {bad[0]} is not finite: try --dtype float32")
         smallest = min(norms.values())
         importance = np.array([100 * smallest / norms[layer.block] for layer in probe.space.layers])
         return from_importance(probe.space, importance, "activation", probe.forwards)
