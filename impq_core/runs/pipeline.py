@@ -28,7 +28,7 @@ from impq_core.model.cache import Shelf, shelf_for
 from impq_core.model.layers import resolve_dtype
 from impq_core.plugins import Plugins
 from impq_core.results import Evaluation, RunResult
-from impq_core.runs.folder import RunFolder
+from impq_core.runs.folder import RunFolder, recorded
 from impq_core.runs.prepare import Prepared, prepare
 from impq_core.space import Choice, SearchSpace
 from impq_core.types import Measurements, Plan, SensitivityEstimate
@@ -87,7 +87,8 @@ def resume(path: str | Path, plugins: Plugins | None = None) -> RunResult:
 def make_folder(prepared: Prepared, parent: Path | None = None, name: str = "") -> RunFolder:
     """A new folder that holds what a run is resumed from."""
     return RunFolder.create(parent or Path(prepared.config.output), {
-        "impq.toml": prepared.config.to_toml(), "provenance.json": json.dumps(prepared.provenance, indent=1) + "\n",
+        "impq.toml": recorded(prepared.config).to_toml(),
+        "provenance.json": json.dumps(prepared.provenance, indent=1) + "\n",
         "space.json": json.dumps(prepared.space.to_dict(), indent=1) + "\n"}, name)
 
 

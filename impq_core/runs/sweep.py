@@ -15,12 +15,13 @@ import numpy as np
 
 from impq_core.errors import ImpqError
 from impq_core.evaluate import Evaluator, evaluate_plan
+from impq_core.files import write_text
 from impq_core.interfaces import Sampler
 from impq_core.ledger import Ledger, refuse_changes
 from impq_core.model.bank import Bank
 from impq_core.model.blockwise import BlockwiseModel
 from impq_core.plugins import Plugins
-from impq_core.runs.folder import CHILDREN, SWEEP, RunFolder
+from impq_core.runs.folder import CHILDREN, SWEEP, RunFolder, recorded
 from impq_core.runs.grid import Sweep
 from impq_core.runs.pipeline import (
     Search,
@@ -52,7 +53,7 @@ class _Child:
 
 
 def run_sweep(sweep: Sweep, plugins: Plugins | None = None, path: Path | None = None) -> Path:
-    """Measure, plan and score all runs of a sweep; a run that cannot be made is told of, and the rest goes on.
+    """Measure, plan and score all runs of a sweep; a run that no plan can be made for fails, and the others continue.
 
     Args:
         sweep: what to do.
@@ -83,7 +84,7 @@ def run_sweep(sweep: Sweep, plugins: Plugins | None = None, path: Path | None = 
 
 def _make(sweep: Sweep) -> RunFolder:
     facts = {"varied": {name: list(values) for name, values in sweep.varied.items()}, "pairs": dict(sweep.pairs)}
-    return RunFolder.create(Path(sweep.base.output), {"impq.toml": sweep.base.to_toml(),
+    return RunFolder.create(Path(sweep.base.output), {"impq.toml": recorded(sweep.base).to_toml(),
                                                       SWEEP: json.dumps(facts, indent=1) + "\n"})
 
 
@@ -112,8 +113,7 @@ def _one_backend(children: list[_Child], plugins: Plugins, folder: RunFolder, do
     bank = (quantize_played if apart else quantize_all)(first, runner, report(plugins, "quantize"))
     found: list[tuple[_Child, Search]] = []
     for estimator, group in groupby(children, key=lambda child: child.prepared.config.estimator):
-        found += _plans(list(group), plugins, folder.path / MEASURED / f"{first.config.backend}-{estimator}", runner,
-                        bank, finished)
+        found += _plans(list(group), plugins, folder, f"{first.config.backend}-{estimator}", runner, bank, finished)
     bank.apply([None] * len(bank.layers))
     if apart:
         bank = quantize_all(first, runner, report(plugins, "quantize"))
@@ -125,10 +125,11 @@ def _one_backend(children: list[_Child], plugins: Plugins, folder: RunFolder, do
             done.sync()
 
 
-def _plans(children: list[_Child], plugins: Plugins, path: Path, runner: BlockwiseModel, bank: Bank,
+def _plans(children: list[_Child], plugins: Plugins, sweep: RunFolder, name: str, runner: BlockwiseModel, bank: Bank,
            finished: Collection[str]) -> Iterator[tuple[_Child, Search]]:
     """The plans of an estimator's runs but the finished ones, all from one measurement, made for the middle one of
     their budgets."""
+    path = sweep.path / MEASURED / name
     middle = sorted(children, key=lambda child: child.prepared.budget_bytes)[len(children) // 2].prepared
     if path.exists():
         folder = RunFolder.open(path, "provenance.json")
@@ -152,27 +153,50 @@ def _plans(children: list[_Child], plugins: Plugins, path: Path, runner: Blockwi
                         replace(found, budget_bytes=prepared.played_budget))
                 plan = allocate(prepared, fitted[key])
             except ImpqError as error:
-                plugins.notify("impq_run_failed", error=ImpqError(f"{child.name}: {error}"))
+                _fail(child, error, plugins, sweep)
                 continue
             yield child, Search(plan, fitted[key], measurements, game.loss(plan.pick) if game else None)
 
 
+def _folder_of(child: _Child, sweep: RunFolder) -> RunFolder:
+    path = sweep.path / CHILDREN / child.name
+    return RunFolder(path) if path.exists() else make_folder(child.prepared, path.parent, path.name)
+
+
+def _start(child: _Child, plugins: Plugins, folder: RunFolder) -> None:
+    prepared = child.prepared
+    plugins.notify("impq_run_started", config=prepared.config, space=prepared.space, folder=folder.path)
+
+
+def _fail(child: _Child, error: ImpqError, plugins: Plugins, sweep: RunFolder) -> None:
+    """Leave a run that failed because no plan can be made for it; the sweep continues."""
+    folder = _folder_of(child, sweep)
+    with folder.locked():
+        _start(child, plugins, folder)
+        write_text(folder.error, f"{error}\n")
+        plugins.notify("impq_run_failed", error=ImpqError(f"{child.name}: {error}"))
+
+
 def _finish(child: _Child, search: Search, evaluator: Evaluator, plugins: Plugins, sweep: RunFolder,
             bank: Bank) -> None:
-    """Score a plan, and leave a run folder like any other."""
+    """Score a plan, and leave a run folder like that of any other run."""
     prepared, (plan, estimate) = child.prepared, (search.plan, search.estimate)
     assert plan is not None and estimate is not None
-    path = sweep.path / CHILDREN / child.name
-    folder = RunFolder(path) if path.exists() else make_folder(prepared, path.parent, path.name)
+    folder = _folder_of(child, sweep)
     with folder.locked():
-        plugins.notify("impq_run_started", config=prepared.config, space=prepared.space, folder=folder.path)
-        bank.save_record(folder.variants)
-        keep_estimate(plugins, folder, estimate, search.measurements)
-        plan.save(folder.plan)
-        plugins.notify("impq_plan_ready", plan=plan)
-        evaluation = evaluate_plan(evaluator, plan, prepared.between, prepared.evaluation, prepared.config.seed,
-                                   report(plugins, "evaluate"))
-        evaluation.save(folder.evaluation)
-        folder.write_json(folder.cost, {"forwards": estimate.forwards, "seconds": {}})
-        plugins.notify("impq_run_finished", result=make_result(prepared, folder, search, evaluation,
-                                                                estimate.forwards, {}))
+        _start(child, plugins, folder)
+        try:
+            bank.save_record(folder.variants)
+            keep_estimate(plugins, folder, estimate, search.measurements)
+            plan.save(folder.plan)
+            plugins.notify("impq_plan_ready", plan=plan)
+            evaluation = evaluate_plan(evaluator, plan, prepared.between, prepared.evaluation, prepared.config.seed,
+                                       report(plugins, "evaluate"))
+            evaluation.save(folder.evaluation)
+            folder.write_json(folder.cost, {"forwards": estimate.forwards, "seconds": {}})
+            plugins.notify("impq_run_finished",
+                           result=make_result(prepared, folder, search, evaluation, estimate.forwards, {}))
+        except BaseException as error:
+            plugins.notify("impq_run_failed", error=error)
+            raise
+        folder.error.unlink(missing_ok=True)
