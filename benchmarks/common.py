@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
@@ -16,15 +16,13 @@ from impq_core.budget import Budget
 from impq_core.config import RunConfig
 from impq_core.evaluate import Evaluator
 from impq_core.game.model_game import ModelGame
-from impq_core.game.probe import ModelProbe
-from impq_core.model.bank import Bank
-from impq_core.model.blockwise import BlockwiseModel
+from impq_core.hookspecs import hookimpl
 from impq_core.model.text import Windows
 from impq_core.parts import Parts
 from impq_core.plugins import Plugins
 from impq_core.results import Score
-from impq_core.runs.pipeline import load_runner, quantize_all
 from impq_core.runs.prepare import Prepared, prepare
+from impq_core.runs.session import Session
 from impq_core.types import Measurements, Plan, SensitivityEstimate
 
 RESULTS = Path(__file__).parent / "results"
@@ -33,58 +31,61 @@ PACKAGES = ("impq", "torch", "transformers", "gptqmodel", "hqq", "optimum-quanto
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """The model of a configuration with its variants made, for many estimates, plans and scores."""
+    """A session with every variant made, for many estimates, plans and scores."""
 
-    prepared: Prepared
-    plugins: Plugins
-    runner: BlockwiseModel
-    bank: Bank
-    windows: Windows
+    session: Session
     evaluator: Evaluator
 
     @classmethod
     def build(cls, config: RunConfig) -> Bench:
+        """Load and quantize the model of a configuration."""
         plugins = Plugins()
+        plugins.watch(Printer())
         prepared = prepare(config, plugins)
-        runner = load_runner(prepared)
-        bank = quantize_all(prepared, runner, say("quantize"))
-        assert prepared.calibration is not None
-        return cls(prepared, plugins, runner, bank, prepared.calibration.first(config.game_windows),
-                   Evaluator(runner, bank, prepared.evaluation))
+        prepared.require_text()
+        session = Session(prepared, plugins)
+        session.quantize_deployed()
+        return cls(session, session.evaluator_of_exports())
+
+    @property
+    def prepared(self) -> Prepared:
+        return self.session.prepared
+
+    @property
+    def windows(self) -> Windows:
+        """The first calibration windows, which games are played on."""
+        windows = self.prepared.game_windows
+        assert windows is not None
+        return windows
 
     def at(self, config: RunConfig) -> Bench:
-        """The same model and variants as another configuration sees them: other layers or another menu."""
-        prepared = prepare(config, self.plugins)
-        self.bank.apply([None] * len(self.bank.layers))
-        bank = Bank(self.runner.model, prepared.space.everyone, self.bank.backend, self.runner.model.dtype)
-        for layer in bank.layers:
-            for linear in layer.linears:
-                for choice in {*prepared.space.choices, *(choice for choice, _ in prepared.between)}:
-                    bank.add(linear, self.bank.stored(linear, choice))
-        return Bench(prepared, self.plugins, self.runner, bank, self.windows,
-                     Evaluator(self.runner, bank, prepared.evaluation))
+        """The same model and variants under another configuration: other layers or another menu."""
+        session = self.session.at(prepare(config, self.session.plugins))
+        return Bench(session, session.evaluator_of_exports())
 
     def game(self, config: RunConfig, budget_bytes: int | None = None, text: Windows | None = None) -> ModelGame:
-        """The game of a configuration, and its probe, on this model; on other text than calibration's where given."""
+        """The game and the probe of a configuration on this model; on other text than calibration's if given."""
+        seen = self.session.seen_by(replace(self.prepared, config=replace(
+            self.prepared.config, game_windows=config.game_windows, probe_windows=config.probe_windows,
+            value=config.value, refine=0)))
         calibration = text or self.prepared.calibration
         assert calibration is not None
-        probe = ModelProbe(self.prepared.space, self.bank, self.runner,
-                           calibration.first(config.probe_windows or config.game_windows), config.value,
-                           config.game_windows)
-        return ModelGame(self.prepared.space, self.bank, self.runner, calibration.first(config.game_windows),
-                         progress=say("estimate"), value=config.value, budget_bytes=budget_bytes,
-                         spare=calibration.part(config.game_windows, len(calibration.ids)), probe=probe)
+        probe = seen.probe(text=calibration.first(config.probe_windows or config.game_windows))
+        game = seen.game(probe=probe, text=calibration)
+        game.budget_bytes = budget_bytes
+        return game
 
     def estimate(self, config: RunConfig,
                  budget_bytes: int | None = None) -> tuple[SensitivityEstimate, Measurements | None]:
-        """What a configuration's estimator makes of this model, and what it measured for a surrogate to fit."""
+        """The estimate of a configuration's estimator, and the measurements that a surrogate fitted."""
         game = self.game(config, budget_bytes)
-        return Parts.build(config, self.plugins).estimate(game, game.probe, np.random.default_rng(config.seed))
+        parts = Parts.build(config, self.session.plugins)
+        return parts.estimate(game, game.probe, np.random.default_rng(config.seed))
 
     def plan(self, config: RunConfig, estimate: SensitivityEstimate, budget: float) -> Plan:
         """The plan of a configuration's allocator at a budget in nominal bits."""
-        allocator = Parts.build(config, self.plugins).allocator
-        return allocator.allocate(estimate, Budget(budget, "bits").resolve(self.prepared.space))
+        allocator = Parts.build(config, self.session.plugins).allocator
+        return allocator.allocate(estimate, Budget.nominal(budget).resolve(self.prepared.space))
 
     def score(self, plan: Plan) -> Score:
         return self.evaluator.score(self.prepared.space.assignment(plan.pick))
@@ -95,6 +96,15 @@ class Bench:
         sizes = [(choice, space.bytes_of(space.uniform(k))) for k, choice in enumerate(space.choices)]
         return [(f"uniform {choice}", nbytes, self.evaluator.score([choice] * len(space)))
                 for choice, nbytes in sorted([*sizes, *self.prepared.between])]
+
+
+class Printer:
+    """Prints the progress of a session."""
+
+    @hookimpl
+    def impq_progress(self, stage: str, done: int, total: int) -> None:
+        if done % max(1, total // 10) == 0:
+            print(f"{stage}: {done} of {total}", flush=True)
 
 
 def heading(title: str, command: str) -> list[str]:
@@ -116,10 +126,3 @@ def write(name: str, lines: Sequence[str]) -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / name).write_text("\n".join(lines).rstrip() + "\n")
     print("\n".join(lines), flush=True)
-
-
-def say(stage: str) -> Callable[[int, int], None]:
-    def progress(done: int, total: int) -> None:
-        if done % max(1, total // 10) == 0:
-            print(f"{stage}: {done} of {total}", flush=True)
-    return progress

@@ -50,7 +50,7 @@ def measure(backend: str, bits: tuple[float, ...], budgets: tuple[float, ...]) -
     for name, config in ESTIMATORS.items():
         config = replace(config, backend=backend, bits=bits)
         if config.estimator == "spqe" and measured is not None:  # another surrogate for the same losses
-            estimate = Parts.build(config, bench.plugins).surrogate.fit(measured)
+            estimate = Parts.build(config, bench.session.plugins).surrogate.fit(measured)
         else:
             estimate, measurements = bench.estimate(config)
             measured = measurements or measured

@@ -26,6 +26,7 @@ from impq_core.errors import ImpqError
 from impq_core.game.model_game import ModelGame
 from impq_core.model.text import Windows, draw_windows
 from impq_core.parts import Parts
+from impq_core.runs.pipeline import REFINE_STREAM
 from impq_core.space import FloatArray
 from impq_core.types import Measurements, Plan, SensitivityEstimate
 
@@ -225,7 +226,7 @@ class Workshop:
         held = Windows(np.concatenate([prepared.evaluation.ids, fresh[:TEXT_WINDOWS]]), "two texts", "two texts")
         spare, size = fresh[TEXT_WINDOWS:], len(known)
         others = [replace(other, ids=spare[at:at + size]) for at in range(0, len(spare) - size + 1, size)]
-        return cls(whole, ModelGame(prepared.space, whole.bank, whole.runner, held), store,
+        return cls(whole, ModelGame(prepared.space, whole.session.bank, whole.session.runner, held), store,
                    (prepared.calibration, *others))
 
     def score(self, plan: Plan) -> FloatArray:
@@ -247,7 +248,7 @@ class Workshop:
 
 def put_back(bench: Bench) -> None:
     """Benches share the model, and each believes that its weights stand as it left them."""
-    bench.bank.apply([None] * len(bench.bank.layers))
+    bench.session.bank.apply([None] * len(bench.session.bank.layers))
 
 
 def measured(bench: Bench, config: RunConfig, store: Store, budget: int | None,
@@ -262,7 +263,7 @@ def measured(bench: Bench, config: RunConfig, store: Store, budget: int | None,
     found = [kind.load(file) if file.exists() else None for kind, file in kinds]
     if not any(found):
         game = bench.game(config, budget, text)
-        made = Parts.build(replace(config, surrogate="additive"), bench.plugins).measure(
+        made = Parts.build(replace(config, surrogate="additive"), bench.session.plugins).measure(
             game, game.probe, np.random.default_rng(config.seed))
         put_back(bench)
         found = [made, None] if isinstance(made, SensitivityEstimate) else [None, made]
@@ -298,7 +299,7 @@ def estimates(bench: Bench, base: RunConfig, method: Method, shop: Workshop,
             for surrogate in method.surrogates:
                 config = replace(config, surrogate=surrogate)
                 try:
-                    fitted = Parts.build(config, bench.plugins).surrogate.fit(piece)
+                    fitted = Parts.build(config, bench.session.plugins).surrogate.fit(piece)
                 except ImpqError as error:
                     print(f"{name}, {surrogate}: {error}", flush=True)
                     continue
@@ -319,7 +320,7 @@ def rows_of(shop: Workshop, setting: Setting) -> Iterator[Row]:
             for name, seed, config, estimate in estimates(bench, base, method, shop,
                                                           sizes[group[0]] if one_by_one else None):
                 allocator = Parts.build(replace(config, options={"allocator": {"work_limit": 10.0}}),
-                                        bench.plugins).allocator
+                                        bench.session.plugins).allocator
                 for budget in group:
                     key = [setting.name, name, seed, budget]
                     plan = stored_plan(shop.store, key, bench,
@@ -348,12 +349,13 @@ def refined(bench: Bench, config: RunConfig, plan: Plan, estimate: SensitivityEs
     cost = path.with_suffix(".cost")
     if not cost.exists():
         name, forwards = method.refine
-        refiner = Parts.build(replace(config, refiner=name, refine=forwards, options={}), bench.plugins).refiner
+        refiner = Parts.build(replace(config, refiner=name, refine=forwards, options={}), bench.session.plugins).refiner
         calibration, seen = bench.prepared.calibration, max(method.text, method.game)
         assert refiner is not None and calibration is not None
-        games = [ModelGame(bench.prepared.space, bench.bank, bench.runner, windows)
+        games = [ModelGame(bench.prepared.space, bench.session.bank, bench.session.runner, windows)
                  for windows in (calibration.first(method.game), calibration.part(seen, seen + method.game))]
-        better = refiner.refine(plan, estimate, *games, float(forwards), np.random.default_rng([config.seed, 1]))
+        rng = np.random.default_rng([config.seed, *REFINE_STREAM])
+        better = refiner.refine(plan, estimate, *games, float(forwards), rng)
         put_back(bench)
         better.save(path)
         cost.write_text(str(sum(game.forwards for game in games)))

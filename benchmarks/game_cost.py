@@ -9,14 +9,15 @@ from __future__ import annotations
 import time
 
 import numpy as np
-from common import heading, say, table, write
+from common import heading, table, write
 from impq_spqe.sampler import demotions
 
 from impq_core.config import RunConfig
 from impq_core.game.model_game import ModelGame
 from impq_core.model.calibration import input_statistics
 from impq_core.plugins import Plugins
-from impq_core.runs.pipeline import load_runner, prepare, quantize_all
+from impq_core.runs.prepare import prepare
+from impq_core.runs.session import Session
 
 STEPS = 10
 
@@ -24,8 +25,9 @@ STEPS = 10
 def main() -> None:
     prepared = prepare(RunConfig(tracking_uri="none", granularity="block"), Plugins())
     space, backend = prepared.space, prepared.parts.backend
-    runner = load_runner(prepared)
-    bank = quantize_all(prepared, runner, say("quantize"))
+    session = Session(prepared, Plugins())
+    session.quantize_deployed()
+    runner, bank = session.runner, session.bank
     hidden, statistics = runner.embed(prepared.calibration.ids), {}
     for block, layer in enumerate(space.layers):  # as the bank collected them: each block behind the widest prefix
         bank.switch(block, None)

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import heading, say, table, write
+from common import Printer, heading, table, write
 from safetensors import safe_open
 
 from impq_core.config import RunConfig, TextConfig
-from impq_core.exports.export import export_run
+from impq_core.exports.export import bare_checkpoint, export_run
 from impq_core.parts import Parts, load_exporter
 from impq_core.plugins import Plugins
 from impq_core.references import random_plan
@@ -74,6 +74,7 @@ def measure(name: str, form: Format, folder: Path) -> list[str]:
                        estimator="random", allocator="greedy", evaluation=TextConfig(windows=16),
                        options={"backend": form.options})
     plugins = Plugins()
+    plugins.watch(Printer())
     prepared = prepare(config, plugins)
     pick = random_plan(prepared.space, prepared.budget_bytes, np.random.default_rng(0))
     plan = Plan(prepared.space, pick, prepared.budget_bytes, method="random")
@@ -81,7 +82,7 @@ def measure(name: str, form: Format, folder: Path) -> list[str]:
     source.mkdir()
     (source / "impq.toml").write_text(prepared.config.to_toml())
     plan.save(source / "plan.json")
-    export = export_run(str(source), name, folder / "out", plugins, say("quantize"))
+    export = export_run(str(source), name, folder / "out", plugins)
     assert export.score is not None
     again = subprocess.run([sys.executable, "-m", "impq_core.cli", "evaluate", str(export.folder)], check=True,
                            capture_output=True, text=True).stdout.split()[1]
@@ -94,7 +95,7 @@ def measure(name: str, form: Format, folder: Path) -> list[str]:
     unquantized = logits_of(model, ids)
     backend = Parts.build(config, plugins).backend
     variants = load_exporter(name, form.backend, prepared.config.options["backend"], plugins).restore(
-        export.folder, plan)
+        export.folder, bare_checkpoint(plan, form.backend, {}))
     for layer in prepared.space.layers:
         for spec in layer.linears:
             model.get_submodule(spec.name).weight.data = backend.dequantize(variants[spec.name], spec).to(form.dtype)

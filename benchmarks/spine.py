@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 
 import numpy as np
-from common import Bench, heading, say, table, write
+from common import Bench, heading, table, write
 
 from impq_core.config import RunConfig
 from impq_core.evaluate import evaluate_plan
@@ -31,7 +31,7 @@ def measure(bits: tuple[float, ...]) -> list[str]:
         plan = prepared.parts.allocator.allocate(estimate, prepared.budget_bytes)
         predicted, measured, forwards = plan.predicted_loss, game.loss(plan.pick), estimate.forwards
         evaluation = evaluate_plan(bench.evaluator, plan, prepared.between, prepared.evaluation, seed,
-                                   say(f"seed {seed}"))
+                                   bench.session.report(f"seed {seed}"))
         assert estimate.stderr is not None
         plans.append(plan.pick)
         same = ", ".join(f"{int((plan.pick != other).sum())} layers from seed {s}"

@@ -1,10 +1,11 @@
-"""How much memory a plan may take: ``3.0bits``, ``3.25bpw``, ``60MB``, ``60%``."""
+"""Memory budgets of a plan: ``3.0bits``, ``3.25bpw``, ``60MB``, ``60%``."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from decimal import Decimal
 
 from impq_core.errors import UsageError
 from impq_core.space import SearchSpace
@@ -15,7 +16,7 @@ _FORM = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(bits|bpw|%|[kmg]i?b|b)\s*", re.
 
 @dataclass(frozen=True)
 class Budget:
-    """An amount and its unit; bytes are those of the quantizable weights, scales and zeros included.
+    """An amount and its unit. Bytes are the stored bytes of the quantizable weights, scales and zeros included.
 
     ``bits`` is the paper's nominal average, ``B(b) = B_low + (b - low)/(high - low) (B_high - B_low)`` (IMPQ, section
     on allocation); ``bpw`` the true stored bits per quantizable weight; ``%`` a share of the all-high footprint.
@@ -23,6 +24,7 @@ class Budget:
 
     amount: float
     unit: str
+    text: str = field(default="", compare=False)
 
     @classmethod
     def parse(cls, text: str) -> Budget:
@@ -30,10 +32,17 @@ class Budget:
         match = _FORM.fullmatch(text)
         if not match or float(match[1]) <= 0:
             raise UsageError(f"budget '{text}' is not understood: write 3.0bits, 3.25bpw, 60MB, 4GiB or 60%")
-        return cls(float(match[1]), match[2].lower() if match[2].lower() in ("bits", "bpw", "%") else match[2].upper())
+        unit = match[2].lower() if match[2].lower() in ("bits", "bpw", "%") else match[2].upper()
+        return cls(float(match[1]), unit, text.strip())
+
+    @classmethod
+    def nominal(cls, bits: float) -> Budget:
+        """A budget in nominal bits."""
+        return cls(bits, "bits")
 
     def __str__(self) -> str:
-        return f"{self.amount:g}{self.unit}"
+        """The text that the user wrote, digit by digit, or an equal one: ``parse`` of it gives this budget."""
+        return self.text or f"{Decimal(repr(self.amount)).normalize():f}{self.unit}"
 
     def check_menu(self, bits: Iterable[float]) -> None:
         """Refuse what no model could meet with these widths, before any model is read.
@@ -71,7 +80,7 @@ class Budget:
                 f"budget {self} is outside what these widths can reach: {self._show(low, space)} to "
                 f"{self._show(high, space)} ({space.nominal_bits(low):.4g}bits to {space.nominal_bits(high):.4g}bits, "
                 f"{low / 1e6:.4g}MB to {high / 1e6:.4g}MB)")
-        return min(int(nbytes), high)
+        return min(int(round(nbytes, 3)), high)  # 60.7MB is 60,700,000 bytes, not one less
 
     def _show(self, nbytes: int, space: SearchSpace) -> str:
         if self.unit == "bits":

@@ -1,10 +1,11 @@
-"""What a run was asked to do: impq.toml, then the command line over it, into one frozen ``RunConfig``."""
+"""The configuration of a run: impq.toml, and the command line's values over it, as one frozen ``RunConfig``."""
 
 from __future__ import annotations
 
+import math
 import tomllib
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,45 @@ from typing import Any
 import tomli_w
 
 from impq_core.errors import UsageError, nearest
+from impq_core.trust import without_permissions
 
 DTYPES = ("auto", "float32", "bfloat16")
 GRANULARITIES = ("auto", "block", "group", "linear")
 VALUES = ("nll", "kl")
 
 
-def _as_text(config: TextConfig | RunConfig, *names: str) -> None:
-    """Paths, as scripts have them, as the text that configuration files hold."""
-    for name in names:
-        if isinstance(value := getattr(config, name), Path):
-            object.__setattr__(config, name, str(value))
+def _settle(config: TextConfig | RunConfig) -> None:
+    """Make paths text, as configuration files hold them, and numbers of widths floats.
+
+    Raises:
+        UsageError: a text cannot be written to a UTF-8 file.
+    """
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if isinstance(value, Path):
+            object.__setattr__(config, entry.name, str(value))
+        for text in _texts(value):
+            if "\0" in text or not _encodable(text):
+                raise UsageError(f"{entry.name} holds a character that no UTF-8 file can hold: {text!r}")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from (*_texts(key), *_texts(item))
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _texts(item)
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a lone surrogate, as Python writes an undecodable byte of a file name
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -42,7 +71,7 @@ class TextConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _as_text(self, "source")
+        _settle(self)
         if not self.source:
             raise UsageError("a text has no name: give demo, a file, or a datasets name")
         if self.seed < 0:
@@ -82,7 +111,8 @@ class RunConfig:
             that is not set; ``none`` for no tracking.
         experiment: MLflow experiment; empty for ``MLFLOW_EXPERIMENT_NAME``, or for ``impq`` if that is not set.
         cache: keep variants in the user's cache, and take those that are there.
-        trust_remote_code: let transformers run code that comes with the model.
+        partial: continue even if less than half of the weights in the model's blocks can be quantized, as in many
+            mixtures of experts; the others stay at 16 bits.
         options: options of parts, by role.
     """
 
@@ -111,11 +141,11 @@ class RunConfig:
     tracking_uri: str = ""
     experiment: str = ""
     cache: bool = True
-    trust_remote_code: bool = False
+    partial: bool = False
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _as_text(self, "model", "plan", "output")
+        _settle(self)
         for name in ("model", "output"):
             if not getattr(self, name):
                 raise UsageError(f"{name} is empty: leave it out or give it a name")
@@ -138,6 +168,9 @@ class RunConfig:
                              f"{self.calibration.windows}")
         if len(set(self.bits)) != len(self.bits):
             raise UsageError("bits names a width twice")
+        for bits in (*self.bits, *self.pins.values()):
+            if not 0 < bits < math.inf:
+                raise UsageError(f"a width is a positive number of bits, not {bits:g}")
 
     def to_toml(self) -> str:
         """The configuration as an impq.toml that makes the same run."""
@@ -151,7 +184,8 @@ def read_toml(path: Path) -> RunConfig:
         UsageError: the file is missing, is not TOML, or holds an unknown key or a value of the wrong type.
     """
     try:
-        data = tomllib.loads(path.read_text())
+        with path.open("rb") as file:
+            data = tomllib.load(file)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     return from_data(data, str(path))
@@ -159,7 +193,7 @@ def read_toml(path: Path) -> RunConfig:
 
 def from_data(data: Mapping[str, Any], where: str) -> RunConfig:
     """A configuration from plain data, as TOML or JSON holds it; raises UsageError that names ``where``."""
-    config: RunConfig = _build(RunConfig, data, where)
+    config: RunConfig = _build(RunConfig, without_permissions(data, where), where)
     return config
 
 
@@ -182,7 +216,10 @@ def _build(kind: type[Any], data: Mapping[str, Any], where: str) -> Any:
         if key not in types:
             raise UsageError(f"{where}: unknown key '{key}'{nearest(key, types)}")
         values[key] = _value(types[key], value, key, where)
-    return kind(**values)
+    try:
+        return kind(**values)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from error
 
 
 def _value(expected: Any, value: Any, key: str, where: str) -> Any:

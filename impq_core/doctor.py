@@ -15,11 +15,11 @@ from filelock import Timeout
 from impq_core.credentials import without_secret
 from impq_core.errors import ImpqError
 from impq_core.files import abandoned, discard
+from impq_core.keys import versions
 from impq_core.model.cache import shelves
 from impq_core.model.demo import cache_folder
 from impq_core.plugins import OFFERED, Plugins
 from impq_core.runs.folder import CHILDREN, RunFolder
-from impq_core.runs.provenance import versions
 
 LEAST_FREE = 2e9
 """Bytes of free disk below which a run is likely to fail."""

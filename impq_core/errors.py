@@ -1,4 +1,4 @@
-"""What goes wrong in a user's hands, said in one line each."""
+"""Errors that a user can correct: one line each, with an exit code."""
 
 from __future__ import annotations
 
@@ -7,29 +7,41 @@ from collections.abc import Iterable
 
 
 class ImpqError(Exception):
-    """Something the user can mend; the message is one line that says what and how. Exit code 1."""
+    """An error that the user can correct. The message is one line: what happened, and what to do. Exit code 1."""
 
     exit_code = 1
 
 
 class UsageError(ImpqError):
-    """A wrong word in the command line or the configuration file. Exit code 2."""
+    """A wrong word in the command line or in the configuration file. Exit code 2."""
 
     exit_code = 2
 
 
-class Malformed(ImpqError):
-    """Measurements, an estimate or a plan whose arrays cannot be."""
+class InvalidArrays(ImpqError):
+    """Measurements, an estimate or a plan with arrays of a wrong shape, type or range."""
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, raised where the signal finds the program, so that runs end as KILLED."""
+    """SIGTERM as an exception, so that the run is marked as KILLED."""
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` for the closest known name, or the list of names, or nothing."""
-    names = sorted(known)
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """The message of an exception on one line of at most ``limit`` characters.
+
+    The message of an ``ImpqError`` says enough and stands alone; other messages follow the name of their class.
+    """
+    text = " ".join(str(error).split())
+    if not (isinstance(error, ImpqError) and text):
+        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return text if len(text) <= limit else f"{text[:limit - 3]}..."
+
+
+def nearest(word: str, names: Iterable[str]) -> str:
+    """A hint for an unknown word: `` (did you mean 'x'?)`` with the most similar name, else the list of names, or an
+    empty text if there are no names."""
+    ordered = sorted(names)
+    close = difflib.get_close_matches(word, ordered, n=1, cutoff=0.6)
     if close:
         return f" (did you mean '{close[0]}'?)"
-    return f" (there is: {', '.join(names)})" if names else ""
+    return f" (available: {', '.join(ordered)})" if ordered else ""

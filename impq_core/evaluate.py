@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from impq_core.errors import ImpqError
+from impq_core.keys import Key
 from impq_core.ledger import Ledger
 from impq_core.model.bank import Assignment, Bank
 from impq_core.model.blockwise import BlockwiseModel
@@ -28,10 +29,10 @@ RANDOM_PLANS = 3
 class ScoreLog(Ledger):
     """Held-out scores of allocations."""
 
-    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
-        super().__init__(path, "impq-scores/1", header)
+    def __init__(self, path: Path, key: Key) -> None:
+        super().__init__(path, "impq-scores/2", key)
         try:
-            self.scores = {row["widths"]: Score.from_dict(row) for row in self.known}
+            self.scores = {row["widths"]: Score.from_dict(row) for row in self.rows}
         except (KeyError, TypeError, ValueError) as error:
             self.close()
             raise ImpqError(f"{path} holds a line that is no score ({type(error).__name__}: {error})") from error

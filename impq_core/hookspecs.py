@@ -7,7 +7,9 @@ has not begun).
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pluggy
@@ -18,13 +20,53 @@ if TYPE_CHECKING:
     import click
 
     from impq_core.config import RunConfig
-    from impq_core.plugins import Component
     from impq_core.results import Exported, RunResult
     from impq_core.space import FloatArray, IntArray, SearchSpace
     from impq_core.types import Measurements, Plan, SensitivityEstimate
 
 hookspec = pluggy.HookspecMarker("impq")
 hookimpl = pluggy.HookimplMarker("impq")
+
+
+@dataclass(frozen=True)
+class Component:
+    """A part that a plugin offers.
+
+    Args:
+        name: the name that the user types.
+        target: ``package.module:Class``; the module is imported when the part is chosen.
+        summary: one line for ``impq plugins``.
+        needs: import names of the libraries that the part needs.
+        extra: the extra of the impq distribution that installs those libraries, if there is one.
+        notice: a line that is printed when the part is chosen.
+    """
+
+    name: str
+    target: str
+    summary: str = ""
+    needs: tuple[str, ...] = ()
+    extra: str = ""
+    notice: str = ""
+
+    def missing(self) -> list[str]:
+        """Import names of the needed libraries that are not installed; nothing is imported."""
+        return [name for name in self.needs if not _installed(name)]
+
+    def remedy(self) -> str:
+        """``needs hqq (pip install 'impq[hqq]')`` if a library is missing, else an empty text."""
+        missing = self.missing()
+        if not missing:
+            return ""
+        requirement = f"impq[{self.extra}]" if self.extra else " ".join(missing)
+        return f"needs {', '.join(missing)} (pip install '{requirement}')"
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # the parent package is missing
+        return False
+
 
 # Offers ---------------------------------------------------------------------------------------------------------
 
@@ -68,8 +110,9 @@ def impq_commands() -> Iterable[click.Command]:
 
 
 @hookspec
-def impq_run_started(config: RunConfig, space: SearchSpace, folder: Path) -> None:
-    """Everything is checked and the folder exists; the model's weights are not loaded yet."""
+def impq_run_started(config: RunConfig, space: SearchSpace, folder: Path, coverage: float) -> None:
+    """Everything is checked and the folder exists; the model's weights are not loaded yet. ``coverage`` is the share
+    (0 to 1) of the weights in the model's blocks that the layers of ``space`` hold."""
 
 
 @hookspec

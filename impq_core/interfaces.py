@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
-from impq_core.errors import ImpqError, Malformed
+from impq_core.errors import ImpqError, InvalidArrays
 from impq_core.space import Choice, FloatArray, IntArray, LinearSpec, SearchSpace
 from impq_core.types import Measurements, Plan, SensitivityEstimate
 
@@ -27,56 +27,72 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NoOptions:
-    """A part without options."""
+    """The options of a part that has none."""
 
 
-def _checked(method: Callable[..., Any], kind: type) -> Callable[..., Any]:
+class InputFile(str):
+    """Type of an option that names a file the part reads; empty for none.
+
+    The path is made absolute when the options are built, so that a run can be resumed from any folder, and the file's
+    digest is part of the run's identity.
+    """
+
+
+NO_FILE = InputFile()
+"""Default of an option that names no file."""
+
+
+def _checked(method: Callable[..., Any], returns: tuple[type, ...]) -> Callable[..., Any]:
+    """The method, which raises ImpqError if it returns another type, or if it builds arrays of a wrong shape."""
+    name = f"{method.__module__}.{method.__qualname__}"
+
     @functools.wraps(method)
     def checked(*args: Any, **kwargs: Any) -> Any:
         try:
-            answer = method(*args, **kwargs)
-        except Malformed as error:
-            raise ImpqError(f"{method.__module__}.{method.__qualname__} made what cannot be: {error}") from error
-        if not isinstance(answer, kind):
-            raise ImpqError(f"{method.__module__}.{method.__qualname__} returned {type(answer).__name__}, not "
-                            f"{kind.__name__}: this is a bug of that plugin")
-        return answer
+            result = method(*args, **kwargs)
+        except InvalidArrays as error:
+            raise ImpqError(f"{name} built an invalid result: {error}") from error
+        if not isinstance(result, returns):
+            expected = " or ".join(kind.__name__ for kind in returns)
+            raise ImpqError(f"{name} returned {type(result).__name__}, not {expected}: this is a bug of that plugin")
+        return result
 
     return checked
 
 
 class Part:
-    """What every pluggable part shares: options, and the care that its answers are of the kind they must be.
+    """Base class of all pluggable parts: it holds the options, and checks the types that the methods return.
 
     Class attributes:
         Options: a frozen dataclass.
-        answers: what the methods of the role return; a method that returns something else raises ImpqError.
+        returns: the return types of the role's methods, by method name.
     """
 
     Options: ClassVar[type] = NoOptions
-    answers: ClassVar[Mapping[str, type]] = MappingProxyType({})
+    returns: ClassVar[Mapping[str, tuple[type, ...]]] = MappingProxyType({})
 
     def __init_subclass__(cls, **more: Any) -> None:
-        """Checks what the methods answer, so that a wrong answer is met where it is made."""
+        """Wraps the methods in ``returns``, so that a wrong type is reported at the method that returned it."""
         super().__init_subclass__(**more)
-        for name, kind in cls.answers.items():
+        for name, kinds in cls.returns.items():
             if name in vars(cls):
-                setattr(cls, name, _checked(vars(cls)[name], kind))
+                setattr(cls, name, _checked(vars(cls)[name], kinds))
 
     def __init__(self, options: Any = None) -> None:
         self.options = self.Options() if options is None else options
 
     def check_space(self, space: SearchSpace) -> None:
-        """Raises ImpqError where the options do not fit a space; asked before any weight is loaded."""
+        """Called before any weight is loaded; raises ImpqError if the options do not fit the space."""
 
 
 Drift = Callable[[Measurements], float]
-"""How far the plan still moves: fed with all measurements so far, time after time, it answers what the plan of the time
-before loses to the new one in the new estimate, nats per token; infinite the first time and where none can be made."""
+"""How much the plan still changes. Each call takes all measurements so far, makes a plan from them, and returns the
+predicted loss of the previous call's plan minus that of the new plan, both by the new estimate, in nats per token;
+infinite at the first call, and if no plan can be made."""
 
 
 def unknown_drift(measurements: Measurements) -> float:
-    """Nobody plans: infinite."""
+    """The drift if no plan is made: infinite."""
     return float("inf")
 
 
@@ -119,9 +135,9 @@ class Game(Protocol):
     def window_losses(self, pick: IntArray) -> FloatArray:
         """Absolute losses (windows,) of one pick, nats per token: what paired differences are made of."""
 
-    def redraw(self, number: int) -> None:
-        """Go on with another set of windows, the one of that number (modulo as many as there are): the reference is
-        measured anew, and losses stay above it."""
+    def redraw(self, number: int) -> int:
+        """Continue on another set of windows: the one with that number, modulo the number of sets, which is returned.
+        Losses are above the reference on that set. A game starts on set 0."""
 
 
 class Probe(Protocol):
@@ -165,45 +181,100 @@ class Probe(Protocol):
         """
 
 
-class Inspector(Part, ABC):
-    """Scores layers from weights, activations or gradients, without playing.
+class Estimator(Part, ABC):
+    """Estimates what each choice of each layer costs. Derive from ``Inspector``, ``Player`` or ``Sampler``.
 
     Class attributes:
-        needs: ``activations`` or ``gradients`` where it looks at those; calibration text is read only then.
+        default_granularity: the size of a layer under ``--granularity auto``.
+        needs_surrogate: whether ``measure`` returns ``Measurements``, which the run's surrogate fits.
     """
 
+    default_granularity: ClassVar[str] = "block"
+    needs_surrogate: ClassVar[bool] = False
+    returns = MappingProxyType({"measure": (SensitivityEstimate, Measurements)})
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether ``measure`` uses calibration text. If not, there may be no game."""
+        return True
+
+    @abstractmethod
+    def measure(self, game: Game | None, probe: Probe, rng: np.random.Generator,
+                drift: Drift = unknown_drift) -> SensitivityEstimate | Measurements:
+        """The estimate for ``probe.space``, or the measurements that a surrogate fits.
+
+        Args:
+            game: the game on calibration windows; None only if ``reads_text`` is false.
+            probe: the same model from inside.
+            rng: the source of every random draw.
+            drift: how much the plan still changes, see ``Drift``.
+        """
+
+
+class Inspector(Estimator):
+    """Scores layers from weights, activations or gradients, without playing the game.
+
+    Class attributes:
+        needs: ``activations`` or ``gradients`` if ``inspect`` reads those; calibration text is read only then.
+    """
+
+    default_granularity = "group"
     needs: ClassVar[frozenset[str]] = frozenset()
-    answers = MappingProxyType({"inspect": SensitivityEstimate})
+    returns = MappingProxyType({"inspect": (SensitivityEstimate,)})
+
+    @property
+    def reads_text(self) -> bool:
+        """True if ``needs`` is not empty."""
+        return bool(self.needs)
 
     @abstractmethod
     def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
         """The estimate for ``probe.space``; every random draw comes from ``rng``."""
 
+    def measure(self, game: Game | None, probe: Probe, rng: np.random.Generator,
+                drift: Drift = unknown_drift) -> SensitivityEstimate | Measurements:
+        """``inspect(probe, rng)``."""
+        return self.inspect(probe, rng)
 
-class Estimator(Part, ABC):
-    """Plays the game and makes its own estimate of what it measured."""
 
-    answers = MappingProxyType({"estimate": SensitivityEstimate})
+class Player(Estimator):
+    """Plays the game and makes its own estimate from the losses."""
+
+    returns = MappingProxyType({"estimate": (SensitivityEstimate,)})
 
     @abstractmethod
     def estimate(self, game: Game, rng: np.random.Generator) -> SensitivityEstimate:
         """The estimate for ``game.space``; every random draw comes from ``rng``."""
 
+    def measure(self, game: Game | None, probe: Probe, rng: np.random.Generator,
+                drift: Drift = unknown_drift) -> SensitivityEstimate | Measurements:
+        """``estimate(game, rng)``."""
+        assert game is not None
+        return self.estimate(game, rng)
 
-class Sampler(Part, ABC):
-    """Plays the game and only measures; the surrogate the user names turns measurements into an estimate."""
 
-    answers = MappingProxyType({"sample": Measurements})
+class Sampler(Estimator):
+    """Plays the game and returns the losses; the run's surrogate fits them."""
+
+    needs_surrogate = True
+    returns = MappingProxyType({"sample": (Measurements,)})
 
     @abstractmethod
     def sample(self, game: Game, rng: np.random.Generator, drift: Drift = unknown_drift) -> Measurements:
-        """Play the game; every random draw comes from ``rng``, and ``drift`` tells when enough has been played."""
+        """The losses of the picks that the sampler chose; every random draw comes from ``rng``, and ``drift`` says when
+        enough was measured."""
+
+    def measure(self, game: Game | None, probe: Probe, rng: np.random.Generator,
+                drift: Drift = unknown_drift) -> SensitivityEstimate | Measurements:
+        """``sample(game, rng, drift)``."""
+        assert game is not None
+        return self.sample(game, rng, drift)
 
 
 class Surrogate(Part, ABC):
     """Fits measured losses."""
 
-    answers = MappingProxyType({"fit": SensitivityEstimate})
+    returns = MappingProxyType({"fit": (SensitivityEstimate,)})
 
     @abstractmethod
     def fit(self, measurements: Measurements) -> SensitivityEstimate:
@@ -213,7 +284,7 @@ class Surrogate(Part, ABC):
 class Allocator(Part, ABC):
     """Turns an estimate into a plan; numpy in, numpy out."""
 
-    answers = MappingProxyType({"allocate": Plan})
+    returns = MappingProxyType({"allocate": (Plan,)})
 
     @abstractmethod
     def allocate(self, estimate: SensitivityEstimate, budget_bytes: int) -> Plan:
@@ -255,17 +326,24 @@ class Variant:
 class Checkpoint:
     """A quantized model on its way to files.
 
+    Linears are named as in the model's files, which is the name of their weight there without ``.weight``; for most
+    architectures that is the name of the module in the model.
+
     Args:
-        plan: the widths.
-        variants: the stored form of every quantized linear, by module name. Like ``dense``, ``config`` and
-            ``options`` it is empty for an exporter without ``backends``, for which nothing is quantized.
-        dense: every other tensor of the model, by its name in the model.
-        config: the model's own configuration, as its config.json has it.
-        backend: name of the backend whose variants these are.
+        plan: the plan, with the names of the model.
+        widths: the choice of every linear; None for those that stay unquantized.
+        specs: name in the model and shape of every linear.
+        variants: the packed form of every quantized linear. Like ``dense`` and ``config`` it is empty for an exporter
+            without ``backends``, for which nothing is quantized, and in ``restore``.
+        dense: every other tensor of the model's files, by its name there.
+        config: the model's configuration, as its config.json has it.
+        backend: name of the backend that made the variants.
         options: that backend's options.
     """
 
     plan: Plan
+    widths: Mapping[str, Choice | None]
+    specs: Mapping[str, LinearSpec]
     variants: Mapping[str, Variant]
     dense: Mapping[str, torch.Tensor]
     config: Mapping[str, Any]
@@ -287,17 +365,22 @@ class Exporter(Part, ABC):
 
     @abstractmethod
     def export(self, checkpoint: Checkpoint, folder: Path) -> None:
-        """Write the files into an existing folder; the tokenizer is already there."""
+        """Write the files into an existing folder. Tokenizer and further files of the model are there already, if the
+        format holds weights."""
 
-    def restore(self, folder: Path, plan: Plan) -> Mapping[str, Variant]:
-        """The variants that ``export`` wrote, by module name; raises ImpqError where a format holds no weights."""
+    def restore(self, folder: Path, checkpoint: Checkpoint) -> Mapping[str, Variant]:
+        """The variants that ``export`` wrote, by the names of ``checkpoint``, which holds no tensors.
+
+        Raises:
+            ImpqError: the format holds no weights, or the file lacks a tensor.
+        """
         raise ImpqError(f"{type(self).__name__} writes a recipe, not weights: there is nothing to load")
 
 
 class Refiner(Part, ABC):
     """Improves a plan by measuring others near it."""
 
-    answers = MappingProxyType({"refine": Plan})
+    returns = MappingProxyType({"refine": (Plan,)})
 
     @abstractmethod
     def refine(self, plan: Plan, estimate: SensitivityEstimate | None, game: Game, referee: Game, forwards: float,
@@ -324,7 +407,7 @@ class Backend(Part, ABC):
         needs: ``activations`` where ``quantize`` wants Statistics.
     """
 
-    answers = MappingProxyType({"quantize": Variant})
+    returns = MappingProxyType({"quantize": (Variant,)})
     default_bits: ClassVar[tuple[float, ...]]
     needs: ClassVar[frozenset[str]] = frozenset()
 

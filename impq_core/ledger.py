@@ -1,4 +1,4 @@
-"""Facts that were expensive to find, a JSON line each, in files that are only ever appended to."""
+"""Append-only files of measured facts, one JSON line each."""
 
 from __future__ import annotations
 
@@ -12,51 +12,56 @@ from typing import Any
 import numpy as np
 
 from impq_core.errors import ImpqError
+from impq_core.keys import Key
 from impq_core.space import FloatArray, IntArray
 
 
 class Ledger:
-    """A file of facts; its first line says what they are facts of.
+    """A file of rows; its first line, the header, holds the format and the key of what was measured.
 
-    One that is there already is gone on with. A last line that the death of a process tore is taken out again.
+    An existing file is continued. A last line that a dying process left incomplete is removed.
 
     Args:
         path: the file.
-        kind: what kind of facts: the header's ``format``.
-        header: what they were found on; those of another model, text, backend or code are not gone on with.
+        format: name and version of the format.
+        key: identity of what was measured.
+
+    Attributes:
+        rows: the rows that were in the file.
 
     Raises:
-        ImpqError: the file is of another kind, damaged before its last line, or of something else than ``header``.
+        ImpqError: the file has another format or key, or is damaged before its last line.
     """
 
-    def __init__(self, path: Path, kind: str, header: Mapping[str, Any]) -> None:
-        header = json.loads(json.dumps({"format": kind, **header}))
-        self.known: list[dict[str, Any]] = []
-        whole = 0
+    def __init__(self, path: Path, format: str, key: Key) -> None:
+        self.rows: list[dict[str, Any]] = []
+        size = 0
         if path.exists():
-            lines, whole = _read(path)
+            lines, size = _read(path)
             if lines:
-                found, *self.known = lines
-                refuse_changes(found, header, str(path))
-            if whole < path.stat().st_size:
-                warnings.warn(f"{path}: its last line was not written to the end and is taken out", RuntimeWarning,
-                              stacklevel=2)
-                os.truncate(path, whole)
+                header, *self.rows = lines
+                if header.get("format") != format:
+                    raise ImpqError(f"{path} is of format {header.get('format')}; this impq continues {format}: start "
+                                    "a new run")
+                key.require({name: value for name, value in header.items() if name != "format"}, str(path))
+            if size < path.stat().st_size:
+                warnings.warn(f"{path}: the last line is incomplete and is removed", RuntimeWarning, stacklevel=2)
+                os.truncate(path, size)
         self._file = path.open("a", encoding="utf-8")
-        if not whole:
-            self.append(header)
+        if not size:
+            self.append({"format": format, **key.to_dict()})
             self.sync()
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add a fact. It survives the death of the process at once, and that of the machine after ``sync``."""
+        """Add a row. It survives the end of the process at once, and a power failure after ``sync``."""
         try:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
-        except OSError as error:  # of a full disk Python does not tell which file it met it in
+        except OSError as error:  # Python names no file if the disk is full
             raise OSError(error.errno, error.strerror, self._file.name) from error
 
     def sync(self) -> None:
-        """Wait until everything appended is on the disk."""
+        """Return when every row is on the disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -69,18 +74,18 @@ class MeasurementLog(Ledger):
     """Measured losses.
 
     Attributes:
-        losses: what an earlier process measured: absolute losses (windows,), nats per token, by the number of the set
-            of windows and the bytes of the pick.
+        losses: absolute losses (windows,) that an earlier process measured, nats per token, by the number of the set of
+            windows and the bytes of the pick.
     """
 
-    FORMAT = "impq-measurements/1"
+    FORMAT = "impq-measurements/2"
 
-    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
-        super().__init__(path, self.FORMAT, header)
+    def __init__(self, path: Path, key: Key) -> None:
+        super().__init__(path, self.FORMAT, key)
         try:
             self.losses: dict[tuple[int, bytes], FloatArray] = {
                 (int(row.get("set", 0)), np.array(row["pick"], np.int64).tobytes()): np.array(row["windows"], float)
-                for row in self.known}
+                for row in self.rows}
         except (KeyError, TypeError, ValueError) as error:
             self.close()
             raise ImpqError(f"{path} holds a line that is no measurement ({type(error).__name__}: {error})") from error
@@ -101,21 +106,6 @@ class MeasurementLog(Ledger):
         if not lines or lines[0].get("format") != cls.FORMAT:
             raise ImpqError(f"{path} is not a measurement log")
         return lines[0], [(tuple(row["pick"]), float(row["loss"])) for row in lines[1:]]
-
-
-def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
-    """Raises ImpqError that names what is another than it was, and how to go on, where anything is."""
-    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    if changed:
-        name = changed[0]
-        was, became = (json.dumps(facts.get(name)) for facts in (before, now))
-        if isinstance(before.get(name), dict) and isinstance(now.get(name), dict):
-            inner = next(key for key in {**before[name], **now[name]} if before[name].get(key) != now[name].get(key))
-            was, became = (json.dumps(facts[name].get(inner)) for facts in (before, now))
-            name = f"{name}.{inner}"
-        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-        raise ImpqError(f"{where} cannot be gone on with: {name.replace('_', ' ')} was {was[:80]} and is "
-                        f"{became[:80]} now{more}; start a new run, or bring back what was there")
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:

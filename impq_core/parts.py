@@ -13,19 +13,7 @@ import numpy as np
 from impq_core.budget import Budget
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError, UsageError, nearest
-from impq_core.interfaces import (
-    Allocator,
-    Backend,
-    Drift,
-    Estimator,
-    Exporter,
-    Game,
-    Inspector,
-    Probe,
-    Refiner,
-    Sampler,
-    Surrogate,
-)
+from impq_core.interfaces import Allocator, Backend, Drift, Estimator, Exporter, Game, Probe, Refiner, Surrogate
 from impq_core.plugins import ROLES, Plugins, build_options, option_names
 from impq_core.space import Choice, IntArray
 from impq_core.types import Measurements, SensitivityEstimate
@@ -33,9 +21,9 @@ from impq_core.types import Measurements, SensitivityEstimate
 ESTIMATE_WITH = "estimate_with"
 """The slot of a second backend, whose variants are measured in place of the deployed one's."""
 
-BASES: Mapping[str, Any] = {"estimator": (Inspector, Estimator, Sampler), "surrogate": Surrogate,
-                            "allocator": Allocator, "backend": Backend, "refiner": Refiner, "exporter": Exporter}
-"""The classes that a part of each role derives from."""
+BASES: Mapping[str, type] = {"estimator": Estimator, "surrogate": Surrogate,
+                             "allocator": Allocator, "backend": Backend, "refiner": Refiner, "exporter": Exporter}
+"""The base class of each role."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +35,7 @@ class Parts:
     ``granularity`` is that of the configuration, or the estimator's where it leaves the choice.
     """
 
-    estimator: Inspector | Estimator | Sampler
+    estimator: Estimator
     surrogate: Surrogate
     allocator: Allocator
     backend: Backend
@@ -72,7 +60,7 @@ class Parts:
             budget.check_menu([choice.bits for choice in menu])
         granularity = config.granularity
         if granularity == "auto":
-            granularity = "group" if isinstance(built["estimator"], Inspector) else "block"
+            granularity = built["estimator"].default_granularity
         return cls(**built, menu=menu, played=played, budget=budget, granularity=granularity)
 
     def options(self) -> dict[str, dict[str, Any]]:
@@ -84,33 +72,32 @@ class Parts:
     @property
     def wanted(self) -> Budget:
         """The budget, or the middle of the menu where none was asked for."""
-        return self.budget or Budget((self.menu[0].bits + self.menu[-1].bits) / 2, "bits")
+        return self.budget or Budget.nominal((self.menu[0].bits + self.menu[-1].bits) / 2)
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether anyone reads the calibration text."""
-        needs = self.backend.needs | (self.estimate_with.needs if self.estimate_with else frozenset())
-        looks = isinstance(self.estimator, Inspector) and not self.estimator.needs
-        return bool(needs) or self.refiner is not None or not looks
+        """Whether a part of the run reads the calibration text."""
+        backends = [self.backend, *([self.estimate_with] if self.estimate_with else [])]
+        return any(backend.needs for backend in backends) or self.refiner is not None or self.estimator.reads_text
 
     def measure(self, game: Game | None, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate | Measurements:
-        """Let the estimator look or play: its estimate, or what it measured where a surrogate is to fit that.
+        """The estimator's estimate, or its measurements if a surrogate is to fit them.
 
-        A game's budget is that of the played space: where the deployed backend's sizes differ, it is the same place
-        between all-low and all-high.
+        The game's budget is one of the played space: if the deployed backend has other sizes, it is at the same share
+        of the way from the smallest plan to the largest.
         """
-        if isinstance(self.estimator, Inspector):
-            return self.estimator.inspect(probe, rng)
-        assert game is not None
-        if isinstance(self.estimator, Estimator):
-            return self.estimator.estimate(game, rng)
-        return self.estimator.sample(game, rng, self._drift(game.budget_bytes))
+        result = self.estimator.measure(game, probe, rng, self._drift(game.budget_bytes if game else None))
+        if result.space.fingerprint != probe.space.fingerprint:
+            raise ImpqError(f"{type(self.estimator).__module__}.{type(self.estimator).__qualname__} returned "
+                            f"{type(result).__name__} of another search space than the one it was given: this is a bug "
+                            "of that plugin")
+        return result
 
     def estimate(self, game: Game | None, probe: Probe,
                  rng: np.random.Generator) -> tuple[SensitivityEstimate, Measurements | None]:
-        """The same, fitted where there is something to fit."""
-        found = self.measure(game, probe, rng)
-        return (found, None) if isinstance(found, SensitivityEstimate) else (self.surrogate.fit(found), found)
+        """The estimate, and the measurements that the surrogate fitted (None if the estimator made the estimate)."""
+        result = self.measure(game, probe, rng)
+        return (result, None) if isinstance(result, SensitivityEstimate) else (self.surrogate.fit(result), result)
 
     def _drift(self, budget_bytes: int | None) -> Drift:
         before: list[IntArray] = []

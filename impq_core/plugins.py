@@ -6,6 +6,7 @@ A plugin that cannot be used is dropped with its reason, and the tool goes on wi
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -21,7 +22,9 @@ from typing import Any
 import pluggy
 
 from impq_core import hookspecs
-from impq_core.errors import ImpqError, UsageError, nearest
+from impq_core.errors import ImpqError, UsageError, nearest, one_line
+from impq_core.hookspecs import Component
+from impq_core.interfaces import InputFile
 from impq_core.signals import uninterrupted
 
 GROUP = "impq"
@@ -35,41 +38,8 @@ OFFERED = (*ROLES, "refiner", "exporter")
 """Everything that is chosen by name."""
 
 
-PLAIN = (bool, int, float, str)
-"""What an option can be."""
-
-
-@dataclass(frozen=True)
-class Component:
-    """A part on offer.
-
-    Args:
-        name: what the user types.
-        target: ``package.module:Class``, imported only when chosen.
-        summary: one line for ``impq plugins``.
-        needs: import names of libraries it cannot work without.
-        extra: the extra of the impq distribution that brings them, if one does.
-        notice: one line said when it is chosen.
-    """
-
-    name: str
-    target: str
-    summary: str = ""
-    needs: tuple[str, ...] = ()
-    extra: str = ""
-    notice: str = ""
-
-    def missing(self) -> list[str]:
-        """Needed libraries that are not installed (found without importing them)."""
-        return [name for name in self.needs if not _installed(name)]
-
-    def remedy(self) -> str:
-        """``needs hqq (pip install 'impq[hqq]')``, or nothing when all is there."""
-        missing = self.missing()
-        if not missing:
-            return ""
-        what = f"impq[{self.extra}]" if self.extra else " ".join(missing)
-        return f"needs {', '.join(missing)} (pip install '{what}')"
+PLAIN = (bool, int, float, str, InputFile)
+"""Types that an option can have."""
 
 
 @dataclass(frozen=True)
@@ -113,12 +83,12 @@ class Plugins:
             try:
                 self._add(entry.load(), origin)
             except (Exception, SystemExit) as error:
-                self.dropped.append(Dropped(origin, _one_line(error)))
-        for file in files:
+                self.dropped.append(Dropped(origin, one_line(error)))
+        for file in {Path(file).resolve(): Path(file) for file in files}.values():
             try:
-                self._add(_load_file(Path(file)), str(file))
+                self._add(_load_file(file), str(file))
             except (Exception, SystemExit) as error:
-                raise UsageError(f"plugin file {file} cannot be loaded: {_one_line(error)}") from error
+                raise UsageError(f"plugin file {file} cannot be loaded: {one_line(error)}") from error
 
     def _add(self, plugin: Any, origin: str) -> None:
         """Register a plugin and collect its offers; whatever it does wrong raises and leaves nothing behind."""
@@ -158,21 +128,30 @@ class Plugins:
                 offers.append(Offer(role, component, origin))
         return offers
 
+    @property
+    def _registered(self) -> list[Any]:
+        """The plugins and observers in the order of their registration (pluggy's ``get_plugins`` is a set)."""
+        return [plugin for _, plugin in self._manager.list_name_plugin() if plugin is not None]
+
     def _only(self, hook: str, plugin: Any) -> Callable[..., list[Any]]:
-        others = [other for other in self._manager.get_plugins() if other is not plugin]
+        others = [other for other in self._registered if other is not plugin]
         return self._manager.subset_hook_caller(hook, others)
 
     def watch(self, observer: object) -> None:
         """Register an object with hook methods for the moments of a run."""
-        self._add(observer, type(observer).__name__)
+        name = type(observer).__name__
+        self._add(observer, f"{name} {len(self._registered)}" if self._manager.has_plugin(name) else name)
 
     def notify(self, moment: str, **facts: Any) -> None:
-        """Tell observers. One that fails is reported and the work goes on; a signal to stop waits until it is done.
+        """Call the observers of a moment, in the order of their registration.
+
+        An exception of an observer becomes a warning, and the run continues; SIGINT and SIGTERM are handled after the
+        observer has returned.
 
         Raises:
             ImpqError: an observer refused the start of a run.
         """
-        for plugin in self._manager.get_plugins():
+        for plugin in self._registered:
             try:
                 with uninterrupted():
                     self._only(moment, plugin)(**facts)
@@ -180,12 +159,26 @@ class Plugins:
                 if moment == "impq_run_started" and isinstance(error, ImpqError):
                     raise
                 name = self._manager.get_name(plugin)
-                warnings.warn(f"observer {name} failed in {moment}: {_one_line(error)}", RuntimeWarning, stacklevel=2)
+                warnings.warn(f"observer {name} failed in {moment}: {one_line(error)}", RuntimeWarning, stacklevel=2)
 
     def commands(self) -> dict[str, Any]:
-        """Further commands by name."""
-        return {command.name: command for plugin in self._manager.get_plugins()
-                for commands in self._only("impq_commands", plugin)() for command in commands}
+        """Commands of plugins, by name. The first plugin that offers a name keeps it; a plugin whose commands cannot be
+        read is added to ``dropped``."""
+        commands: dict[str, Any] = {}
+        for plugin in self._registered:
+            try:
+                offered = [command for commands in self._only("impq_commands", plugin)() for command in commands]
+                names = [(str(command.name), command) for command in offered]
+            except (Exception, SystemExit) as error:
+                self._drop(f"commands of {self._manager.get_name(plugin)}", one_line(error))
+                continue
+            for name, command in names:
+                commands.setdefault(name, command)
+        return commands
+
+    def _drop(self, name: str, reason: str) -> None:
+        if Dropped(name, reason) not in self.dropped:
+            self.dropped.append(Dropped(name, reason))
 
     def names(self, role: str) -> list[str]:
         """Names on offer for a role."""
@@ -211,7 +204,7 @@ class Plugins:
             target = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
             raise ImpqError(f"{role} '{name}' of {self.offers[role, name].origin} cannot be loaded: "
-                            f"{_one_line(error)}") from error
+                            f"{one_line(error)}") from error
         if not (isinstance(target, type) and issubclass(target, base)):
             raise ImpqError(f"{role} '{name}' of {self.offers[role, name].origin}: {component.target} is not "
                             f"{'an' if role[0] in 'ae' else 'a'} {role}")
@@ -236,7 +229,7 @@ def build_options(part: type[Any], role: str, name: str, given: Mapping[str, Any
             raise UsageError(f"{role} '{name}' has no option '{key}'{nearest(key, types)}")
         if types[key] not in PLAIN:
             raise ImpqError(f"option {key} of {role} '{name}' is of type {types[key]}: this is a bug of that plugin, "
-                            "whose options can be bool, int, float or str")
+                            "whose options can be bool, int, float, str or InputFile")
         values[key] = _convert(value, types[key], f"option {key} of {role} '{name}'")
     try:
         return part.Options(**values)
@@ -245,6 +238,8 @@ def build_options(part: type[Any], role: str, name: str, given: Mapping[str, Any
 
 
 def _convert(value: Any, kind: type[Any], what: str) -> Any:
+    if kind is InputFile and isinstance(value, (str, Path)):
+        return InputFile(Path(value).expanduser().absolute() if str(value) else "")
     if kind is bool:
         word = str(value).lower()
         if word in ("true", "yes", "on", "1", "false", "no", "off", "0"):
@@ -258,13 +253,6 @@ def _convert(value: Any, kind: type[Any], what: str) -> Any:
         except (TypeError, ValueError, OverflowError):
             pass
     raise UsageError(f"{what} takes {kind.__name__}, not '{value}'")
-
-
-def _installed(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # the package that it would be in is not there
-        return False
 
 
 def whose(error: BaseException) -> str:
@@ -287,15 +275,11 @@ def _distribution(entry: importlib.metadata.EntryPoint) -> str:
     return entry.dist.name if entry.dist else "?"
 
 
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if isinstance(error, ImpqError) and text else f"{type(error).__name__}: {text}"
-
-
 def _load_file(path: Path) -> Any:
     if not path.is_file():
         raise ImpqError("no such file")
-    name = f"{_FILE}{path.stem}"
+    # The name holds a digest of the content: two files of one name are two modules.
+    name = f"{_FILE}{path.stem}_{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImpqError("not a Python file")

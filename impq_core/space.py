@@ -131,7 +131,7 @@ class SearchSpace:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex digest of layers, choices and sizes: an estimate of another space is refused by it."""
+        """Hex digest of layers, choices and sizes. Losses are continued, and estimates taken, only for an equal one."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -148,8 +148,18 @@ class SearchSpace:
         return np.full(len(self), choice, dtype=np.int64)
 
     def bytes_of(self, pick: IntArray) -> int:
-        """Stored bytes of a pick, pinned layers included."""
-        return self.fixed_bytes + int(self.nbytes[np.arange(len(self)), pick].sum())
+        """Stored bytes of a pick (n,), pinned layers included."""
+        return int(self.bytes_of_all(np.asarray(pick)[None])[0])
+
+    def bytes_of_all(self, picks: IntArray) -> IntArray:
+        """Stored bytes (N,) of picks (N, n), pinned layers included."""
+        sizes: IntArray = self.fixed_bytes + self.nbytes[np.arange(len(self)), picks].sum(axis=1)
+        return sizes
+
+    def carry_over(self, nbytes: int, other: SearchSpace) -> int:
+        """A size of this space as a size of another: at the same place between all-narrowest and all-widest."""
+        place = (nbytes - self.low_bytes) / max(1, self.high_bytes - self.low_bytes)
+        return round(other.low_bytes + place * (other.high_bytes - other.low_bytes))
 
     @property
     def low_bytes(self) -> int:
@@ -187,6 +197,11 @@ class SearchSpace:
         if pick.shape != (len(self),) or (pick < 0).any() or (pick >= len(self.choices)).any():
             raise ImpqError(f"a pick for this space is {len(self)} numbers in 0..{len(self.choices) - 1}")
         return pick
+
+    def check_budget(self, budget: int) -> None:
+        """Raises ImpqError if a budget in bytes is below the smallest plan."""
+        if budget < self.low_bytes:
+            raise ImpqError(f"a budget of {budget} bytes is below the smallest plan, {self.low_bytes} bytes")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

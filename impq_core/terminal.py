@@ -49,13 +49,14 @@ class ConsoleReporter:
         self._last = 0.0
 
     @hookimpl
-    def impq_run_started(self, config: RunConfig, space: SearchSpace, folder: Path) -> None:
-        """Say what is about to happen."""
+    def impq_run_started(self, config: RunConfig, space: SearchSpace, folder: Path, coverage: float) -> None:
+        """Print what the run is about to do."""
         if self._brief:
             return
         menu = "/".join(map(str, space.choices))
+        share = "" if coverage > 0.99 else f" ({100 * coverage:.0f}% of those in the blocks)"
         self._say(f"{config.model}: {len(space)} layers ({config.granularity}), {space.parameters / 1e6:.1f} M "
-                  f"weights, {menu} bits with {config.backend}"
+                  f"weights{share}, {menu} bits with {config.backend}"
                   + (f", measured with {config.estimate_with}" if config.estimate_with else "")
                   + f", budget {config.budget}")
         self._say(f"run folder {folder}")
@@ -257,7 +258,7 @@ def shelves_table(found: Sequence[Shelf]) -> Table:
         table.add_column(name, justify="right" if name in ("variants", "scores", "MB") else "left", overflow="fold")
     for shelf in found:
         options = ", ".join(f"{key}={value}" for key, value in shelf.about.get("options", {}).items())
-        table.add_row(str(shelf.about.get("model")), str(shelf.about.get("backend")).split(".")[0], options,
+        table.add_row(shelf.model, str(shelf.about.get("backend")).split(".")[0], options,
                       str(shelf.count), str(shelf.facts), f"{shelf.nbytes / 1e6:.1f}",
                       time.strftime("%Y-%m-%d %H:%M", time.localtime(shelf.used)), str(shelf.folder))
     return table

@@ -14,27 +14,42 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from impq_core.errors import ImpqError, Malformed, nearest
+from impq_core.errors import ImpqError, InvalidArrays, nearest
 from impq_core.files import write_npz, write_text
 from impq_core.space import Choice, FloatArray, IntArray, SearchSpace, frozen
+
+_ROWS = ("path", "step", "replicate", "windows")
+"""The columns of Measurements that say where a loss belongs."""
+
+TOLERANCE = 1e-6
+"""Rounding that an estimate's zeros and symmetry may be off by, relative to its largest term."""
 
 
 @dataclass(frozen=True, eq=False)
 class Measurements:
-    """Every loss an estimator measured, kept whole so that any surrogate can be fitted later without the model.
+    """Every loss an estimator measured, kept so that any surrogate can be fitted later without the model.
+
+    Losses on different sets of windows differ by their texts, not only by their picks: compare them within a set, or
+    average over sets.
 
     Args:
         space: the space the picks belong to.
         picks: int64 (N, n).
-        losses: float64 (N,), nats per token above the reference.
-        path: int64 (N,), the permutation a measurement belongs to.
+        losses: float64 (N,), nats per token above the reference on the same windows.
+        path: int64 (N,), the permutation a measurement belongs to; a path is measured on one set of windows.
         step: int64 (N,), its place in the permutation; step 0 is the path's start.
         replicate: int64 (N,), the independent draw: paths of one replicate (antithetic pairs) depend on each other.
         tokens: scored tokens behind each loss.
-        reference_loss: absolute loss of the all-reference model, nats per token.
+        reference_loss: absolute loss of the all-reference model on set 0, nats per token.
         forwards: cost of the measurements in full-model forwards.
-        budget_bytes: what plans are wanted for: a surrogate that has to choose cares for losses at that size most.
-            None where nobody said.
+        budget_bytes: size of the plans wanted, in bytes of ``space``: a surrogate that has to choose weighs losses near
+            it most. None if there is no such size.
+        windows: int64 (N,), number of the set of calibration windows that each loss was measured on. None is set 0 for
+            all; files written before sets were recorded are read so.
+
+    Raises:
+        InvalidArrays: the arrays disagree in length, a pick lies outside the space, or a path spans two sets of
+            windows.
     """
 
     space: SearchSpace
@@ -47,24 +62,33 @@ class Measurements:
     reference_loss: float
     forwards: float
     budget_bytes: int | None = None
+    windows: IntArray = None  # type: ignore[assignment]  # __post_init__ makes it zeros
 
     def __post_init__(self) -> None:
-        for name in ("picks", "path", "step", "replicate"):
-            object.__setattr__(self, name, frozen(np.asarray(getattr(self, name), dtype=np.int64)))
         object.__setattr__(self, "losses", frozen(np.asarray(self.losses, dtype=np.float64)))
         count = len(self.losses)
+        if self.windows is None:
+            object.__setattr__(self, "windows", np.zeros(count, dtype=np.int64))
+        for name in ("picks", *_ROWS):
+            object.__setattr__(self, name, frozen(np.asarray(getattr(self, name), dtype=np.int64)))
         if self.picks.shape != (count, len(self.space)):
-            raise Malformed(f"{count} losses need picks of shape ({count}, {len(self.space)}), got {self.picks.shape}")
+            raise InvalidArrays(f"{count} losses need picks of shape ({count}, {len(self.space)}), not "
+                                f"{self.picks.shape}")
         if count and not 0 <= self.picks.min() <= self.picks.max() < len(self.space.choices):
-            raise Malformed(f"picks for this space are numbers in 0..{len(self.space.choices) - 1}")
-        if any(len(a) != count for a in (self.path, self.step, self.replicate)):
-            raise Malformed("path, step and replicate must be as long as the losses")
+            raise InvalidArrays(f"picks for this space are numbers in 0..{len(self.space.choices) - 1}")
+        for name in _ROWS:
+            if getattr(self, name).shape != (count,):
+                raise InvalidArrays(f"{name} must have the shape of the losses, ({count},), not "
+                                f"{getattr(self, name).shape}")
+        paths_and_sets = np.unique(np.stack([self.path, self.windows]), axis=1)
+        if paths_and_sets.shape[1] > len(np.unique(self.path)):
+            raise InvalidArrays("a path must be measured on one set of windows")
 
     def __len__(self) -> int:
         return len(self.losses)
 
     def require_finite(self) -> None:
-        """Raises ImpqError that names the first measurement whose loss is not a number."""
+        """Raises ImpqError that names the first measurement whose loss is NaN or infinite."""
         bad = np.flatnonzero(~np.isfinite(self.losses))
         if len(bad):
             first = bad[0]
@@ -95,8 +119,8 @@ class Measurements:
         return table, replicates
 
     def convergence(self) -> FloatArray:
-        """Mean standard error of the Shapley values, nats per token, after 2, 3, ... replicates; empty where a
-        permutation was not played to its end."""
+        """Mean standard error of the Shapley values, nats per token, after 2, 3, ... replicates; empty if a permutation
+        was not played to its end."""
         marginals, replicates = self.marginals()
         draws = np.stack([marginals[replicates == r].mean(axis=0) for r in np.unique(replicates)])
         if np.isnan(draws).any():
@@ -107,9 +131,8 @@ class Measurements:
         return stderr[1:]
 
     def part(self, rows: IntArray) -> Measurements:
-        """Some of the measurements, by their numbers."""
-        picked = {name: getattr(self, name)[rows] for name in ("picks", "losses", "path", "step", "replicate")}
-        return replace(self, **picked)
+        """The measurements with the given row numbers."""
+        return replace(self, **{name: getattr(self, name)[rows] for name in ("picks", "losses", *_ROWS)})
 
     def save(self, path: Path) -> None:
         """Write an .npz file without pickle."""
@@ -124,27 +147,32 @@ class Measurements:
             return cls(SearchSpace.from_dict(json.loads(str(data["space"]))), data["picks"], data["losses"],
                        data["path"], data["step"], data["replicate"], int(data["tokens"]),
                        float(data["reference_loss"]), float(data["forwards"]),
-                       int(data["budget_bytes"]) if "budget_bytes" in data else None)
+                       int(data["budget_bytes"]) if "budget_bytes" in data else None, data.get("windows"))
 
 
 @dataclass(frozen=True, eq=False)
 class SensitivityEstimate:
-    """What an allocator reads: the predicted cost of every choice, alone and in pairs.
+    """The predicted cost of every choice, alone and in pairs: the input of an allocator.
 
-    ``score(q) = sum_i linear[i, q_i] + sum_{i<j} pairwise[i, q_i, j, q_j]``, which is the predicted loss in nats per
-    token, or, with a link, grows with it: the pick of least score is the pick of least loss. An estimate that only
-    ranks has scores of no unit.
+    ``score(q) = sum_i linear[i, q_i] + sum_{i<j} pairwise[i, q_i, j, q_j]``. The score is the predicted loss in nats
+    per token, or, with a link, a monotone function of it: the pick of least score is the pick of least loss.
 
     Args:
         space: the space it is an estimate of.
         linear: float64 (n, m); column 0 is 0.
         pairwise: float64 (n, m, n, m), symmetric, 0 within a layer and at choice 0; None for an additive estimate.
-        stderr: float64 (n, m), standard error of ``linear``'s measured part; None where it is not known.
-        link: float64 (2, K), increasing scores and the losses they stand for, from 0 and 0 on; None where a score is
-            a loss.
-        method: who made it, such as ``spqe + covariance``.
+        stderr: float64 (n, m), standard error of ``linear``'s measured part; None if unknown.
+        link: float64 (2, K), increasing scores and the losses they stand for, starting at 0 and 0; None if a score is a
+            loss.
+        method: how it was made, such as ``spqe + covariance``.
         forwards: what it cost, in full-model forwards.
-        nats: false where scores only rank picks, and are no losses.
+        nats: false if scores only rank picks and have no unit.
+
+    Zeros and symmetry may be off by rounding, up to ``TOLERANCE`` of the largest term; they are made exact.
+
+    Raises:
+        InvalidArrays: a shape is wrong, a term is not finite, the first column or choice is not 0, the pair terms are
+            not symmetric or not 0 within a layer, or the link does not increase.
     """
 
     space: SearchSpace
@@ -160,31 +188,42 @@ class SensitivityEstimate:
         n, m = self.space.nbytes.shape
         if self.link is not None:
             object.__setattr__(self, "link", frozen(np.asarray(self.link, dtype=np.float64)))
-            if self.link.ndim != 2 or len(self.link) != 2 or (np.diff(self.link) <= 0).any() or self.link[:, 0].any():
-                raise Malformed("an estimate's link is two increasing rows that begin with 0")
+            if (self.link.ndim != 2 or len(self.link) != 2 or not np.isfinite(self.link).all()
+                    or (np.diff(self.link) <= 0).any() or self.link[:, 0].any()):
+                raise InvalidArrays("an estimate's link is two increasing rows that begin with 0")
+        terms: dict[str, FloatArray] = {}
         for name, shape in (("linear", (n, m)), ("stderr", (n, m)), ("pairwise", (n, m, n, m))):
             value = getattr(self, name)
             if value is None:
                 continue
-            value = frozen(np.asarray(value, dtype=np.float64))
-            if value.shape != shape:
-                raise Malformed(f"{name} of an estimate of this space has shape {shape}, not {value.shape}")
-            if name != "stderr" and not np.isfinite(value).all():
-                raise Malformed(f"the estimate's {name} terms are not all finite")
+            terms[name] = np.array(value, dtype=np.float64)
+            if terms[name].shape != shape:
+                raise InvalidArrays(f"{name} of an estimate of this space has shape {shape}, not {terms[name].shape}")
+            bad = np.argwhere(~np.isfinite(terms[name]))
+            if name != "stderr" and len(bad):
+                raise InvalidArrays(f"the estimate's {name} term of {self.space.layers[bad[0, 0]].name} is not finite")
+        rounding = TOLERANCE * max(float(np.abs(terms[name]).max()) for name in ("linear", "pairwise") if name in terms)
+        linear = terms["linear"]
+        if np.abs(linear[:, 0]).max() > rounding:
+            raise InvalidArrays("an estimate's first column is the reference and must be 0")
+        linear[:, 0] = 0.0
+        if "pairwise" in terms:
+            pairs, own = terms["pairwise"], np.arange(n)
+            if np.abs(pairs - pairs.transpose(2, 3, 0, 1)).max() > rounding:
+                raise InvalidArrays("an estimate's pairwise terms must be symmetric")
+            if np.abs(pairs[own, :, own]).max() > rounding:
+                raise InvalidArrays("an estimate's pairwise terms within one layer must be 0: they belong to linear")
+            if np.abs(pairs[:, 0]).max() > rounding:
+                raise InvalidArrays("an estimate's pairwise terms at choice 0 must be 0: it is the reference")
+            pairs = (pairs + pairs.transpose(2, 3, 0, 1)) / 2
+            pairs[own, :, own] = pairs[:, 0] = pairs[:, :, :, 0] = 0.0
+            terms["pairwise"] = pairs
+        for name, value in terms.items():
+            value.flags.writeable = False
             object.__setattr__(self, name, value)
-        if np.abs(self.linear[:, 0]).max() > 1e-12:
-            raise Malformed("an estimate's first column is the reference and must be 0")
-        if self.pairwise is not None:
-            if not np.allclose(self.pairwise, self.pairwise.transpose(2, 3, 0, 1), atol=1e-9):
-                raise Malformed("an estimate's pairwise terms must be symmetric")
-            if np.abs(self.pairwise[np.arange(n), :, np.arange(n)]).max() > 1e-12:
-                raise Malformed("an estimate's pairwise terms within one layer must be 0: they belong to linear")
-            if np.abs(self.pairwise[:, 0]).max() > 1e-12:
-                raise Malformed("an estimate's pairwise terms at choice 0 must be 0: it is the reference")
 
     def on(self, space: SearchSpace) -> SensitivityEstimate:
-        """The same estimate for a space of the same layers and widths but other sizes: what was measured with one
-        backend's variants, to plan for another's.
+        """The same estimate for a space of the same layers and widths but other sizes, such as another backend's.
 
         Raises:
             ImpqError: layers or widths differ.
@@ -198,7 +237,7 @@ class SensitivityEstimate:
         return self.losses_of(self.score(picks))
 
     def losses_of(self, scores: FloatArray) -> FloatArray:
-        """The losses that scores stand for; beyond the link's ends its last slopes go on."""
+        """The losses that scores stand for; beyond the link's ends its first and last slopes continue."""
         if self.link is None:
             return scores
         x, y = self.link
@@ -208,7 +247,7 @@ class SensitivityEstimate:
         return inside + beyond
 
     def score(self, picks: IntArray) -> FloatArray:
-        """What an allocator minimises (N,), for picks (N, n)."""
+        """Scores (N,) of picks (N, n), which an allocator minimises."""
         picks = np.atleast_2d(picks)
         index = np.arange(len(self.space))
         losses: FloatArray = self.linear[index, picks].sum(axis=1)
@@ -263,7 +302,7 @@ class Plan:
     def __post_init__(self) -> None:
         object.__setattr__(self, "pick", frozen(self.space.check_pick(self.pick)))
         if self.nbytes > self.budget_bytes:
-            raise Malformed(f"the plan takes {self.nbytes} bytes, more than its budget of {self.budget_bytes}")
+            raise InvalidArrays(f"the plan takes {self.nbytes} bytes, more than its budget of {self.budget_bytes}")
 
     @property
     def nbytes(self) -> int:

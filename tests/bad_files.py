@@ -99,21 +99,45 @@ MODELS = [
 
 
 def text(name: str, content: str | bytes, says: str, what: str) -> Case:
-    return Case(f"run --evaluation {name}", 1, says, what, lambda: write(name, content))
+    return light(f"run --evaluation {name}", 1, f"evaluation text {name}{says}", what, lambda: write(name, content))
+
+
+def table(columns: dict[str, list[object]], says: str, what: str) -> Case:
+    def scene() -> None:
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table(columns), "rows.parquet")
+
+    return light("run --evaluation rows.parquet", 1, f"evaluation text rows.parquet{says}", what, scene)
 
 
 TEXTS = [
-    light("run --calibration none.txt", 1, "text none.txt: no such file"),
+    light("run --calibration none.txt", 1, "calibration text none.txt: no such file"),
+    light("run --calibration evalation.txt", 1, "no such file (did you mean 'evaluation.txt'?)"),
+    light("run --evaluation model", 1, "evaluation text model is a folder: name one .txt, .jsonl, .parquet file in it"),
     light("run --evaluation paper.docx", 2, "only .txt, .jsonl, .parquet files are read"),
+    light("run --evaluation rows.json", 2, "write one object a line (jq -c '.[]' rows.json > rows-text.jsonl)"),
+    light("run --evaluation rows.jsonl.gz", 2, "is compressed: unpack it first (gunzip -k rows.jsonl.gz)"),
     Case("evaluate exported --evaluation none.txt", 1, "text none.txt: no such file"),
-    text("empty.txt", "", "text empty.txt is empty", "an empty file"),
-    text("short.txt", "too short", "enough for 0 windows", "a short file"),
-    text("latin.txt", b"caf\xe9 " * 99, "cannot be read: 'utf-8' codec", "a file in another encoding"),
-    text("rows.jsonl", '{"txt": "a"}\n', "line 1 has no field 'text' that holds text", "rows without a text"),
-    text("rows.jsonl", '{"text": "a"}\n{"text": 3}\n', "line 2 has no field 'text'", "a number for a text"),
-    text("rows.jsonl", "{\n", "rows.jsonl cannot be read", "rows that are no JSON"),
-    text("rows.parquet", "{\n", "rows.parquet cannot be read", "a table that is none"),
-    Case("run --evaluation a:b:c:d", 2, "a datasets name is path, path:config or path:config:split"),
+    text("empty.txt", "", " is empty", "an empty file"),
+    Case("run --evaluation short.txt", 1, "enough for 0 windows", "a short file",
+         lambda: write("short.txt", "too short")),
+    text("latin.txt", b"one\ncaf\xe9 ", ", line 2: byte 0xe9 is not UTF-8", "a file in another encoding"),
+    text("windows.txt", "one".encode("utf-16"), " is UTF-16; convert it to UTF-8", "a file in UTF-16"),
+    text("data.txt", "one\n\0", ", line 2: holds a NUL character", "a file that is not text"),
+    text("rows.jsonl", '{"txt": "a"}\n', ", line 1: has no field 'text', only 'txt'", "rows without a text"),
+    text("rows.jsonl", '{"text": "a"}\n{"text": 3}\n', ", line 2: field 'text' holds a number", "a number for a text"),
+    text("rows.jsonl", '{"text": "a"}\n{"text": "\\ud800"}\n', ", line 2: field 'text' holds \\ud800",
+         "half of a character"),
+    text("rows.jsonl", '{"text": null}\n', " is empty", "rows of gaps"),
+    text("rows.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n', ", line 1: has chat records ('messages')",
+         "chats"),
+    text("rows.jsonl", '[{"text": "a"}]\n', ", line 1: is a list, not an object", "rows in one list"),
+    text("rows.jsonl", "{\n", ", line 1: is not valid JSON", "rows that are no JSON"),
+    text("rows.parquet", "{\n", " is not a Parquet file", "a table that is none"),
+    table({"id": [1], "body": ["a"]}, " has no column 'text', only 'id', 'body'", "a table without a text"),
+    table({"text": [["a"]]}, " has a column 'text' of type list", "a table of lists"),
+    light("run --evaluation a:b:c:d", 2, "a datasets name is path, path:config or path:config:split"),
     Case("run --evaluation calibration.txt --evaluation-windows 1000", 1, "evaluate on text the plan has not seen"),
     Case("run --evaluation-windows 100000", 1, "not 100000 (see --evaluation-windows, --evaluation-length)"),
     Case("run --calibration-length 99999", 1, "enough for 0 windows of 99999"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pydoc_data.topics
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from impq_core.config import RunConfig, TextConfig
-from impq_core.testing import tiny_model
+from impq_core.testing import made_text, tiny_model
 
 if TYPE_CHECKING:
     from scenes import World
@@ -41,12 +40,11 @@ def own_store(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two different texts of technical English from the standard library."""
+    """A calibration and an evaluation text, the same on every machine."""
     folder = tmp_path_factory.mktemp("texts")
-    whole = "\n".join(pydoc_data.topics.topics.values())
     paths = folder / "calibration.txt", folder / "evaluation.txt"
-    paths[0].write_text(whole[:100_000])
-    paths[1].write_text(whole[200_000:300_000])
+    for seed, path in enumerate(paths):
+        path.write_text(made_text(seed, 100_000))
     return paths
 
 

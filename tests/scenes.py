@@ -83,7 +83,7 @@ class World:
             plugins = Plugins()
             run(config, plugins).folder.rename("finished")
             run(config, plugins, only_estimate=True).folder.rename("estimated")
-            export_run("finished", "hqq", Path("exported"), plugins, lambda done, total: None)
+            export_run("finished", "hqq", Path("exported"), plugins)
             run_sweep(Sweep(config, {"budget": ["2.5bits", "3bits"]}), plugins).rename("swept")
             Path("impq-runs").rmdir()
             Path("impq.toml").write_text(replace(config, tracking_uri="", options={}).to_toml())

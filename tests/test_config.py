@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import os
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from impq_core.budget import Budget
 from impq_core.config import RunConfig, TextConfig, override, read_toml
 from impq_core.errors import UsageError
+from impq_core.files import write_text
 from impq_core.parts import Parts
 from impq_core.plugins import Plugins
 from impq_core.testing import planted_space
@@ -20,6 +23,43 @@ def test_a_configuration_survives_its_own_file(tmp_path: Path) -> None:
                        pins={"model.layers.0": 4}, exclude=("*.o_proj",), options={"estimator": {"permutations": 4}})
     (tmp_path / "impq.toml").write_text(config.to_toml())
     assert read_toml(tmp_path / "impq.toml") == config
+
+
+NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12)
+WIDTHS = st.one_of(st.integers(1, 16).map(float), st.floats(0.01, 64, allow_nan=False))
+OPTIONS = st.one_of(st.booleans(), st.integers(-2**62, 2**62), st.floats(allow_nan=False, allow_infinity=False), NAMES)
+TEXTS = st.builds(TextConfig, NAMES, st.integers(2, 10**6), st.integers(2, 10**6), st.integers(0, 2**62))
+CONFIGS = st.builds(
+    RunConfig, model=NAMES, backend=NAMES, estimate_with=st.one_of(st.just(""), NAMES), estimator=NAMES,
+    surrogate=NAMES, allocator=NAMES, refiner=NAMES, refine=st.integers(0, 0), budget=st.one_of(st.just(""), NAMES),
+    bits=st.lists(WIDTHS, unique=True, max_size=4).map(tuple), granularity=st.sampled_from(["auto", "block", "linear"]),
+    pins=st.dictionaries(NAMES, WIDTHS, max_size=3), exclude=st.lists(NAMES, max_size=3).map(tuple), calibration=TEXTS,
+    game_windows=st.integers(1, 2), probe_windows=st.integers(0, 2), value=st.sampled_from(["nll", "kl"]),
+    evaluation=TEXTS, dtype=st.sampled_from(["auto", "float32", "bfloat16"]), seed=st.integers(0, 2**62), plan=NAMES,
+    output=NAMES, tracking_uri=NAMES, experiment=NAMES, cache=st.booleans(),
+    options=st.dictionaries(NAMES, st.dictionaries(NAMES, OPTIONS, max_size=3), max_size=3))
+
+
+@given(config=CONFIGS)
+def test_every_configuration_is_read_as_it_was_written(config: RunConfig,
+                                                       tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("written") / "impq.toml"
+    write_text(path, config.to_toml())
+    assert read_toml(path) == config
+
+
+@pytest.mark.parametrize("name", ["model", "output", "experiment", "plan", "tracking_uri"])
+def test_text_that_no_file_holds_is_refused_at_once(name: str) -> None:
+    for text in ("a\0b", os.fsdecode(b"caf\xe9")):
+        with pytest.raises(UsageError, match=f"{name} holds a character that no UTF-8 file can hold"):
+            RunConfig(**{name: text})
+
+
+@pytest.mark.parametrize("change", [{"bits": (2.0, float("inf"))}, {"bits": (float("nan"), 4.0)}, {"bits": (0.0, 4.0)},
+                                    {"pins": {"a": -1.0}}])
+def test_a_width_is_a_positive_number(change: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="positive number of bits"):
+        RunConfig(**change)
 
 
 @pytest.mark.parametrize(("toml", "reason"), [
@@ -65,6 +105,25 @@ def test_budgets_in_every_unit() -> None:
     for text in ("3bits", "3.0bpw", "75%", f"{middle}B", f"{middle / 1e3}KB", f"{middle / 1024}kib"):
         assert Budget.parse(text).resolve(space) == pytest.approx(middle, abs=1), text
     assert Budget.parse("100%").resolve(space) == space.high_bytes
+
+
+@given(amount=st.one_of(st.decimals(min_value="0.001", max_value="99999999999999", places=3),
+                        st.integers(1, 2**53)),
+       unit=st.sampled_from(["bits", "bpw", "%", "B", "KB", "MB", "GiB", " MB", "mib"]))
+def test_a_budget_survives_being_written_down(amount: object, unit: str) -> None:
+    text = f"{amount}{unit}"
+    budget = Budget.parse(text)
+    assert str(budget) == text and Budget.parse(str(budget)) == budget
+    made = Budget(budget.amount, budget.unit)  # without the user's text, every digit is kept all the same
+    assert Budget.parse(str(made)) == budget
+
+
+def test_bytes_of_a_budget_are_exact() -> None:
+    space = planted_space(40, columns=4096)
+    low = space.low_bytes
+    for nbytes in range(low, low + 50):
+        assert Budget.parse(f"{nbytes}B").resolve(space) == nbytes
+        assert Budget.parse(f"{nbytes / 1e6:.6f}MB").resolve(space) == nbytes
 
 
 @pytest.mark.parametrize("text", ["", "three bits", "-3bits", "0bits", "3", "3 bit", "1e3MB", "4GiBs", "3.0.0bits",

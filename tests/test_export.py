@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError, UsageError
-from impq_core.exports.export import evaluate_folder, export_run
+from impq_core.exports.export import bare_checkpoint, evaluate_folder, export_run
 from impq_core.interfaces import Variant
 from impq_core.model.source import locate_model
 from impq_core.parts import Parts, load_exporter
@@ -84,10 +84,6 @@ def _apart(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.sqrt(((a - b) ** 2).mean() / (a**2).mean()))
 
 
-def _quiet(done: int, total: int) -> None:
-    """Nobody watches."""
-
-
 @pytest.mark.parametrize("name", FORMATS)
 def test_stock_software_loads_what_was_measured(name: str, tiny_config: RunConfig, tmp_path: Path) -> None:
     form = FORMATS[name]
@@ -100,7 +96,7 @@ def test_stock_software_loads_what_was_measured(name: str, tiny_config: RunConfi
                              exclude=("*.11.mlp.down_proj",), options={"backend": form.options}))
         assert set(result.plan.pick.tolist()) == set(range(len(form.bits)))
         out = tmp_path / f"{architecture}-out"
-        exported.append((result, export_run(str(result.folder), name, out, Plugins(), _quiet)))
+        exported.append((result, export_run(str(result.folder), name, out, Plugins())))
     folders = [str(export.folder) for _, export in exported]
     arguments = [str(ROOT / "examples"), name, str(tmp_path / "ids.npy"), *folders]
     done = subprocess.run([sys.executable, "-c", STOCK, *arguments], capture_output=True, text=True, timeout=600)
@@ -110,7 +106,7 @@ def test_stock_software_loads_what_was_measured(name: str, tiny_config: RunConfi
         assert export.score is not None and again.score is not None
         assert again.score.nll == export.score.nll and again.score.kl == export.score.kl
         variants = load_exporter(name, form.backend, result.config.options["backend"], Plugins()).restore(
-            export.folder, result.plan)
+            export.folder, bare_checkpoint(result.plan, form.backend, result.config.options["backend"]))
         ours, unquantized = (_logits(result, form.dtype, some) for some in (variants, {}))
         theirs = np.load(export.folder / "logits.npy")
         assert _apart(ours, theirs) <= form.tolerance < 0.1 < _apart(ours, unquantized)
@@ -152,7 +148,7 @@ def test_recipes_name_every_linear_with_its_width(tiny_config: RunConfig, tmp_pa
              "recipe-llama.cpp": "tensor-types.txt"}
     written = {}
     for name, file in files.items():
-        export_run(str(result.folder), name, tmp_path / name, Plugins(), _quiet)
+        export_run(str(result.folder), name, tmp_path / name, Plugins())
         written[name] = (tmp_path / name / file).read_text()
     bits = {layer.name: int(result.plan.space.choices[k].bits)
             for layer, k in zip(result.plan.space.layers, result.plan.pick, strict=True)}
@@ -174,19 +170,19 @@ def test_what_cannot_be_exported_or_loaded(tiny_config: RunConfig, tmp_path: Pat
     result = run(replace(tiny_config, estimator="random", backend="hqq", options={}))
     found = Plugins()
     with pytest.raises(UsageError, match="did you mean 'gptq'"):
-        export_run(str(result.folder), "gtpq", tmp_path / "x", found, _quiet)
+        export_run(str(result.folder), "gtpq", tmp_path / "x", found)
     with pytest.raises(ImpqError, match="holds variants of auto-gptq, gptq, not of hqq"):
-        export_run(str(result.folder), "gptq", tmp_path / "x", found, _quiet)
+        export_run(str(result.folder), "gptq", tmp_path / "x", found)
     grouped = run(replace(tiny_config, estimator="random", backend="quanto", options={"backend": {"group_size": 64}}))
     with pytest.raises(ImpqError, match="group_size=128"):
-        export_run(str(grouped.folder), "quanto", tmp_path / "x", found, _quiet)
+        export_run(str(grouped.folder), "quanto", tmp_path / "x", found)
     asymmetric = run(replace(tiny_config, estimator="random", options={"backend": {"clip_search": False}}))
     with pytest.raises(ImpqError, match="symmetric=true"):
-        export_run(str(asymmetric.folder), "compressed-tensors", tmp_path / "x", found, _quiet)
+        export_run(str(asymmetric.folder), "compressed-tensors", tmp_path / "x", found)
     with pytest.raises(ImpqError, match="no run folder"):
-        export_run(str(tmp_path), "gptq", tmp_path / "x", found, _quiet)
+        export_run(str(tmp_path), "gptq", tmp_path / "x", found)
     with pytest.raises(ImpqError, match="not empty"):
-        export_run(str(result.folder), "recipe-auto-round", result.folder, found, _quiet)
+        export_run(str(result.folder), "recipe-auto-round", result.folder, found)
     for folder in (tmp_path, result.folder, tmp_path / "none"):
         with pytest.raises(ImpqError, match="no folder that impq exported"):
             evaluate_folder(str(folder), found)

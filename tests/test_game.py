@@ -14,6 +14,7 @@ from impq_spqe.sampler import Spqe
 from impq_core.errors import ImpqError
 from impq_core.game.model_game import ModelGame
 from impq_core.game.probe import ModelProbe
+from impq_core.keys import TextKey
 from impq_core.ledger import Ledger, MeasurementLog
 from impq_core.model.bank import Bank, fill_bank
 from impq_core.model.blockwise import BlockwiseModel
@@ -126,12 +127,12 @@ def test_evaluating_elsewhere_in_between_does_not_confuse_the_game(table: Table)
 
 def test_every_loss_is_in_the_log_before_it_is_returned(table: Table, tmp_path: Path) -> None:
     path = tmp_path / "measurements.jsonl"
-    log = MeasurementLog(path, {"model": "tiny"})
+    log = MeasurementLog(path, TextKey("tiny"))
     game = table.game(log)
     pick = table.space.uniform(1)
     loss = game.loss(pick)
     header, rows = MeasurementLog.read(path)
-    assert header["model"] == "tiny"
+    assert header["tokens"] == "tiny"
     assert [row[0] for row in rows] == [tuple(table.space.uniform(0)), tuple(pick)]
     assert rows[1][1] - rows[0][1] == loss
     log.close()
@@ -143,12 +144,12 @@ def test_every_loss_is_in_the_log_before_it_is_returned(table: Table, tmp_path: 
     with pytest.raises(ImpqError, match="line 2"):
         MeasurementLog.read(path)
     with pytest.raises(ImpqError, match="line 2"):
-        MeasurementLog(path, {"model": "tiny"})
+        MeasurementLog(path, TextKey("tiny"))
 
 
 def test_a_game_goes_on_from_its_log_as_if_nothing_had_happened(table: Table, tmp_path: Path) -> None:
     def play(path: Path, count: int) -> list[float]:
-        game = ModelGame(table.space, table.bank, table.runner, WINDOWS.first(2), MeasurementLog(path, {}),
+        game = ModelGame(table.space, table.bank, table.runner, WINDOWS.first(2), MeasurementLog(path, TextKey("tiny")),
                          spare=WINDOWS.part(2, 6))
         rng, losses = np.random.default_rng(3), []
         for number in range(count):

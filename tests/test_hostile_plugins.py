@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from scenes import World
 
-HEAD = "from impq_core.hookspecs import hookimpl\nfrom impq_core.plugins import Component\n"
+HEAD = "from impq_core.hookspecs import Component, hookimpl\n"
 PART = """
 import numpy as np
 from impq_core.interfaces import Allocator, Backend, Inspector, Refiner, Sampler, Surrogate

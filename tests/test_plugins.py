@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import sys
 import types
 import warnings
 from dataclasses import dataclass
@@ -11,10 +10,10 @@ import pytest
 
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError, UsageError
-from impq_core.hookspecs import hookimpl
-from impq_core.interfaces import Allocator, Estimator, Sampler
+from impq_core.hookspecs import Component, hookimpl
+from impq_core.interfaces import Allocator, Estimator
 from impq_core.parts import Parts, assign_options
-from impq_core.plugins import Component, Plugins, build_options
+from impq_core.plugins import Plugins, build_options
 
 
 class _Entry:
@@ -87,13 +86,13 @@ def test_what_is_missing_or_wrong_is_said_when_chosen() -> None:
                          ("dangling", "NoSuchClass"), ("gone", "no_such_module"), ("wrong", "is not an estimator"),
                          ("spqee", "did you mean 'spqe'")):
         with pytest.raises(ImpqError, match=reason):
-            found.load("estimator", name, (Estimator, Sampler))
+            found.load("estimator", name, Estimator)
 
 
 def test_a_plugin_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
-    file.write_text("from impq_core.hookspecs import hookimpl\nfrom impq_core.interfaces import Allocator\n"
-                    "from impq_core.plugins import Component\n\nclass Mine(Allocator):\n"
+    file.write_text("from impq_core.hookspecs import Component, hookimpl\n"
+                    "from impq_core.interfaces import Allocator\n\nclass Mine(Allocator):\n"
                     "    def allocate(self, estimate, budget_bytes):\n        raise ValueError\n\n"
                     "@hookimpl\ndef impq_allocators():\n    return [Component('mine', f'{__name__}:Mine')]\n")
     assert Plugins([file]).load("allocator", "mine", Allocator).__name__ == "Mine"
@@ -102,7 +101,6 @@ def test_a_plugin_file(tmp_path: Path) -> None:
         Plugins([file])
     with pytest.raises(UsageError, match="no such file"):
         Plugins([tmp_path / "none.py"])
-    sys.modules.pop("impq_file_mine", None)
 
 
 def test_observers_watch_and_cannot_break_a_run() -> None:
@@ -129,7 +127,48 @@ def test_observers_watch_and_cannot_break_a_run() -> None:
         found.notify("impq_progress", stage="x", done=3, total=4)
     assert Good.seen == [3]
     with pytest.raises(ImpqError, match="store is gone"):
-        found.notify("impq_run_started", config=None, space=None, folder=None)
+        found.notify("impq_run_started", config=None, space=None, folder=None, coverage=1.0)
+
+
+def test_observers_are_called_in_the_order_of_their_registration() -> None:
+    called: list[int] = []
+
+    class Observer:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        @hookimpl
+        def impq_progress(self, done: int) -> None:
+            called.append(self.number)
+
+    plugins = Plugins(entry_points=[])
+    for number in range(40):
+        plugins.watch(Observer(number))
+    plugins.notify("impq_progress", stage="x", done=0, total=1)
+    assert called == list(range(40))
+
+
+def test_two_plugin_files_of_one_name_are_two_plugins(tmp_path: Path) -> None:
+    files = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        files.append(tmp_path / name / "mine.py")
+        files[-1].write_text(
+            "from impq_core.hookspecs import Component, hookimpl\nfrom impq_core.interfaces import Allocator\n\n"
+            f"class Mine(Allocator):\n    origin = '{name}'\n    def allocate(self, estimate, budget_bytes): ...\n\n"
+            f"@hookimpl\ndef impq_allocators():\n    return [Component('{name}', f'{{__name__}}:Mine')]\n")
+    plugins = Plugins([*files, files[0].parent / ".." / "one" / "mine.py"])
+    assert [plugins.load("allocator", name, Allocator).origin for name in ("one", "two")] == ["one", "two"]
+    assert not plugins.dropped  # the third path names the first file
+
+
+def test_a_plugin_whose_commands_fail_loses_only_them() -> None:
+    offered = [types.SimpleNamespace(name="theirs")]
+    plugins = Plugins(entry_points=[_Entry("bad", _module(impq_commands=lambda: 1 / 0)),  # type: ignore[list-item]
+                                    _Entry("good", _module(impq_commands=lambda: offered))])  # type: ignore[list-item]
+    assert list(plugins.commands()) == ["theirs"] and list(plugins.commands()) == ["theirs"]
+    [dropped] = plugins.dropped
+    assert "other:bad" in dropped.what and "ZeroDivisionError" in dropped.reason
 
 
 @dataclass(frozen=True)

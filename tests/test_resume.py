@@ -149,13 +149,14 @@ def change_code(folder: Path, config: RunConfig) -> None:
 
 def change_library(folder: Path, config: RunConfig) -> None:
     facts = json.loads((folder / "provenance.json").read_text())
-    facts["versions"]["gptqmodel"] = "1.0"
+    facts["deployed"]["versions"]["gptqmodel"] = "1.0"
     write_text(folder / "provenance.json", json.dumps(facts))
 
 
 @pytest.mark.parametrize("change, told", [
-    (change_model, "model digest was"), (change_text, "calibration digest was"), (change_backend, "backend options"),
-    (change_code, "code was"), (change_library, 'versions.gptqmodel was "1.0" and is')])
+    (change_model, "model digest was"), (change_text, "calibration.tokens was"),
+    (change_backend, "options.group size was 64"),
+    (change_code, "code was"), (change_library, 'versions.gptqmodel was "1.0" and is now')])
 def test_what_has_changed_is_refused(change: object, told: str, tiny_config: RunConfig, texts: tuple[Path, Path],
                                      tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "model", "llama", blocks=2)
@@ -184,7 +185,7 @@ def test_a_torn_line_is_taken_out_and_said(tiny_config: RunConfig) -> None:
     for name in ("measurements.jsonl", "scores.jsonl"):
         with (folder / name).open("a") as file:
             file.write('{"format": "impq-sc' if name.startswith("s") else '{"pick": [0, 1')
-    with pytest.warns(RuntimeWarning, match="its last line was not written to the end"):
+    with pytest.warns(RuntimeWarning, match="the last line is incomplete"):
         resume(folder)
     assert outcome(folder) == whole
 
@@ -224,7 +225,7 @@ def test_nothing_is_quantized_twice(tiny_config: RunConfig, quantized: list[tupl
     cut(replace(tiny_config, bits=(3, 8), budget="4bits"), "estimate", 0)  # behind 8 bits, 3 are others than behind 4
     assert len(quantized) == 2 * count + 4 * 7 * 3
     assert len(shelves()) == 2 and {shelf.count for shelf in shelves()} == {count}
-    assert all(shelf.about["model"] == tiny_config.model for shelf in shelves())
+    assert all(shelf.about["label"] == tiny_config.model for shelf in shelves())
 
 
 def test_damaged_variants_are_made_anew(tiny_config: RunConfig, quantized: list[tuple[str, Choice]]) -> None:

@@ -14,7 +14,7 @@ from impq_surrogates.shapley import Additive, Covariance, CovarianceOptions, cov
 
 from impq_core.errors import ImpqError, UsageError
 from impq_core.space import FloatArray
-from impq_core.testing import PlantedGame, planted_space
+from impq_core.testing import PlantedGame, planted_estimate, planted_space
 from impq_core.types import Measurements
 
 N = 6
@@ -27,9 +27,9 @@ def _quadratic(seed: int = 0, n: int = N) -> tuple[PlantedGame, FloatArray, Floa
     return PlantedGame(planted_space(n), lambda q: 3.0 + a @ q + 0.5 * q @ j @ q), a, j
 
 
-def _sample(game: PlantedGame, permutations: int, antithetic: bool = False, seed: int = 0,
+def _sample(game: PlantedGame, permutations: int, antithetic: bool = False, seed: int = 0, fresh: bool = False,
             **more: float) -> Measurements:
-    return Spqe(Options(permutations, antithetic, **more)).sample(game, np.random.default_rng(seed))
+    return Spqe(Options(permutations, antithetic, fresh=fresh, **more)).sample(game, np.random.default_rng(seed))
 
 
 def test_each_path_demotes_one_layer_at_a_time_from_all_high_to_all_low() -> None:
@@ -61,7 +61,7 @@ def test_the_plan_settles_before_the_permutations_end() -> None:
     assert len(np.unique(Spqe(Options(6, settle=0.005)).sample(game, np.random.default_rng(0)).replicate)) == 3
 
 
-def test_every_order_has_windows_of_its_own() -> None:
+def test_every_pair_of_orders_has_windows_of_its_own() -> None:
     """Noise that belongs to the windows: with one set it stays in the estimate however many orders are played."""
     space, truth = planted_space(6), np.arange(6) / 6
 
@@ -72,10 +72,52 @@ def test_every_order_has_windows_of_its_own() -> None:
         return float(np.abs(Additive().fit(m).linear[:, 1] - truth).mean())
 
     assert error(True) < 0.6 * error(False)
-    m = Spqe(Options(4)).sample(game := PlantedGame(space, lambda pick: 0.0, noise=1.0), np.random.default_rng(0))
-    for number in range(4):
-        game.redraw(number)
-        assert np.array_equal(game.losses(m.picks[m.path == number]), m.losses[m.path == number])
+    game = PlantedGame(space, lambda pick: 0.0, noise=1.0, sets=3)
+    m = Spqe(Options(8)).sample(game, np.random.default_rng(0))
+    assert m.windows[m.step == 0].tolist() == [0, 0, 1, 1, 2, 2, 0, 0]  # the fourth pair reads the first set again
+    for path in range(8):
+        game.redraw(path // 2)
+        np.testing.assert_array_equal(game.losses(m.picks[m.path == path]), m.losses[m.path == path])
+    plain = Spqe(Options(4, fresh=False)).sample(PlantedGame(space, lambda pick: 0.0), np.random.default_rng(0))
+    assert not plain.windows.any()
+
+
+@pytest.mark.parametrize("bits", [(4, 2), (4, 3, 2)])
+def test_sets_of_windows_do_not_pass_for_covariance(bits: tuple[float, ...]) -> None:
+    """Costs that differ between texts: pairs of orders on windows of their own have the C of common windows."""
+    truth = planted_estimate(3, 8, bits, strength=0.2)
+    interacting = lambda pick: float(truth.predict(pick)[0])  # noqa: E731
+    found = {}
+    for text_noise, fresh in ((0.0, False), (0.0, True), (0.5, True)):
+        game = PlantedGame(truth.space, interacting, text_noise=text_noise)
+        m = Spqe(Options(8, fresh=fresh)).sample(game, np.random.default_rng(0))
+        marginals, replicates = m.marginals()
+        values = marginals.reshape(8, -1)
+        c = covariance(values, m.windows[m.step == 0])
+        np.testing.assert_allclose(c.sum(axis=1), 0, atol=1e-12)
+        for replicate in np.unique(replicates):
+            totals = values[replicates == replicate].sum(axis=1)
+            assert totals[0] == pytest.approx(totals[1])  # an order and its reverse add up to their own set's total
+        phi = values.mean(axis=0)
+        a, k = paper_form(phi, c, 0.5)
+        picks = np.random.default_rng(1).integers(0, 2, (20, values.shape[1]))
+        np.testing.assert_allclose(picks @ a + np.einsum("ni,ij,nj->n", picks, k, picks),
+                                   picks @ (phi + np.diag(c)) + 0.5 * np.einsum("ni,ij,nj->n", picks, c, picks))
+        found[text_noise, fresh] = c
+    np.testing.assert_allclose(found[0.5, True], found[0.0, True], atol=1e-12)
+    if len(bits) == 2:  # the mean of a pair is the Shapley value, whatever the pair
+        np.testing.assert_allclose(found[0.0, True], found[0.0, False], atol=1e-12)
+    additive = PlantedGame(truth.space, lambda pick: float(pick.sum()), text_noise=0.5)
+    fitted = Covariance().fit(Spqe(Options(8)).sample(additive, np.random.default_rng(0)))
+    assert fitted.pairwise is not None and np.abs(fitted.pairwise).max() < 1e-12
+
+
+def test_orders_alone_on_their_windows_say_nothing_about_covariance() -> None:
+    game, *_ = _quadratic()
+    with pytest.raises(ImpqError, match="at least 2 permutations on the same calibration windows"):
+        Covariance().fit(_sample(game, 6, fresh=True))
+    values = np.random.default_rng(0).normal(size=(3, 4))
+    np.testing.assert_allclose(covariance(values, np.array([0, 1, 0])), covariance(values[[0, 2]], np.zeros(2, int)))
 
 
 def test_shapley_values_of_a_saturating_game_by_brute_force() -> None:
@@ -153,7 +195,7 @@ def test_identities_of_the_papers_program(seed: int, alpha: float) -> None:
     marginals = m.marginals()[0][:, :, 0]
     total = game.loss(game.space.uniform(1))
     np.testing.assert_allclose(marginals.sum(axis=1), total)  # efficiency
-    c = covariance(marginals)
+    c = covariance(marginals, np.zeros(len(marginals), dtype=int))
     np.testing.assert_allclose(c.sum(axis=1), 0, atol=1e-9)  # so the rows of C sum to zero
     assert np.linalg.eigvalsh(c).min() > -1e-9
     phi = marginals.mean(axis=0)
@@ -178,7 +220,7 @@ def test_alpha_one_is_a_knapsack_of_mean_plus_variance() -> None:
 def test_covariance_is_not_interaction(joint: float) -> None:
     game = PlantedGame(planted_space(2), lambda q: float(q.sum() + joint * q[0] * q[1]))
     both = _sample(game, 2, antithetic=True).marginals()[0][:, :, 0]
-    assert covariance(both)[0, 1] == pytest.approx(-joint**2 / 4)
+    assert covariance(both, np.zeros(2, dtype=int))[0, 1] == pytest.approx(-joint**2 / 4)
 
 
 def test_what_cannot_be_fitted_is_refused() -> None:
@@ -204,5 +246,7 @@ def test_truncated_permutations_measure_before_the_collapse() -> None:
     assert all((path[:-1] <= 0.95).all() for path in ends)
     fitted = Additive().fit(m).linear[:, 1]
     whole = Additive().fit(_sample(game, 60)).linear[:, 1]
+    overflow = PlantedGame(planted_space(N), lambda q: float(costs @ q) if costs @ q <= 0.95 else np.inf)
+    assert np.isfinite(_sample(overflow, 60, truncate=0.95).losses).all()  # infinite is past the collapse too
     # Shapley values of whole permutations are diluted by demotions behind the collapse; these are nearer the costs.
     assert np.abs(fitted - costs).max() < np.abs(whole - costs).max() and fitted[0] > whole[0]

@@ -17,9 +17,8 @@ from impq_scores.played import Isolated
 from impq_surrogates.shapley import Additive
 
 from impq_core.errors import ImpqError
-from impq_core.hookspecs import hookimpl
+from impq_core.hookspecs import Component, hookimpl
 from impq_core.interfaces import Game, Inspector, Part, Probe, Refiner, Statistics, Variant
-from impq_core.plugins import Component
 from impq_core.space import Choice, LinearSpec
 from impq_core.testing import AllocatorSuite, BackendSuite, EstimatorSuite, PluginSuite, RefinerSuite, SurrogateSuite
 from impq_core.testing.part import PartSuite, Suite

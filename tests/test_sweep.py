@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from impq_surrogates.shapley import Additive
 
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError, UsageError
@@ -155,6 +156,28 @@ def test_what_is_wrong_is_said_before_anything_is_made(sweep: Sweep, change: dic
 def test_a_sweep_refines_nothing(sweep: Sweep) -> None:
     with pytest.raises(UsageError, match="refines none"):
         replace(sweep, base=replace(sweep.base, refine=4)).configs(Plugins())
+
+
+def test_a_surrogate_is_fitted_near_the_new_budget(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the bytes of the space that was measured, which another backend's variants make another."""
+    config = replace(tiny_config, backend="hqq", estimate_with="quanto", options={"estimator": {"permutations": 2}},
+                     pins={"model.layers.0.self_attn.q_proj": 4.0}, granularity="linear", bits=(2, 4))
+    folder = run(config, only_estimate=True).folder
+    wanted: list[Measurements] = []
+    fit = Additive.fit
+
+    def watched(self: Additive, measurements: Measurements) -> SensitivityEstimate:
+        wanted.append(measurements)
+        return fit(self, measurements)
+
+    monkeypatch.setattr(Additive, "fit", watched)
+    made = allocate_run(str(folder), ["2.5bits", "3.5bits"], "additive", "greedy", {}, Plugins())
+    for one, measured in zip(made, wanted, strict=True):
+        space, played = one.plan.space, measured.space
+        assert played.fingerprint != space.fingerprint and measured.budget_bytes is not None
+        place = (one.plan.budget_bytes - space.low_bytes) / (space.high_bytes - space.low_bytes)
+        assert measured.budget_bytes == pytest.approx(
+            played.low_bytes + place * (played.high_bytes - played.low_bytes), abs=1)
 
 
 def test_other_budgets_from_an_estimate(tiny_config: RunConfig) -> None:

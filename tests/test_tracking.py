@@ -36,7 +36,7 @@ def watched(config: RunConfig) -> Plugins:
 def exported(result: RunResult, name: str, target: Path) -> None:
     plugins = Plugins()
     plugins.watch(ExportTracker())
-    export_run(str(result.folder), name, target, plugins, lambda done, total: None)
+    export_run(str(result.folder), name, target, plugins)
 
 
 def test_names_tell_what_a_run_is(tiny_config: RunConfig) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,18 @@ def test_measurements_and_estimates_round_trip(tmp_path: Path) -> None:
     np.testing.assert_array_equal(again.picks, measurements.picks)
     np.testing.assert_array_equal(again.losses, measurements.losses)
     assert (again.tokens, again.reference_loss, again.forwards) == (10, 2.0, 1.5)
-    assert again.space.fingerprint == space.fingerprint
+    assert again.space.fingerprint == space.fingerprint and not again.windows.any()
+    with np.load(tmp_path / "m.npz") as data:  # a file of before the sets of windows were recorded
+        write_npz(tmp_path / "old.npz", {name: data[name] for name in data if name != "windows"})
+    assert not Measurements.load(tmp_path / "old.npz").windows.any()
+    other = replace(measurements, windows=np.full(3, 2))
+    other.save(tmp_path / "m.npz")
+    assert Measurements.load(tmp_path / "m.npz").windows.tolist() == [2, 2, 2]
+    assert other.part(np.array([0, 2])).windows.tolist() == [2, 2]
+    with pytest.raises(ImpqError, match="one set of windows"):
+        replace(measurements, windows=np.array([0, 0, 1]))
+    with pytest.raises(ImpqError, match="windows must have the shape"):
+        replace(measurements, windows=np.zeros(2))
     for pairwise in (None, np.zeros((2, 2, 2, 2))):
         estimate = SensitivityEstimate(space, np.array([[0, 1.0], [0, 2.0]]), pairwise, method="x", forwards=3.0)
         estimate.save(tmp_path / "e.npz")
@@ -72,6 +84,43 @@ def test_predict_counts_each_pair_once() -> None:
         SensitivityEstimate(space, estimate.linear, np.triu(pairwise.reshape(6, 6)).reshape(3, 2, 3, 2))
     with pytest.raises(ImpqError, match="reference"):
         SensitivityEstimate(space, estimate.linear + 1)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_rounding_of_zeros_and_symmetry_is_relative_to_the_scale(scale: float) -> None:
+    space, rng = planted_space(3), np.random.default_rng(0)
+    linear, pairs = np.zeros((3, 2)), np.zeros((3, 2, 3, 2))
+    linear[:, 1] = scale * rng.normal(size=3)
+    pairs[:, 1, :, 1] = scale * (np.ones((3, 3)) - np.eye(3))
+    off = 1e-9 * scale * rng.normal(size=pairs.shape)
+    estimate = SensitivityEstimate(space, linear + off[:, :, 0, 0], pairs + off)
+    assert estimate.pairwise is not None
+    assert not estimate.linear[:, 0].any() and not estimate.pairwise[:, 0].any()
+    np.testing.assert_array_equal(estimate.pairwise, estimate.pairwise.transpose(2, 3, 0, 1))
+    assert estimate.predict(np.zeros((1, 3), dtype=int))[0] == 0
+    wrong = pairs.copy()
+    wrong[0, 1, 2, 1] *= 1.1
+    with pytest.raises(ImpqError, match="symmetric"):
+        SensitivityEstimate(space, linear, wrong)
+    with pytest.raises(ImpqError, match="reference"):
+        SensitivityEstimate(space, linear + 0.1 * scale, pairs)
+
+
+def test_terms_that_are_not_finite_are_refused_with_their_layer() -> None:
+    linear = np.array([[0.0, 1.0], [0.0, np.nan]])
+    with pytest.raises(ImpqError, match=r"linear term of blocks\.1 is not finite"):
+        SensitivityEstimate(planted_space(2), linear)
+    with pytest.raises(ImpqError, match="link"):
+        SensitivityEstimate(planted_space(2), np.zeros((2, 2)), link=np.array([[0.0, 1.0], [0.0, np.nan]]))
+
+
+def test_a_size_is_carried_over_to_the_same_place_in_another_space() -> None:
+    space, other = planted_space(4, (4, 2)), planted_space(4, (8, 3))
+    for share in (0.0, 0.3, 1.0):
+        size = round(space.low_bytes + share * (space.high_bytes - space.low_bytes))
+        assert space.carry_over(size, space) == size
+        place = (space.carry_over(size, other) - other.low_bytes) / (other.high_bytes - other.low_bytes)
+        assert place == pytest.approx(share, abs=1e-3)
 
 
 def test_a_plan_file_can_be_edited_and_applied_again(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def served(tiny_config: RunConfig, tmp_path: Path) -> Iterator[str]:
         plugins.watch(observer)
     quick = {"backend": {"clip_search": False}}
     first = run(tiny_config, plugins)
-    export_run(str(first.folder), "recipe-auto-round", tmp_path / "recipe", plugins, lambda done, total: None)
+    export_run(str(first.folder), "recipe-auto-round", tmp_path / "recipe", plugins)
     run(replace(tiny_config, estimator="hawq", budget="2.5bits", options=quick), plugins)
     run_sweep(Sweep(replace(tiny_config, estimator="random", options=quick), {"budget": ["2.5bits", "3.5bits"]}),
               plugins)

@@ -35,6 +35,9 @@ part_options = click.option(
 plugin_option = click.option("--plugin", "plugin_files", multiple=True, type=click.Path(path_type=Path),
                              help="Python file to load as a plugin.")
 
+trust_option = click.option("--trust-remote-code", "trust", is_flag=True,
+                            help="Permit the code that comes with the model to run, in this command.")
+
 tracking_option = click.option("--tracking-uri",
                                help="MLflow store; 'none' for no tracking [MLFLOW_TRACKING_URI, or sqlite:///mlflow.db].")
 
@@ -78,9 +81,9 @@ def run_options(several: bool = False) -> Callable[[Command], Command]:
         click.option("--experiment", help="MLflow experiment [MLFLOW_EXPERIMENT_NAME, or impq]."),
         click.option("--cache/--no-cache", default=None, help="Keep variants and scores in the cache for another "
                                                                "time [yes]."),
-        click.option("--trust-remote-code", is_flag=True, default=None,
-                     help="Let transformers run the model's own code."),
-        part_options, plugin_option]
+        click.option("--partial", is_flag=True, default=None,
+                     help="Continue even if less than half of the weights in the blocks can be quantized."),
+        trust_option, part_options, plugin_option]
 
     def add(command: Command) -> Command:
         for option in reversed(options):
@@ -105,15 +108,16 @@ def read_pairs(options: tuple[str, ...], time_limit: float | None = None) -> dic
 
 
 def check(config: RunConfig, plugins: Plugins) -> None:
-    """Everything of a run that can be wrong without a heavy import; raises ImpqError."""
+    """Check everything that needs no heavy import; raises ImpqError."""
     from impq_core.model.source import locate_model
     from impq_core.model.text import check_source
     from impq_core.parts import Parts
 
     parts = Parts.build(config, plugins)
     locate_model(config.model)
-    for text in (config.calibration, config.evaluation) if parts.needs_calibration else (config.evaluation,):
-        check_source(text.source)
+    if parts.needs_calibration:
+        check_source(config.calibration.source, "calibration")
+    check_source(config.evaluation.source, "evaluation")
 
 
 def warn(config: RunConfig, plugins: Plugins) -> None:

@@ -93,7 +93,7 @@ def prune(older_than: float | None, model: str | None, everything: bool) -> None
     freed = count = 0
     for shelf in shelves():
         unused = older_than is None or shelf.used < time.time() - 86400 * older_than
-        if unused and model in (None, shelf.about.get("model")):
+        if unused and model in (None, shelf.model):
             freed, count = freed + shelf.nbytes, count + 1
             shelf.remove()
     click.echo(f"deleted {count} shelves of variants, {freed / 1e6:.1f} MB")

@@ -9,17 +9,28 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from impq_core.commands.common import check, look_at, read_config, read_pairs, run_options, warn, watched
+from impq_core.commands.common import (
+    check,
+    look_at,
+    plugin_option,
+    read_config,
+    read_pairs,
+    run_options,
+    trust_option,
+    warn,
+    watched,
+)
 from impq_core.commands.planning import show
 from impq_core.config import RunConfig, override
 from impq_core.errors import UsageError
 from impq_core.plugins import ROLES, Plugins
+from impq_core.trust import Trust
 
 if TYPE_CHECKING:
     from impq_core.results import Exported
 
-RESUME = click.option("--resume", metavar="FOLDER", help="Go on with what was begun in this folder, as it was "
-                                                         "configured; takes no other option but --plugin.")
+RESUME = click.option("--resume", metavar="FOLDER", help="Continue the run in this folder, as it was configured; "
+                                                         "beside it only --plugin, --export, --trust-remote-code.")
 
 
 @click.command()
@@ -28,10 +39,11 @@ RESUME = click.option("--resume", metavar="FOLDER", help="Go on with what was be
               help="Write the plan in this format too; see 'impq plugins'.")
 @run_options()
 @click.pass_context
-def run(context: click.Context, /, resume: str | None, exports: tuple[str, ...], **given: Any) -> None:
+def run(context: click.Context, /, resume: str | None, exports: tuple[str, ...], trust: bool, **given: Any) -> None:
     """Estimate, allocate, quantize and evaluate: one tracked run."""
     from impq_core.parts import Parts, load_exporter
 
+    permitted = Trust(trust)
     plugins, config = _configure(context, resume, given)
     options = Parts.build(config, plugins).options().get("backend", {})
     for name in exports:
@@ -40,9 +52,9 @@ def run(context: click.Context, /, resume: str | None, exports: tuple[str, ...],
     config = watched(config, plugins)
     from impq_core.runs import pipeline
 
-    result = pipeline.resume(resume, plugins) if resume else pipeline.run(config, plugins)
+    result = pipeline.resume(resume, plugins, permitted) if resume else pipeline.run(config, plugins, trust=permitted)
     for name in exports:
-        _export(str(result.folder), name, result.folder / name, plugins)
+        _export(str(result.folder), name, result.folder / name, plugins, permitted)
     click.echo(f"files in {result.folder}")
     look_at(config)
 
@@ -50,7 +62,7 @@ def run(context: click.Context, /, resume: str | None, exports: tuple[str, ...],
 @click.command()
 @run_options()
 @click.pass_context
-def estimate(context: click.Context, /, **given: Any) -> None:
+def estimate(context: click.Context, /, trust: bool, **given: Any) -> None:
     """Only estimate; 'impq allocate' makes plans from it, 'impq run --resume' goes on to the end."""
     plugins, config = _configure(context, None, given)
     if config.plan or config.refine:
@@ -59,7 +71,7 @@ def estimate(context: click.Context, /, **given: Any) -> None:
     config = watched(config, plugins)
     from impq_core.runs import pipeline
 
-    result = pipeline.run(config, plugins, only_estimate=True)
+    result = pipeline.run(config, plugins, only_estimate=True, trust=Trust(trust))
     click.echo(f"plans from it: impq allocate {result.folder} --budget 2.5bits,3bits")
     look_at(config)
 
@@ -86,7 +98,7 @@ def refuse_others(context: click.Context) -> None:
     """Raises UsageError where anything but the plugins was given beside --resume."""
     for parameter in context.command.params:
         name = parameter.name or ""
-        if (name not in ("resume", "plugin_files", "exports")
+        if (name not in ("resume", "plugin_files", "exports", "trust")
                 and context.get_parameter_source(name) is ParameterSource.COMMANDLINE):
             raise UsageError(f"--resume goes on with the run as it was configured: leave out {parameter.opts[-1]}")
 
@@ -95,7 +107,7 @@ def refuse_others(context: click.Context) -> None:
 @RESUME
 @run_options(several=True)
 @click.pass_context
-def sweep(context: click.Context, /, resume: str | None, **given: Any) -> None:
+def sweep(context: click.Context, /, resume: str | None, trust: bool, **given: Any) -> None:
     """Every combination of the given estimators, surrogates, allocators, backends and budgets, with one measurement
     for each estimator and backend."""
     from impq_core.runs.grid import Sweep
@@ -118,7 +130,8 @@ def sweep(context: click.Context, /, resume: str | None, **given: Any) -> None:
     from impq_core.runs.sweep import run_sweep
 
     settled = watched(plan.base, plugins, brief=True)
-    folder = run_sweep(replace(plan, base=settled), plugins, Path(resume) if resume else None)
+    folder = run_sweep(replace(plan, base=settled), plugins, Path(resume) if resume else None,
+                       Trust(trust))
     show([folder], folder / "compare.html")
     look_at(settled)
 
@@ -127,10 +140,12 @@ def sweep(context: click.Context, /, resume: str | None, **given: Any) -> None:
 @click.argument("run")
 @click.argument("format")
 @click.option("--to", "target", type=click.Path(path_type=Path), help="Folder to write [RUN/FORMAT].")
-def export(run: str, format: str, target: Path | None) -> None:
+@trust_option
+@plugin_option
+def export(run: str, format: str, target: Path | None, trust: bool, plugin_files: tuple[Path, ...]) -> None:
     """Write the plan of a run (its folder) as a checkpoint or a recipe; 'impq plugins' lists the formats."""
-    found = Plugins()
-    found.find("exporter", format)
+    plugins = Plugins(plugin_files)
+    plugins.find("exporter", format)
     from impq_core.exports.manifest import check_target
     from impq_core.runs.folder import RunFolder
     from impq_core.terminal import ConsoleReporter, make_console, quiet_libraries
@@ -139,16 +154,16 @@ def export(run: str, format: str, target: Path | None) -> None:
     quiet_libraries()
     target = target or RunFolder.open(run, "plan.json").path / format
     check_target(target)
-    found.watch(ExportTracker())
-    found.watch(ConsoleReporter(make_console()))
-    _export(run, format, target, found)
+    plugins.watch(ExportTracker())
+    plugins.watch(ConsoleReporter(make_console()))
+    _export(run, format, target, plugins, Trust(trust))
 
 
-def _export(run: str, format: str, target: Path, found: Plugins) -> None:
+def _export(run: str, format: str, target: Path, plugins: Plugins, trust: Trust) -> None:
     from impq_core.exports.export import export_run
     from impq_core.terminal import score_line
 
-    exported = export_run(run, format, target, found)
+    exported = export_run(run, format, target, plugins, trust)
     if exported.score:
         click.echo(f"quantized block by block, each behind the quantized ones: {score_line(exported.score)}")
         click.echo(_on(exported))
@@ -165,7 +180,9 @@ def _on(exported: Exported) -> str:
 @click.option("--evaluation", help="Another held-out text than the run's.")
 @click.option("--evaluation-windows", type=int, help="Windows drawn from it.")
 @click.option("--evaluation-length", type=int, help="Tokens in a window.")
-def evaluate(path: str, **text: Any) -> None:
+@trust_option
+@plugin_option
+def evaluate(path: str, trust: bool, plugin_files: tuple[Path, ...], **text: Any) -> None:
     """Load a checkpoint that 'impq export' wrote and measure it."""
     from impq_core.exports.manifest import read_manifest
 
@@ -175,7 +192,7 @@ def evaluate(path: str, **text: Any) -> None:
     quiet_libraries()
     from impq_core.exports.export import evaluate_folder
 
-    exported = evaluate_folder(path, Plugins(), **text)
+    exported = evaluate_folder(path, Plugins(plugin_files), Trust(trust), **text)
     assert exported.score is not None
     click.echo(score_line(exported.score))
     click.echo(f"{_on(exported)}, format {exported.format}")

@@ -12,7 +12,6 @@ from impq_core.errors import ImpqError
 from impq_core.files import write_text
 from impq_core.interfaces import Variant
 from impq_core.space import Choice
-from impq_core.types import Plan
 
 if TYPE_CHECKING:
     import torch
@@ -34,20 +33,21 @@ def write_model(folder: Path, tensors: Mapping[str, torch.Tensor], config: Mappi
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
-def read_variants(folder: Path, plan: Plan, names: Callable[[Choice], Mapping[str, str]]) -> dict[str, Variant]:
-    """The variant of every quantized linear of a plan, by module name.
+def read_variants(folder: Path, widths: Mapping[str, Choice | None],
+                  suffixes: Callable[[Choice], Mapping[str, str]]) -> dict[str, Variant]:
+    """The variant of every quantized linear, by its name in the file.
 
     Args:
         folder: an exported folder.
-        plan: the widths.
-        names: for a choice, the name in the file (behind the module's) of each tensor of the variant.
+        widths: choices by names in the file; None for a linear that stays unquantized.
+        suffixes: for a choice, what follows the linear's name in the file, by the name of the variant's tensor.
 
     Raises:
-        ImpqError: the file lacks one.
+        ImpqError: the file lacks a tensor.
     """
     with read_model(folder) as tensor:
-        return {name: Variant(choice, {ours: tensor(f"{name}.{theirs}") for ours, theirs in names(choice).items()})
-                for name, choice in plan.widths().items() if choice is not None}
+        return {name: Variant(choice, {part: tensor(f"{name}.{suffix}") for part, suffix in suffixes(choice).items()})
+                for name, choice in widths.items() if choice is not None}
 
 
 @contextmanager

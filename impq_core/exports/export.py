@@ -1,168 +1,196 @@
-"""A plan made into files that load elsewhere, and such files measured again.
+"""Exports: the folder of a model with the planned weights replaced, and such folders measured again.
 
-The variants of a bank stand behind a prefix at the widest choice. For an export the model is quantized once more, block
-after block, each behind the already quantized ones, as GPTQ is meant; the numbers in the manifest are of that model.
+The variants of a run are quantized behind a prefix at the widest choice. For an export the plan is quantized once more,
+block after block, each behind the quantized ones; the score in the manifest is the score of that model.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from impq_core.config import RunConfig, from_data, override
-from impq_core.errors import ImpqError
-from impq_core.evaluate import Evaluator
+from impq_core.config import from_data, override
+from impq_core.errors import ImpqError, one_line
 from impq_core.exports.checkpoint import WEIGHTS, read_model, tensor_names
 from impq_core.exports.manifest import FORMAT, MANIFEST, check_target, read_manifest
 from impq_core.files import scratch_folder, write_text
 from impq_core.interfaces import Checkpoint
-from impq_core.model.bank import Bank, fill_bank
-from impq_core.model.blockwise import BlockwiseModel
-from impq_core.model.layers import resolve_dtype
+from impq_core.model.names import file_names
 from impq_core.parts import load_exporter
 from impq_core.plugins import Plugins
 from impq_core.results import Exported, Score
 from impq_core.runs.folder import RunFolder, recorded
-from impq_core.runs.pipeline import report
-from impq_core.runs.prepare import Prepared, prepare
+from impq_core.runs.prepare import prepare
+from impq_core.runs.session import Session
+from impq_core.trust import NO_TRUST, Trust
 from impq_core.types import Plan
-
-Progress = Callable[[int, int], None]
 
 
 def export_run(run: str | Path, name: str, target: Path | None = None, plugins: Plugins | None = None,
-               progress: Progress | None = None) -> Exported:
+               trust: Trust = NO_TRUST) -> Exported:
     """Export the plan of a finished run.
 
     Args:
         run: a run folder.
         name: the format.
-        target: where to; must be missing or empty. The files appear there only when all are written. RUN/FORMAT by
-            default.
-        plugins: who offers the format, and who watches; the installed plugins by default.
-        progress: told (blocks quantized, blocks); by default those who watch are.
+        target: a folder that is missing or empty; RUN/FORMAT by default. The files appear there when all are written.
+        plugins: exporters and observers; the installed plugins by default.
+        trust: what the caller permits.
 
     Raises:
-        ImpqError: anything the user can mend.
+        ImpqError: an error that the user can correct.
     """
     plugins = plugins or Plugins()
     source = RunFolder.open(run, "plan.json")
     target = target or source.path / name
-    progress = progress or report(plugins, "quantize")
     config = replace(source.read_config(), plan=str(source.plan))
     exporter = load_exporter(name, config.backend, config.options.get("backend", {}), plugins)
     check_target(target)
-    prepared = prepare(config, plugins)
-    assert prepared.plan is not None
-    checkpoint, score = Checkpoint(prepared.plan, {}, {}, {}, config.backend, {}), None
+    prepared = prepare(config, plugins, trust)
+    plan, score = prepared.plan, None
+    assert plan is not None
+    checkpoint = bare_checkpoint(plan, config.backend, prepared.config.options.get("backend", {}))
     if exporter.backends:
-        evaluator, bank, runner = requantize(prepared, prepared.plan, progress)
-        score = evaluator.score(prepared.space.assignment(prepared.plan.pick))
-        checkpoint = make_checkpoint(prepared, prepared.plan, bank, runner)
+        session = Session(prepared, plugins)
+        evaluator = session.evaluator_of_exports()
+        session.quantize_plan(plan)
+        score = evaluator.score(prepared.space.assignment(plan.pick))
+        checkpoint = make_checkpoint(session, plan)
     target.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(target.parent, target.name) as scratch:
         work = scratch / "export"
         work.mkdir()
-        prepared.source.tokenizer().save_pretrained(work)
+        if exporter.backends:
+            prepared.source.copy_files(work)
         exporter.export(checkpoint, work)
-        prepared.plan.save(work / "plan.json")
+        plan.save(work / "plan.json")
         write_text(work / MANIFEST, json.dumps({
-            "format": FORMAT, "exporter": name, "run": config_data(recorded(prepared.config)),
-            "text": str(prepared.evaluation), "score": score_data(score) if score else None}, indent=1) + "\n")
+            "format": FORMAT, "exporter": name, "run": _plain(asdict(recorded(prepared.config))),
+            "text": str(prepared.evaluation), "score": _numbers(score) if score else None}, indent=1) + "\n")
         for file in work.iterdir():
-            file.chmod(0o644)  # safetensors and temporary files are made for their owner alone
+            file.chmod(0o644)  # safetensors and temporary files are readable by their owner alone
         if target.exists():
             target.rmdir()
         work.rename(target)
-    exported = _exported(target, name, score, prepared)
+    exported = Exported(target, name, score, str(prepared.evaluation), plan.nbytes, _file_bytes(target))
     plugins.notify("impq_exported", exported=exported, run=source.path)
     return exported
 
 
-def requantize(prepared: Prepared, plan: Plan, progress: Progress) -> tuple[Evaluator, Bank, BlockwiseModel]:
-    """Quantize a plan block after block, each behind the quantized ones; the model ends up standing at the plan."""
-    dtype = resolve_dtype(prepared.config.dtype)
-    model = prepared.source.load(dtype)
-    runner = BlockwiseModel(model)
-    bank = Bank(model, prepared.space.everyone, prepared.parts.backend, dtype)
-    evaluator = Evaluator(runner, bank, prepared.evaluation)
-    bank.apply([None] * len(bank.layers))
-    hidden = runner.embed(prepared.calibration.ids) if prepared.calibration and prepared.parts.backend.needs else None
-    menus = [[choice] if choice else [] for choice in prepared.space.assignment(plan.pick)]
-    fill_bank(bank, runner, hidden, menus, progress)
-    return evaluator, bank, runner
+def bare_checkpoint(plan: Plan, backend: str, options: Mapping[str, Any],
+                    names: Mapping[str, str] = MappingProxyType({})) -> Checkpoint:
+    """A checkpoint without tensors.
+
+    Args:
+        plan: the plan.
+        backend: name of the backend of the variants.
+        options: its options.
+        names: names of weights in the model's files, by their names in the model; other weights have one name.
+    """
+    specs = {spec.name: spec for layer in plan.space.everyone for spec in layer.linears}
+    in_files = {name: names.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight") for name in specs}
+    return Checkpoint(plan, {in_files[name]: choice for name, choice in plan.widths().items()},
+                      {in_files[name]: spec for name, spec in specs.items()}, {}, {}, {}, backend, options)
 
 
-def make_checkpoint(prepared: Prepared, plan: Plan, bank: Bank, runner: BlockwiseModel) -> Checkpoint:
-    """Collect what an exporter writes: packed variants, and every other tensor once (tied ones are not repeated)."""
-    specs = {spec.name: spec for layer in bank.layers for spec in layer.linears}
-    variants = {name: bank.stored(specs[name], choice) for name, choice in plan.widths().items() if choice}
-    model = runner.model
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    dense = {name: tensor for name, tensor in model.state_dict().items()
-             if name not in tied and name.removesuffix(".weight") not in variants}
-    config = model.config.to_dict()
-    config["dtype"] = prepared.config.dtype
-    return Checkpoint(plan, variants, dense, json.loads(json.dumps(config, default=str)), prepared.config.backend,
-                      asdict(prepared.parts.backend.options))
+def _names(session: Session) -> dict[str, str]:
+    return file_names(session.runner.model, session.runner.model.state_dict())
 
 
-def evaluate_folder(path: str | Path, plugins: Plugins | None = None, **text: str | int | None) -> Exported:
+def _bare(session: Session, plan: Plan) -> Checkpoint:
+    prepared = session.prepared
+    return bare_checkpoint(plan, prepared.config.backend, asdict(prepared.parts.backend.options), _names(session))
+
+
+def make_checkpoint(session: Session, plan: Plan) -> Checkpoint:
+    """The packed variants of a plan, and every other tensor of the model's files under its own name.
+
+    Floats wider than the dtype of the run are stored in that dtype, as they were measured.
+
+    Raises:
+        ImpqError: a planned weight is not in the model's files under a name of its own.
+    """
+    prepared = session.prepared
+    bare = _bare(session, plan)
+    planned = {f"{name}.weight" for name, choice in bare.widths.items() if choice is not None}
+    dense = {}
+    for name, tensor in prepared.source.tensors():
+        if name in planned:
+            planned.remove(name)
+        elif tensor.is_floating_point() and tensor.dtype.itemsize > session.dtype.itemsize:
+            dense[name] = tensor.to(session.dtype)
+        else:
+            dense[name] = tensor
+    if planned:
+        raise ImpqError(f"model {prepared.source.name} holds no weight named {min(planned)} in its files: an export "
+                        "replaces weights that have a name of their own there")
+    config = prepared.source.config()
+    stored = {tensor.dtype for tensor in dense.values() if tensor.is_floating_point()}
+    if len(stored) == 1:
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(stored.pop()).removeprefix("torch.")
+    variants = {name: session.bank.stored(bare.specs[name], choice)
+                for name, choice in bare.widths.items() if choice is not None}
+    return replace(bare, variants=variants, dense=dense, config=config)
+
+
+def evaluate_folder(path: str | Path, plugins: Plugins | None = None, trust: Trust = NO_TRUST,
+                    **text: str | int | None) -> Exported:
     """Load an exported folder and score it on held-out text, against the unquantized model it was made from.
 
     Args:
-        path: a folder written by an export.
-        plugins: who offers its format and backend; the installed plugins by default.
-        text: what is to differ from the run's held-out text: ``evaluation``, ``evaluation_windows`` ...
+        path: a folder that an export wrote.
+        plugins: exporters and backends; the installed plugins by default.
+        trust: what the caller permits.
+        text: settings of the held-out text that differ from the run's: ``evaluation``, ``evaluation_windows`` ...
 
     Raises:
-        ImpqError: impq did not write the folder, its format holds no weights, or something is missing.
+        ImpqError: impq did not write the folder, its format holds no weights, or a file is missing or damaged.
     """
     plugins = plugins or Plugins()
     folder = Path(path)
     manifest = read_manifest(folder)
     name = manifest["exporter"]
-    config = from_data(manifest["run"], str(folder / MANIFEST))
-    config = override(config, plan=str(folder / "plan.json"), **text)
+    config = override(from_data(manifest["run"], str(folder / MANIFEST)), plan=str(folder / "plan.json"), **text)
     exporter = load_exporter(name, config.backend, config.options.get("backend", {}), plugins)
-    prepared = prepare(config, plugins, calibrate=False)
-    assert prepared.plan is not None
-    variants = exporter.restore(folder, prepared.plan)
-    model = prepared.source.load(resolve_dtype(config.dtype))
-    runner = BlockwiseModel(model)
-    bank = Bank(model, prepared.space.everyone, prepared.parts.backend, resolve_dtype(config.dtype))
-    evaluator = Evaluator(runner, bank, prepared.evaluation)
-    for layer in bank.layers:
-        for spec in layer.linears:
-            if spec.name in variants:
-                bank.add(spec, variants[spec.name])
-    stored = tensor_names(folder)
+    prepared = prepare(config, plugins, trust, calibrate=False)
+    plan = prepared.plan
+    assert plan is not None
+    session = Session(prepared, plugins)
+    evaluator = session.evaluator_of_exports()
+    bare = _bare(session, plan)
+    for file_name, variant in exporter.restore(folder, bare).items():
+        session.bank.add(bare.specs[file_name], variant)
+    _load_dense(session, folder)
+    score = evaluator.score(prepared.space.assignment(plan.pick))
+    return Exported(folder, name, score, str(prepared.evaluation), plan.nbytes, _file_bytes(folder))
+
+
+def _load_dense(session: Session, folder: Path) -> None:
+    """Give the model the unquantized tensors of an exported folder that it stores one to one."""
+    model, names, stored = session.runner.model, _names(session), tensor_names(folder)
     with read_model(folder) as tensor:
         try:
-            model.load_state_dict({name: tensor(name) for name in model.state_dict() if name in stored}, strict=False)
+            model.load_state_dict({name: tensor(names[name]) for name in model.state_dict()
+                                   if names.get(name) in stored}, strict=False)
         except RuntimeError as error:  # a tensor of another shape
-            raise ImpqError(f"{folder / WEIGHTS} does not fit the model it was made from: "
-                            f"{' '.join(str(error).split())[:200]}") from error
-    score = evaluator.score(prepared.space.assignment(prepared.plan.pick))
-    return _exported(folder, name, score, prepared)
+            raise ImpqError(f"{folder / WEIGHTS} does not fit the model it was made from: {one_line(error)}") from error
 
 
-def _exported(folder: Path, name: str, score: Score | None, prepared: Prepared) -> Exported:
+def _file_bytes(folder: Path) -> int:
+    """Bytes of the file with the model's tensors; 0 for a recipe."""
     file = folder / WEIGHTS
-    assert prepared.plan is not None
-    return Exported(folder, name, score, str(prepared.evaluation), prepared.plan.nbytes,
-                    file.stat().st_size if file.exists() else 0)
+    return file.stat().st_size if file.exists() else 0
 
 
-def config_data(config: RunConfig) -> dict[str, Any]:
-    """A configuration as plain data for JSON."""
-    return json.loads(json.dumps(asdict(config)))  # type: ignore[no-any-return]
+def _plain(data: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(data))  # type: ignore[no-any-return]
 
 
-def score_data(score: Score) -> dict[str, float]:
-    """A score's numbers as plain data."""
+def _numbers(score: Score) -> dict[str, float]:
     return {"nll": score.nll, "nll_stderr": score.stderr, "perplexity": score.perplexity, "kl": score.kl,
             "top1_agreement": score.top1}

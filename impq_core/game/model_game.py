@@ -1,4 +1,4 @@
-"""The game on a real model: the loss of a pick, at the price of the blocks behind its first difference."""
+"""The game on a real model: a pick is measured by running only the blocks behind its first difference to the last."""
 
 from __future__ import annotations
 
@@ -17,31 +17,33 @@ from impq_core.model.text import Windows
 from impq_core.space import FloatArray, IntArray, SearchSpace
 
 Watcher = Callable[[IntArray, FloatArray, float], None]
-"""Called with picks, losses and forwards so far, when the losses are on disk."""
+"""Called with picks, their losses and the cost so far in forwards, when the losses are on disk."""
 
 
 class ModelGame:
     """Implements ``impq_core.interfaces.Game`` on a model whose variants are in a bank.
 
-    Hidden states in front of every block are kept for the pick evaluated last, so the next one runs only the blocks
+    Hidden states in front of every block are kept for the pick evaluated last, so the next pick runs only the blocks
     behind its first difference. Losses are memoised. Nothing is quantized here.
 
-    A loss that an earlier process left in the log is not measured again, but counted as if it had been: the cost of a
-    game does not depend on how often it was cut short.
+    The cost of a loss is that of the blocks that it runs and of the head (twice for ``kl``, as the reference's logits
+    are made again). A loss that an earlier process left in the log is not measured again, but charged as if it had
+    been: the cost of a game does not depend on how often it was interrupted.
 
     Args:
-        space: the choices on play.
+        space: the layers and choices on play.
         bank: the variants; its layers are the space's ``everyone``.
         runner: the model.
         windows: calibration windows that the loss is the mean over.
-        log: where measured losses go before they are returned, and where earlier ones come from.
-        watch: told of new losses once they are on disk.
-        progress: told (evaluations done, evaluations expected) after each.
-        value: what a loss is: ``nll``, the negative log-likelihood, or ``kl``, the divergence from the unquantized
-            model's distribution, which is less noisy and rewards no luck.
-        budget_bytes: what plans are wanted for; None where nobody said.
+        log: measured losses are written to it before they are returned, and those of an earlier process are read from
+            it.
+        watch: called with new losses when they are on disk.
+        progress: called after each evaluation with the number of evaluations so far and the number expected.
+        value: the loss: ``nll``, the negative log-likelihood, or ``kl``, the divergence from the unquantized model's
+            distribution, which is less noisy and rewards no luck.
+        budget_bytes: the budget of the plans that the losses are for; None if there is none.
         spare: windows of the same length for further sets of as many.
-        probe: what looks inside the same model; one over the game's windows by default.
+        probe: the probe of the same model; one over the game's windows by default.
     """
 
     def __init__(self, space: SearchSpace, bank: Bank, runner: BlockwiseModel, windows: Windows,
@@ -60,12 +62,13 @@ class ModelGame:
         self._blocks = np.array([layer.block for layer in space.layers])
         self._all_blocks = np.array([layer.block for layer in space.everyone])
         self._memos: list[dict[bytes, FloatArray]] = [{} for _ in self._sets]
-        self.block_forwards = 0
+        self._cost, self._flops = runner.cost(windows.ids), 0
         self.tokens = windows.scored_tokens
         self.redraw(0)
 
-    def redraw(self, number: int) -> None:
-        """Go on with another set of windows; what was measured on it before is still known."""
+    def redraw(self, number: int) -> int:
+        """Continue on the set of windows of that number (modulo the number of sets) and return the set's number; its
+        earlier losses are kept."""
         self._number = number % len(self._sets)
         self._ids, self._memo = self._sets[self._number], self._memos[self._number]
         self._inputs: list[Hidden] = [self._runner.embed(self._ids)]
@@ -74,12 +77,13 @@ class ModelGame:
         if self._value == "kl":
             self._bank.apply([None] * len(self._bank.layers))
             self._unquantized = self._runner.run_all(self._inputs[0])
-            self.block_forwards += len(self._runner)
+            self._flops += self._cost.behind(0)
+        return self._number
 
     @property
     def forwards(self) -> float:
-        """Cost so far in full-model forwards: block forwards over blocks, and the probe's."""
-        return self.block_forwards / len(self._runner) + self.probe.forwards
+        """Cost so far in forwards of the game's windows, as ``ForwardCost`` defines them, the probe's included."""
+        return self._flops / self._cost.total + self.probe.forwards
 
     @property
     def evaluations(self) -> int:
@@ -99,7 +103,7 @@ class ModelGame:
         return loss
 
     def expect(self, evaluations: int) -> None:
-        """Tell whoever watches how many evaluations there will have been in all."""
+        """Report how many evaluations there will be in all."""
         self._expected = evaluations
         self._progress(self.evaluations, evaluations)
 
@@ -108,7 +112,7 @@ class ModelGame:
         return float(self.losses(np.asarray(pick)[None])[0])
 
     def losses(self, picks: IntArray) -> FloatArray:
-        """Nats per token above the reference (N,) of picks (N, n), in whichever order costs fewer block forwards."""
+        """Losses (N,) of picks (N, n), nats per token above the reference, measured in the cheapest of three orders."""
         picks = np.stack([self.space.check_pick(pick) for pick in picks])
         reference = self.reference_loss
         out = np.empty(len(picks))
@@ -125,17 +129,18 @@ class ModelGame:
         return self._windows(self.space.check_pick(pick))
 
     def _first_difference(self, a: IntArray, b: IntArray) -> int:
-        """First block in which two picks differ; the number of blocks where they do not."""
+        """The first block in which two picks differ; the number of blocks if there is none."""
         where = self._blocks[a != b]
         return int(where.min()) if len(where) else len(self._runner)
 
     def _cheaper_order(self, picks: IntArray) -> IntArray:
-        """The order as given, or sorted block by block so that neighbours share prefixes, whichever runs less."""
+        """The order as given, or sorted block by block (either way) so that neighbours share prefixes: the one whose
+        blocks cost least."""
         by_block = np.lexsort(picks[:, np.argsort(self._blocks, kind="stable")].T[::-1])
 
         def price(order: IntArray) -> int:
             chain = [self._standing, *picks[order]] if self._standing is not None else list(picks[order])
-            return sum(len(self._runner) - self._first_difference(a, b)
+            return sum(self._cost.behind(self._first_difference(a, b))
                        for a, b in pairwise(chain) if b.tobytes() not in self._memo)
 
         given = np.arange(len(picks))
@@ -145,22 +150,22 @@ class ModelGame:
         key = pick.tobytes()
         if key not in self._memo:
             first = 0 if self._standing is None else self._first_difference(self._standing, pick)
-            known = self._log.losses.get((self._number, key)) if self._log else None
-            if known is None:
-                known = self._measure(pick, first)
+            losses = self._log.losses.get((self._number, key)) if self._log else None
+            if losses is None:
+                losses = self._measure(pick, first)
                 if self._log:
-                    self._log.add(pick, known, self._number)
+                    self._log.add(pick, losses, self._number)
             else:
                 del self._inputs[first + 1:]
-            self.block_forwards += len(self._runner) - first
+            self._flops += self._cost.behind(first) + self._cost.head * (1 if self._unquantized is None else 2)
             self._standing = pick.copy()
-            self._memo[key] = known
+            self._memo[key] = losses
             self._progress(self.evaluations, max(self._expected, self.evaluations))
         return self._memo[key]
 
     def _measure(self, pick: IntArray, first: int) -> FloatArray:
         """Losses (windows,) of a pick that agrees with the one evaluated last before block ``first``."""
-        first = min(first, len(self._inputs) - 1)  # what was not measured by this process has left no states
+        first = min(first, len(self._inputs) - 1)  # losses from the log have left no hidden states
         self._standing = None  # an interruption below must not leave a pick that the model does not stand at
         del self._inputs[first + 1:]
         assignment = self.space.assignment(pick)
@@ -170,7 +175,7 @@ class ModelGame:
         for block in range(first, len(self._runner)):
             hidden = self._runner.run(block, hidden)
             self._inputs.append(hidden)
-        told = (self._runner.nll(hidden, self._ids) if self._unquantized is None
-                else self._runner.compare(hidden, self._ids, self._unquantized).kl)
-        losses: FloatArray = told.mean(axis=1)
+        tokens = (self._runner.nll(hidden, self._ids) if self._unquantized is None
+                  else self._runner.compare(hidden, self._ids, self._unquantized).kl)
+        losses: FloatArray = tokens.mean(axis=1)
         return losses

@@ -1,9 +1,10 @@
-"""What inspectors see of a real model."""
+"""The probe of a real model: its weights, activations and gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,34 +16,39 @@ from impq_core.errors import ImpqError
 from impq_core.ledger import Ledger
 from impq_core.model.bank import Bank
 from impq_core.model.blockwise import BlockwiseModel
+from impq_core.model.cost import ForwardCost, flop_counter
 from impq_core.model.text import Windows
 from impq_core.space import Choice, FloatArray, LinearSpec, SearchSpace
 
 BATCH_TOKENS = 1024
-"""Tokens of a backward pass: its logits are float32 and there twice."""
+"""Tokens of a backward pass: its logits are float32, and two copies of them exist at once."""
 
 STEP = 3e-3
 """Step of a difference of gradients, relative to the root mean square of a linear's own weights. On the tiny models of
 the tests it comes within 0.001 of second derivatives, and steps from 0.0001 to 0.01 within 0.01; in bfloat16 none comes
 within 0.08."""
 
-Changes = Callable[[LinearSpec], Iterable[torch.Tensor]]
-"""Changes (rows, columns) of a linear's weight, float32; made one at a time where they are an iterator."""
+Changes = Callable[[LinearSpec], Sequence[torch.Tensor]]
+"""Returns changes (rows, columns) of a linear's weight, float32: as many for every linear."""
+
+
+class _Mixed(Exception):
+    """A linear is given some tokens of several windows, and does not say which."""
 
 
 class ModelProbe:
     """Implements ``impq_core.interfaces.Probe``.
 
     Args:
-        space: the choices on play.
+        space: the layers and choices on play.
         bank: the variants and the unquantized weights.
         runner: the model.
-        windows: calibration windows; None where nobody needs text.
-        value: the loss that has slopes: ``nll``, or ``kl`` to the unquantized model, which is flat where the model is
-            unquantized, so that its slopes hold nothing of the chance that a text likes an error.
-        game_windows: how many windows a forward is counted over; as many as there are by default.
-        log: where slopes and traces go before they are returned, and where earlier ones come from; those cost what
-            they did cost.
+        windows: calibration windows; None for an inspector that reads no text.
+        value: the loss that slopes are of: ``nll``, or ``kl`` to the unquantized model. The slopes of ``kl`` are zero
+            at the unquantized weights, so they hold nothing of the chance that a text likes an error.
+        game_windows: the number of windows that a forward is counted over; 0 is the number of ``windows``.
+        log: slopes and traces are written to it before they are returned, and those of an earlier process are read
+            from it; they cost the same either way.
     """
 
     def __init__(self, space: SearchSpace, bank: Bank, runner: BlockwiseModel, windows: Windows | None,
@@ -51,8 +57,27 @@ class ModelProbe:
         self._log = log
         self._bank, self._runner, self._windows, self._value = bank, runner, windows, value
         self._unquantized: torch.Tensor | None = None
-        self.forwards = 0.0
-        self._unit = len(windows.ids) / (game_windows or len(windows.ids)) if windows else 1.0
+        self._game_windows = game_windows or (len(windows.ids) if windows else 0)
+        self._flops = 0
+        self._linears = [linear for layer in space.layers for linear in layer.linears]
+
+    @property
+    def forwards(self) -> float:
+        """Cost so far in forwards of the game's windows, as ``ForwardCost`` defines them."""
+        return self._flops / (self._game_windows * self._cost.total) if self._flops else 0.0
+
+    @property
+    def _cost(self) -> ForwardCost:
+        return self._runner.cost(self._text.ids)
+
+    @cached_property
+    def _pass_flops(self) -> int:
+        """FLOPs of the slopes of one window's loss, counted on the first window: forward, backward, and the gradient of
+        every weight. The inner products with the changes (under 1 % with windows of 256 tokens) are left out, so it
+        does not depend on the number of choices."""
+        with flop_counter() as counter:
+            self._products_of(torch.arange(1), lambda linear: (), 0)
+        return int(counter.get_total_flops())
 
     @property
     def window_tokens(self) -> int:
@@ -68,20 +93,22 @@ class ModelProbe:
         return self._bank.variant(linear, choice)
 
     def block_states(self) -> Iterator[tuple[int, list[torch.Tensor], list[torch.Tensor]]]:
-        """Each block of the unquantized model with its input and output; costs one forward in all."""
+        """The index of each block of the unquantized model, its input and its output, as batches (windows, length,
+        width); costs the blocks' share of a forward of the windows."""
         self._bank.apply([None] * len(self._bank.layers))
         hidden = self._runner.embed(self._text.ids)
         for index in range(len(self._runner)):
             output = self._runner.run(index, hidden)
-            self.forwards += self._unit / len(self._runner)
+            self._flops += len(self._text.ids) * self._cost.blocks[index]
             yield index, hidden, output
             hidden = output
 
     def slopes(self, at: FloatArray | None = None) -> FloatArray:
-        """First-order changes (windows, n, m) of each window's loss; costs three forwards in all."""
+        """First-order changes (windows, n, m) of each window's loss, nats per token; costs about three forwards of the
+        windows (forward, backward, gradients of the weights), however many choices there are."""
         self._remember()
         shares = None if at is None else np.asarray(at, dtype=np.float64).tolist()
-        return np.array(self._known("at", shares, 3 * self._unit, lambda: self._slopes(at).tolist()), dtype=np.float64)
+        return np.array(self._logged("at", shares, 1, lambda: self._slopes(at).tolist()), dtype=np.float64)
 
     def _slopes(self, at: FloatArray | None) -> FloatArray:
         layers = self._bank.layers
@@ -96,29 +123,28 @@ class ModelProbe:
                 else:
                     self._bank.switch(layer, pinned[layer - len(self.space)])
 
-        def ways(linear: LinearSpec) -> Iterator[torch.Tensor]:
-            stands = self._bank.module(linear).weight.float()
-            return (self._bank.variant(linear, choice) - stands for choice in self.space.choices)
+        def ways(linear: LinearSpec) -> list[torch.Tensor]:
+            weight = self._bank.module(linear).weight.float()
+            return [self._bank.variant(linear, choice) - weight for choice in self.space.choices]
 
-        found = self._products(ways)
-        return np.stack([np.sum([found[linear] for linear in spec.linears], axis=0) for spec in self.space.layers],
+        products = self._products(ways, len(self.space.choices))
+        return np.stack([np.sum([products[linear] for linear in layer.linears], axis=0) for layer in self.space.layers],
                         axis=1)
 
     def hessian_traces(self, rng: np.random.Generator) -> dict[LinearSpec, float]:
-        """One draw of the trace of the loss's Hessian in each linear's weight; costs six forwards. Its signs come
-        from a seed that ``rng`` gives.
+        """One draw of the trace of the loss's Hessian in each linear's weight; costs about six forwards of the windows.
+        The signs come from a seed that ``rng`` gives.
 
         ``v' H v`` for one random sign vector v over all linears at once (Hutchinson; terms between linears have mean
         zero), with ``H v`` from slopes on either side of the weights, as attention may have no second derivative.
         """
         self._remember()
-        linears = [linear for layer in self.space.layers for linear in layer.linears]
         draw = int(rng.integers(2**63))
-        found = self._known("draw", draw, 6 * self._unit,
-                            lambda: self._traces(linears, np.random.default_rng(draw)))
-        return dict(zip(linears, found, strict=True))
+        traces = self._logged("draw", draw, 2, lambda: self._traces(np.random.default_rng(draw)))
+        return dict(zip(self._linears, traces, strict=True))
 
-    def _traces(self, linears: Sequence[LinearSpec], rng: np.random.Generator) -> list[float]:
+    def _traces(self, rng: np.random.Generator) -> list[float]:
+        linears = self._linears
         signs = {linear: torch.from_numpy(2 * rng.integers(0, 2, (linear.rows, linear.columns), dtype=np.int8) - 1)
                  for linear in linears}
         sizes = {linear: float(self._bank.original(linear).square().mean().sqrt()) or 1.0 for linear in linears}
@@ -128,27 +154,28 @@ class ModelProbe:
                 for linear in linears:
                     moved = self._bank.original(linear) + step * sizes[linear] * signs[linear]
                     self._bank.module(linear).weight.data = moved
-                ends.append(self._products(lambda linear: (signs[linear].float(),)))
+                ends.append(self._products(lambda linear: (signs[linear].float(),), 1))
         ahead, behind = ends
         # A linear's own step undone: its rms came in once, with v, while the gradient's v was taken as it is.
         return [float((ahead[linear] - behind[linear]).mean()) / (2 * STEP * sizes[linear]) for linear in linears]
 
-    def _known(self, name: str, key: Any, cost: float, find: Callable[[], Any]) -> Any:
-        """Plain data that was found earlier under a name and key, or is found and logged now; it costs the same."""
-        rows = self._log.known if self._log else []
+    def _logged(self, name: str, key: Any, passes: int, find: Callable[[], Any]) -> Any:
+        """Plain data that an earlier process logged under a name and key, or else ``find()``, which is logged. Charges
+        so many passes over the windows in both cases."""
+        rows = self._log.rows if self._log else []
         found = next((row["found"] for row in rows if name in row and row[name] == key), None)
         if found is None:
             found = find()
             if self._log:
                 self._log.append({name: key, "found": found})
                 self._log.sync()
-        self.forwards += cost
+        self._flops += passes * len(self._text.ids) * self._pass_flops
         return found
 
     @contextmanager
     def _in_float32(self) -> Iterator[None]:
-        """The model at its unquantized weights, in float32 whatever it runs in: between two bfloat16 gradients of
-        almost the same weights there is nothing but rounding. Afterwards it has the very tensors it had before."""
+        """The model at its unquantized weights in float32, whatever its dtype: the difference of two bfloat16 gradients
+        at almost the same weights is rounding error. Afterwards the model has the tensors that it had before."""
         self._bank.apply([None] * len(self._bank.layers))
         kept = [(parameter, parameter.data) for parameter in self._runner.model.parameters()]
         try:
@@ -159,38 +186,48 @@ class ModelProbe:
             for parameter, data in kept:
                 parameter.data = data
 
-    def _products(self, changes: Changes) -> dict[LinearSpec, FloatArray]:
-        """Inner products of the gradient of each window's loss, in each playing linear's weight, with changes of that
-        weight, where the model stands: (windows, changes) by linear, nats per token.
+    def _products(self, changes: Changes, number: int) -> dict[LinearSpec, FloatArray]:
+        """Inner products of the gradient of each window's loss, in each linear's weight, with ``number`` changes of
+        that weight, at the model's current weights: (windows, number) by linear, nats per token. A linear that a window
+        does not reach has zeros.
 
-        No gradient of a weight is ever made: its inner product with a change D of the weight is that of the gradient
-        of the linear's output with D x, token by token, which keeps the windows of a batch apart.
+        The gradient of one window is the product of the linear's output gradients and its inputs, in float32. It is
+        multiplied with every change and then dropped, so gradients of several windows are never kept.
         """
         count, length = self._text.ids.shape
-        batches = torch.split(torch.arange(count), max(1, BATCH_TOKENS // length))
-        parts = [self._products_of(batch, changes) for batch in batches]
-        return {linear: np.concatenate([part[linear] for part in parts]) for linear in parts[0]}
+        windows = torch.arange(count)
+        try:
+            parts = [self._products_of(batch, changes, number)
+                     for batch in torch.split(windows, max(1, BATCH_TOKENS // length))]
+        except _Mixed:  # as experts are: then all tokens of a batch have to be of one window
+            parts = [self._products_of(batch, changes, number) for batch in torch.split(windows, 1)]
+        return {linear: np.concatenate([part[linear] for part in parts]) for linear in self._linears}
 
     def _remember(self) -> None:
-        """Keep the unquantized model's last hidden states, where the loss is a divergence from it; costs a forward."""
+        """Keep the unquantized model's last hidden states if the loss is a divergence from it; costs the blocks' share
+        of a forward of the windows."""
         if self._value == "kl" and self._unquantized is None:
             self._bank.apply([None] * len(self._bank.layers))
             self._unquantized = torch.cat(self._runner.run_all(self._runner.embed(self._text.ids)))
-            self.forwards += self._unit
+            self._flops += len(self._text.ids) * self._cost.behind(0)
 
-    def _products_of(self, rows: torch.Tensor, changes: Changes) -> dict[LinearSpec, FloatArray]:
+    def _products_of(self, rows: torch.Tensor, changes: Changes, number: int) -> dict[LinearSpec, FloatArray]:
         ids = torch.from_numpy(np.asarray(self._text.ids))[rows]
-        found: dict[LinearSpec, FloatArray] = {}
+        products: dict[LinearSpec, FloatArray] = {linear: np.zeros((len(rows), number)) for linear in self._linears}
         model, handles = self._runner.model, []
 
         def watch(linear: LinearSpec) -> None:
             def forward(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-                inputs = args[0].detach()
+                if not output.requires_grad:
+                    return  # nothing behind it leads to the loss
+                inputs = _by_window(args[0].detach(), ids)
 
                 def backward(grad: torch.Tensor) -> None:
-                    moved = [(grad.float() * (inputs @ change.to(inputs.dtype).T).float()).flatten(1).sum(dim=1)
-                             for change in changes(linear)]
-                    found[linear] = found.get(linear, 0.0) + torch.stack(moved, dim=1).double().numpy()
+                    outputs = grad.reshape(*inputs.shape[:2], linear.rows)
+                    ways = [change.flatten() for change in changes(linear)]
+                    for window in range(len(rows)):
+                        gradient = (outputs[window].float().T @ inputs[window].float()).flatten()
+                        products[linear][window] += [float(gradient.dot(way)) for way in ways]
 
                 output.register_hook(backward)  # type: ignore[no-untyped-call]
             handles.append(self._bank.module(linear).register_forward_hook(forward))
@@ -200,25 +237,38 @@ class ModelProbe:
 
         try:
             handles.append(model.get_input_embeddings().register_forward_hook(start))
-            for spec in self.space.layers:
-                for linear in spec.linears:
-                    watch(linear)
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+            for linear in self._linears:
+                watch(linear)
+            logits = self._runner.forward(ids)[:, :-1].float()
             if self._unquantized is None:
                 loss = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
             else:
                 with torch.no_grad():
                     hidden = self._unquantized[rows].to(next(model.parameters()).dtype, copy=True)  # float32 for hawq
-                    target = self._runner.logits(hidden)[:, :-1].log_softmax(dim=-1)
+                    target = self._runner.logits(hidden[:, :-1]).log_softmax(dim=-1)
                 loss = functional.kl_div(logits.log_softmax(dim=-1), target, reduction="sum", log_target=True)
             (loss / (ids.shape[1] - 1)).backward()  # type: ignore[no-untyped-call]
         finally:
             for handle in handles:
                 handle.remove()
-        return found
+        return products
 
     @property
     def _text(self) -> Windows:
         if self._windows is None:
-            raise ImpqError("an estimator asked for activations or gradients without saying so in its 'needs'")
+            raise ImpqError("an estimator reads activations or gradients, but its attribute 'needs' names neither")
         return self._windows
+
+
+def _by_window(inputs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """A linear's inputs as (windows, tokens, columns); raises _Mixed if they do not show the windows.
+
+    Args:
+        inputs: (windows, ..., columns), (windows * length, columns), or, for a single window, (..., columns).
+        ids: the batch (windows, length).
+    """
+    (count, length), columns = ids.shape, inputs.shape[-1]
+    rows = inputs.numel() // columns
+    if count == 1 or (inputs.dim() > 2 and len(inputs) == count) or (inputs.dim() == 2 and rows == count * length):
+        return inputs.reshape(count, rows // count, columns)
+    raise _Mixed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ Assignment = Sequence[Choice | None]
 
 
 _BLENDED = Choice(-1.0, -1)
-"""Stands for no choice at all: whatever comes next is another one."""
+"""The current choice of a linear whose weights are blended: it differs from every choice of a menu."""
 
 
 class Bank:
@@ -31,8 +32,8 @@ class Bank:
 
     Args:
         model: the model whose linears are switched in place.
-        layers: the players, in order.
-        backend: who made the variants and unpacks them.
+        layers: in order.
+        backend: makes the variants and unpacks them.
         dtype: of the weights given to the model.
     """
 
@@ -46,11 +47,11 @@ class Bank:
         self._current: dict[str, Choice | None] = dict.fromkeys(self._modules)
 
     def module(self, linear: LinearSpec) -> nn.Linear:
-        """The model's own module."""
+        """The module of the model that holds a linear's weight."""
         return self._modules[linear.name]
 
     def original(self, linear: LinearSpec) -> torch.Tensor:
-        """The unquantized weight (rows, columns) in float32; raises ImpqError where it is not finite."""
+        """The unquantized weight (rows, columns) in float32; raises ImpqError if it is not finite."""
         weight = self._originals[linear.name].float()
         if not torch.isfinite(weight).all():
             raise ImpqError(f"the model's weight {linear.name} holds NaN or infinity")
@@ -61,15 +62,15 @@ class Bank:
         return self.backend.dequantize(self._variants[linear.name, choice], linear)
 
     def stored(self, linear: LinearSpec, choice: Choice) -> Variant:
-        """The variant as it is kept."""
+        """The packed variant."""
         return self._variants[linear.name, choice]
 
     def has(self, linear: LinearSpec, choice: Choice) -> bool:
-        """Whether the variant is there."""
+        """Whether the bank holds the variant."""
         return (linear.name, choice) in self._variants
 
     def add(self, linear: LinearSpec, variant: Variant) -> None:
-        """Keep a variant; raises ImpqError where its size is not what the backend said it would be."""
+        """Keep a variant; raises ImpqError if its size in bytes is not the one that the backend promised."""
         promised = self.backend.nbytes(linear, variant.choice)
         if variant.nbytes != promised:
             raise ImpqError(f"backend bug: {linear.name} at {variant.choice} bits takes {variant.nbytes} bytes, "
@@ -103,7 +104,7 @@ class Bank:
             self.switch(layer, choice)
 
     def save_record(self, path: Path) -> None:
-        """Write what the backend told of every variant (bytes, damping used ...) as JSON."""
+        """Write each variant's bytes and the backend's record of it (such as the damping used) as JSON."""
         rows = [{"linear": name, "bits": choice.bits, "group_size": choice.group_size, "bytes": variant.nbytes,
                  **variant.record} for (name, choice), variant in sorted(self._variants.items())]
         write_text(path, json.dumps(rows, indent=0) + "\n")
@@ -116,15 +117,19 @@ def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden | None, menus: 
     The statistics of a block are collected once, behind a prefix at the widest choice, and serve every width: the
     Hessian of GPTQ does not depend on the width. (Strictly it depends on the widths of the blocks before; a bank has
     to settle on one prefix, and the widest is nearest to the plans of interest.) Afterwards the model stands at the
-    widest choice.
+    widest choice. Variants whose record says ``unreached`` (no token of the calibration text got to their linear) are
+    reported in one warning.
 
     Args:
         bank: to be filled.
         runner: the same model, block by block.
         hidden: the first block's input over the calibration windows; None for a backend that needs no activations.
         menus: choices of each of the bank's layers, widest first; an empty one leaves the layer unquantized.
-        progress: told (blocks done, blocks).
-        shelf: where variants made earlier are found, and new ones kept.
+        progress: called with the number of finished blocks and the number of all blocks.
+        shelf: earlier variants are read from it, and new ones are kept in it.
+
+    Raises:
+        ImpqError: the backend cannot quantize a linear, which the message names.
     """
     progress(0, len(runner))
     blocks = [[i for i, layer in enumerate(bank.layers) if layer.block == index] for index in range(len(runner))]
@@ -142,7 +147,11 @@ def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden | None, menus: 
         if hidden is not None and modules:
             statistics = input_statistics(runner, index, hidden, modules.values())
         for spec, choice in missing[index]:
-            variant = bank.backend.quantize(bank.original(spec), choice, statistics.get(modules[spec]))
+            weight = bank.original(spec)
+            try:
+                variant = bank.backend.quantize(weight, choice, statistics.get(modules[spec]))
+            except ImpqError as error:
+                raise ImpqError(f"{spec.name}: {error}") from error
             # Laid out as on disk: another layout of the same numbers may be multiplied in another order.
             variant = replace(variant, tensors={name: t.contiguous() for name, t in variant.tensors.items()})
             bank.add(spec, variant)
@@ -153,6 +162,11 @@ def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden | None, menus: 
         if hidden is not None and any(missing[index + 1:]):
             hidden = runner.run(index, hidden)
         progress(index + 1, len(runner))
+    unreached = [spec.name for layer, menu in zip(bank.layers, menus, strict=True) for spec in layer.linears
+                 if any(bank.stored(spec, choice).record.get("unreached") for choice in menu)]
+    if unreached:
+        warnings.warn(f"{len(unreached)} linears are rounded plainly, as no token of the calibration text reaches them "
+                      f"(first: {unreached[0]}); more calibration text may", RuntimeWarning, stacklevel=2)
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

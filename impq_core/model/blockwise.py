@@ -1,12 +1,14 @@
-"""A causal language model run block by block, so that a forward can start behind any block.
+"""A causal language model run block by block, so that a forward can start at any block.
 
-Works for any architecture whose blocks are called one after the other on the hidden states: what else each block is
-called with (rotary embeddings, masks) is caught from one ordinary forward and given again. The first batch is run both
-ways and the logits must agree, so an architecture that does more between its blocks is refused, not mismeasured.
+Works for any architecture that calls its blocks one after the other on the hidden states. The other arguments of a
+block (rotary embeddings, masks) are caught from one ordinary forward for each shape of a batch and given again for
+every batch of that shape. That is right only if they do not depend on the text, so they are compared between two texts,
+and the replayed logits are compared with the model's own: an architecture that does more is refused, not mismeasured.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,37 +20,62 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from impq_core.errors import ImpqError
+from impq_core.model.arguments import Call, unlike_calls
+from impq_core.model.cost import ForwardCost, flop_counter
 from impq_core.model.layers import blocks_of
 from impq_core.space import FloatArray, IntArray
 
 Hidden = list[torch.Tensor]
-"""Hidden states of all windows, a tensor (windows in the batch, length, width) for each batch."""
+"""Hidden states of all windows: a tensor (windows in the batch, length, width) for each batch."""
 
 BATCH_TOKENS = 2048
 HEAD_ROWS = 64
-"""Logits are made for this many positions at a time: they stay in the cache, which is twice as fast as all at once."""
+"""Logits are made for this many positions at a time: so few stay in the processor's cache, which is twice as fast."""
+
+UNSUPPORTED = "impq cannot run this architecture block by block yet"
 
 CHECKED = 8
-"""Positions of each window whose logits must be the same by both ways."""
+"""Last positions of each window whose replayed logits are compared with the model's own."""
 
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """What a model says of each token after the first of each window, float64 (windows, length - 1): its negative
-    log-likelihood (nats), the KL divergence of its distribution from a reference's (nats), and whether (1 or 0) both
-    hold the same token for the likeliest."""
+    """A model's predictions against a reference's, for each token after the first of each window.
+
+    Args:
+        nll: float64 (windows, length - 1), the model's negative log-likelihood, nats.
+        kl: float64 (windows, length - 1), KL divergence of the model's distribution from the reference's, nats.
+        agree: float64 (windows, length - 1), 1 if both hold the same token for the likeliest, else 0.
+    """
 
     nll: FloatArray
     kl: FloatArray
     agree: FloatArray
 
 
+@dataclass(frozen=True, eq=False)
+class _Observed:
+    """One ordinary forward of a batch: the first block's input, each block's call, and the last logits."""
+
+    first: torch.Tensor
+    calls: list[Call]
+    leaves: list[dict[str, Any]]
+    logits: torch.Tensor
+
+
 class _Stop(Exception):
-    """Ends a forward once the first block's input is known."""
+    """Ends a forward as soon as the first block's input is known."""
 
 
 class BlockwiseModel:
-    """Runs a model's blocks one at a time. All windows given to one object must have the same length."""
+    """Runs a model's blocks one at a time. All windows given to one object must have the same length.
+
+    Args:
+        model: on the CPU, ready for inference.
+
+    Raises:
+        ImpqError: the model has no list of blocks, no final norm beside it, or no head.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -58,59 +85,134 @@ class BlockwiseModel:
         norm = getattr(parent, "norm", None)
         head = model.get_output_embeddings()
         if not isinstance(norm, nn.Module) or head is None:
-            raise ImpqError(f"{type(model).__name__} has no final norm or no head where expected: not supported")
+            part = "output head" if isinstance(norm, nn.Module) else "final norm called 'norm' beside its blocks"
+            raise ImpqError(f"{self._name} has no {part}: {UNSUPPORTED}")
         self._norm, self._head = norm, head
         self._softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        self._calls: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        self._calls: dict[tuple[int, int], list[Call]] = {}
+        self._costs: dict[int, ForwardCost] = {}
+        accepted = inspect.signature(model.forward).parameters.values()
+        self._accepted = {parameter.name for parameter in accepted}
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted):
+            self._accepted.add("use_cache")
 
     def __len__(self) -> int:
         return len(self.blocks)
 
+    def forward(self, ids: torch.Tensor, keep: int = 0) -> torch.Tensor:
+        """Logits (windows, ``keep``, vocabulary) of the last positions by the model's own forward; all positions if
+        ``keep`` is 0. A forward that knows no ``logits_to_keep`` or ``use_cache`` is not given them."""
+        given = {"use_cache": False, "logits_to_keep": keep}
+        output = self.model(input_ids=ids, **{name: value for name, value in given.items() if name in self._accepted})
+        logits: torch.Tensor = output.logits[:, -keep:]
+        return logits
+
     def embed(self, ids: IntArray) -> Hidden:
-        """The first block's input for windows of token ids (windows, length)."""
+        """The first block's input for windows of token ids (windows, length).
+
+        Raises:
+            ImpqError: the blocks cannot be run one by one; found on the first batch of each shape.
+        """
         per_batch = max(1, BATCH_TOKENS // ids.shape[1])
         return [self._embed_batch(batch) for batch in torch.split(torch.from_numpy(np.asarray(ids)), per_batch)]
 
     @torch.inference_mode()
     def _embed_batch(self, ids: torch.Tensor) -> torch.Tensor:
-        shape = (ids.shape[0], ids.shape[1])
+        if (ids.shape[0], ids.shape[1]) not in self._calls:
+            self._learn(ids)
         caught: list[torch.Tensor] = []
-        calls: list[dict[str, Any]] = []
-        known = shape in self._calls
 
         def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not caught:
-                caught.append(args[0] if args else kwargs["hidden_states"])
-            calls.append({key: value for key, value in kwargs.items() if key != "hidden_states"})
-            if len(args) > 1 or known:
-                raise _Stop
+            caught.append(args[0] if args else kwargs["hidden_states"])
+            raise _Stop
 
-        hooks = [block.register_forward_pre_hook(catch, with_kwargs=True) for block in self.blocks]
-        logits = None
+        hook = self.blocks[0].register_forward_pre_hook(catch, with_kwargs=True)
         try:
-            logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=CHECKED).logits
+            self.forward(ids, keep=CHECKED)
         except _Stop:
             pass
         finally:
-            for hook in hooks:
-                hook.remove()
-        if not known:
-            self._calls[shape] = calls
-            if logits is None or len(calls) != len(self) or not self._agrees(caught[0], logits.float()):
-                raise ImpqError(f"{type(self.model).__name__} does more than run its blocks in order: not supported")
+            hook.remove()
         return caught[0]
 
-    def _agrees(self, hidden: torch.Tensor, logits: torch.Tensor) -> bool:
-        [last] = self.run_all([hidden])
-        replayed = self.logits(last[:, -CHECKED:])
-        return bool((replayed - logits).abs().max() <= 0.05 * logits.std())
+    def _learn(self, ids: torch.Tensor) -> None:
+        """Catch the blocks' arguments for batches of the shape of ``ids``. For the first batch of a length, one window
+        and the same window backwards must be called with the same arguments, and each replayed with the other's."""
+        windows, length = ids.shape
+        if (1, length) not in self._calls:
+            one, other = self._observe(ids[:1]), self._observe(ids[:1].flip(1))
+            if name := unlike_calls(one.leaves, other.leaves):
+                raise ImpqError(f"{self._name} gives its blocks '{name}', which depends on the text or holds a state: "
+                                f"{UNSUPPORTED}")
+            self._check(other, one.calls)
+            self._calls[1, length] = one.calls
+        if windows > 1:
+            batch = self._observe(ids)
+            self._check(batch, batch.calls)
+            self._calls[windows, length] = batch.calls
+
+    def _observe(self, ids: torch.Tensor) -> _Observed:
+        hidden: list[Any] = []
+        calls: list[Call] = []
+        before: list[dict[str, Any]] = []
+        order: list[nn.Module] = []
+
+        def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            named = {name: value for name, value in kwargs.items() if args or name != "hidden_states"}
+            order.append(module)
+            hidden.append(args[0] if args else kwargs.get("hidden_states"))
+            calls.append(Call(args[1:], named))
+            before.append(calls[-1].leaves())
+
+        hooks = [block.register_forward_pre_hook(catch, with_kwargs=True) for block in self.blocks]
+        try:
+            logits = self.forward(ids, keep=CHECKED)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if order != self.blocks or not all(isinstance(states, torch.Tensor) for states in hidden):
+            raise ImpqError(f"{self._name} does more than run its blocks in order, once each, on hidden states: "
+                            f"{UNSUPPORTED}")
+        after = [call.leaves() for call in calls]
+        if name := unlike_calls(before, after):
+            raise ImpqError(f"{self._name} gives its blocks '{name}', which is a cache or is written to by them: "
+                            f"{UNSUPPORTED}")
+        return _Observed(hidden[0], calls, after, logits.float())
+
+    def _check(self, observed: _Observed, calls: list[Call]) -> None:
+        """Raises ImpqError if replaying a forward's first input with ``calls`` gives other logits than the forward."""
+        states = observed.first
+        for block, call in zip(self.blocks, calls, strict=True):
+            states = _run(block, states, call)
+        replayed = self.logits(states[:, -CHECKED:])
+        if not (replayed - observed.logits).abs().max() <= 0.05 * observed.logits.std():
+            raise ImpqError(f"{self._name} does more than run its blocks in order between embeddings and logits (such "
+                            f"as scaling them): {UNSUPPORTED}")
+
+    @property
+    def _name(self) -> str:
+        return type(self.model).__name__
+
+    def cost(self, ids: IntArray) -> ForwardCost:
+        """The cost of a forward over one window as long as those of ``ids`` (windows, length), counted on the first of
+        them and kept."""
+        length = ids.shape[1]
+        if length not in self._costs:
+            [hidden] = self.embed(ids[:1])
+            counts = []
+            for index in range(len(self)):
+                with flop_counter() as counter:
+                    hidden = self.run_batch(index, hidden)
+                counts.append(counter.get_total_flops())
+            with flop_counter() as counter:
+                self.nll([hidden], ids[:1])
+            self._costs[length] = ForwardCost(tuple(counts), counter.get_total_flops())
+        return self._costs[length]
 
     @torch.inference_mode()
     def run_batch(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """Output of block ``index`` for one batch of its input."""
-        out = self.blocks[index](hidden, **self._calls[hidden.shape[0], hidden.shape[1]][index])
-        result: torch.Tensor = out[0] if isinstance(out, tuple) else out
-        return result
+        return _run(self.blocks[index], hidden, self._calls[hidden.shape[0], hidden.shape[1]][index])
 
     def run(self, index: int, hidden: Hidden) -> Hidden:
         """Output of block ``index`` for its input."""
@@ -134,7 +236,7 @@ class BlockwiseModel:
         """Logits of every position that predicts a token, a few rows at a time.
 
         Yields:
-            where the rows stand among the ``windows * (length - 1)`` scored positions; their float32 logits (rows,
+            the slice of the rows among the ``windows * (length - 1)`` scored positions; their float32 logits (rows,
             vocabulary) for ``hidden`` and each of ``more``; and the tokens (rows,) that followed.
         """
         length = ids.shape[1]
@@ -149,8 +251,8 @@ class BlockwiseModel:
                 at += len(parts[0])
 
     def compare(self, hidden: Hidden, ids: IntArray, reference: Hidden) -> Comparison:
-        """A model's last hidden states against a reference's: logits are made again from both, a few rows at a time,
-        which costs thousands of times less memory than to keep them."""
+        """Compare a model's last hidden states with a reference's. The logits of both are made here, a few rows at a
+        time: hidden states take thousands of times less memory than logits."""
         shape = ids.shape[0], ids.shape[1] - 1
         nll, kl, agree = (np.empty(shape[0] * shape[1]) for _ in range(3))
         for where, (logits, other), targets in self.scored(hidden, ids, reference):
@@ -166,3 +268,9 @@ class BlockwiseModel:
         for where, (logits,), targets in self.scored(hidden, ids):
             out[where] = functional.cross_entropy(logits, targets, reduction="none").double().numpy()
         return out.reshape(ids.shape[0], -1)
+
+
+def _run(block: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tensor:
+    output = block(hidden, *call.positional, **call.named)
+    states: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return states

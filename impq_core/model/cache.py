@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from impq_core.errors import ImpqError
 from impq_core.files import replace_file, write_text
+from impq_core.keys import VariantsKey
 from impq_core.model.demo import cache_folder
 from impq_core.space import Choice, LinearSpec
 
@@ -28,7 +29,7 @@ ABOUT = "about.json"
 FORMAT = "impq-variants/1"
 """Format mark in it: impq lists and deletes only folders that have it."""
 
-KEYS_BEFORE_FORMAT = frozenset({"model", "model_digest", "dtype", "backend", "options", "versions", "code"})
+KEYS_BEFORE_FORMAT = frozenset({"model_digest", "dtype", "backend", "options", "versions", "code"})
 """Keys in the about.json of version 0.1, which wrote no mark."""
 
 
@@ -43,6 +44,11 @@ class Shelf:
 
     folder: Path
     about: Mapping[str, Any]
+
+    @property
+    def model(self) -> str:
+        """The model's name."""
+        return str(self.about.get("label") or self.about.get("model", ""))  # version 0.1 called it model
 
     @property
     def nbytes(self) -> int:
@@ -142,9 +148,9 @@ class Shelf:
         return self.folder / f"{linear.name}.{choice.bits:g}bits.{choice.group_size}.safetensors"
 
 
-def shelf_for(about: Mapping[str, Any]) -> Shelf:
-    """The shelf for variants that are made of ``about``; raises ImpqError if the cache folder cannot be made."""
-    return Shelf(cache_folder() / "variants" / _digest_of(about)[:20], about)
+def shelf_for(key: VariantsKey) -> Shelf:
+    """The shelf of the variants with a key, in the user's cache; raises ImpqError if there is no cache."""
+    return Shelf(cache_folder() / "variants" / key.digest, key.to_dict())
 
 
 def shelves() -> list[Shelf]:

@@ -1,4 +1,4 @@
-"""What the inputs of a block's linears look like over the calibration text."""
+"""Statistics of the inputs of a block's linears over the calibration text."""
 
 from __future__ import annotations
 
@@ -13,10 +13,21 @@ from impq_core.model.blockwise import BlockwiseModel, Hidden
 
 def input_statistics(runner: BlockwiseModel, index: int, hidden: Hidden,
                      linears: Iterable[nn.Linear]) -> dict[nn.Module, Statistics]:
-    """Run block ``index`` once over its input and sum x xT for each of its linears.
+    """Run block ``index`` once over its input and sum x xT over the inputs x of each linear.
 
-    Linears that read the same tensor (q, k and v; gate and up) share one matrix.
+    Linears that read the same tensor (q, k and v; gate and up) share one matrix. A linear that no token reaches has a
+    matrix of zeros and 0 tokens.
+
+    Args:
+        runner: the model.
+        index: of the block.
+        hidden: the block's input, as batches (windows, length, width).
+        linears: modules of the block.
+
+    Returns:
+        the statistics by module; the matrices are float32 (columns, columns).
     """
+    linears = tuple(linears)
     grams: dict[nn.Module, torch.Tensor] = {}
     tokens: dict[nn.Module, int] = {}
     leaders: dict[nn.Module, nn.Module] = {}
@@ -40,4 +51,6 @@ def input_statistics(runner: BlockwiseModel, index: int, hidden: Hidden,
     finally:
         for hook in hooks:
             hook.remove()
-    return {module: Statistics(grams[leader], tokens[leader]) for module, leader in leaders.items()}
+    reached = {module: Statistics(grams[leader], tokens[leader]) for module, leader in leaders.items()}
+    return {linear: reached.get(linear) or Statistics(torch.zeros(linear.in_features, linear.in_features), 0)
+            for linear in linears}

@@ -1,8 +1,9 @@
-"""What a model is made of: its blocks, its linears, and its layers (the players)."""
+"""The blocks of a model, the linears in them, and the layers that a plan gives widths to."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 
@@ -16,14 +17,14 @@ from impq_core.interfaces import Backend
 from impq_core.space import Choice, LayerSpec, LinearSpec, Pinned, SearchSpace
 
 FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
-"""Linears that inference engines fuse, and so must share a width below block level."""
+"""Linears that inference engines fuse, and that therefore share a width at granularity ``group``."""
 
 
 def blocks_of(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     """The decoder blocks in order, with their module names.
 
     Raises:
-        ImpqError: no list of as many like modules as the configuration has layers.
+        ImpqError: the model has no list of as many modules of one class as the configuration has layers.
     """
     wanted = model.config.get_text_config().num_hidden_layers
     for name, module in model.named_modules():
@@ -33,15 +34,23 @@ def blocks_of(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
 
 
 def layers_of(model: PreTrainedModel, granularity: str) -> tuple[LayerSpec, ...]:
-    """The players: whole blocks, groups of linears that engines fuse, or single linears.
+    """The layers at a granularity: whole blocks, groups of linears that engines fuse, or single linears.
 
-    Embeddings, the head and anything outside the blocks are never quantized.
+    Embeddings, the head and anything outside the blocks are never quantized, and neither are linears that do not return
+    one tensor (routers of some mixtures of experts).
+
+    Args:
+        model: with weights or on the meta device.
+        granularity: ``block``, ``group`` or ``linear``.
+
+    Raises:
+        ImpqError: no blocks are found, or a block has no linears.
     """
     layers = []
     for index, (block_name, block) in enumerate(blocks_of(model)):
         groups: dict[str, list[LinearSpec]] = {}
         for name, module in block.named_modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and _returns_a_tensor(module):
                 parent, _, leaf = name.rpartition(".")
                 key = {"block": "", "group": f"{parent}.{FUSED.get(leaf, leaf)}", "linear": name}[granularity]
                 groups.setdefault(key, []).append(
@@ -53,8 +62,57 @@ def layers_of(model: PreTrainedModel, granularity: str) -> tuple[LayerSpec, ...]
     return tuple(layers)
 
 
+def _returns_a_tensor(linear: nn.Linear) -> bool:
+    """Whether a linear, which may be of a subclass with a forward of its own, maps (1, columns) to (1, rows)."""
+    if type(linear).forward is nn.Linear.forward:
+        return True
+    weight = linear.weight
+    try:
+        with torch.no_grad():
+            output = linear(torch.zeros(1, linear.in_features, dtype=weight.dtype, device=weight.device))
+    except Exception:  # the forward of a model's own class, given an input it may not be made for
+        return False
+    return isinstance(output, torch.Tensor) and output.shape == (1, linear.out_features)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The share of the weights in a model's blocks that its layers hold. Weights are parameters of two or more
+    dimensions; biases and norms do not count.
+
+    Args:
+        share: from 0 to 1.
+        uncovered: name of the largest parameter that no layer holds; empty if there is none.
+    """
+
+    share: float
+    uncovered: str
+
+    def require(self, model: str) -> None:
+        """Raises ImpqError if less than half of the weights can be quantized."""
+        if self.share < 0.5:
+            raise ImpqError(f"model {model}: only {100 * self.share:.0f}% of the weights in its blocks are in linears, "
+                            f"which can be quantized; the rest, such as {self.uncovered}, would stay at 16 bits; "
+                            "--partial goes on all the same")
+
+
+def coverage(model: PreTrainedModel, layers: Sequence[LayerSpec]) -> Coverage:
+    """The share of the weights in a model's blocks that layers hold.
+
+    Args:
+        model: with weights or on the meta device.
+        layers: of that model, at any granularity.
+    """
+    held = {f"{linear.name}.weight" for layer in layers for linear in layer.linears}
+    sizes = {f"{block}.{name}": parameter.numel() for block, module in blocks_of(model)
+             for name, parameter in module.named_parameters() if parameter.dim() >= 2}
+    uncovered = {name: size for name, size in sizes.items() if name not in held}
+    return Coverage(1.0 - sum(uncovered.values()) / max(1, sum(sizes.values())),
+                    max(uncovered, key=uncovered.__getitem__, default=""))
+
+
 def rest_parameters(model: PreTrainedModel, layers: Sequence[LayerSpec]) -> int:
-    """Parameters outside the layers' weights: embeddings, head (once where they are tied), norms, biases."""
+    """The number of parameters outside the layers' weights: embeddings, head (once if tied), norms, biases."""
     return int(sum(parameter.numel() for parameter in model.parameters())) - sum(layer.parameters for layer in layers)
 
 
@@ -63,15 +121,18 @@ def search_space(layers: tuple[LayerSpec, ...], backend: Backend, choices: tuple
     """The space of a backend's choices over layers.
 
     Args:
-        layers: the players, before pins take some out.
-        backend: whose sizes count.
+        layers: all layers, pinned and excluded ones included.
+        backend: the backend that quantizes; sizes are its own.
         choices: the menu, widest first.
         pins: width by pattern; a pattern names layers or all the linears of a layer, with ``*`` and ``?``.
-        exclude: patterns of layers that stay unquantized; they count with 16 bits a weight.
+        exclude: patterns of layers or linears that stay unquantized; they count 16 bits a weight. Excluded linears of a
+            layer that is not excluded whole become layers of their own.
 
     Raises:
-        ImpqError: a shape is refused (the linear is named), or a pattern matches nothing, or only part of a layer.
+        ImpqError: the backend refuses a linear's shape (the message names the linear and how to exclude it).
+        UsageError: a pattern matches nothing, a pin's only part of a layer, or nothing is left to plan.
     """
+    layers = tuple(part for layer in layers for part in _apart(layer, exclude))
     offered = {choice.bits: choice for choice in backend.choices()}
     fixed: dict[str, Choice | None] = {}
     for pattern, bits in [*pins.items(), *((pattern, None) for pattern in exclude)]:
@@ -87,7 +148,11 @@ def search_space(layers: tuple[LayerSpec, ...], backend: Backend, choices: tuple
 
     def size(layer: LayerSpec, choice: Choice) -> int:
         for linear in layer.linears:
-            backend.check(linear, choice)
+            try:
+                backend.check(linear, choice)
+            except ImpqError as error:
+                leaf = linear.name.rpartition(".")[2]
+                raise type(error)(f"{error}; --exclude '*.{leaf}' leaves such linears at 16 bits") from error
         return sum(backend.nbytes(linear, choice) for linear in layer.linears)
 
     free = tuple(layer for layer in layers if layer.name not in fixed)
@@ -106,8 +171,21 @@ def search_space(layers: tuple[LayerSpec, ...], backend: Backend, choices: tuple
     return SearchSpace(free, choices, nbytes, tuple(pinned))
 
 
+def _apart(layer: LayerSpec, exclude: Sequence[str]) -> Iterator[LayerSpec]:
+    """The layer, or, if only some of its linears are excluded, the layer without them and each of them alone."""
+    def excluded(name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in exclude)
+
+    kept = tuple(linear for linear in layer.linears if not excluded(linear.name))
+    if excluded(layer.name) or len(kept) in (0, len(layer.linears)):
+        yield layer
+        return
+    yield replace(layer, linears=kept)
+    yield from (LayerSpec(linear.name, layer.block, (linear,)) for linear in layer.linears if linear not in kept)
+
+
 def _matches(pattern: str, layer: LayerSpec) -> bool:
-    """Whether a pattern names a layer or all its linears; raises UsageError where it names only some."""
+    """Whether a pattern names a layer or all its linears; raises UsageError if it names only some of them."""
     if fnmatchcase(layer.name, pattern):
         return True
     hits = [fnmatchcase(linear.name, pattern) for linear in layer.linears]
@@ -117,8 +195,8 @@ def _matches(pattern: str, layer: LayerSpec) -> bool:
 
 
 def resolve_dtype(name: str) -> torch.dtype:
-    """The dtype of the forwards: ``auto`` is bfloat16 where the processor multiplies it twice as fast as float32: in
-    tiles (AMX), or with the AVX-512 of AMD. With that of Intel a linear was measured to take 1.8 times as long."""
+    """The dtype of the forwards. ``auto`` is bfloat16 on processors that multiply it twice as fast as float32: those
+    with AMX, and AMD's with AVX-512. On Intel's AVX-512 a bfloat16 linear was measured to take 1.8 times as long."""
     if name == "auto":
         able = torch.cpu.get_capabilities()
         fast = able.get("amx_tile") or (able.get("avx512_bf16") and "AMD" in able.get("cpu_name", ""))

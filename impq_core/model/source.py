@@ -1,9 +1,12 @@
-"""Where a model comes from: the demo, a folder, or a hub name. Imports torch only to load."""
+"""The source of a model: the demo, a folder, or a hub name. torch is imported only to read weights."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +19,14 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+UNQUANTIZED = "impq starts from unquantized weights: give the model that it was made from"
+"""The way out for a model that is quantized already."""
+
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model's files are, and what the user called it.
+    """The files of a model and the name that the user gave it. What is found by reading the weights is kept, so one
+    source that is shared between runs reads them once.
 
     Args:
         name: as the user gave it.
@@ -37,86 +44,180 @@ class ModelSource:
 
     @cached_property
     def digest(self) -> str:
-        """Hex digest of configuration and weights; a hub's model has the name of its commit."""
+        """Hex digest of a folder's configuration, weights and code (``*.py``), or the name of a hub model's commit.
+
+        Raises:
+            ImpqError: as ``check_weights``, which reads the files in the same pass.
+        """
         folder = Path(self._files)
         if not folder.is_dir():
-            from transformers import AutoConfig
-
-            config = AutoConfig.from_pretrained(self._files, trust_remote_code=self.trust_remote_code)
+            config = self._config()
             return str(getattr(config, "_commit_hash", None) or "unknown")
-        found = hashlib.sha256()
+        whole = hashlib.sha256()
         for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-            with file.open("rb") as stream:
-                found.update(hashlib.file_digest(stream, "sha256").digest())
-        return found.hexdigest()[:16]
+            whole.update(self._read(file) if file.suffix == ".safetensors" else _digest(file))
+        for file in sorted(folder.rglob("*.py")):
+            whole.update(str(file.relative_to(folder)).encode() + _digest(file))
+        return whole.hexdigest()[:16]
+
+    def _read(self, file: Path) -> bytes:
+        """SHA-256 of a file of weights; every tensor is checked while it is read. Raises ImpqError."""
+        import torch
+        from safetensors import SafetensorError, safe_open
+
+        found = hashlib.sha256()
+        try:
+            with safe_open(file, framework="pt") as stored, file.open("rb") as stream:
+                size = stream.read(8)
+                found.update(size + stream.read(int.from_bytes(size, "little")))
+                for name in stored.offset_keys():  # in the order of the file
+                    tensor = stored.get_tensor(name)
+                    found.update(tensor.flatten().view(torch.uint8).numpy())
+                    self._check_tensor(name, tensor)
+        except (OSError, SafetensorError) as error:
+            raise ImpqError(f"model {self.name}: {file.name} is damaged or cut short ({error}); fetch or save it "
+                            "again") from error
+        return found.digest()
+
+    def _check_tensor(self, name: str, tensor: torch.Tensor) -> None:
+        import torch
+
+        if name.endswith("weight") and (tensor.dtype.itemsize == 1 or not tensor.is_floating_point()):
+            raise ImpqError(f"model {self.name}: its weight {name} holds {str(tensor.dtype).removeprefix('torch.')} "
+                            f"codes, so the model is quantized already; {UNQUANTIZED}")
+        if (tensor.is_floating_point() and tensor.dtype.itemsize > 1 and tensor.numel()
+                and not torch.isfinite(torch.stack(tensor.aminmax())).all()):
+            raise ImpqError(f"model {self.name}: its tensor {name} holds NaN or infinity; take a sound copy of it")
+
+    def _config(self) -> Any:
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(self._files, trust_remote_code=self.trust_remote_code)
 
     def skeleton(self) -> PreTrainedModel:
         """The model on the meta device: shapes and names, no weights.
 
         Raises:
-            ImpqError: transformers does not know the architecture or cannot read the configuration.
+            ImpqError: transformers does not know the architecture or cannot read the configuration, or the
+                configuration says that the weights are quantized already.
         """
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
-        files = self._files
         try:
-            config = AutoConfig.from_pretrained(files, trust_remote_code=self.trust_remote_code)
-            with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
+            config = self._config()
+            method = _quantized(config)
+            if not method:
+                with torch.device("meta"):
+                    return AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
         except Exception as error:  # a configuration can be wrong in any way
+            if "trust_remote_code" in str(error) and not self.trust_remote_code:
+                raise ImpqError(f"model {self.name} comes with its own code, which runs only if the command line "
+                                "permits it: give --trust-remote-code if the code is trusted") from error
             raise ImpqError(f"model {self.name} is no causal language model that transformers can load: "
                             f"{_brief(error)}") from error
+        raise ImpqError(f"model {self.name} is quantized already (its config.json has a quantization_config of method "
+                        f"{method}); {UNQUANTIZED}")
 
     def check_weights(self) -> None:
-        """Look at every weight of a folder once: what is found while a run is at work leaves a run behind.
+        """Check the weights of a folder before a run begins: names and shapes against the configuration, and every
+        number. A hub's weights are not fetched for this; their names and shapes are checked when they are loaded.
 
         Raises:
-            ImpqError: a file is damaged, or a weight is not finite.
+            ImpqError: a file is damaged, a tensor is missing, left over or of another shape, a number is not finite, or
+                a weight is stored as codes.
         """
-        import torch
-        from safetensors import SafetensorError, safe_open
-
-        for file in sorted(Path(self._files).glob("*.safetensors")):
-            try:
-                with safe_open(file, framework="pt") as stored:
-                    for name in stored.keys():  # noqa: SIM118
-                        tensor = stored.get_tensor(name)
-                        if (name.endswith("weight") and tensor.dtype.itemsize > 1 and tensor.numel()
-                                and not torch.isfinite(torch.stack(tensor.aminmax())).all()):
-                            raise ImpqError(f"model {self.name}: its weight {name} holds NaN or infinity; take a sound "
-                                            "copy of the model")
-            except (OSError, SafetensorError) as error:
-                raise ImpqError(f"model {self.name}: {file.name} is damaged or cut short ({error}); fetch or save it "
-                                "again") from error
+        if Path(self._files).is_dir():
+            _ = self.digest
+            self._from_files(device_map="meta")
 
     def load(self, dtype: torch.dtype) -> PreTrainedModel:
         """The model with its weights, on the CPU, ready for inference.
 
         Raises:
-            ImpqError: the weights cannot be read, or some are missing from the file.
+            ImpqError: the weights cannot be read, or they are not those of the configuration: some are missing, left
+                over or of another shape.
         """
+        model = self._from_files(dtype=dtype)
+        head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+        if (head is not None and getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+                and head.weight is not embeddings.weight):
+            raise ImpqError(f"model {self.name}: config.json ties the head to the embeddings, but the file holds "
+                            "another tensor for it; set tie_word_embeddings to false, or save the model again")
+        return model.eval().requires_grad_(False)
+
+    def _from_files(self, **options: Any) -> PreTrainedModel:
         from transformers import AutoModelForCausalLM
 
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
-                self._files, dtype=dtype, trust_remote_code=self.trust_remote_code, use_safetensors=True,
-                output_loading_info=True)
+                self._files, trust_remote_code=self.trust_remote_code, use_safetensors=True, output_loading_info=True,
+                ignore_mismatched_sizes=True, **options)
         except Exception as error:  # safetensors, the hub and transformers each raise their own
             raise ImpqError(f"the weights of model {self.name} cannot be loaded: {_brief(error)}") from error
         if missing := sorted(report["missing_keys"]):
             raise ImpqError(f"the weights of model {self.name} lack {len(missing)} tensors (first: {missing[0]}); "
                             "they would be random; fetch or save it again")
-        return model.eval().requires_grad_(False)
+        if other := sorted(report["mismatched_keys"]):
+            name, stored, wanted = other[0]
+            raise ImpqError(f"{len(other)} tensors of model {self.name} have another shape than its config.json says "
+                            f"(first: {name} is {_shape(stored)}, not {_shape(wanted)}); fetch or save it again")
+        config = self._config()
+        wrapped = config.get_text_config() is not config
+        if unused := sorted(key for key in report["unexpected_keys"] if not (wrapped and _is_another_part(key, model))):
+            raise ImpqError(f"the weights of model {self.name} hold {len(unused)} tensors that the architecture in its "
+                            f"config.json has no place for (first: {unused[0]}); correct config.json, or fetch or save "
+                            "the model again")
+        loaded: PreTrainedModel = model
+        return loaded
+
+    @cached_property
+    def folder(self) -> Path:
+        """The folder with the model's files; of a hub's model, the local copy.
+
+        Raises:
+            ImpqError: a hub's model has not been fetched.
+        """
+        if Path(self._files).is_dir():
+            return Path(self._files)
+        from transformers.utils import cached_file
+
+        config = cached_file(self._files, "config.json", local_files_only=True)
+        if config is None:
+            raise ImpqError(f"model {self.name} has no local copy")
+        return Path(config).parent
+
+    def config(self) -> dict[str, Any]:
+        """The content of config.json."""
+        return json.loads((self.folder / "config.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor of the safetensors files by its name there, mapped from the disk."""
+        from safetensors import safe_open
+
+        for file in sorted(self.folder.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as stored:
+                for name in stored.keys():  # noqa: SIM118
+                    yield name, stored.get_tensor(name)
+
+    def copy_files(self, folder: Path) -> None:
+        """Copy every file of the model but its weights: tokenizer, generation settings, code, licence ..."""
+        for file in sorted(self.folder.iterdir()):
+            if file.is_file() and not file.name.startswith(".") and not file.name.endswith(WEIGHT_SUFFIXES):
+                shutil.copyfile(file, folder / file.name)
 
     def tokenizer(self) -> Any:
-        """The model's tokenizer; raises ImpqError where there is none."""
+        """The model's tokenizer; raises ImpqError if there is none."""
         from transformers import AutoTokenizer
 
         try:
             return AutoTokenizer.from_pretrained(self._files, trust_remote_code=self.trust_remote_code)
         except Exception as error:
             raise ImpqError(f"model {self.name} has no tokenizer that can be loaded: {_brief(error)}") from error
+
+
+WEIGHT_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
+"""Endings of the names of files that hold weights, or say where weights are."""
 
 
 def locate_model(name: str, trust_remote_code: bool = False) -> ModelSource:
@@ -140,6 +241,37 @@ def locate_model(name: str, trust_remote_code: bool = False) -> ModelSource:
                             "save it with save_pretrained(..., safe_serialization=True)")
         raise ImpqError(f"model {name} has no .safetensors weights")
     return ModelSource(name, str(folder), trust_remote_code)
+
+
+def _digest(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
+
+
+def _quantized(config: Any) -> str:
+    """The method of the quantization that a configuration, or that of its text model, speaks of; empty for none."""
+    for part in (config, config.get_text_config()):
+        for name in ("quantization_config", "compression_config"):
+            if found := getattr(part, name, None):
+                data = found if isinstance(found, dict) else found.to_dict()
+                return str(data.get("quant_method", "unknown"))
+    return ""
+
+
+def _is_another_part(key: str, model: PreTrainedModel) -> bool:
+    """Whether a tensor of a wrapper's file belongs to a part (such as a vision tower) beside the language model: to a
+    module that the model lacks, next to its blocks or further out."""
+    from impq_core.model.layers import blocks_of
+
+    modules = {name for name, _ in model.named_modules()}
+    names = key.split(".")
+    depth = max(count for count in range(len(names)) if ".".join(names[:count]) in modules)
+    blocks = blocks_of(model)[0][0].split(".")[:-2]
+    return depth <= len(blocks) and names[:depth] == blocks[:depth] and len(names) - depth > 1
+
+
+def _shape(shape: Any) -> str:
+    return " x ".join(map(str, shape))
 
 
 def _brief(error: Exception) -> str:

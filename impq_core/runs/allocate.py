@@ -56,7 +56,11 @@ def allocate_run(run: str | Path, budgets: Sequence[str], surrogate: str | None 
     sizes = [part.wanted.resolve(space) for part in parts]
     made = []
     for one, part, size in zip(every, parts, sizes, strict=True):
-        estimate = part.surrogate.fit(measurements) if measurements else folder.read_estimate()
+        if measurements:
+            wanted = space.carry_over(size, measurements.space)
+            estimate = part.surrogate.fit(replace(measurements, budget_bytes=wanted))
+        else:
+            estimate = folder.read_estimate()
         plan = part.allocator.allocate(estimate.on(space), size)
         plan = replace(plan, nats=estimate.nats, provenance={"run": str(folder.path), "estimate": estimate.method})
         size_name = one.budget.replace("%", "percent")

@@ -9,7 +9,7 @@ from typing import Any
 
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError, UsageError
-from impq_core.interfaces import Inspector, Sampler
+from impq_core.interfaces import Estimator
 from impq_core.parts import assign_options
 from impq_core.plugins import Plugins
 from impq_core.runs.folder import SWEEP, RunFolder
@@ -56,17 +56,17 @@ class Sweep:
         values = [list(dict.fromkeys(self.varied.get(name) or (getattr(self.base, name),))) for name in VARIED]
         if not all(value for name, many in zip(VARIED, values, strict=True) if name != "budget" for value in many):
             raise UsageError("a list of names has nothing between two commas")
-        estimators = {name: plugins.load("estimator", name, object) for name in values[VARIED.index("estimator")]}
+        estimators = {name: plugins.load("estimator", name, Estimator) for name in values[VARIED.index("estimator")]}
         base = self.base
         if base.granularity == "auto":  # all runs have the same layers
-            looking = all(issubclass(kind, Inspector) for kind in estimators.values())
-            base = replace(base, granularity="group" if looking else "block")
+            wanted = {kind.default_granularity for kind in estimators.values()}
+            base = replace(base, granularity=wanted.pop() if len(wanted) == 1 else "block")
         found: list[RunConfig] = []
         refused: dict[str, UsageError] = {}
         taken: set[str] = set()
         for combination in product(*values):
             config = replace(base, **dict(zip(VARIED, combination, strict=True)))
-            if not issubclass(estimators[config.estimator], Sampler) and config.surrogate != values[2][0]:
+            if not estimators[config.estimator].needs_surrogate and config.surrogate != values[2][0]:
                 continue  # it fits nothing: one run will do
             for key, value in self.pairs.items():
                 try:

@@ -1,34 +1,60 @@
-"""Everything about a run that can be settled before the weights are loaded."""
+"""The checks and decisions of a run that need no weights."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from impq_core.config import RunConfig
+from impq_core.errors import ImpqError, UsageError
 from impq_core.interfaces import Backend
-from impq_core.model.layers import layers_of, resolve_dtype, rest_parameters, search_space
+from impq_core.keys import (
+    MAKES_VARIANTS,
+    LossesKey,
+    RunKey,
+    ScoresKey,
+    SlopesKey,
+    TextKey,
+    VariantsKey,
+    code_digest,
+    digest_of,
+    part_facts,
+    versions,
+)
+from impq_core.model.layers import coverage, layers_of, resolve_dtype, rest_parameters, search_space
 from impq_core.model.source import ModelSource, locate_model
 from impq_core.model.text import Windows, check_source, draw_windows, refuse_overlap
-from impq_core.parts import Parts
+from impq_core.parts import Parts, slots_of
 from impq_core.plugins import Plugins
-from impq_core.runs.provenance import code_digest, digest_of, versions
 from impq_core.space import Choice, SearchSpace
+from impq_core.trust import NO_TRUST, Trust
 from impq_core.types import Plan
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A run of which everything that can be checked without the weights has been checked.
+    """A run whose configuration, model, texts and budget have been checked.
 
-    ``played`` is the space the estimator sees: the layers and widths of ``space`` at the sizes of the backend whose
-    variants are measured. ``between`` are the backend's widths between the menu's that uniform references are made
-    of, each with its bytes.
+    Args:
+        config: resolved: paths are absolute, and no value is left to a default.
+        parts: of the run.
+        source: of the model.
+        space: layers and choices with the deployed backend's sizes.
+        played: the same layers and choices with the sizes of the backend whose variants are measured.
+        between: choices of the deployed backend between those of the menu, for uniform references, each with the bytes
+            of a model that is uniformly so.
+        budget_bytes: of the plan.
+        rest_bytes: of embeddings, head and all else that is never quantized, at 16 bits a weight.
+        plan: the plan of ``--plan``.
+        calibration: None if no part reads calibration text.
+        evaluation: the held-out windows.
+        libraries: import names of the backends' libraries.
+        coverage: share of the weights in the model's blocks that the layers hold.
     """
 
     config: RunConfig
@@ -43,27 +69,90 @@ class Prepared:
     calibration: Windows | None
     evaluation: Windows
     libraries: tuple[str, ...]
+    coverage: float
+
+    @property
+    def measures_another_backend(self) -> bool:
+        """Whether the measured variants are not the deployed ones (``--estimate-with``)."""
+        return self.parts.estimate_with is not None and self.plan is None
+
+    @property
+    def deployed_menus(self) -> list[list[Choice]]:
+        """The choices of each layer that the deployed backend makes, widest first: the menu and those between."""
+        return _menus(self.space, [choice for choice, _ in self.between])
+
+    @property
+    def played_menus(self) -> list[list[Choice]]:
+        """The choices of each layer that are measured, widest first."""
+        return _menus(self.played) if self.measures_another_backend else self.deployed_menus
+
+    @property
+    def played_backend(self) -> Backend:
+        """The backend whose variants are measured."""
+        return self.parts.estimate_with if self.measures_another_backend and self.parts.estimate_with else (
+            self.parts.backend)
+
+    def variants_key(self, backend: Backend, menus: Sequence[Sequence[Choice]]) -> VariantsKey:
+        """The identity of a backend's variants; if it reads activations, they were collected behind layers at the
+        widest of their ``menus``."""
+        calibration, prefix = None, ""
+        if backend.needs:
+            calibration = _text_key(self.calibration)
+            prefix = digest_of(sorted([linear.name, *([menu[0].bits, menu[0].group_size] if menu else [])]
+                                      for layer, menu in zip(self.space.everyone, menus, strict=True)
+                                      for linear in layer.linears))
+        return VariantsKey(self.source.digest, self.config.dtype, type(backend).__module__, asdict(backend.options),
+                           versions(self.libraries), code_digest(backend, core=MAKES_VARIANTS), calibration, prefix,
+                           self.config.model)
 
     @cached_property
-    def measured_on(self) -> dict[str, Any]:
-        """What decides a loss under a given pick, as plain data: model, variants, text, code."""
-        config, played = self.config, self.parts.estimate_with or self.parts.backend
-        return {"model": self.config.model, "model_digest": self.source.digest, "dtype": config.dtype,
-                "backend": config.backend, "measured_with": config.estimate_with or config.backend,
-                "backend_options": asdict(self.parts.backend.options), "measured_options": asdict(played.options),
-                "versions": versions(self.libraries),
-                "code": code_digest(self.parts.backend, self.parts.estimate_with),
-                **({"calibration": str(self.calibration), "calibration_digest": self.calibration.digest}
-                   if self.calibration else {})}
+    def deployed_key(self) -> VariantsKey:
+        """The identity of the variants that plans are made of."""
+        return self.variants_key(self.parts.backend, self.deployed_menus)
+
+    def losses_key(self, space: SearchSpace, game: Windows | None) -> LossesKey:
+        """The identity of losses of picks of a space on calibration windows."""
+        variants = self.variants_key(self.played_backend, self.played_menus) if space is self.played else (
+            self.deployed_key)
+        return LossesKey(variants, space.fingerprint, self.config.value, code_digest(), _text_key(self.calibration),
+                         _text_key(game))
+
+    @property
+    def game_windows(self) -> Windows | None:
+        """The first calibration windows, which the game is played on."""
+        return self.calibration.first(self.config.game_windows) if self.calibration else None
+
+    def require_text(self) -> None:
+        """Raises ImpqError if the run reads no calibration text, so that there is no game."""
+        if self.calibration is None:
+            raise ImpqError(f"estimator '{self.config.estimator}' reads no text to play on: choose one that does, such "
+                            "as spqe")
+
+    @property
+    def slopes_key(self) -> SlopesKey:
+        """The identity of gradients."""
+        return SlopesKey(self.losses_key(self.played, self.game_windows), _text_key(self.probed))
+
+    @property
+    def scores_key(self) -> ScoresKey:
+        """The identity of held-out scores."""
+        return ScoresKey(self.deployed_key, TextKey(self.evaluation.digest, str(self.evaluation)),
+                         tuple(layer.name for layer in self.space.everyone))
 
     @cached_property
-    def provenance(self) -> dict[str, Any]:
-        """What decides everything that comes out of the run, as plain data."""
+    def key(self) -> RunKey:
+        """The identity of the run.
+
+        Raises:
+            ImpqError: a file that an option names cannot be read.
+        """
         parts = self.parts
-        return {**self.measured_on, "seed": self.config.seed, "value": self.config.value,
-                "evaluation": str(self.evaluation), "evaluation_digest": self.evaluation.digest,
-                "code_of_parts": code_digest(parts.estimator, parts.surrogate, parts.allocator, parts.refiner),
-                "space": self.space.fingerprint, "plan_given": digest_of(self.plan.pick.tolist()) if self.plan else ""}
+        slots = {slot: getattr(parts, slot) for slot in slots_of(self.config)}
+        return RunKey(self.losses_key(self.played, self.game_windows), self.deployed_key,
+                      TextKey(self.evaluation.digest, str(self.evaluation)), self.space.fingerprint, self.budget_bytes,
+                      {slot: part_facts(getattr(self.config, slot), part) for slot, part in slots.items()},
+                      code_digest(*slots.values()), self.config.seed, self.config.refine,
+                      digest_of(self.plan.pick.tolist()) if self.plan else "")
 
     def planned(self, config: RunConfig, plugins: Plugins) -> Prepared:
         """The same model, layers, estimator and texts with a configuration's surrogate, allocator and budget.
@@ -79,27 +168,10 @@ class Prepared:
                            options=parts.options())
         return replace(self, config=resolved, parts=parts, budget_bytes=budget.resolve(self.space))
 
-    def made_of(self, backend: Backend, menus: Sequence[Sequence[Choice]]) -> dict[str, Any]:
-        """What decides the variants of a backend, as plain data. ``menus`` are the choices of every layer, widest
-        first: where activations matter, those in front of a layer stand at the widest."""
-        about = {"model": self.config.model, "model_digest": self.source.digest, "dtype": self.config.dtype,
-                 "backend": type(backend).__module__, "options": asdict(backend.options),
-                 "versions": versions(self.libraries), "code": code_digest(backend)}
-        if backend.needs:
-            assert self.calibration is not None
-            prefix = [[linear.name, *([menu[0].bits, menu[0].group_size] if menu else [])]
-                      for layer, menu in zip(self.space.everyone, menus, strict=True) for linear in layer.linears]
-            about |= {"calibration": str(self.calibration), "calibration_digest": self.calibration.digest,
-                      "prefix": digest_of(sorted(prefix))}
-        return about
-
     @property
     def played_budget(self) -> int:
-        """The budget in the space the estimator sees: the same place between all-low and all-high."""
-        if self.played is self.space:
-            return self.budget_bytes
-        place = (self.budget_bytes - self.space.low_bytes) / max(1, self.space.high_bytes - self.space.low_bytes)
-        return round(self.played.low_bytes + place * (self.played.high_bytes - self.played.low_bytes))
+        """The budget in the space the estimator sees: the same place between all-narrowest and all-widest."""
+        return self.space.carry_over(self.budget_bytes, self.played)
 
     @property
     def spare(self) -> Windows | None:
@@ -119,24 +191,40 @@ class Prepared:
         return replace(self.calibration, ids=kept[:config.probe_windows or len(kept)])
 
 
-def prepare(config: RunConfig, plugins: Plugins, calibrate: bool = True) -> Prepared:
+def _menus(space: SearchSpace, between: Sequence[Choice] = ()) -> list[list[Choice]]:
+    menu = sorted([*space.choices, *between], reverse=True)
+    return [menu] * len(space) + [[pin.choice] if pin.choice else [] for pin in space.pinned]
+
+
+def _text_key(windows: Windows | None) -> TextKey | None:
+    return TextKey(windows.digest, str(windows)) if windows else None
+
+
+def prepare(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibrate: bool = True,
+            source: ModelSource | None = None) -> Prepared:
     """Resolve and check a configuration: names, options, files, sizes, budget, texts, weights. Writes nothing.
 
     Args:
-        config: what to do.
-        plugins: who can do it.
-        calibrate: false where nothing is to be measured or quantized: the calibration text is left alone.
+        config: the configuration.
+        plugins: the source of the parts.
+        trust: what the command line permits.
+        calibrate: whether the calibration text is read; not needed if nothing is measured or quantized.
+        source: the model, if it was located before; its weights are then not read again.
 
     Raises:
-        ImpqError: whatever is wrong, in one line.
+        ImpqError: a value is wrong, or a file is missing or damaged.
     """
     parts = Parts.build(config, plugins)
     calibrate = calibrate and parts.needs_calibration
-    for text in (config.calibration, config.evaluation) if calibrate else (config.evaluation,):
-        check_source(text.source)
-    source = locate_model(config.model, config.trust_remote_code)
+    if calibrate:
+        check_source(config.calibration.source, "calibration")
+    check_source(config.evaluation.source, "evaluation")
+    source = source or locate_model(config.model, trust.remote_code)
     skeleton = source.skeleton()
     layers = layers_of(skeleton, parts.granularity)
+    covered = coverage(skeleton, layers)
+    if not config.partial:
+        covered.require(config.model)
     space = search_space(layers, parts.backend, parts.menu, config.pins, config.exclude)
     played = space
     if parts.estimate_with and not config.plan:  # a plan that is given is measured as it will be deployed
@@ -149,8 +237,13 @@ def prepare(config: RunConfig, plugins: Plugins, calibrate: bool = True) -> Prep
     for choice in inside:
         alone = search_space(layers, parts.backend, (choice,), config.pins, config.exclude)
         between.append((choice, alone.high_bytes))
-    budget_bytes = parts.wanted.resolve(space)
+    budget, budget_bytes = str(parts.wanted), parts.wanted.resolve(space)
     plan = Plan.load(Path(config.plan), space) if config.plan else None
+    if plan and parts.budget and plan.nbytes > budget_bytes:
+        raise UsageError(f"plan {config.plan} takes {plan.nbytes} bytes, more than the {budget_bytes} of --budget "
+                         f"{config.budget}: leave out --budget, or give a smaller plan")
+    if plan and not parts.budget:  # the plan is its own budget
+        budget, budget_bytes = f"{plan.nbytes}B", plan.nbytes
     tokenizer, vocabulary = source.tokenizer(), skeleton.get_input_embeddings().num_embeddings
     evaluation = draw_windows(config.evaluation, "evaluation", tokenizer, vocabulary)
     calibration = None
@@ -163,15 +256,15 @@ def prepare(config: RunConfig, plugins: Plugins, calibrate: bool = True) -> Prep
         config, model=_absolute(config.model), plan=_absolute(config.plan),
         calibration=replace(config.calibration, source=_absolute(config.calibration.source)),
         evaluation=replace(config.evaluation, source=_absolute(config.evaluation.source)),
-        bits=tuple(choice.bits for choice in parts.menu), budget=str(parts.wanted), dtype=dtype,
+        bits=tuple(choice.bits for choice in parts.menu), budget=budget, dtype=dtype,
         options=parts.options(), granularity=parts.granularity)
     return Prepared(resolved, parts, source, space, played, tuple(between), budget_bytes,
                     2 * rest_parameters(skeleton, layers), plan, calibration, evaluation,
                     tuple(sorted({library for name in {config.backend, config.estimate_with} - {""}
-                                  for library in plugins.find("backend", name).needs})))
+                                  for library in plugins.find("backend", name).needs})), covered.share)
 
 
 def _absolute(name: str) -> str:
     """A file's path made absolute, so that the resolved configuration runs from anywhere; other names as they are."""
-    path = Path(name).expanduser()
-    return str(path.absolute()) if name not in ("", "demo") and path.exists() else name
+    path = os.path.expanduser(name)
+    return str(Path(path).absolute()) if name not in ("", "demo") and os.path.exists(path) else name

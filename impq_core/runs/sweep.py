@@ -1,7 +1,8 @@
-"""Many runs of one model: every combination of parts and budgets, one measurement for each estimator and backend."""
+"""A sweep: every combination of parts and budgets on one model, with one measurement for each estimator and backend."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Collection, Iterator
@@ -14,62 +15,51 @@ from typing import Any
 import numpy as np
 
 from impq_core.errors import ImpqError
-from impq_core.evaluate import Evaluator, evaluate_plan
+from impq_core.evaluate import Evaluator
 from impq_core.files import write_text
-from impq_core.interfaces import Sampler
-from impq_core.ledger import Ledger, refuse_changes
-from impq_core.model.bank import Bank
-from impq_core.model.blockwise import BlockwiseModel
+from impq_core.keys import SweepKey
+from impq_core.ledger import Ledger
+from impq_core.model.source import ModelSource
 from impq_core.plugins import Plugins
 from impq_core.runs.folder import CHILDREN, SWEEP, RunFolder, recorded
 from impq_core.runs.grid import Sweep
-from impq_core.runs.pipeline import (
-    Search,
-    allocate,
-    keep_estimate,
-    load_runner,
-    make_evaluator,
-    make_folder,
-    make_result,
-    playing,
-    quantize_all,
-    quantize_played,
-    report,
-    score_log,
-)
+from impq_core.runs.pipeline import Search, allocate, keep_estimate, make_folder, result_of
 from impq_core.runs.prepare import Prepared, prepare
+from impq_core.runs.session import Session
+from impq_core.trust import NO_TRUST, Trust
 from impq_core.types import Measurements, SensitivityEstimate
 
 MEASURED = "measured"
-"""The folder of a sweep that holds its measurements, one for each backend and estimator."""
+"""The folder of a sweep with its measurements: a folder for each backend and estimator."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Child:
-    """A run of the sweep, by name."""
+    """A run of the sweep and its name."""
 
     name: str
     prepared: Prepared
 
 
-def run_sweep(sweep: Sweep, plugins: Plugins | None = None, path: Path | None = None) -> Path:
-    """Measure, plan and score all runs of a sweep; a run that no plan can be made for fails, and the others continue.
+def run_sweep(sweep: Sweep, plugins: Plugins | None = None, path: Path | None = None, trust: Trust = NO_TRUST) -> Path:
+    """Measure, plan and score all runs of a sweep. A run without a plan fails, and the others continue.
 
     Args:
-        sweep: what to do.
-        plugins: who can do it, and who watches; the installed plugins by default.
-        path: folder of a sweep to go on with.
+        sweep: the configurations.
+        plugins: parts and observers; the installed plugins by default.
+        path: folder of a sweep to continue.
+        trust: what the caller permits.
 
     Raises:
-        ImpqError: anything the user can mend.
+        ImpqError: an error that the user can correct.
     """
     plugins = plugins or Plugins()
-    children = _prepare_all(sweep, plugins)
+    children = _prepare_all(sweep, plugins, trust)
     folder = RunFolder.open(path, SWEEP) if path else _make(sweep)
-    names = [child.name for child in children]
-    with folder.locked(), closing(Ledger(folder.path / "finished.jsonl", "impq-sweep/1", {"runs": names})) as done:
+    key = SweepKey(tuple(child.name for child in children))
+    with folder.locked(), closing(Ledger(folder.path / "finished.jsonl", "impq-sweep/2", key)) as done:
         plugins.notify("impq_sweep_started", config=sweep.base, folder=folder.path, varied=sweep.varied)
-        finished = {str(row.get("run")) for row in done.known}
+        finished = {str(row.get("run")) for row in done.rows}
         try:
             for _, group in groupby(children, key=lambda child: child.prepared.config.backend):
                 runs = list(group)
@@ -88,57 +78,64 @@ def _make(sweep: Sweep) -> RunFolder:
                                                       SWEEP: json.dumps(facts, indent=1) + "\n"})
 
 
-def _prepare_all(sweep: Sweep, plugins: Plugins) -> list[_Child]:
-    """Every run checked as far as that goes without the weights; texts are drawn once an estimator and backend."""
-    children = []
+def _prepare_all(sweep: Sweep, plugins: Plugins, trust: Trust) -> list[_Child]:
+    """Every run, checked without weights. Texts are drawn once for each estimator and backend; the weights of the model
+    are checked once."""
+    children: list[_Child] = []
+    source: ModelSource | None = None
     for _, group in groupby(sweep.configs(plugins), key=lambda config: (config.backend, config.estimator)):
         configs = list(group)
-        prepared = prepare(configs[0], plugins)
+        prepared = prepare(configs[0], plugins, trust, source=source)
+        source = prepared.source
         for config in configs:
             child = prepared.planned(config, plugins)
             parts = [getattr(config, name) for name in ("backend", "estimator")]
-            if isinstance(child.parts.estimator, Sampler):
+            if child.parts.estimator.needs_surrogate:
                 parts.append(config.surrogate)
-            name = re.sub(r"[^\w.]+", "-", "-".join([*parts, config.allocator, child.config.budget]))
-            children.append(_Child(name, child))
+            name = "-".join([*parts, config.allocator, child.config.budget])
+            children.append(_Child(_file_name(name, {other.name for other in children}), child))
     return children
+
+
+def _file_name(name: str, taken: Collection[str]) -> str:
+    """A name without characters that file systems refuse; two names never become one."""
+    short = re.sub(r"[^\w.]+", "-", name.replace("%", "percent"))
+    return f"{short}-{hashlib.sha256(name.encode()).hexdigest()[:6]}" if short in taken else short
 
 
 def _one_backend(children: list[_Child], plugins: Plugins, folder: RunFolder, done: Ledger,
                  finished: Collection[str]) -> None:
-    """All runs with a backend's variants: first every estimator plays, then every plan is scored."""
+    """All runs with the variants of one backend: first every estimator measures, then every plan is scored."""
     first = children[0].prepared
-    apart = first.parts.estimate_with is not None
-    runner = load_runner(first)
-    bank = (quantize_played if apart else quantize_all)(first, runner, report(plugins, "quantize"))
-    found: list[tuple[_Child, Search]] = []
+    session = Session(first, plugins)
+    session.quantize_played()
+    searches: list[tuple[_Child, Search]] = []
     for estimator, group in groupby(children, key=lambda child: child.prepared.config.estimator):
-        found += _plans(list(group), plugins, folder, f"{first.config.backend}-{estimator}", runner, bank, finished)
-    bank.apply([None] * len(bank.layers))
-    if apart:
-        bank = quantize_all(first, runner, report(plugins, "quantize"))
-    with closing(score_log(first, folder.path / f"scores-{first.config.backend}.jsonl")) as log:
-        evaluator = make_evaluator(first, runner, bank, log)
-        for child, search in found:
-            _finish(child, search, evaluator, plugins, folder, bank)
+        searches += _search(list(group), session, folder, f"{first.config.backend}-{estimator}", finished)
+    if first.measures_another_backend:
+        session.quantize_deployed()
+    with closing(session.score_log(folder.path / f"scores-{first.config.backend}.jsonl")) as log:
+        evaluator = session.evaluator(log)
+        for child, search in searches:
+            _finish(child, search, session, evaluator, folder)
             done.append({"run": child.name})
             done.sync()
 
 
-def _plans(children: list[_Child], plugins: Plugins, sweep: RunFolder, name: str, runner: BlockwiseModel, bank: Bank,
-           finished: Collection[str]) -> Iterator[tuple[_Child, Search]]:
-    """The plans of an estimator's runs but the finished ones, all from one measurement, made for the middle one of
-    their budgets."""
+def _search(children: list[_Child], session: Session, sweep: RunFolder, name: str,
+            finished: Collection[str]) -> Iterator[tuple[_Child, Search]]:
+    """The plans of an estimator's runs, without the finished ones. All come from one measurement, which is made for the
+    median of their budgets."""
     path = sweep.path / MEASURED / name
-    middle = sorted(children, key=lambda child: child.prepared.budget_bytes)[len(children) // 2].prepared
+    median = sorted(children, key=lambda child: child.prepared.budget_bytes)[len(children) // 2].prepared
     if path.exists():
         folder = RunFolder.open(path, "provenance.json")
-        refuse_changes(folder.read_json(folder.provenance), middle.provenance, str(path))
+        median.key.require(folder.read_json(folder.provenance), str(path))
     else:
-        folder = make_folder(middle, path.parent, path.name)
-    with folder.locked(), playing(middle, plugins, folder, runner, bank) as (game, probe):
-        found = middle.parts.measure(game, probe, np.random.default_rng(middle.config.seed))
-        measurements = found if isinstance(found, Measurements) else None
+        folder = make_folder(median, path.parent, path.name)
+    with folder.locked(), session.seen_by(median).playing(folder) as (game, probe):
+        result = median.parts.measure(game, probe, np.random.default_rng(median.config.seed))
+        measurements = result if isinstance(result, Measurements) else None
         if measurements:
             measurements.save(folder.measurements)
         fitted: dict[tuple[Any, ...], SensitivityEstimate] = {}
@@ -149,11 +146,11 @@ def _plans(children: list[_Child], plugins: Plugins, sweep: RunFolder, name: str
             key = (prepared.config.surrogate, prepared.budget_bytes) if measurements else ()
             try:
                 if key not in fitted:
-                    fitted[key] = found if isinstance(found, SensitivityEstimate) else prepared.parts.surrogate.fit(
-                        replace(found, budget_bytes=prepared.played_budget))
+                    fitted[key] = result if isinstance(result, SensitivityEstimate) else prepared.parts.surrogate.fit(
+                        replace(result, budget_bytes=prepared.played_budget))
                 plan = allocate(prepared, fitted[key])
             except ImpqError as error:
-                _fail(child, error, plugins, sweep)
+                _fail(child, error, session.plugins, sweep)
                 continue
             yield child, Search(plan, fitted[key], measurements, game.loss(plan.pick) if game else None)
 
@@ -165,7 +162,8 @@ def _folder_of(child: _Child, sweep: RunFolder) -> RunFolder:
 
 def _start(child: _Child, plugins: Plugins, folder: RunFolder) -> None:
     prepared = child.prepared
-    plugins.notify("impq_run_started", config=prepared.config, space=prepared.space, folder=folder.path)
+    plugins.notify("impq_run_started", config=prepared.config, space=prepared.space, folder=folder.path,
+                   coverage=prepared.coverage)
 
 
 def _fail(child: _Child, error: ImpqError, plugins: Plugins, sweep: RunFolder) -> None:
@@ -177,25 +175,22 @@ def _fail(child: _Child, error: ImpqError, plugins: Plugins, sweep: RunFolder) -
         plugins.notify("impq_run_failed", error=ImpqError(f"{child.name}: {error}"))
 
 
-def _finish(child: _Child, search: Search, evaluator: Evaluator, plugins: Plugins, sweep: RunFolder,
-            bank: Bank) -> None:
-    """Score a plan, and leave a run folder like that of any other run."""
-    prepared, (plan, estimate) = child.prepared, (search.plan, search.estimate)
-    assert plan is not None and estimate is not None
+def _finish(child: _Child, search: Search, session: Session, evaluator: Evaluator, sweep: RunFolder) -> None:
+    """Score a plan, and leave a run folder like any other."""
+    prepared, plugins = child.prepared, session.plugins
+    assert search.plan is not None and search.estimate is not None
     folder = _folder_of(child, sweep)
     with folder.locked():
         _start(child, plugins, folder)
         try:
-            bank.save_record(folder.variants)
-            keep_estimate(plugins, folder, estimate, search.measurements)
-            plan.save(folder.plan)
-            plugins.notify("impq_plan_ready", plan=plan)
-            evaluation = evaluate_plan(evaluator, plan, prepared.between, prepared.evaluation, prepared.config.seed,
-                                       report(plugins, "evaluate"))
+            session.bank.save_record(folder.variants)
+            keep_estimate(plugins, folder, search.estimate, search.measurements)
+            search.plan.save(folder.plan)
+            plugins.notify("impq_plan_ready", plan=search.plan)
+            evaluation = session.evaluate(evaluator, search.plan)
             evaluation.save(folder.evaluation)
-            folder.write_json(folder.cost, {"forwards": estimate.forwards, "seconds": {}})
-            plugins.notify("impq_run_finished",
-                           result=make_result(prepared, folder, search, evaluation, estimate.forwards, {}))
+            folder.write_json(folder.cost, {"forwards": search.forwards, "seconds": {}})
+            plugins.notify("impq_run_finished", result=result_of(prepared, folder, search, evaluation, {}))
         except BaseException as error:
             plugins.notify("impq_run_failed", error=error)
             raise

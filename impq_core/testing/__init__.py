@@ -17,8 +17,9 @@ from impq_core.testing.planted import (
 from impq_core.testing.plugin import PluginSuite
 from impq_core.testing.refiners import RefinerSuite
 from impq_core.testing.surrogates import SurrogateSuite
+from impq_core.testing.texts import made_text
 from impq_core.testing.tiny import ARCHITECTURES, TinyTable, tiny_model
 
 __all__ = ["ARCHITECTURES", "AllocatorSuite", "BackendSuite", "EstimatorSuite", "PlantedGame", "PlantedProbe",
-           "PluginSuite", "RefinerSuite", "SurrogateSuite", "TinyTable", "best_pick", "least_loss", "planted_estimate",
-           "planted_loss", "planted_measurements", "planted_space", "tiny_model"]
+           "PluginSuite", "RefinerSuite", "SurrogateSuite", "TinyTable", "best_pick", "least_loss", "made_text",
+           "planted_estimate", "planted_loss", "planted_measurements", "planted_space", "tiny_model"]

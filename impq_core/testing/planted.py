@@ -30,62 +30,73 @@ class PlantedGame:
     Args:
         space: the space.
         function: absolute loss of a pick (n,), nats per token.
-        noise: standard deviation of what each of the windows adds to it; the same for a pick whenever it is asked.
-        seed: of that noise.
-        windows: how many there are.
-        probe: what is seen from inside, for estimators that look before they play.
-        budget_bytes: what plans are wanted for.
+        noise: standard deviation of what each window adds to a loss, nats per token; the same for a pick whenever it is
+            measured on that window.
+        seed: of all noise.
+        windows: windows of a set.
+        probe: the model seen from inside, for estimators that inspect it before they play.
+        budget_bytes: size of the plans wanted.
+        text_noise: standard deviation of what each set of windows adds to the cost of every choice of every layer, nats
+            per token: an additive game stays additive on each set, but its costs differ between sets.
+        sets: number of sets of windows; None for no limit.
     """
 
     def __init__(self, space: SearchSpace, function: Callable[[IntArray], float], noise: float = 0.0, seed: int = 0,
-                 windows: int = 8, probe: Probe | None = None, budget_bytes: int | None = None) -> None:
+                 windows: int = 8, probe: Probe | None = None, budget_bytes: int | None = None, text_noise: float = 0.0,
+                 sets: int | None = None) -> None:
         self.space, self.budget_bytes = space, budget_bytes
         self._probe = probe
         self.set = 0
         self._function, self._noise, self._seed, self._count = function, noise, seed, windows
+        self._text_noise, self._sets = text_noise, sets
         self.evaluations = 0
         self.tokens = 1000
 
     @property
     def forwards(self) -> float:
-        """An evaluation counts one."""
+        """Cost so far; an evaluation counts one forward."""
         return float(self.evaluations)
 
     @property
     def probe(self) -> Probe:
-        """What was given."""
+        """The probe of the constructor."""
         assert self._probe is not None, "this planted game was given no probe"
         return self._probe
 
     @property
     def reference_loss(self) -> float:
-        """The function at the all-reference pick."""
+        """Mean over windows of the loss of the all-reference pick."""
         return float(self._windows(self.space.uniform(0)).mean())
 
     def expect(self, evaluations: int) -> None:
-        """Nobody watches."""
+        """Ignored: a planted game shows no progress."""
 
-    def redraw(self, number: int) -> None:
-        """Other noise."""
-        self.set = number
+    def redraw(self, number: int) -> int:
+        """Continue on another set of windows, with other noise."""
+        self.set = number % self._sets if self._sets else number
+        return self.set
 
     def loss(self, pick: IntArray) -> float:
-        """The function, above the reference."""
+        """Loss of a pick above the reference."""
         return float(self.losses(pick[None])[0])
 
     def losses(self, picks: IntArray) -> FloatArray:
-        """The function of each pick, above the reference."""
+        """Losses of picks above the reference."""
         self.evaluations += len(picks)
         return np.array([self._windows(pick).mean() for pick in picks]) - self.reference_loss
 
     def window_losses(self, pick: IntArray) -> FloatArray:
-        """The function of a pick, with each window's noise."""
+        """Absolute loss of a pick on each window of the set."""
         self.evaluations += 1
         return self._windows(pick)
 
     def _windows(self, pick: IntArray) -> FloatArray:
         rng = np.random.default_rng([self._seed, self.set, *(int(k) for k in pick)])
-        return self._function(pick) + self._noise * rng.normal(size=self._count)
+        losses = self._function(pick) + self._noise * rng.normal(size=self._count)
+        if self._text_noise:
+            costs = np.random.default_rng([self._seed, self.set]).normal(size=self.space.nbytes.shape)
+            losses = losses + self._text_noise * costs[np.arange(len(pick)), pick].sum()
+        return losses
 
 
 class PlantedProbe:

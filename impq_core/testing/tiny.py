@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from impq_core.testing.rounding import Rounding
+
+if TYPE_CHECKING:
+    from impq_core.game.model_game import ModelGame
+    from impq_core.game.probe import ModelProbe
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
 
@@ -79,7 +83,6 @@ class TinyTable:
                  blocks: int = 3) -> None:
         import torch
 
-        from impq_core.game.model_game import ModelGame
         from impq_core.model.bank import Bank, fill_bank
         from impq_core.model.blockwise import BlockwiseModel
         from impq_core.model.layers import layers_of, search_space
@@ -92,9 +95,30 @@ class TinyTable:
         self._bank = Bank(model, self.space.everyone, backend, torch.float32)
         menus = [choices] * len(self.space) + [()] * len(self.space.pinned)
         fill_bank(self._bank, runner, None, menus, lambda done, total: None)
-        windows = Windows(np.random.default_rng(0).integers(0, 256, (4, 24)), "random", "random bytes")
+        self._runner = runner
+        self._windows = Windows(np.random.default_rng(0).integers(0, 256, (4, 24)), "random", "random bytes")
+        self.game = self.new_game()
+
+    def new_game(self, probe: ModelProbe | None = None) -> ModelGame:
+        """Another game on the same variants and windows, with no loss measured yet.
+
+        Args:
+            probe: of an earlier game; a new one by default.
+        """
+        from impq_core.game.model_game import ModelGame
+
         middle = (self.space.low_bytes + self.space.high_bytes) // 2
-        self.game = ModelGame(self.space, self._bank, runner, windows, budget_bytes=middle)
+        return ModelGame(self.space, self._bank, self._runner, self._windows, budget_bytes=middle, probe=probe)
+
+    def forward_flops(self) -> int:
+        """FLOPs of one ordinary forward of the model over the game's windows."""
+        import torch
+
+        from impq_core.model.cost import flop_counter
+
+        with torch.no_grad(), flop_counter() as counter:
+            self._runner.forward(torch.from_numpy(self._windows.ids))
+        return int(counter.get_total_flops())
 
     def digest(self) -> str:
         """Of all weights and variants: changes when one of them is written to."""

@@ -1,7 +1,6 @@
 """GPTQ (arXiv 2210.17323) as an impq backend, on the layer API of gptqmodel."""
 
-from impq_core.hookspecs import hookimpl
-from impq_core.plugins import Component
+from impq_core.hookspecs import Component, hookimpl
 
 _GPTQ = {"target": "impq_gptq.backend:Gptq", "needs": ("gptqmodel",), "extra": "gptq"}
 

@@ -1,4 +1,4 @@
-"""The backend: gptqmodel quantizes and packs; this page only translates."""
+"""The GPTQ backend: gptqmodel quantizes and packs; this module only translates."""
 
 from __future__ import annotations
 
@@ -75,9 +75,19 @@ class Gptq(Backend):
         return codes + groups * linear.rows * 2 + groups * linear.rows * bits // 8 + linear.columns * 4
 
     def quantize(self, weight: torch.Tensor, choice: Choice, statistics: Statistics | None) -> Variant:
-        """GPTQ with the Hessian 2/N sum x xT of the given statistics."""
+        """GPTQ with the Hessian 2/N sum x xT of the given statistics; for statistics of no token the Hessian is the
+        identity, which makes GPTQ plain rounding, and the record says ``unreached``.
+
+        Raises:
+            ImpqError: there are no statistics, they are not finite, or the library gives up on the Hessian.
+        """
+        import torch
+
         if statistics is None:
             raise ImpqError("backend gptq needs activation statistics")
+        if not torch.isfinite(statistics.gram).all():
+            raise ImpqError("the inputs hold NaN or infinity, which GPTQ cannot use; try --dtype float32")
+        reached = statistics.tokens > 0
         from torch import nn
 
         gptq = _library()
@@ -89,15 +99,16 @@ class Gptq(Backend):
         linear.weight.data = weight.clone()
         task = gptq.GPTQ(linear, qcfg=config)
         task.quantizer.configure(perchannel=True)
-        task.H = statistics.gram * (2.0 / statistics.tokens)
-        task.nsamples = statistics.tokens
+        task.H = statistics.gram * (2.0 / statistics.tokens) if reached else torch.eye(weight.shape[1])
+        task.nsamples = max(1, statistics.tokens)
         linear.weight.data, scales, zeros, index, _, loss, damping, _ = task.quantize()
         packed = self._packed(choice, weight.shape)
         packed.pack_original(linear, scales, zeros, index)
         tensors = {name: getattr(packed, name).clone() for name in TENSORS}
-        if not isinstance(loss, float):  # the library reports a word where it gave up on the Hessian
+        if not isinstance(loss, float):  # the library returns a word if it gave up on the Hessian
             raise ImpqError(f"GPTQ failed at {choice} bits ({loss}); more calibration text or damping may help")
-        return Variant(choice, tensors, {"damping": float(damping), "loss": loss})
+        record = {"damping": float(damping), "loss": loss}
+        return Variant(choice, tensors, record if reached else {**record, "unreached": 1.0})
 
     def pack(self, codes: torch.Tensor, scales: torch.Tensor, choice: Choice) -> Variant:
         """A variant from signed symmetric codes (rows, columns) and 16-bit scales (rows, groups)."""

@@ -9,8 +9,7 @@ from typing import Any
 from impq_core.errors import ImpqError
 from impq_core.exports.checkpoint import read_model, write_model
 from impq_core.interfaces import Checkpoint, Exporter, Variant
-from impq_core.space import LinearSpec
-from impq_core.types import Plan
+from impq_core.space import Choice
 from impq_gptq.backend import Gptq, Options
 
 
@@ -36,37 +35,39 @@ class CompressedTensorsExporter(Exporter):
         from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
         backend = Gptq(Options(**checkpoint.options))
-        specs = _specs(checkpoint.plan)
         tensors = dict(checkpoint.dense)
         for name, variant in checkpoint.variants.items():
-            spec, bits = specs[name], int(variant.choice.bits)
+            spec, bits = checkpoint.specs[name], int(variant.choice.bits)
             scales = variant.tensors["scales"].T.contiguous()
             weight = backend.dequantize(variant, spec).reshape(spec.rows, -1, variant.choice.group_size)
             codes = torch.round(weight / scales.float().clamp_min(1e-12)[:, :, None]).reshape(spec.rows, spec.columns)
             tensors |= {f"{name}.weight_packed": pack_to_int32(codes.to(torch.int8), bits),
                         f"{name}.weight_scale": scales, f"{name}.weight_shape": torch.tensor([spec.rows, spec.columns])}
-        write_model(folder, tensors, {**checkpoint.config, "quantization_config": quantization_config(checkpoint.plan)})
+        quantized = quantization_config(checkpoint.widths)
+        write_model(folder, tensors, {**checkpoint.config, "quantization_config": quantized})
 
-    def restore(self, folder: Path, plan: Plan) -> Mapping[str, Variant]:
+    def restore(self, folder: Path, checkpoint: Checkpoint) -> Mapping[str, Variant]:
         """The same linears as GPTQ variants again; raises ImpqError where the file lacks one."""
         import torch
         from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-        specs, variants = _specs(plan), {}
+
+        variants = {}
         with read_model(folder) as tensor:
-            for name, choice in plan.widths().items():
+            for name, choice in checkpoint.widths.items():
                 if choice is not None:
-                    shape = torch.Size((specs[name].rows, specs[name].columns))
+                    spec = checkpoint.specs[name]
+                    shape = torch.Size((spec.rows, spec.columns))
                     codes = unpack_from_int32(tensor(f"{name}.weight_packed"), int(choice.bits), shape)
                     backend = Gptq(Options(group_size=choice.group_size, symmetric=True))
                     variants[name] = backend.pack(codes, tensor(f"{name}.weight_scale"), choice)
         return variants
 
 
-def quantization_config(plan: Plan) -> dict[str, Any]:
-    """The format's own configuration of a plan."""
+def quantization_config(widths: Mapping[str, Choice | None]) -> dict[str, Any]:
+    """The format's configuration of widths by name."""
     groups: dict[str, dict[str, Any]] = {}
     ignored = ["lm_head"]
-    for name, choice in plan.widths().items():
+    for name, choice in widths.items():
         if choice is None:
             ignored.append(name)
             continue
@@ -77,8 +78,4 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
         group["targets"].append(name)
     return {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
             "config_groups": groups, "ignore": ignored}
-
-
-def _specs(plan: Plan) -> dict[str, LinearSpec]:
-    return {spec.name: spec for layer in plan.space.everyone for spec in layer.linears}
 

@@ -13,7 +13,6 @@ from impq_core.exports.checkpoint import read_variants, write_model
 from impq_core.files import write_text
 from impq_core.interfaces import Checkpoint, Exporter, Variant
 from impq_core.space import Choice
-from impq_core.types import Plan
 from impq_gptq.backend import TENSORS
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -39,10 +38,9 @@ def with_fused(widths: Mapping[str, Choice | None]) -> dict[str, Choice | None]:
     return every
 
 
-def quantization_config(plan: Plan, options: Mapping[str, Any]) -> dict[str, Any]:
-    """GPTQModel's configuration of a plan: the commonest width, and ``dynamic`` for the modules that differ; linears
+def quantization_config(widths: Mapping[str, Choice | None], options: Mapping[str, Any]) -> dict[str, Any]:
+    """GPTQModel's configuration: the commonest width, and ``dynamic`` for the modules that differ; linears
     that stay unquantized are named with ``-:``."""
-    widths = plan.widths()
     common = Counter(choice for choice in widths.values() if choice).most_common(1)[0][0]
     dynamic: dict[str, dict[str, Any]] = {}
     for name, choice in with_fused(widths).items():
@@ -65,10 +63,10 @@ class GptqExporter(Exporter):
         tensors = dict(checkpoint.dense)
         for name, variant in checkpoint.variants.items():
             tensors |= {f"{name}.{part}": variant.tensors[part] for part in TENSORS}
-        config = quantization_config(checkpoint.plan, checkpoint.options)
+        config = quantization_config(checkpoint.widths, checkpoint.options)
         write_model(folder, tensors, {**checkpoint.config, "quantization_config": config})
         write_text(folder / "quantize_config.json", json.dumps(config, indent=2) + "\n")
 
-    def restore(self, folder: Path, plan: Plan) -> Mapping[str, Variant]:
+    def restore(self, folder: Path, checkpoint: Checkpoint) -> Mapping[str, Variant]:
         """Read the packed linears back; raises ImpqError where the file lacks one."""
-        return read_variants(folder, plan, lambda choice: {part: part for part in TENSORS})
+        return read_variants(folder, checkpoint.widths, lambda choice: {part: part for part in TENSORS})

@@ -1,7 +1,6 @@
 """Allocators without a solver: greedy, and exhaustive search for small spaces."""
 
-from impq_core.hookspecs import hookimpl
-from impq_core.plugins import Component
+from impq_core.hookspecs import Component, hookimpl
 
 
 @hookimpl

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from impq_core.exports.checkpoint import read_variants, write_model
 from impq_core.interfaces import Checkpoint, Exporter, Variant
-from impq_core.types import Plan
 from impq_hqq.backend import Hqq, Options
 
 _NAMES = {"codes": "W_q", "scale": "scale", "zero": "zero"}
@@ -24,16 +23,15 @@ class HqqExporter(Exporter):
 
     def export(self, checkpoint: Checkpoint, folder: Path) -> None:
         """Write model.safetensors and config.json."""
-        specs = {spec.name: spec for layer in checkpoint.plan.space.everyone for spec in layer.linears}
         tensors, backend = dict(checkpoint.dense), Hqq(Options(**checkpoint.options))
         for name, variant in checkpoint.variants.items():
-            state = backend.stored_state(variant, specs[name])
+            state = backend.stored_state(variant, checkpoint.specs[name])
             tensors |= {f"{name}.{part}": tensor for part, tensor in state.items()}
         # Without the key 'quant_config' transformers refuses; with it, it would go on with random weights.
-        widths = {name: int(choice.bits) for name, choice in checkpoint.plan.widths().items() if choice}
+        widths = {name: int(choice.bits) for name, choice in checkpoint.widths.items() if choice}
         write_model(folder, tensors, {**checkpoint.config, "quantization_config": {
             "quant_method": "hqq", "bits": widths}})
 
-    def restore(self, folder: Path, plan: Plan) -> Mapping[str, Variant]:
+    def restore(self, folder: Path, checkpoint: Checkpoint) -> Mapping[str, Variant]:
         """Read the packed linears back; raises ImpqError where the file lacks one."""
-        return read_variants(folder, plan, lambda choice: _NAMES)
+        return read_variants(folder, checkpoint.widths, lambda choice: _NAMES)

@@ -1,7 +1,6 @@
 """The quadratic program of IMPQ / CoopQ (arXiv 2509.15455), solved by Pyomo and HiGHS."""
 
-from impq_core.hookspecs import hookimpl
-from impq_core.plugins import Component
+from impq_core.hookspecs import Component, hookimpl
 
 
 @hookimpl

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from impq_core.errors import ImpqError
 from impq_core.interfaces import Allocator
 from impq_core.space import FloatArray, IntArray
 from impq_core.types import Plan, SensitivityEstimate
@@ -25,6 +24,9 @@ _Allowed = NDArray[np.bool_]
 _ROUNDS = 40
 _PRODUCTS = 500
 """Up to so many HiGHS solves the paper's form in seconds."""
+
+_ROUNDING = 1e-11
+"""What bounds are believed to, relative to the sum of an estimate's terms."""
 
 _NODES = 10_000
 """Most nodes of HiGHS in one part; those of so few products take hundreds."""
@@ -78,8 +80,7 @@ class QuadraticProgram(Allocator):
     def allocate(self, estimate: SensitivityEstimate, budget_bytes: int) -> Plan:
         """The best plan found, with its proven bound."""
         space = estimate.space
-        if budget_bytes < space.low_bytes:
-            raise ImpqError(f"a budget of {budget_bytes} bytes is below the smallest plan, {space.low_bytes} bytes")
+        space.check_budget(budget_bytes)
         pick, least = solve(estimate, budget_bytes, self.options)
         value = float(estimate.score(pick)[0])
         loss, bound = (float(estimate.losses_of(np.array(score))) for score in (value, min(least, value)))
@@ -150,13 +151,15 @@ class _Best:
 
     def __init__(self, estimate: SensitivityEstimate, budget: int, options: Options) -> None:
         self.estimate, self.budget, self.gap = estimate, budget, options.gap
+        terms = [estimate.linear] if estimate.pairwise is None else [estimate.linear, estimate.pairwise]
+        self.rounding = _ROUNDING * sum(float(np.abs(term).sum()) for term in terms)
         self.pick = search(estimate, budget, options.starts, np.random.default_rng(options.seed))
         self.value = float(estimate.score(self.pick)[0])
 
     @property
     def target(self) -> float:
         """The score that a pick must be below to be worth more search."""
-        return self.value - self.gap * abs(self.value)
+        return self.value - max(self.gap * abs(self.value), self.rounding)
 
     def offer(self, pick: IntArray | None) -> None:
         """Take a pick where it fits and is better, once local moves have improved it."""

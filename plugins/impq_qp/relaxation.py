@@ -25,6 +25,9 @@ _ROUNDING = 1e-12
 _NEVER = 1e9
 """More than any cost or price of a program."""
 
+_FREE = 1e-18
+"""A price of a byte that is as good as none, in units of a program: a dual bound moves by less than its rounding."""
+
 _SWEEPS = 10
 """Of coordinate descent in each round; the next round goes on from there."""
 
@@ -73,13 +76,12 @@ class Program:
         field = estimate.linear
         pairs = np.zeros((*is_open.shape, *is_open.shape))
         if estimate.pairwise is not None:
-            both = (estimate.pairwise + estimate.pairwise.transpose(2, 3, 0, 1)) / 2  # an estimate's may be off by 1e-9
-            field = field + both[:, :, everyone, base].sum(axis=2)
-            both = both[rows, choices][:, :, rows, choices]
+            field = field + estimate.pairwise[:, :, everyone, base].sum(axis=2)
+            both = estimate.pairwise[rows, choices][:, :, rows, choices]
             both = both[:, 1:] - both[:, :1]
             pairs = (both[..., 1:] - both[..., :1]) * is_open[:, :, None, None] * is_open
         linear = (field[rows, choices[:, 1:]] - field[rows, choices[:, :1]]) * is_open
-        unit = max(float(np.abs(linear).max(initial=0)), float(np.abs(pairs).max(initial=0)), 1e-9)
+        unit = max(float(np.abs(linear).max(initial=0)), float(np.abs(pairs).max(initial=0))) or 1.0
         saved = (space.nbytes[rows, choices[:, :1]] - space.nbytes[rows, choices[:, 1:]]) * is_open
         size = max(int(saved.max(initial=0)), 1)
         return cls(choices, layers, base, is_open, float(estimate.score(base)[0]), unit,
@@ -108,13 +110,14 @@ class Program:
         def short(price: float) -> bool:
             return bool(saved[rows, (costs - price * saved).argmin(axis=1)].sum() < self.needed - _ROUNDING)
 
-        low, high = 0.0, 1.0
-        while short(high) and high < _NEVER:
-            low, high = high, 2 * high
-        while high - low > 1e-13 * high and short(0.0):
-            middle = (low + high) / 2
-            low, high = (middle, high) if short(middle) else (low, middle)
-        price = high if short(0.0) else 0.0
+        price = 0.0
+        if short(0.0):
+            low, price = 0.0, 1.0
+            while short(price) and price < _NEVER:
+                low, price = price, 2 * price
+            while price - low > max(1e-13 * price, _FREE):
+                middle = (low + price) / 2
+                low, price = (middle, price) if short(middle) else (low, middle)
         reduced = costs - price * saved
         lowest = reduced.min(axis=1)
         rounding = 1e-14 * (len(costs) * price + np.abs(lowest).sum())

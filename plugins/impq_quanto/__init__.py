@@ -1,7 +1,6 @@
 """optimum-quanto as an impq backend."""
 
-from impq_core.hookspecs import hookimpl
-from impq_core.plugins import Component
+from impq_core.hookspecs import Component, hookimpl
 
 
 @hookimpl

@@ -12,7 +12,6 @@ from impq_core.exports.checkpoint import read_variants, write_model
 from impq_core.files import write_text
 from impq_core.interfaces import Checkpoint, Exporter, Variant
 from impq_core.space import Choice
-from impq_core.types import Plan
 
 STOCK_GROUP = 128
 """The file does not hold group sizes: quanto derives them from this one."""
@@ -53,9 +52,9 @@ class QuantoExporter(Exporter):
                  for name, variant in checkpoint.variants.items()}
         write_text(folder / "quanto_qmap.json", json.dumps(types, indent=4) + "\n")
 
-    def restore(self, folder: Path, plan: Plan) -> Mapping[str, Variant]:
+    def restore(self, folder: Path, checkpoint: Checkpoint) -> Mapping[str, Variant]:
         """Read the packed linears back; raises ImpqError where the file lacks one."""
-        return read_variants(folder, plan, _names)
+        return read_variants(folder, checkpoint.widths, _names)
 
 
 def _names(choice: Choice) -> Mapping[str, str]:

@@ -1,7 +1,6 @@
 """A plan as a recipe for tools that quantize by themselves."""
 
-from impq_core.hookspecs import hookimpl
-from impq_core.plugins import Component
+from impq_core.hookspecs import Component, hookimpl
 
 
 @hookimpl

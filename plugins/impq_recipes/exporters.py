@@ -19,7 +19,7 @@ class GptqModelRecipe(Exporter):
         """Write dynamic.json."""
         dynamic = {f"{'+' if choice else '-'}:^{re.escape(name)}$":
                    {"bits": int(choice.bits), "group_size": choice.group_size or -1} if choice else {}
-                   for name, choice in checkpoint.plan.widths().items()}
+                   for name, choice in checkpoint.widths.items()}
         write_text(folder / "dynamic.json", json.dumps(dynamic, indent=1) + "\n")
 
 
@@ -29,7 +29,7 @@ class AutoRoundRecipe(Exporter):
     def export(self, checkpoint: Checkpoint, folder: Path) -> None:
         """Write layer_config.json."""
         layers = {name: {"bits": int(choice.bits), "group_size": choice.group_size or -1} if choice else {"bits": 16}
-                  for name, choice in checkpoint.plan.widths().items()}
+                  for name, choice in checkpoint.widths.items()}
         write_text(folder / "layer_config.json", json.dumps(layers, indent=1) + "\n")
 
 
@@ -47,7 +47,7 @@ class LlamaCppRecipe(Exporter):
         """Write tensor-types.txt, and warn of tensors whose shape k-quants do not take; raises ImpqError for a linear
         or a width llama.cpp has no name for."""
         lines = []
-        for name, choice in checkpoint.plan.widths().items():
+        for name, choice in checkpoint.widths.items():
             match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
             if not match or match[2] not in self.NAMES:
                 raise ImpqError(f"llama.cpp has no tensor name for {name}")

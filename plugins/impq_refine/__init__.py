@@ -1,7 +1,6 @@
 """Refiners: plans improved by measuring others near them."""
 
-from impq_core.hookspecs import hookimpl
-from impq_core.plugins import Component
+from impq_core.hookspecs import Component, hookimpl
 
 
 @hookimpl

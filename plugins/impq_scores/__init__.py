@@ -1,7 +1,6 @@
 """Baseline estimators: scores from weights, activations, gradients, single demotions, or nothing at all."""
 
-from impq_core.hookspecs import hookimpl
-from impq_core.plugins import Component
+from impq_core.hookspecs import Component, hookimpl
 
 
 @hookimpl

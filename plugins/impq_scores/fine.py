@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from impq_core.errors import ImpqError
-from impq_core.interfaces import Estimator, Game
+from impq_core.interfaces import Game, Player
 from impq_core.space import FloatArray, IntArray, SearchSpace
 from impq_core.types import SensitivityEstimate
 from impq_scores.gradients import AumannShapley, AumannShapleyOptions
@@ -34,7 +34,7 @@ class Options:
             raise ValueError("share must be above 0 and at most 1")
 
 
-class CoarseToFine(Estimator):
+class CoarseToFine(Player):
     """Aumann-Shapley values of all layers first; then, at the budget, the layers that would change their width for the
     least are moved by a width up and down from the plan, and the loss is measured there, among neighbours that stand
     where they will.

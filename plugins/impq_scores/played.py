@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from impq_core.errors import ImpqError, UsageError
-from impq_core.interfaces import Estimator, Game
+from impq_core.interfaces import Game, Player
 from impq_core.space import SearchSpace
 from impq_core.types import SensitivityEstimate
 
@@ -28,7 +28,7 @@ class IsolatedOptions:
             raise ValueError("base must be one of the widths played, or 0")
 
 
-class Isolated(Estimator):
+class Isolated(Player):
     """Each layer at each other width, the others at the base: ``linear[i, k] = loss(i at k) - loss(i at the widest)``.
 
     Cost: n (m-1) evaluations of about half a forward.
@@ -76,7 +76,7 @@ class CladoOptions:
             raise ValueError(f"pairs must be all or block, not '{self.pairs}'")
 
 
-class Clado(Estimator):
+class Clado(Player):
     """CLADO (arXiv 2307.05657): ``Omega_ii = 2 (L(i) - L)``, ``Omega_ij = L(i, j) + L - L(i) - L(j)`` over single and
     double demotions from the widest, eigenvalues below zero clipped; the loss is ``q' Omega q / 2``.
 

@@ -1,7 +1,6 @@
 """SPQE, the Shapley-based progressive quantization estimation of IMPQ / CoopQ (arXiv 2509.15455)."""
 
-from impq_core.hookspecs import hookimpl
-from impq_core.plugins import Component
+from impq_core.hookspecs import Component, hookimpl
 
 
 @hookimpl

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from impq_core.errors import UsageError
 from impq_core.interfaces import Drift, Game, Sampler, unknown_drift
 from impq_core.space import FloatArray, IntArray, SearchSpace
+from impq_core.statistics import standard_error
 from impq_core.types import Measurements
 
 
@@ -25,13 +26,15 @@ class Options:
             (standard deviation over layers); 0 never stops early.
         settle: stop early once the plan has stopped changing: twice in a row the plan before an independent draw was
             less than this worse, in nats per token, than the one after it, by the estimate after it; 0 never does.
-        fresh: play every order on calibration windows of its own, as long as there are any: nearly the same forwards
-            see more text, and plans are better; false is the paper.
-        truncate: end an order once the loss is this many nats above the reference, where the model has collapsed and
-            further demotions tell nothing (SMPQ); 0 never does. Needs a surrogate that allows gaps, such as additive.
-        around: nominal bits that plans are wanted for: of each order only the picks within ``span`` bits of it are
-            measured, so that losses far from any plan cost nothing; 0 measures whole orders. Needs a surrogate that
-            allows gaps, such as regression.
+        fresh: play every pair of orders (every order if not antithetic) on calibration windows of its own, as long as
+            there are any: nearly the same forwards read more text, and plans are better; false is the paper. Only
+            orders on the same windows say anything about interactions: with antithetic=false each order has a set of
+            its own, so the covariance surrogate is refused and the certificate of ``impq fit`` is unknown.
+        truncate: end an order once the loss is this many nats above the reference: the model has collapsed, and further
+            demotions say nothing (SMPQ); 0 never does. Needs a surrogate that allows gaps, such as additive.
+        around: nominal bits of the plans wanted: of each order only the picks within ``span`` bits of it are measured,
+            so that losses far from any plan cost nothing; 0 measures whole orders. Needs a surrogate that allows gaps,
+            such as regression.
         span: nominal bits on either side of ``around``.
     """
 
@@ -72,29 +75,25 @@ class Spqe(Sampler):
         space, options = game.space, self.options
         share = min(1.0, 2 * options.span / (space.choices[0].bits - space.choices[-1].bits)) if options.around else 1.0
         game.expect(1 + round(options.permutations * share * len(space) * (len(space.choices) - 1)))
-        picks: list[IntArray] = []
-        losses: list[FloatArray] = []
-        replicates: list[int] = []
-        calm = 0
-        for number, (order, replicate) in enumerate(self._orders(space, rng)):
-            if options.fresh:
-                game.redraw(number)
+        orders: list[_Played] = []
+        windows = drawn = calm = 0
+        for order, replicate in self._orders(space, rng):
+            if options.fresh and replicate != drawn:
+                windows, drawn = game.redraw(replicate), replicate
             path = self._wanted(space, demotions(space, order))
-            measured = self._play(game, path)
-            picks.append(path[:len(measured)])
-            losses.append(measured)
-            replicates.append(replicate)
-            if options.antithetic and len(replicates) % 2:
+            losses = self._play(game, path)
+            orders.append(_Played(path[:len(losses)], losses, replicate, windows))
+            if options.antithetic and len(orders) % 2:
                 continue
-            if options.tolerance and self._tell(_gather(game, picks, losses, replicates)):
+            if options.tolerance and self._precise(_gather(game, orders)):
                 break
             if options.settle:
-                calm = calm + 1 if drift(_gather(game, picks, losses, replicates)) < options.settle else 0
+                calm = calm + 1 if drift(_gather(game, orders)) < options.settle else 0
                 if calm == 2:
                     break
-        if options.fresh:
+        if windows:
             game.redraw(0)
-        return _gather(game, picks, losses, replicates)
+        return _gather(game, orders)
 
     def check_space(self, space: SearchSpace) -> None:
         """``around`` must lie within the menu."""
@@ -103,7 +102,7 @@ class Spqe(Sampler):
                              f"{space.choices[-1]} to {space.choices[0]} bits")
 
     def _wanted(self, space: SearchSpace, path: IntArray) -> IntArray:
-        """The part of a path whose sizes are near the one asked for; at least a step of it."""
+        """The picks of a path within ``span`` of ``around``; at least two neighbours."""
         if not self.options.around:
             return path
         away = np.abs([space.nominal_bits(space.bytes_of(pick)) - self.options.around for pick in path])
@@ -113,15 +112,18 @@ class Spqe(Sampler):
         return path[inside]
 
     def _play(self, game: Game, path: IntArray) -> FloatArray:
-        """Losses along a path, up to and with the first that is past the collapse."""
+        """Losses along a path, up to and including the first above ``truncate``; one that is not finite is past the
+        collapse too, and is left out."""
         if not self.options.truncate:
             return game.losses(path)
-        measured: list[float] = []
+        losses: list[float] = []
         for pick in path:
-            measured.append(game.loss(pick))
-            if measured[-1] > self.options.truncate:
+            loss = game.loss(pick)
+            if np.isfinite(loss):
+                losses.append(loss)
+            if not loss <= self.options.truncate:
                 break
-        return np.array(measured)
+        return np.array(losses)
 
     def _orders(self, space: SearchSpace, rng: np.random.Generator) -> Iterator[tuple[IntArray, int]]:
         """Orders of demotion, each with the number of its independent draw."""
@@ -133,13 +135,13 @@ class Spqe(Sampler):
             if self.options.antithetic:
                 yield order[::-1], replicate
 
-    def _tell(self, measurements: Measurements) -> bool:
-        """Whether the Shapley values are known well enough to be told apart."""
+    def _precise(self, measurements: Measurements) -> bool:
+        """Whether the standard errors of the Shapley values are below ``tolerance`` times their spread."""
         values, replicates = measurements.marginals()
         draws = np.stack([values[replicates == r].mean(axis=0) for r in np.unique(replicates)])
         if len(draws) < 3 or np.isnan(draws).any():
-            return False  # a standard error of two draws, or of steps not reached, is no ground to stop on
-        stderr = draws.std(axis=0, ddof=1).mean() / np.sqrt(len(draws))
+            return False  # two draws, or steps that were not reached, give no standard error to stop on
+        stderr = np.apply_along_axis(standard_error, 0, draws).mean()
         return bool(stderr <= self.options.tolerance * draws.mean(axis=0).std())
 
 
@@ -152,10 +154,21 @@ def demotions(space: SearchSpace, order: IntArray) -> IntArray:
     return path
 
 
-def _gather(game: Game, picks: list[IntArray], losses: list[FloatArray], replicates: list[int]) -> Measurements:
-    lengths = [len(path) for path in picks]
+@dataclass(frozen=True, eq=False)
+class _Played:
+    """An order as far as it was played: picks (K, n), losses (K,), independent draw and set of windows."""
+
+    picks: IntArray
+    losses: FloatArray
+    replicate: int
+    windows: int
+
+
+def _gather(game: Game, orders: Sequence[_Played]) -> Measurements:
+    lengths = [len(order.losses) for order in orders]
     return Measurements(
-        game.space, np.concatenate(picks), np.concatenate(losses),
-        path=np.repeat(np.arange(len(picks)), lengths), step=np.concatenate([np.arange(n) for n in lengths]),
-        replicate=np.repeat(replicates, lengths), tokens=game.tokens, reference_loss=game.reference_loss,
-        forwards=game.forwards, budget_bytes=game.budget_bytes)
+        game.space, np.concatenate([order.picks for order in orders]), np.concatenate([o.losses for o in orders]),
+        path=np.repeat(np.arange(len(orders)), lengths), step=np.concatenate([np.arange(n) for n in lengths]),
+        replicate=np.repeat([order.replicate for order in orders], lengths), tokens=game.tokens,
+        reference_loss=game.reference_loss, forwards=game.forwards, budget_bytes=game.budget_bytes,
+        windows=np.repeat([order.windows for order in orders], lengths))

@@ -1,7 +1,6 @@
 """Surrogates: what measured losses say about picks that were not measured."""
 
-from impq_core.hookspecs import hookimpl
-from impq_core.plugins import Component
+from impq_core.hookspecs import Component, hookimpl
 
 
 @hookimpl

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from impq_core.errors import ImpqError
-from impq_core.interfaces import Surrogate
+from impq_core.interfaces import NO_FILE, InputFile, Surrogate
 from impq_core.space import FloatArray, SearchSpace
 from impq_core.types import Measurements, SensitivityEstimate
 from impq_core.validation import folds
@@ -34,7 +34,7 @@ class RegressionOptions:
     """
 
     link: str = "auto"
-    prior: str = ""
+    prior: InputFile = NO_FILE
 
     def __post_init__(self) -> None:
         if self.link not in ("auto", "identity", "log1p"):

@@ -10,6 +10,7 @@ import numpy as np
 from impq_core.errors import ImpqError
 from impq_core.interfaces import Surrogate
 from impq_core.space import FloatArray, IntArray
+from impq_core.statistics import standard_error
 from impq_core.types import Measurements, SensitivityEstimate
 from impq_surrogates.steps import from_quadratic, from_steps
 
@@ -17,8 +18,8 @@ from impq_surrogates.steps import from_quadratic, from_steps
 class Additive(Surrogate):
     """Shapley values: ``phi = mean over permutations of the marginal costs`` (IMPQ, SPQE), summed over width steps.
 
-    Steps that truncated permutations did not reach are left out of the mean, so that it is a mean over the coalitions
-    of interest, before the collapse.
+    Steps that truncated permutations did not reach are left out of the mean, which is then over the coalitions before
+    the collapse.
     """
 
     def fit(self, measurements: Measurements) -> SensitivityEstimate:
@@ -56,35 +57,54 @@ class Covariance(Surrogate):
     """The paper's quadratic form: ``K = (1-alpha) C + alpha diag C``, ``a_i = phi_i - sum_{j!=i} K_ij``, objective
     ``a'q + q'Kq`` (IMPQ, section on allocation), with C the covariance of the permutation marginals.
 
-    The players are width steps: q_(i,k) is 1 where layer i stands at choice k or narrower, so with two widths this is
-    the paper's formula to the letter. The rows of C sum to zero, hence the objective equals
-    ``(phi + diag C)'q + (1-alpha) q'Cq``, a mean-plus-variance rule; and a covariance of marginals is not an
-    interaction: for two players it is negative whatever the sign of their joint effect. The objective ranks plans, and
-    is no loss.
+    The players are width steps: q_(i,k) is 1 if layer i stands at choice k or narrower, so with two widths this is the
+    paper's formula to the letter. C is taken within sets of windows (``covariance``): the marginals of all orders of a
+    set add up to the same total, so the rows of C sum to zero, and the objective equals
+    ``(phi + diag C)'q + (1-alpha) q'Cq``, a mean-plus-variance rule. A covariance of marginals is not an interaction:
+    for two players it is negative whatever the sign of their joint effect. The objective ranks plans and is no loss.
     """
 
     Options = CovarianceOptions
 
     def fit(self, measurements: Measurements) -> SensitivityEstimate:
-        """The quadratic estimate; needs at least two permutations."""
+        """The quadratic estimate.
+
+        Raises:
+            ImpqError: no two permutations were played on the same windows, or one was cut short.
+        """
         space = measurements.space
-        marginals, replicates = _complete(measurements)
+        marginals, replicates = measurements.marginals()
+        if np.isnan(marginals).any():
+            raise ImpqError("surrogate 'covariance' needs permutations that demote every layer to the narrowest width; "
+                            "these were cut short (--surrogate additive allows it)")
         paths, n, steps = marginals.shape
-        if paths < 2:
-            raise ImpqError("surrogate 'covariance' needs at least 2 permutations: a covariance of one is zero")
+        windows = measurements.windows[np.unique(measurements.path, return_index=True)[1]]
+        if len(np.unique(windows)) == paths:
+            raise ImpqError("surrogate 'covariance' needs at least 2 permutations on the same calibration windows: "
+                            "say -o antithetic=true or -o fresh=false, or --surrogate additive")
         values = marginals.reshape(paths, n * steps)
-        phi = values.mean(axis=0)
-        linear, quadratic = paper_form(phi, covariance(values), self.options.alpha)
+        linear, quadratic = paper_form(values.mean(axis=0), covariance(values, windows), self.options.alpha)
         return SensitivityEstimate(space, *from_quadratic(space, linear, quadratic),
                                    stderr=_stderr(marginals, replicates),
                                    method=f"covariance(alpha={self.options.alpha:g})", forwards=measurements.forwards,
                                    nats=False)
 
 
-def covariance(values: FloatArray) -> FloatArray:
-    """``C = (DV - phi)'(DV - phi) / M`` of marginals DV (M, players)."""
-    centred = values - values.mean(axis=0)
-    result: FloatArray = centred.T @ centred / len(values)
+def covariance(values: FloatArray, windows: IntArray) -> FloatArray:
+    """``C = 1/M sum_p (DV_p - phi_s(p))(DV_p - phi_s(p))'`` with ``phi_s`` the mean over the orders of set s.
+
+    On one set this is the paper's C. An order and its reverse on windows of their own give the C that they would give
+    on common windows if the game is one of pairs and sets differ by additive costs: those cancel in the deviations.
+
+    Args:
+        values: marginals DV (M, players).
+        windows: (M,) the set of windows of each order; an order alone on its set has no deviation and is not counted.
+    """
+    _, sets, orders = np.unique(windows, return_inverse=True, return_counts=True)
+    means = np.zeros((len(orders), values.shape[1]))
+    np.add.at(means, sets, values)
+    deviations = values - (means / orders[:, None])[sets]
+    result: FloatArray = deviations.T @ deviations / max(1, int(orders[orders > 1].sum()))
     return result
 
 
@@ -95,19 +115,12 @@ def paper_form(phi: FloatArray, c: FloatArray, alpha: float) -> tuple[FloatArray
     return phi - (k.sum(axis=1) - np.diag(k)), k
 
 
-def _complete(measurements: Measurements) -> tuple[FloatArray, IntArray]:
-    marginals, replicates = measurements.marginals()
-    if np.isnan(marginals).any():
-        raise ImpqError("surrogate 'covariance' needs permutations that demote every layer to the narrowest width; "
-                        "these were cut short (--surrogate additive allows it)")
-    return marginals, replicates
-
-
 def _stderr(marginals: FloatArray, replicates: IntArray) -> FloatArray:
-    """Standard error (n, m) of the summed step means, over independent replicates; NaN where fewer than two tell."""
+    """Standard errors (n, m) of the summed step means, over independent replicates that reached the step; NaN if fewer
+    than two did."""
     costs = np.concatenate([np.zeros((*marginals.shape[:2], 1)), marginals.cumsum(axis=2)], axis=2)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # means of nothing are NaN, which is what is wanted
+        warnings.simplefilter("ignore", RuntimeWarning)  # the mean of no values is NaN, as it should be
         draws = np.stack([np.nanmean(costs[replicates == r], axis=0) for r in np.unique(replicates)])
-        result: FloatArray = np.nanstd(draws, axis=0, ddof=1) / np.sqrt((~np.isnan(draws)).sum(axis=0))
+    result: FloatArray = np.apply_along_axis(lambda costs: standard_error(costs[~np.isnan(costs)]), 0, draws)
     return result

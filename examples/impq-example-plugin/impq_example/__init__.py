@@ -1,7 +1,6 @@
 """What this plugin offers to impq. Only names and summaries: a part is imported when somebody chooses it."""
 
-from impq_core.hookspecs import hookimpl
-from impq_core.plugins import Component
+from impq_core.hookspecs import Component, hookimpl
 
 
 @hookimpl

@@ -22,8 +22,8 @@ class Example(Inspector):
     """Cost of a choice: the squared error of the layer's weights there, above that of the widest choice: it ranks, and
     is no loss.
 
-    An ``Inspector`` only looks. An ``Estimator`` plays the game itself (``estimate(game, rng)``), and a ``Sampler``
-    only measures, for a surrogate to fit (``sample(game, rng, drift)``).
+    An ``Inspector`` reads the model from inside. A ``Player`` plays the game and makes its own estimate
+    (``estimate(game, rng)``); a ``Sampler`` returns the losses, which a surrogate fits (``sample(game, rng, drift)``).
     """
 
     Options = Options

@@ -1,0 +1,201 @@
+"""A session: a prepared run with its model in memory, the variants made from it, and what is measured on them."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from copy import copy
+from pathlib import Path
+
+from impq_core.errors import ImpqError, one_line
+from impq_core.evaluate import Evaluator, KeptScores, ScoreLog, evaluate_plan
+from impq_core.game.model_game import ModelGame
+from impq_core.game.probe import ModelProbe
+from impq_core.interfaces import Backend
+from impq_core.ledger import Ledger, MeasurementLog
+from impq_core.model.bank import Bank, fill_bank
+from impq_core.model.blockwise import BlockwiseModel, Hidden
+from impq_core.model.cache import Shelf, shelf_for
+from impq_core.model.layers import resolve_dtype
+from impq_core.model.text import Windows
+from impq_core.plugins import Plugins
+from impq_core.results import Evaluation
+from impq_core.runs.folder import RunFolder
+from impq_core.runs.prepare import Prepared
+from impq_core.space import Choice, SearchSpace
+from impq_core.types import Plan
+
+Progress = Callable[[int, int], None]
+"""Called with the units of a stage that are done, and all units."""
+
+
+class Session:
+    """The model of a prepared run at work. ``quantize_played`` or ``quantize_deployed`` comes before games and scores.
+
+    Args:
+        prepared: the run.
+        plugins: observers are told of the progress.
+        runner: the model, if another session has loaded it.
+
+    Attributes:
+        prepared: the run.
+        runner: the model, block by block.
+        bank: the variants at hand.
+        clock: seconds by stage.
+    """
+
+    def __init__(self, prepared: Prepared, plugins: Plugins, runner: BlockwiseModel | None = None) -> None:
+        self.prepared, self.plugins, self.clock = prepared, plugins, Clock()
+        self.dtype = resolve_dtype(prepared.config.dtype)
+        self.runner = runner or BlockwiseModel(prepared.source.load(self.dtype))
+        self.bank = Bank(self.runner.model, prepared.space.everyone, prepared.parts.backend, self.dtype)
+
+    def report(self, stage: str) -> Progress:
+        """Tells observers how far a stage is."""
+        return lambda done, total: self.plugins.notify("impq_progress", stage=stage, done=done, total=total)
+
+    def quantize_played(self) -> None:
+        """Make or load every variant that is measured."""
+        self._quantize(self.prepared.played, self.prepared.played_backend, self.prepared.played_menus)
+
+    def quantize_deployed(self) -> None:
+        """Make or load every variant that plans and references are made of."""
+        self._quantize(self.prepared.space, self.prepared.parts.backend, self.prepared.deployed_menus)
+
+    def _quantize(self, space: SearchSpace, backend: Backend, menus: Sequence[Sequence[Choice]]) -> None:
+        with self.clock.stage("quantize"):
+            self.bank.apply([None] * len(self.bank.layers))  # statistics begin at the model's own weights
+            self.bank = Bank(self.runner.model, space.everyone, backend, self.dtype)
+            fill_bank(self.bank, self.runner, self._statistics_input(backend), menus, self.report("quantize"),
+                      self._shelf(backend, menus))
+
+    def quantize_plan(self, plan: Plan) -> None:
+        """Quantize a plan block after block, each behind the quantized ones. The model ends at the plan.
+
+        The session must not have made variants before: those of a run stand behind another prefix.
+        """
+        backend = self.prepared.parts.backend
+        menus = [[choice] if choice else [] for choice in self.prepared.space.assignment(plan.pick)]
+        fill_bank(self.bank, self.runner, self._statistics_input(backend), menus, self.report("quantize"))
+
+    def _statistics_input(self, backend: Backend) -> Hidden | None:
+        if not backend.needs:
+            return None
+        assert self.prepared.calibration is not None
+        return self.runner.embed(self.prepared.calibration.ids)
+
+    def _shelf(self, backend: Backend, menus: Sequence[Sequence[Choice]]) -> Shelf | None:
+        if not self.prepared.config.cache:
+            return None
+        try:
+            shelf = shelf_for(self.prepared.variants_key(backend, menus))
+        except ImpqError as error:
+            warnings.warn(f"variants are not kept for another run: {one_line(error)}", RuntimeWarning, stacklevel=2)
+            return None
+        shelf.touch()
+        return shelf
+
+    def probe(self, log: Ledger | None = None, text: Windows | None = None) -> ModelProbe:
+        """The probe of the estimator.
+
+        Args:
+            log: of slopes and traces.
+            text: windows to read; the run's by default.
+        """
+        config, prepared = self.prepared.config, self.prepared
+        return ModelProbe(prepared.played, self.bank, self.runner, text or prepared.probed, config.value,
+                          config.game_windows, log)
+
+    def game(self, log: MeasurementLog | None = None, probe: ModelProbe | None = None,
+             text: Windows | None = None) -> ModelGame:
+        """The game of the estimator, on the first calibration windows; those left over are further sets of windows.
+
+        Args:
+            log: of measured losses.
+            probe: ``probe()`` by default.
+            text: calibration windows; the run's by default.
+
+        Raises:
+            ImpqError: the run reads no calibration text.
+        """
+        prepared, count = self.prepared, self.prepared.config.game_windows
+        windows, spare = prepared.game_windows, prepared.spare
+        if text is not None:
+            windows, spare = text.first(count), text.part(count, len(text.ids))
+        if windows is None:
+            prepared.require_text()
+        assert windows is not None
+        return ModelGame(
+            prepared.played, self.bank, self.runner, windows, log, progress=self.report("estimate"),
+            value=prepared.config.value, budget_bytes=prepared.played_budget, spare=spare, probe=probe or self.probe(),
+            watch=lambda picks, losses, forwards: self.plugins.notify(
+                "impq_measured", picks=picks, losses=losses, forwards=forwards))
+
+    @contextmanager
+    def playing(self, folder: RunFolder) -> Iterator[tuple[ModelGame | None, ModelProbe]]:
+        """The game and the probe of the estimator, logged in a folder. The game is None if no part reads calibration
+        text."""
+        prepared = self.prepared
+        losses, slopes = prepared.losses_key(prepared.played, prepared.game_windows), prepared.slopes_key
+        with closing(MeasurementLog(folder.losses, losses)) as log, \
+                closing(Ledger(folder.slopes, "impq-gradients/2", slopes)) as slope_log:
+            probe = self.probe(slope_log)
+            yield self.game(log, probe) if prepared.calibration else None, probe
+
+    def evaluator(self, log: ScoreLog | None = None) -> Evaluator:
+        """The evaluator of the deployed variants; it takes the scores that other runs left in the cache.
+
+        Args:
+            log: of held-out scores.
+        """
+        prepared = self.prepared
+        shelf = self._shelf(prepared.parts.backend, prepared.deployed_menus)
+        kept = KeptScores(shelf, prepared.evaluation.digest, self.bank.layers) if shelf else None
+        return Evaluator(self.runner, self.bank, prepared.evaluation, log, kept)
+
+    def evaluator_of_exports(self) -> Evaluator:
+        """An evaluator that takes no scores from the cache: an export is quantized in sequence. To be made before the
+        model leaves its own weights."""
+        return Evaluator(self.runner, self.bank, self.prepared.evaluation)
+
+    def score_log(self, path: Path) -> ScoreLog:
+        """The log of held-out scores in a file."""
+        return ScoreLog(path, self.prepared.scores_key)
+
+    def evaluate(self, evaluator: Evaluator, plan: Plan) -> Evaluation:
+        """Score a plan beside its references."""
+        prepared = self.prepared
+        return evaluate_plan(evaluator, plan, prepared.between, prepared.evaluation, prepared.config.seed,
+                             self.report("evaluate"))
+
+    def seen_by(self, prepared: Prepared) -> Session:
+        """The same model and bank under another estimator or budget of the same space."""
+        other = copy(self)
+        other.prepared = prepared
+        return other
+
+    def at(self, prepared: Prepared) -> Session:
+        """The same model and the same variants as another configuration sees them: other layers or another menu."""
+        self.bank.apply([None] * len(self.bank.layers))
+        other = Session(prepared, self.plugins, self.runner)
+        for layer in other.bank.layers:
+            for linear in layer.linears:
+                for choice in {*prepared.space.choices, *(choice for choice, _ in prepared.between)}:
+                    other.bank.add(linear, self.bank.stored(linear, choice))
+        return other
+
+
+class Clock:
+    """Seconds by stage, for information: costs are counted in forwards."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Adds the time of the block to a stage."""
+        began = time.monotonic()
+        yield
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - began, 2)
