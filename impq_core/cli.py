@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from impq_core.commands import house, planning, running
+from impq_core.commands import maintenance, planning, running
 from impq_core.errors import ImpqError, Terminated, nearest
 from impq_core.plugins import Plugins, responsible
 
@@ -47,7 +47,8 @@ def cli(debug: bool) -> None:
 
 
 for _command in (running.run, running.estimate, running.sweep, running.export, running.evaluate, planning.fit,
-                 planning.allocate, planning.compare, house.plugins, house.cache, house.doctor, house.ui):
+                 planning.allocate, planning.compare, maintenance.plugins, maintenance.cache, maintenance.doctor,
+                 maintenance.ui):
     cli.add_command(_command)
 
 

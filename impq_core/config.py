@@ -107,8 +107,9 @@ class RunConfig:
         seed: of every random draw but those of the texts.
         plan: a plan file to apply instead of estimating and allocating.
         output: folder that run folders are made in.
-        tracking_uri: MLflow store; empty for ``mlflow.db`` in the working folder, ``none`` for no tracking.
-        experiment: MLflow experiment.
+        tracking_uri: MLflow store; empty for ``MLFLOW_TRACKING_URI``, or for ``mlflow.db`` in the working folder if
+            that is not set; ``none`` for no tracking.
+        experiment: MLflow experiment; empty for ``MLFLOW_EXPERIMENT_NAME``, or for ``impq`` if that is not set.
         cache: keep variants in the user's cache, and take those that are there.
         partial: continue even if less than half of the weights in the model's blocks can be quantized, as in many
             mixtures of experts; the others stay at 16 bits.
@@ -138,14 +139,14 @@ class RunConfig:
     plan: str = ""
     output: str = "impq-runs"
     tracking_uri: str = ""
-    experiment: str = "impq"
+    experiment: str = ""
     cache: bool = True
     partial: bool = False
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _settle(self)
-        for name in ("model", "output", "experiment"):
+        for name in ("model", "output"):
             if not getattr(self, name):
                 raise UsageError(f"{name} is empty: leave it out or give it a name")
         if self.seed < 0:

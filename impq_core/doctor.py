@@ -1,4 +1,4 @@
-"""What may be wrong on a machine, looked for one thing after another."""
+"""Checks of an installation: plugins, libraries, the tracking store, run folders and the cache."""
 
 from __future__ import annotations
 
@@ -10,37 +10,41 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from filelock import Timeout
+
+from impq_core.credentials import without_secret
 from impq_core.errors import ImpqError
+from impq_core.files import abandoned, discard
 from impq_core.keys import versions
 from impq_core.model.cache import shelves
 from impq_core.model.demo import cache_folder
 from impq_core.plugins import OFFERED, Plugins
-from impq_core.runs.folder import RunFolder
+from impq_core.runs.folder import CHILDREN, RunFolder
 
 LEAST_FREE = 2e9
 """Bytes of free disk below which a run is likely to fail."""
 
-UNFINISHED_SECONDS = 3600.0
-"""A temporary file of this age belongs to a process that died."""
+UNUSED_DAYS = 30
+"""Variants that were not used for so many days are reported."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something seen: ``ok``, a ``note`` that asks for nothing, ``wrong``, or ``fixed``."""
+    """A line of the report: ``ok``, a ``note`` that needs no action, ``wrong``, or ``fixed``."""
 
     state: Literal["ok", "note", "wrong", "fixed"]
     what: str
 
 
 def examine(tracking_uri: str, output: Path, plugins: Plugins, fix: bool = False) -> list[Finding]:
-    """Look at everything.
+    """Run all checks.
 
     Args:
-        tracking_uri: MLflow store; empty for ``mlflow.db`` here, ``none`` for none.
+        tracking_uri: MLflow store; empty for the default one, ``none`` for none.
         output: folder of run folders.
-        plugins: those found.
-        fix: mend what loses nothing: close orphaned MLflow runs, delete what dead processes left and variants that no
-            run can use any more.
+        plugins: the plugins to check.
+        fix: end orphaned MLflow runs as KILLED, and delete temporary files and folders of processes that died. Only
+            files and folders that impq made and marked are deleted.
     """
     return [*_software(plugins), *_store(tracking_uri, fix), *_runs(output, fix), *_cache(fix)]
 
@@ -55,44 +59,47 @@ def _software(plugins: Plugins) -> Iterator[Finding]:
             if component.missing():
                 yield Finding("note", f"{role} '{name}' {component.remedy()}")
             elif importlib.util.find_spec(component.target.split(":")[0].split(".")[0]) is None:
-                yield Finding("wrong", f"{role} '{name}' points to {component.target}, which is not there")
+                yield Finding("wrong", f"{role} '{name}' points to {component.target}, which does not exist")
 
 
 def _store(tracking_uri: str, fix: bool) -> Iterator[Finding]:
-    from impq_core.tracking.store import check_store, orphans, store_uri
+    from impq_core.tracking.store import check_store, orphans, sqlite_file, store_uri
 
     if tracking_uri == "none":
         return
     uri = store_uri(tracking_uri)
-    if uri.startswith("sqlite:"):
-        file = Path(uri.removeprefix("sqlite:///"))
-        yield from (_leftover(path, fix) for path in sorted(file.parent.glob(f".{file.name}.*")) if _old(path))
+    file = sqlite_file(uri)
+    if file:
+        yield from _leftovers(file.parent, fix)
     try:
         check_store(uri)
-        if uri.startswith("sqlite:") and not Path(uri.removeprefix("sqlite:///")).exists():
+        if file and not file.exists():
             yield Finding("note", f"no store {uri} yet: 'impq run' makes one")
             return
-        found = orphans(uri, close=fix)
+        names = orphans(uri, close=fix)
     except ImpqError as error:
         yield Finding("wrong", str(error))
         return
-    yield Finding("ok", f"tracking store {uri}")
-    for name in found:
-        yield Finding("fixed" if fix else "wrong", f"MLflow run {name} is RUNNING, and nobody works on it"
+    yield Finding("ok", f"tracking store {without_secret(uri)}")
+    for name in names:
+        yield Finding("fixed" if fix else "wrong", f"MLflow run {name} is RUNNING, but no process is at work in it"
                       + (": closed as KILLED" if fix else " (--fix closes it)"))
 
 
 def _runs(output: Path, fix: bool) -> Iterator[Finding]:
     if not output.is_dir():
         return
+    yield from _leftovers(output, fix)
     for path in sorted(output.iterdir()):
-        if path.name.startswith(".") and path.is_dir() and _old(path):
-            yield _leftover(path, fix)
-        elif (path / "provenance.json").is_file() and not (path / "evaluation.json").is_file():
+        if path.is_symlink() or not (path / "impq.toml").is_file():
+            continue
+        for folder in (path, path / CHILDREN, *sorted((path / CHILDREN).glob("*/"))):
+            yield from _leftovers(folder, fix)
+        if (path / "provenance.json").is_file() and not (path / "evaluation.json").is_file():
             try:
                 with RunFolder(path).locked():
-                    told = "has an estimate and no plan" if (path / "estimate.npz").exists() else "ended early"
-                    yield Finding("note", f"{path} {told}: impq run --resume {path} goes on")
+                    state = "has an estimate and no plan" if (path / "estimate.npz").exists() else "ended early"
+                    yield Finding("note", f"{path} {state}: impq run --resume {path} goes on")
             except ImpqError:
                 yield Finding("note", f"{path} is at work")
 
@@ -103,41 +110,30 @@ def _cache(fix: bool) -> Iterator[Finding]:
         probe = folder / f".probe{time.time_ns()}"
         probe.touch()
         probe.unlink()
-        found = shelves()
+        kept = shelves()
     except (ImpqError, OSError) as error:
         yield Finding("wrong", f"the cache cannot be written: {error}")
         return
+    yield Finding("ok", f"cache {folder}: {len(kept)} shelves of variants, "
+                        f"{sum(shelf.nbytes for shelf in kept) / 1e6:.0f} MB")
     free = shutil.disk_usage(folder).free
-    yield Finding("ok", f"cache {folder}: {len(found)} shelves of variants, "
-                        f"{sum(shelf.nbytes for shelf in found) / 1e6:.0f} MB")
     if free < LEAST_FREE:
         yield Finding("wrong", f"only {free / 1e6:.0f} MB are free on the disk of {folder}")
-    for shelf in found:
-        backend = str(shelf.about.get("backend", "")).split(".")[0]
-        stale = not backend
-        if stale and fix:
-            freed = shelf.nbytes
-            shelf.remove()
-            yield Finding("fixed", f"variants of {shelf.about.get('model')} made by other code deleted, "
-                                   f"{freed / 1e6:.0f} MB")
-        elif stale:
-            yield Finding("note", f"{shelf.folder}: variants of {shelf.about.get('model')} made by other code, which "
-                                   "nothing uses any more (--fix deletes them)")
+    if unused := [shelf for shelf in kept if shelf.used < time.time() - 86400 * UNUSED_DAYS]:
+        yield Finding("note", f"{len(unused)} shelves of variants, {sum(s.nbytes for s in unused) / 1e6:.0f} MB, were "
+                              f"not used for {UNUSED_DAYS} days: impq cache prune --older-than {UNUSED_DAYS}")
+    for place in (*(shelf.folder for shelf in kept), folder / "models", folder / "texts"):
+        yield from _leftovers(place, fix)
+
+
+def _leftovers(folder: Path, fix: bool) -> Iterator[Finding]:
+    for path in abandoned(folder):
+        if not fix:
+            yield Finding("wrong", f"{path} was left by a process that died (--fix deletes it)")
+            continue
+        try:
+            discard(path)
+        except (OSError, Timeout) as error:
+            yield Finding("wrong", f"{path}, left by a process that died, cannot be deleted: {error}")
         else:
-            yield from (_leftover(file, fix) for file in sorted(shelf.folder.glob(".*")) if _old(file))
-    for place in ("models", "texts"):
-        yield from (_leftover(path, fix) for path in sorted((folder / place).glob("tmp*")) if _old(path))
-
-
-def _leftover(path: Path, fix: bool) -> Finding:
-    if not fix:
-        return Finding("wrong", f"{path} was left by a process that died (--fix deletes it)")
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-    return Finding("fixed", f"{path}, left by a process that died, deleted")
-
-
-def _old(path: Path) -> bool:
-    return path.stat().st_mtime < time.time() - UNFINISHED_SECONDS
+            yield Finding("fixed", f"{path}, left by a process that died, deleted")

@@ -1,25 +1,43 @@
-"""Whole files or none: everything is written to a temporary name and renamed."""
+"""Files and folders that appear whole or not at all, and the temporary ones that are left if a process dies.
+
+Everything is written under a temporary name first and renamed. Temporary names are hidden and end in ``UNFINISHED``;
+temporary folders also hold a marker file and a lock, so that ``abandoned`` can tell them from anything else.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from filelock import FileLock, Timeout
+
+UNFINISHED = ".impq-unfinished"
+"""Suffix of every temporary file and folder, and name of the marker file in a temporary folder."""
+
+ABANDONED_SECONDS = 3600.0
+"""A temporary file that was not written to for so long belongs to a process that died."""
+
+_LOCK = ".lock"
+_MADE_BY = "impq"
 
 
 def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
     try:
         _write(path, write)
-    except OSError as error:  # a user knows the file by the name it was to have
+    except OSError as error:  # the user knows the file by its final name
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path.name), suffix=UNFINISHED)
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)
@@ -32,6 +50,11 @@ def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _prefix(name: str) -> str:
+    """Beginning of a temporary name, short enough for any file system."""
+    return f".{name.encode()[:100].decode(errors='ignore')}."
 
 
 def write_text(path: Path, text: str) -> None:
@@ -50,3 +73,65 @@ def write_npz(path: Path, arrays: Mapping[str, Any]) -> None:
         if np.asarray(array).dtype.hasobject:
             raise TypeError(f"array '{name}' holds Python objects and would need pickle")
     _replace(Path(path), lambda file: np.savez_compressed(file, **arrays))
+
+
+@contextmanager
+def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
+    """A hidden temporary folder in ``parent``, deleted at the end of the context.
+
+    Whatever is to stay is made inside it and renamed to its place. The folder holds a marker file, and a lock on it is
+    held as long as the process lives: a folder with the marker whose lock is free is ``abandoned``.
+
+    Args:
+        parent: an existing folder, on the disk where the result is to be.
+        name: what is being made, for readers of the folder's name and marker.
+    """
+    folder = Path(tempfile.mkdtemp(dir=parent, prefix=_prefix(name), suffix=UNFINISHED))
+    try:
+        with FileLock(folder / _LOCK, timeout=0):
+            (folder / UNFINISHED).write_text(json.dumps({"made_by": _MADE_BY, "for": name}) + "\n")
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def abandoned(folder: Path) -> list[Path]:
+    """Temporary files and folders directly in ``folder`` that dead processes of impq left, sorted by name.
+
+    Only regular files with the suffix ``UNFINISHED`` that were not written to for ``ABANDONED_SECONDS``, and folders
+    with impq's marker whose lock is free. Symbolic links are not followed. Empty if the folder cannot be read.
+    """
+    try:
+        return sorted(path for path in folder.glob(".*") if _is_abandoned(path))
+    except OSError:
+        return []
+
+
+def discard(path: Path) -> None:
+    """Delete a path that ``abandoned`` named, if it is still abandoned.
+
+    Raises:
+        OSError: it cannot be deleted.
+    """
+    if not _is_abandoned(path):
+        return
+    if path.is_dir():
+        with FileLock(path / _LOCK, timeout=0):
+            shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _is_abandoned(path: Path) -> bool:
+    if path.is_symlink():
+        return False
+    try:
+        if path.is_file():
+            return path.name.endswith(UNFINISHED) and path.stat().st_mtime < time.time() - ABANDONED_SECONDS
+        marker = path / UNFINISHED
+        if marker.is_symlink() or not marker.is_file() or json.loads(marker.read_text()).get("made_by") != _MADE_BY:
+            return False
+        with FileLock(path / _LOCK, timeout=0):
+            return True
+    except (OSError, ValueError, AttributeError, RecursionError, Timeout):  # unreadable, no marker of impq's, or in use
+        return False

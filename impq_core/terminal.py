@@ -258,7 +258,7 @@ def shelves_table(found: Sequence[Shelf]) -> Table:
         table.add_column(name, justify="right" if name in ("variants", "scores", "MB") else "left", overflow="fold")
     for shelf in found:
         options = ", ".join(f"{key}={value}" for key, value in shelf.about.get("options", {}).items())
-        table.add_row(str(shelf.about.get("label")), str(shelf.about.get("backend")).split(".")[0], options,
+        table.add_row(shelf.model, str(shelf.about.get("backend")).split(".")[0], options,
                       str(shelf.count), str(shelf.facts), f"{shelf.nbytes / 1e6:.1f}",
                       time.strftime("%Y-%m-%d %H:%M", time.localtime(shelf.used)), str(shelf.folder))
     return table

@@ -127,8 +127,18 @@ def test_what_cannot_be_made_is_told_and_the_rest_goes_on(sweep: Sweep, monkeypa
     monkeypatch.setattr("impq_surrogates.shapley.Covariance.fit", Picky.fit)
     small = replace(sweep, varied={"surrogate": ("covariance", "additive")})
     folder = run_sweep(small, watched(small.base, watcher := Watcher()))
-    assert [path.name for path in (folder / "runs").iterdir()] == ["gptq-spqe-additive-qp-3bits"]
+    assert [path.name for path in sorted((folder / "runs").glob("*/evaluation.json"))] == ["evaluation.json"]
+    assert "never enough" in (folder / "runs" / "gptq-spqe-covariance-qp-3bits" / "error.txt").read_text()
     assert watcher.seen == {"finished": 1, "ImpqError": 1}
+    from mlflow import MlflowClient
+
+    client = MlflowClient(small.base.tracking_uri)
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    states = {(run.data.tags.get("impq.kind"), run.data.params["surrogate"]): run.info.status for run in runs}
+    assert states == {("sweep", "covariance,additive"): "FINISHED", (None, "covariance"): "FAILED",
+                      (None, "additive"): "FINISHED"}
+    [parent] = [run for run in runs if "impq.kind" in run.data.tags]
+    assert "error" not in parent.data.tags
 
 
 @pytest.mark.parametrize("change, told", [

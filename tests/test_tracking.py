@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from impq_core.config import RunConfig
 from impq_core.exports.export import export_run
@@ -15,11 +18,12 @@ from impq_core.results import RunResult
 from impq_core.runs.folder import RunFolder
 from impq_core.runs.pipeline import resume, run
 from impq_core.runs.sweep import Sweep, run_sweep
+from impq_core.testing import planted_space
 from impq_core.tracking.figures import draw_figures
 from impq_core.tracking.logged_model import ExportTracker
-from impq_core.tracking.pages import COLUMNS, VIEW_TAG, experiment_tags, run_name, shortened, sweep_name
+from impq_core.tracking.pages import COLUMNS, VIEW_TAG, experiment_tags, run_name, run_params, shortened, sweep_name
 from impq_core.tracking.store import experiments
-from impq_core.tracking.tracker import Tracker
+from impq_core.tracking.tracker import LONGEST_PARAM, Tracker
 
 
 def watched(config: RunConfig) -> Plugins:
@@ -45,6 +49,62 @@ def test_names_tell_what_a_run_is(tiny_config: RunConfig) -> None:
     assert sweep_name({}) == "sweep"
     assert shortened("a line\n" * 999).endswith("a line") and len(shortened("a line\n" * 999)) <= 5000
     assert max(map(len, experiment_tags().values())) <= 5000
+
+
+NAMES = st.from_regex(r"[a-zA-Z_]\w{0,40}", fullmatch=True)
+VALUES = st.text() | st.integers() | st.floats() | st.booleans()
+
+
+@settings(deadline=None)  # the first example imports MLflow
+@given(st.dictionaries(st.text(), st.floats(0, 16), max_size=150), st.lists(st.text()),
+       st.dictionaries(st.sampled_from(["estimator", "backend"]), st.dictionaries(NAMES, VALUES)), st.text(min_size=1))
+def test_mlflow_accepts_the_parameters_of_any_configuration(
+        pins: dict[str, float], exclude: list[str], options: dict[str, dict[str, object]], name: str) -> None:
+    from mlflow.utils.validation import _validate_param
+
+    config = RunConfig(model=name, budget=name, experiment=name, pins=pins, exclude=tuple(exclude), options=options)
+    params = dict(run_params(config))
+    for key, value in params.items():
+        _validate_param(key, str(value)[:LONGEST_PARAM])
+
+
+PLACES = ("it's here", "two ' and ''", 'a "quoted" one', "back`tick", "100% of % it", "人")
+
+
+def test_a_run_is_one_mlflow_run_wherever_it_is(tiny_config: RunConfig, tmp_path: Path) -> None:
+    for place in PLACES:
+        follow_one_folder(tiny_config, tmp_path, place)
+
+
+def follow_one_folder(tiny_config: RunConfig, tmp_path: Path, place: str) -> None:
+    from mlflow import MlflowClient
+
+    config = replace(tiny_config, output=str(tmp_path / place / "runs"), exclude=("model.layers.0*",),
+                     pins={"model.layers.1*": 4, "*[x]' = ~": 4})
+    space = planted_space(3)
+    folder = RunFolder.create(Path(config.output), {"impq.toml": config.to_toml()})
+
+    def track(path: RunFolder, end: BaseException) -> str:
+        tracker = Tracker(config.tracking_uri, "")
+        tracker.impq_run_started(config, space, path.path)
+        run_id = tracker.run_id
+        tracker.impq_run_failed(end)
+        return run_id
+
+    first = track(folder, KeyboardInterrupt())
+    assert track(folder, ValueError("x")) == first
+    folder.tracking.unlink()  # killed before the file was written
+    assert track(folder, ValueError("y")) == first
+    client = MlflowClient(config.tracking_uri)
+    assert client.get_run(first).info.status == "FAILED"
+    assert client.get_run(first).data.params["pins"] == "model.layers.1*=4, *[x]' = ~=4"
+
+    copied = shutil.copytree(folder.path, tmp_path / place / "copied")
+    second = track(RunFolder(copied), ValueError("z"))
+    assert second != first  # a copy of a folder is another run
+    shutil.rmtree(folder.path)
+    moved = copied.rename(tmp_path / place / "moved")
+    assert track(RunFolder(moved), ValueError("z")) == second
 
 
 def test_a_run_and_its_exports_in_mlflow(tiny_config: RunConfig, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -38,7 +39,7 @@ trust_option = click.option("--trust-remote-code", "trust", is_flag=True,
                             help="Permit the code that comes with the model to run, in this command.")
 
 tracking_option = click.option("--tracking-uri",
-                               help="MLflow store; 'none' for no tracking [sqlite file mlflow.db here].")
+                               help="MLflow store; 'none' for no tracking [MLFLOW_TRACKING_URI, or sqlite:///mlflow.db].")
 
 
 def run_options(several: bool = False) -> Callable[[Command], Command]:
@@ -77,7 +78,7 @@ def run_options(several: bool = False) -> Callable[[Command], Command]:
         click.option("--plan", help="Apply this plan.json instead of estimating and allocating."),
         click.option("--output", help="Folder that run folders are made in [impq-runs]."),
         tracking_option,
-        click.option("--experiment", help="MLflow experiment [impq]."),
+        click.option("--experiment", help="MLflow experiment [MLFLOW_EXPERIMENT_NAME, or impq]."),
         click.option("--cache/--no-cache", default=None, help="Keep variants and scores in the cache for another "
                                                                "time [yes]."),
         click.option("--partial", is_flag=True, default=None,
@@ -138,10 +139,11 @@ def watched(config: RunConfig, plugins: Plugins, brief: bool = False) -> RunConf
 
     if config.tracking_uri != "none":
         from impq_core.tracking.logged_model import ExportTracker
-        from impq_core.tracking.store import check_store, store_uri
+        from impq_core.tracking.store import check_store, experiment_name, store_uri
         from impq_core.tracking.tracker import Tracker
 
-        config = replace(config, tracking_uri=store_uri(config.tracking_uri))
+        config = replace(config, tracking_uri=store_uri(config.tracking_uri),
+                         experiment=experiment_name(config.experiment))
         check_store(config.tracking_uri)
         plugins.watch(Tracker(config.tracking_uri, config.experiment))
         plugins.watch(ExportTracker())
@@ -153,11 +155,13 @@ def watched(config: RunConfig, plugins: Plugins, brief: bool = False) -> RunConf
 
 
 def look_at(config: RunConfig) -> None:
-    """Say how to see it in MLflow."""
+    """Print the command that shows the run in MLflow."""
+    from impq_core.credentials import without_secret
     from impq_core.tracking.store import store_uri
 
     if config.tracking_uri != "none":
-        flag = "" if config.tracking_uri == store_uri("") else f" --tracking-uri {config.tracking_uri}"
+        default = config.tracking_uri == store_uri("")
+        flag = "" if default else f" --tracking-uri {shlex.quote(without_secret(config.tracking_uri))}"
         click.echo(f"look at it: impq ui{flag}")
 
 

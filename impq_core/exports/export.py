@@ -7,8 +7,6 @@ block after block, each behind the quantized ones; the score in the manifest is 
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,13 +17,13 @@ from impq_core.config import from_data, override
 from impq_core.errors import ImpqError, one_line
 from impq_core.exports.checkpoint import WEIGHTS, read_model, tensor_names
 from impq_core.exports.manifest import FORMAT, MANIFEST, check_target, read_manifest
-from impq_core.files import write_text
+from impq_core.files import scratch_folder, write_text
 from impq_core.interfaces import Checkpoint
 from impq_core.model.names import file_names
 from impq_core.parts import load_exporter
 from impq_core.plugins import Plugins
 from impq_core.results import Exported, Score
-from impq_core.runs.folder import RunFolder
+from impq_core.runs.folder import RunFolder, recorded
 from impq_core.runs.prepare import prepare
 from impq_core.runs.session import Session
 from impq_core.trust import NO_TRUST, Trust
@@ -63,24 +61,21 @@ def export_run(run: str | Path, name: str, target: Path | None = None, plugins: 
         score = evaluator.score(prepared.space.assignment(plan.pick))
         checkpoint = make_checkpoint(session, plan)
     target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
+    with scratch_folder(target.parent, target.name) as scratch:
+        work = scratch / "export"
+        work.mkdir()
         if exporter.backends:
             prepared.source.copy_files(work)
         exporter.export(checkpoint, work)
         plan.save(work / "plan.json")
         write_text(work / MANIFEST, json.dumps({
-            "format": FORMAT, "exporter": name, "run": _plain(asdict(prepared.config)),
+            "format": FORMAT, "exporter": name, "run": _plain(asdict(recorded(prepared.config))),
             "text": str(prepared.evaluation), "score": _numbers(score) if score else None}, indent=1) + "\n")
-        work.chmod(0o755)
         for file in work.iterdir():
             file.chmod(0o644)  # safetensors and temporary files are readable by their owner alone
         if target.exists():
             target.rmdir()
         work.rename(target)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
     exported = Exported(target, name, score, str(prepared.evaluation), plan.nbytes, _file_bytes(target))
     plugins.notify("impq_exported", exported=exported, run=source.path)
     return exported

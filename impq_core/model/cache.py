@@ -1,5 +1,4 @@
-"""Variants, and what held-out text says of them, on disk: found by what they were made of, so that nothing is
-quantized or scored twice."""
+"""Cache of variants and held-out scores on disk, keyed by everything that decides them."""
 
 from __future__ import annotations
 
@@ -24,17 +23,32 @@ if TYPE_CHECKING:
     from impq_core.interfaces import Variant
 
 
+ABOUT = "about.json"
+"""The file of a shelf that says what its variants are made of."""
+
+FORMAT = "impq-variants/1"
+"""Format mark in it: impq lists and deletes only folders that have it."""
+
+KEYS_BEFORE_FORMAT = frozenset({"model_digest", "dtype", "backend", "options", "versions", "code"})
+"""Keys in the about.json of version 0.1, which wrote no mark."""
+
+
 @dataclass(frozen=True)
 class Shelf:
-    """The variants of one model by one backend, a file for each linear at each width, and facts about them.
+    """Folder with the variants of one model by one backend, a file for each linear at each width, and held-out scores.
 
     Args:
-        folder: where they are.
-        about: all that decides what they are: model, backend, options, calibration, code.
+        folder: the folder.
+        about: everything that decides the variants: model, backend, options, calibration, code.
     """
 
     folder: Path
     about: Mapping[str, Any]
+
+    @property
+    def model(self) -> str:
+        """The model's name."""
+        return str(self.about.get("label") or self.about.get("model", ""))  # version 0.1 called it model
 
     @property
     def nbytes(self) -> int:
@@ -43,21 +57,21 @@ class Shelf:
 
     @property
     def count(self) -> int:
-        """Variants on it."""
+        """Number of variants."""
         return sum(1 for _ in self.folder.glob("*.safetensors"))
 
     @property
     def facts(self) -> int:
-        """Facts on it."""
-        return sum(1 for _ in self.folder.glob("*.json")) - 1  # about.json is none
+        """Number of held-out scores."""
+        return sum(1 for _ in self.folder.glob("*.json")) - 1  # without about.json
 
     @property
     def used(self) -> float:
-        """When it was used last, in seconds since the epoch."""
-        return (self.folder / "about.json").stat().st_mtime
+        """Time of the last use, seconds since the epoch."""
+        return (self.folder / ABOUT).stat().st_mtime
 
     def get(self, linear: LinearSpec, choice: Choice) -> Variant | None:
-        """The variant; None where it is not here, or damaged, which is said in a warning."""
+        """The variant; None if it is missing, or damaged, which gives a warning."""
         from safetensors import SafetensorError, safe_open
 
         from impq_core.interfaces import Variant
@@ -70,7 +84,7 @@ class Shelf:
                 facts = json.loads(file.metadata()["impq"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if facts["sha256"] != _digest(tensors):
-                raise ValueError("its bytes are not those that were written")
+                raise ValueError("its digest does not match its content")
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             warnings.warn(f"{path} is damaged and made anew: {' '.join(str(error).split())[:120]}", RuntimeWarning,
                           stacklevel=2)
@@ -78,7 +92,7 @@ class Shelf:
         return Variant(choice, tensors, facts["record"])
 
     def put(self, linear: LinearSpec, variant: Variant) -> None:
-        """Keep a variant, whole or not at all; a disk that does not take it is a warning."""
+        """Keep a variant, whole or not at all; a disk that refuses it gives a warning."""
         from safetensors.torch import save
 
         tensors = {name: tensor.contiguous() for name, tensor in variant.tensors.items()}
@@ -86,43 +100,45 @@ class Shelf:
         self._write(self._file(linear, variant.choice), save(tensors, metadata={"impq": facts}))
 
     def recall(self, name: str) -> dict[str, Any] | None:
-        """What was remembered under a name; None where nothing was, or it is damaged, which is said in a warning."""
+        """The data kept under a name; None if there is none, or it is damaged, which gives a warning."""
         path = self.folder / f"{name}.json"
         try:
             kept = json.loads(path.read_text())
             if kept["sha256"] != _digest_of(kept["fact"]):
-                raise ValueError("it is not what was written")
+                raise ValueError("its digest does not match its content")
         except FileNotFoundError:
             return None
         except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
             warnings.warn(f"{path} is damaged and made anew: {' '.join(str(error).split())[:120]}", RuntimeWarning,
                           stacklevel=2)
             return None
-        found: dict[str, Any] = kept["fact"]
-        return found
+        fact: dict[str, Any] = kept["fact"]
+        return fact
 
     def remember(self, name: str, fact: Mapping[str, Any]) -> None:
-        """Keep plain data about the variants, whole or not at all; a disk that does not take it is a warning."""
+        """Keep plain data about the variants, whole or not at all; a disk that refuses it gives a warning."""
         self._write(self.folder / f"{name}.json",
                     json.dumps({"fact": fact, "sha256": _digest_of(fact)}).encode())
 
     def _write(self, path: Path, data: bytes) -> None:
         try:
-            if not (self.folder / "about.json").exists():  # without it nobody would list or delete the shelf
+            if not (self.folder / ABOUT).exists():  # without it the shelf is never listed or deleted
                 self.folder.mkdir(parents=True, exist_ok=True)
-                write_text(self.folder / "about.json", json.dumps(self.about, indent=1) + "\n")
+                write_text(self.folder / ABOUT, json.dumps({"format": FORMAT, **self.about}, indent=1) + "\n")
             replace_file(path, data)
         except OSError as error:
             warnings.warn(f"variants are not kept for another time: {self.folder}: {error.strerror}", RuntimeWarning,
                           stacklevel=3)
 
     def touch(self) -> None:
-        """Remember that it is in use."""
-        with suppress(OSError):  # nothing is kept yet, or the cache is read only
-            os.utime(self.folder / "about.json")
+        """Record the time of this use."""
+        with suppress(OSError):  # nothing is kept yet, or the cache is read-only
+            os.utime(self.folder / ABOUT)
 
     def remove(self) -> None:
-        """Delete it all; raises ImpqError where the disk refuses."""
+        """Delete the folder; raises ImpqError if impq did not make it, or the disk refuses."""
+        if _read_about(self.folder) is None:
+            raise ImpqError(f"{self.folder} has no {ABOUT} of impq's: it is not deleted")
         try:
             shutil.rmtree(self.folder)
         except OSError as error:
@@ -138,15 +154,23 @@ def shelf_for(key: VariantsKey) -> Shelf:
 
 
 def shelves() -> list[Shelf]:
-    """All there are, those used last first; raises ImpqError where there is no cache."""
-    found = []
-    for file in (cache_folder() / "variants").glob("*/about.json"):
-        try:
-            about = json.loads(file.read_text())
-        except (OSError, ValueError, RecursionError):
-            about = {}
-        found.append(Shelf(file.parent, about if isinstance(about, dict) else {}))
-    return sorted(found, key=lambda shelf: -shelf.used)
+    """All shelves of the user's cache, the last used first; raises ImpqError if the cache folder cannot be made.
+
+    Only folders whose about.json has impq's format mark, or the keys that version 0.1 wrote without a mark.
+    """
+    shelves = [Shelf(file.parent, about) for file in (cache_folder() / "variants").glob(f"*/{ABOUT}")
+               if (about := _read_about(file.parent)) is not None]
+    return sorted(shelves, key=lambda shelf: -shelf.used)
+
+
+def _read_about(folder: Path) -> dict[str, Any] | None:
+    """Content of a shelf's about.json; None if it is not of impq's."""
+    try:
+        about = json.loads((folder / ABOUT).read_text())
+        mark = about.pop("format", None)
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        return None
+    return about if mark == FORMAT or (mark is None and about.keys() >= KEYS_BEFORE_FORMAT) else None
 
 
 def _digest_of(fact: Mapping[str, Any]) -> str:
@@ -156,9 +180,9 @@ def _digest_of(fact: Mapping[str, Any]) -> str:
 def _digest(tensors: Mapping[str, Any]) -> str:
     import torch
 
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

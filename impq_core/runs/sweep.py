@@ -16,11 +16,12 @@ import numpy as np
 
 from impq_core.errors import ImpqError
 from impq_core.evaluate import Evaluator
+from impq_core.files import write_text
 from impq_core.keys import SweepKey
 from impq_core.ledger import Ledger
 from impq_core.model.source import ModelSource
 from impq_core.plugins import Plugins
-from impq_core.runs.folder import CHILDREN, SWEEP, RunFolder
+from impq_core.runs.folder import CHILDREN, SWEEP, RunFolder, recorded
 from impq_core.runs.grid import Sweep
 from impq_core.runs.pipeline import Search, allocate, keep_estimate, make_folder, result_of
 from impq_core.runs.prepare import Prepared, prepare
@@ -41,7 +42,7 @@ class _Child:
 
 
 def run_sweep(sweep: Sweep, plugins: Plugins | None = None, path: Path | None = None, trust: Trust = NO_TRUST) -> Path:
-    """Measure, plan and score all runs of a sweep. A run without a plan is reported, and the others continue.
+    """Measure, plan and score all runs of a sweep. A run without a plan fails, and the others continue.
 
     Args:
         sweep: the configurations.
@@ -73,7 +74,7 @@ def run_sweep(sweep: Sweep, plugins: Plugins | None = None, path: Path | None = 
 
 def _make(sweep: Sweep) -> RunFolder:
     facts = {"varied": {name: list(values) for name, values in sweep.varied.items()}, "pairs": dict(sweep.pairs)}
-    return RunFolder.create(Path(sweep.base.output), {"impq.toml": sweep.base.to_toml(),
+    return RunFolder.create(Path(sweep.base.output), {"impq.toml": recorded(sweep.base).to_toml(),
                                                       SWEEP: json.dumps(facts, indent=1) + "\n"})
 
 
@@ -110,8 +111,7 @@ def _one_backend(children: list[_Child], plugins: Plugins, folder: RunFolder, do
     session.quantize_played()
     searches: list[tuple[_Child, Search]] = []
     for estimator, group in groupby(children, key=lambda child: child.prepared.config.estimator):
-        searches += _search(list(group), session, folder.path / MEASURED / f"{first.config.backend}-{estimator}",
-                            finished)
+        searches += _search(list(group), session, folder, f"{first.config.backend}-{estimator}", finished)
     if first.measures_another_backend:
         session.quantize_deployed()
     with closing(session.score_log(folder.path / f"scores-{first.config.backend}.jsonl")) as log:
@@ -122,10 +122,11 @@ def _one_backend(children: list[_Child], plugins: Plugins, folder: RunFolder, do
             done.sync()
 
 
-def _search(children: list[_Child], session: Session, path: Path,
+def _search(children: list[_Child], session: Session, sweep: RunFolder, name: str,
             finished: Collection[str]) -> Iterator[tuple[_Child, Search]]:
     """The plans of an estimator's runs, without the finished ones. All come from one measurement, which is made for the
     median of their budgets."""
+    path = sweep.path / MEASURED / name
     median = sorted(children, key=lambda child: child.prepared.budget_bytes)[len(children) // 2].prepared
     if path.exists():
         folder = RunFolder.open(path, "provenance.json")
@@ -149,25 +150,48 @@ def _search(children: list[_Child], session: Session, path: Path,
                         replace(result, budget_bytes=prepared.played_budget))
                 plan = allocate(prepared, fitted[key])
             except ImpqError as error:
-                session.plugins.notify("impq_run_failed", error=ImpqError(f"{child.name}: {error}"))
+                _fail(child, error, session.plugins, sweep)
                 continue
             yield child, Search(plan, fitted[key], measurements, game.loss(plan.pick) if game else None)
+
+
+def _folder_of(child: _Child, sweep: RunFolder) -> RunFolder:
+    path = sweep.path / CHILDREN / child.name
+    return RunFolder(path) if path.exists() else make_folder(child.prepared, path.parent, path.name)
+
+
+def _start(child: _Child, plugins: Plugins, folder: RunFolder) -> None:
+    prepared = child.prepared
+    plugins.notify("impq_run_started", config=prepared.config, space=prepared.space, folder=folder.path,
+                   coverage=prepared.coverage)
+
+
+def _fail(child: _Child, error: ImpqError, plugins: Plugins, sweep: RunFolder) -> None:
+    """Leave a run that failed because no plan can be made for it; the sweep continues."""
+    folder = _folder_of(child, sweep)
+    with folder.locked():
+        _start(child, plugins, folder)
+        write_text(folder.error, f"{error}\n")
+        plugins.notify("impq_run_failed", error=ImpqError(f"{child.name}: {error}"))
 
 
 def _finish(child: _Child, search: Search, session: Session, evaluator: Evaluator, sweep: RunFolder) -> None:
     """Score a plan, and leave a run folder like any other."""
     prepared, plugins = child.prepared, session.plugins
     assert search.plan is not None and search.estimate is not None
-    path = sweep.path / CHILDREN / child.name
-    folder = RunFolder(path) if path.exists() else make_folder(prepared, path.parent, path.name)
+    folder = _folder_of(child, sweep)
     with folder.locked():
-        plugins.notify("impq_run_started", config=prepared.config, space=prepared.space, folder=folder.path,
-                       coverage=prepared.coverage)
-        session.bank.save_record(folder.variants)
-        keep_estimate(plugins, folder, search.estimate, search.measurements)
-        search.plan.save(folder.plan)
-        plugins.notify("impq_plan_ready", plan=search.plan)
-        evaluation = session.evaluate(evaluator, search.plan)
-        evaluation.save(folder.evaluation)
-        folder.write_json(folder.cost, {"forwards": search.forwards, "seconds": {}})
-        plugins.notify("impq_run_finished", result=result_of(prepared, folder, search, evaluation, {}))
+        _start(child, plugins, folder)
+        try:
+            session.bank.save_record(folder.variants)
+            keep_estimate(plugins, folder, search.estimate, search.measurements)
+            search.plan.save(folder.plan)
+            plugins.notify("impq_plan_ready", plan=search.plan)
+            evaluation = session.evaluate(evaluator, search.plan)
+            evaluation.save(folder.evaluation)
+            folder.write_json(folder.cost, {"forwards": search.forwards, "seconds": {}})
+            plugins.notify("impq_run_finished", result=result_of(prepared, folder, search, evaluation, {}))
+        except BaseException as error:
+            plugins.notify("impq_run_failed", error=error)
+            raise
+        folder.error.unlink(missing_ok=True)

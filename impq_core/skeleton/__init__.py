@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -13,6 +11,7 @@ from types import MappingProxyType
 from jinja2 import Environment, StrictUndefined
 
 from impq_core.errors import UsageError, nearest
+from impq_core.files import scratch_folder
 from impq_core.plugins import Plugins
 
 SUMMARIES = MappingProxyType({
@@ -78,9 +77,9 @@ def write_plugin(target: str, kinds: Sequence[str], plugins: Plugins) -> list[Pa
         place.write_text(single_file(name, kinds[0]))
         return [place]
     files = files_of(name, [kind for kind in SUMMARIES if kind in kinds])
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as aside:
-        _fill(Path(aside) / "it", files)
-        os.rename(Path(aside) / "it", place)
+    with scratch_folder(place.parent, place.name) as scratch:
+        _fill(scratch / "plugin", files)
+        (scratch / "plugin").rename(place)
     return [place / path for path in files]
 
 

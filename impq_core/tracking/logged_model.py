@@ -1,8 +1,7 @@
-"""Exports as LoggedModels of MLflow: they name the folder, and copy no weights."""
+"""Exports as LoggedModels of MLflow, which name the folder and copy no weights."""
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from pathlib import Path
@@ -12,37 +11,35 @@ from impq_core.errors import ImpqError
 from impq_core.hookspecs import hookimpl
 from impq_core.runs.folder import RunFolder
 from impq_core.tracking.pages import text_name
-from impq_core.tracking.store import check_store
+from impq_core.tracking.store import check_store, connect, sqlite_file, store_uri
 
 if TYPE_CHECKING:
     from impq_core.results import Exported
 
 
 class ExportTracker:
-    """Registers an export with the MLflow run that its folder says it had; a run that has none is left alone."""
+    """Registers exports with the MLflow runs named in their run folders; does nothing for untracked runs."""
 
     @hookimpl
     def impq_exported(self, exported: Exported, run: Path) -> None:
         """Make an external LoggedModel with the export's sizes and score, and tie it to the run.
 
         Raises:
-            ImpqError: the store does not answer, or is gone.
+            ImpqError: the store does not answer, or its file is gone.
         """
         folder = RunFolder(run)
         if not folder.tracking.exists():
             return
-        known = folder.read_json(folder.tracking)
-        uri, run_id = known["uri"], known["run_id"]
+        tracked = folder.read_json(folder.tracking)
+        uri, run_id = store_uri(tracked["uri"]), tracked["run_id"]
         check_store(uri)
-        if uri.startswith("sqlite:") and not Path(uri.removeprefix("sqlite:///")).exists():
+        if (file := sqlite_file(uri)) and not file.exists():
             raise ImpqError(f"tracking store {uri} is gone")  # MLflow would make an empty one
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        from mlflow import MlflowClient
+        client = connect(uri)
         from mlflow.entities import LoggedModelOutput, Metric
 
-        client = MlflowClient(uri)
         kept = client.get_run(run_id)
-        name = re.sub(r"[/:.%\"'\s]+", "-", f"{kept.info.run_name} {exported.format}")  # what MLflow takes
+        name = re.sub(r"[/:.%\"'\s]+", "-", f"{kept.info.run_name} {exported.format}")  # characters that MLflow accepts
         params = {"format": exported.format, "folder": exported.folder.absolute(), "bytes": exported.nbytes,
                   "bits": f"{folder.read_space().nominal_bits(exported.nbytes):.4g}"}
         if exported.file_bytes:
@@ -57,7 +54,7 @@ class ExportTracker:
             about = {"model_id": model.model_id, "run_id": run_id,
                      "dataset_name": text_name(folder.read_config().evaluation),
                      "dataset_digest": folder.read_json(folder.provenance)["evaluation_digest"]}
-            # The run's own nll is of widths quantized behind a prefix at the widest: another name keeps it apart.
+            # Another name than the run's own nll, which is of variants quantized behind a prefix at the widest width.
             client.log_batch(run_id, [Metric(f"exported_{key}", value, now, 0, **about)
                                       for key, value in numbers.items()])
         client.finalize_logged_model(model.model_id, "READY")

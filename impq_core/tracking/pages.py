@@ -1,4 +1,4 @@
-"""What MLflow's pages show of a run: its name, its numbers, a note, the texts, and the columns of the runs table."""
+"""Content of MLflow's pages: run names, metrics, parameters, notes, texts, and the columns of the runs table."""
 
 from __future__ import annotations
 
@@ -10,37 +10,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from impq_core.config import RunConfig, TextConfig
+from impq_core.credentials import without_secret
 
 if TYPE_CHECKING:
     from impq_core.results import RunResult
 
 VIEW = "impq"
-"""Key and name of the saved view that every impq experiment gets."""
+"""Key and name of the saved view in every impq experiment."""
 
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
-"""Experiment tag that holds it."""
+"""Experiment tag that holds the view."""
 
 COLUMNS = ("metrics.`nll`", "metrics.`bits_nominal`", "metrics.`bytes`", "metrics.`search_forwards`",
            "params.`estimator`", "params.`backend`", "params.`allocator`", "params.`surrogate`", "params.`budget`",
            "metrics.`kl`", "metrics.`top1_agreement`", "params.`model`", "attributes.`Models`", "attributes.`Dataset`")
-"""Its columns, after the run's name and time."""
+"""Columns of the view, after the run's name and time."""
 
 FIGURES = ("loss_against_bytes", "widths", "sensitivities")
-"""Figures that its charts show beside those of other runs."""
+"""Figures that the charts of the view show for several runs side by side."""
 
 NOTE_TAG = "mlflow.note.content"
 """Tag that MLflow shows as a description."""
 
 NOTE_LENGTH = 5000
-"""What every store of MLflow takes as the value of a tag."""
+"""Longest value of a tag that every store of MLflow accepts."""
 
 
 def run_name(config: RunConfig, fitted: bool = True) -> str:
-    """What tells a run from its neighbours: ``spqe auto qp gptq 3.0bits``.
+    """Name of a run, made of its components and budget: ``spqe auto qp gptq 3.0bits``.
 
     Args:
         config: the run.
-        fitted: false where the estimator leaves nothing for a surrogate to fit.
+        fitted: false if the estimator leaves nothing for a surrogate to fit.
     """
     if config.plan:
         return f"given plan, {config.backend}"
@@ -51,20 +52,20 @@ def run_name(config: RunConfig, fitted: bool = True) -> str:
 
 
 def sweep_name(varied: Mapping[str, Sequence[str]]) -> str:
-    """What a sweep varies: ``sweep: 2 estimators, 3 budgets``."""
+    """Name of a sweep, made of the settings that vary: ``sweep: 2 estimators, 3 budgets``."""
     counts = [f"{len(values)} {name}s" for name, values in varied.items() if len(values) > 1]
     return f"sweep: {', '.join(counts)}" if counts else "sweep"
 
 
 def experiment_tags() -> dict[str, str]:
-    """Tags that tell MLflow what an experiment is about, and hold the view."""
+    """Tags of an experiment: its kind, and the view."""
     now = int(time.time() * 1000)
     view = {"name": VIEW, "createdAt": now, "updatedAt": now, "state": json.dumps(_view())}
     return {"mlflow.experimentKind": "custom_model_development", VIEW_TAG: json.dumps(view)}
 
 
 def _view() -> dict[str, Any]:
-    """Columns and charts as MLflow's pages write them for "Save view". Every other chart follows below these."""
+    """Columns and charts in the format of MLflow's "Save view". All other charts follow below these."""
     def chart(kind: str, number: int, **what: Any) -> dict[str, Any]:
         return {"uuid": f"{VIEW}-{number}", "type": kind, "metricSectionId": VIEW, "runsCountToCompare": 100,
                 "deleted": False, "isGenerated": False, **what}
@@ -83,12 +84,12 @@ def _view() -> dict[str, Any]:
 
 
 def experiment_note(experiment_id: str) -> str:
-    """The description of an experiment: the way to the view, from whatever page MLflow opens first."""
+    """Description of an experiment: a link to the view, from whatever page MLflow opens first."""
     return f"Runs of impq: [the columns and charts that matter]({view_path(experiment_id)})"
 
 
 def view_path(experiment_id: str) -> str:
-    """Where a server shows the runs of an experiment in the view; MLflow would else open its GenAI pages."""
+    """Path, on a server, of an experiment's runs in the view; by default MLflow opens its GenAI pages."""
     return f"/#/experiments/{experiment_id}/runs?viewStateShareKey={VIEW}&workflowType=machine_learning"
 
 
@@ -106,23 +107,23 @@ def run_note(result: RunResult) -> str:
 
 
 def shortened(note: str) -> str:
-    """A note as long as MLflow takes one, cut between lines."""
+    """A note cut between lines to the length that MLflow accepts."""
     return note if len(note) <= NOTE_LENGTH else note[:NOTE_LENGTH].rpartition("\n")[0]
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table whose first column is text and whose others are numbers."""
+    """A Markdown table: text in the first column, numbers in the others."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
 
 
 def text_name(text: TextConfig) -> str:
-    """A text as the dataset column shows it: a file by its name alone."""
+    """Name of a text in the dataset column; of a file, without its folder."""
     return Path(text.source).name if Path(text.source).is_absolute() else text.source
 
 
 def text_inputs(result: RunResult) -> list[Any]:
-    """The texts of a run as MLflow's dataset inputs."""
+    """Texts of a run as dataset inputs of MLflow."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     inputs = []
@@ -136,7 +137,7 @@ def text_inputs(result: RunResult) -> list[Any]:
 
 
 def run_numbers(result: RunResult) -> dict[str, float]:
-    """What a run came to."""
+    """Results of a run as MLflow metrics."""
     numbers: dict[str, float] = {"search_forwards": result.forwards, "evaluations": len(result.measurements or ())}
     if result.measured_loss is not None:
         numbers["measured_plan_loss"] = result.measured_loss
@@ -154,13 +155,20 @@ def run_numbers(result: RunResult) -> dict[str, float]:
 
 
 def run_params(config: RunConfig) -> Iterable[tuple[str, Any]]:
-    """A configuration as MLflow's parameters, what is nested by dotted names as in impq.toml."""
+    """A configuration as names and values of MLflow parameters, nested ones by dotted names as in impq.toml.
+
+    Patterns of layers are values and not names, because MLflow restricts the characters of names. Values hold no
+    passwords.
+    """
     for key, value in asdict(config).items():
         if key == "options":
             for role, options in value.items():
                 yield from ((f"{key}.{role}.{name}", option) for name, option in options.items())
+        elif key == "pins":
+            yield key, ", ".join(f"{pattern}={width:g}" for pattern, width in value.items())
         elif isinstance(value, dict):
             yield from ((f"{key}.{name}", item) for name, item in value.items())
+        elif isinstance(value, tuple):
+            yield key, ",".join(f"{item:g}" if isinstance(item, float) else str(item) for item in value)
         else:
-            yield key, ",".join(f"{item:g}" if isinstance(item, float) else str(item) for item in value) if isinstance(
-                value, tuple) else value
+            yield key, without_secret(value) if key == "tracking_uri" else value
