@@ -137,8 +137,9 @@ class Regression(Surrogate):
 
 class Coverage(Surrogate):
     """``loss = c (1 - prod_i (1 - a_{i, q_i}))`` (arXiv 2607.12266): each layer covers a share of the largest loss c,
-    at which the loss saturates. n (m-1) + 1 parameters, costs that never fall with narrower widths, fitted by non-negative
-    least squares with a weight on each measurement that makes the errors those of the loss, for the best c of a grid.
+    at which the loss saturates. n (m-1) + 1 parameters, costs that never fall with narrower widths, fitted by non-
+    negative least squares with a weight on each measurement that makes the errors those of the loss, for the best c
+    of a grid.
 
     It cannot follow a game whose joint damage exceeds the sum of single damages.
     """
