@@ -15,21 +15,21 @@ _Key = tuple[int, int]
 """A layer and one of its narrower choices."""
 
 _TOLERANCE = 1e-7
-"""HiGHS's, absolute."""
+"""HiGHS's absolute tolerance, in units of the program."""
 
 
 def branch(program: Program, cuts: Sequence[Tangent], form: str, target: float, seconds: float | None = None,
            nodes: int | None = None) -> tuple[IntArray | None, float]:
-    """A pick with a score below ``target``, if HiGHS finds one, and a lower bound on the scores of all; -inf where it
-    has none by the time it must end.
+    """A pick with a score below ``target``, if HiGHS finds one, and a lower bound on the scores of all picks; -inf if
+    it has none when it must end.
 
     Args:
-        program: what to solve.
-        cuts: below its pair terms.
+        program: the program.
+        cuts: tangents that lie below its pair terms.
         form: ``paper`` or ``compact``.
         target: picks that score more are of no interest.
-        seconds: when HiGHS must end; None for whenever.
-        nodes: after how many nodes of its tree it must; None for however many.
+        seconds: time limit of HiGHS; None for none.
+        nodes: limit of the nodes of its tree; None for none.
 
     Raises:
         ImpqError: the solver failed, which must not look like a plan.

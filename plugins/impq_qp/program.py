@@ -23,13 +23,13 @@ _Allowed = NDArray[np.bool_]
 
 _ROUNDS = 40
 _PRODUCTS = 500
-"""Up to so many HiGHS solves the paper's form in seconds."""
+"""Most products of a part that HiGHS solves in seconds in the paper's form."""
 
 _ROUNDING = 1e-11
-"""What bounds are believed to, relative to the sum of an estimate's terms."""
+"""Rounding of bounds, relative to the sum of an estimate's terms."""
 
 _NODES = 10_000
-"""Most nodes of HiGHS in one part; those of so few products take hundreds."""
+"""Most nodes of HiGHS in one part; parts of ``_PRODUCTS`` products take hundreds."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,16 @@ class Options:
     """Options of the quadratic program.
 
     Args:
-        work_limit: what the proof may cost, in units that take about a second of one desktop core; they are counted,
-            not timed, so that a plan does not depend on how busy a machine is. The local search is never cut short.
-        time_limit: seconds after which the proof ends too, for whoever cannot wait; a plan may then be another on
-            another day. 0 for none.
+        work_limit: limit of the proof, in units that take about a second of one desktop core; they are counted, not
+            timed, so that a plan does not depend on the load of the machine. The local search is never cut short.
+        time_limit: seconds after which the proof ends too; the plan may then differ from run to run. 0 for none.
         gap: relative gap at which a plan counts as proven.
         starts: starts of the local search.
         seed: of the local search.
         linearization: ``auto`` closes choices by convex relaxations, splits what stays open, and gives HiGHS each part
             once it has no more than 500 products, in the paper's form; ``paper`` (a variable for each product of two
             choices) and ``compact`` (Glover: one for each choice) give HiGHS the whole program as it is, and
-            ``work_limit`` as seconds where there is no ``time_limit``.
+            ``work_limit`` as seconds if there is no ``time_limit``.
     """
 
     work_limit: float = 60.0
@@ -71,8 +70,8 @@ class QuadraticProgram(Allocator):
 
     A multi-start local search finds a plan, which is replaced only by a better one. Convex relaxations bound the
     program and close choices that no better plan can take; HiGHS solves what they leave open, with products of choices
-    linearised (IMPQ, section on allocation; there with two widths and SCIP). What is not settled within the work limit
-    stays open, and the plan tells by how much.
+    linearised (IMPQ, section on allocation; there with two widths and SCIP). If the work limit ends the proof, the
+    plan's bound lies below its loss by the gap that is left.
     """
 
     Options = Options
@@ -88,16 +87,16 @@ class QuadraticProgram(Allocator):
 
 
 def solve(estimate: SensitivityEstimate, budget: int, options: Options) -> tuple[IntArray, float]:
-    """The best pick found, and a proven lower bound on the score of all; -inf where nothing was proven."""
+    """The best pick found, and a proven lower bound on the score of all picks; -inf if nothing was proven."""
     best = _Best(estimate, budget, options)
     whole = np.ones(estimate.space.nbytes.shape, dtype=bool)
     if options.linearization != "auto":
-        found, bound = branch(Program.of(estimate, budget, whole), (), options.linearization, best.target,
-                              seconds=options.time_limit or options.work_limit)
-        best.offer(found)
+        pick, bound = branch(Program.of(estimate, budget, whole), (), options.linearization, best.target,
+                             seconds=options.time_limit or options.work_limit)
+        best.offer(pick)
         return best.pick, bound
     work = _Work(options.work_limit, time.monotonic() + options.time_limit if options.time_limit else math.inf)
-    parts: list[tuple[float, int, _Allowed]] = [(-np.inf, 0, whole)]  # what is not settled yet, least bound first
+    parts: list[tuple[float, int, _Allowed]] = [(-np.inf, 0, whole)]  # not settled yet, least bound first
     number, settled = 0, np.inf
     while parts and parts[0][0] < best.target and (work.left or not number):  # once at least
         floor, _, allowed = heapq.heappop(parts)
@@ -108,8 +107,8 @@ def solve(estimate: SensitivityEstimate, budget: int, options: Options) -> tuple
         products = np.count_nonzero(rest.program.pairs) // 2
         if products <= _PRODUCTS and work.left:
             work.solved(products)
-            found, bound = branch(rest.program, rest.cuts, "paper", best.target, work.seconds, _NODES)
-            best.offer(found)
+            pick, bound = branch(rest.program, rest.cuts, "paper", best.target, work.seconds, _NODES)
+            best.offer(pick)
             settled = min(settled, max(bound, rest.bound))
             continue
         for half in rest.halves():
@@ -120,8 +119,8 @@ def solve(estimate: SensitivityEstimate, budget: int, options: Options) -> tuple
 
 @dataclass
 class _Work:
-    """What a proof has cost so far, in units of about a second of one desktop core: rates are rough, and part of what
-    a plan is reproduced from."""
+    """Cost of a proof so far, in units of about a second of one desktop core. The rates are rough; changing them
+    changes plans whose proof is cut short."""
 
     limit: float
     deadline: float
@@ -129,20 +128,20 @@ class _Work:
 
     @property
     def left(self) -> bool:
-        """Whether there is any."""
+        """Whether the proof may go on."""
         return self.done < self.limit and time.monotonic() < self.deadline
 
     @property
     def seconds(self) -> float | None:
-        """To the deadline; None where there is none."""
+        """Seconds to the deadline; None without one."""
         return None if math.isinf(self.deadline) else max(self.deadline - time.monotonic(), 0.1)
 
     def relaxed(self, choices: int) -> None:
-        """A round of relaxation over so many choices."""
+        """Charge a round of relaxation over ``choices`` choices."""
         self.done += (60 + choices) / 7500
 
     def solved(self, products: int) -> None:
-        """A part of so many products went to HiGHS."""
+        """Charge HiGHS's solution of a part with ``products`` products."""
         self.done += (30 + products) / 300
 
 
@@ -162,7 +161,7 @@ class _Best:
         return self.value - max(self.gap * abs(self.value), self.rounding)
 
     def offer(self, pick: IntArray | None) -> None:
-        """Take a pick where it fits and is better, once local moves have improved it."""
+        """Improve a pick by local moves and take it, if it fits and is better."""
         if pick is None or self.estimate.space.bytes_of(pick) > self.budget:
             return
         pick = descend(self.estimate, pick, self.budget)
@@ -173,8 +172,16 @@ class _Best:
 
 @dataclass(frozen=True, eq=False)
 class _Left:
-    """What relaxations leave of a part of the program (None: nothing), with tangents of its pair terms, the last
-    relaxation's optimum, a lower bound on its picks' scores, and one on those of the picks closed."""
+    """A part of the program after its relaxations.
+
+    Args:
+        allowed: the choices left open.
+        program: the program over them; None if the part is settled.
+        cuts: tangents of its pair terms.
+        point: the last relaxation's optimum.
+        bound: lower bound on the scores of its picks.
+        closed: lower bound on the scores of the picks that were closed.
+    """
 
     allowed: _Allowed
     program: Program | None

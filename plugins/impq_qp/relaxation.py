@@ -20,7 +20,7 @@ from impq_core.space import FloatArray, IntArray
 from impq_core.types import SensitivityEstimate
 
 _ROUNDING = 1e-12
-"""What bounds give way to floating point, relative to what they are made of."""
+"""Rounding that bounds are lowered by, relative to the terms they are computed from."""
 
 _NEVER = 1e9
 """More than any cost or price of a program."""
@@ -29,7 +29,7 @@ _FREE = 1e-18
 """A price of a byte that is as good as none, in units of a program: a dual bound moves by less than its rounding."""
 
 _SWEEPS = 10
-"""Of coordinate descent in each round; the next round goes on from there."""
+"""Sweeps of coordinate descent in each round; the next round continues from their result."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,13 +141,13 @@ class Program:
 
 @dataclass(frozen=True, eq=False)
 class Tangent:
-    """``constant + slope'x``, above the pair terms of no plan; ``slope`` is (n, K)."""
+    """``constant + slope'x``, a lower bound of the pair terms of every plan; ``slope`` is (n, K)."""
 
     slope: FloatArray
     constant: float
 
     def bound(self, program: Program) -> tuple[float, FloatArray]:
-        """The score it proves, and (n, K+1) the score it proves of plans with each choice."""
+        """Lower bounds on the scores of all plans, and (n, K+1) of the plans with each choice."""
         least, more = program.least(program.linear + self.slope)
         whole = program.constant + program.unit * (least + self.constant)
         return whole, whole + program.unit * more

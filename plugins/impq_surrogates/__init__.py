@@ -1,4 +1,4 @@
-"""Surrogates: what measured losses say about picks that were not measured."""
+"""Surrogates: predictions of the losses of picks that were not measured."""
 
 from impq_core.hookspecs import Component, hookimpl
 

@@ -1,4 +1,4 @@
-"""The surrogate that tells unseen losses best."""
+"""The surrogate that orders held-out losses best."""
 
 from __future__ import annotations
 
@@ -16,33 +16,35 @@ CLEARLY = 2.0
 
 
 class Auto(Surrogate):
-    """``additive``, or of ``coverage`` and ``regression`` the one that puts fewer pairs of held-out measurements of one
-    size in the wrong order, by more than ``CLEARLY`` standard errors over independent draws; with few draws nothing is
-    clear. (With four orders of the real model ``regression`` made plans worse than ``additive`` by 0.04 to 0.06 nats,
-    benchmarks/results/frontier.md.) What was found is in the estimate's method.
+    """``additive``, unless ``coverage`` or ``regression`` puts fewer pairs of held-out measurements in the wrong order,
+    by more than ``CLEARLY`` standard errors over independent draws. Pairs are of one size and one set of windows, near
+    the budget; with few draws the standard error is infinite and ``additive`` stays. (With four orders of the real
+    model ``regression`` made plans worse than ``additive`` by 0.04 to 0.06 nats, benchmarks/results/frontier.md.) The
+    shares of wrong orders are in the estimate's method, unless there are no pairs.
 
-    Where ``additive`` cannot be fitted, as to orders cut to the sizes asked for, ``coverage`` is in its place, or else
-    ``regression``. ``covariance`` is not among them: its objective is a score and forecasts no loss.
+    If ``additive`` cannot be fitted, as to orders cut to the sizes asked for, ``coverage`` takes its place, or else
+    ``regression``. ``covariance`` is no candidate: its objective is a score and predicts no loss.
     """
 
     def fit(self, measurements: Measurements) -> SensitivityEstimate:
-        """The chosen one's estimate; raises ImpqError where none can be fitted or validated."""
+        """The chosen surrogate's estimate; raises ImpqError if none can be fitted and validated."""
         candidates: dict[str, Surrogate] = {"additive": Additive(), "coverage": Coverage(), "regression": Regression()}
-        found: dict[str, Ordering] = {}
+        orderings: dict[str, Ordering] = {}
         problem: ImpqError | None = None
         for name, surrogate in candidates.items():
             try:
-                found[name] = validate(surrogate.fit, measurements).ordering
+                orderings[name] = validate(surrogate.fit, measurements).ordering
             except ImpqError as error:
                 problem = error
-        if not found:
+        if not orderings:
             assert problem is not None
             raise problem
-        best, *richer = found
+        best, *richer = orderings
         for name in richer:
-            gain, stderr = found[name].beyond(found[best])
+            gain, stderr = orderings[name].beyond(orderings[best])
             if gain < -CLEARLY * stderr:
                 best = name
         estimate = candidates[best].fit(measurements)
-        shares = ", ".join(f"{name} {100 * ordering.share:.0f}%" for name, ordering in found.items())
-        return replace(estimate, method=f"auto: {estimate.method} (misordered: {shares})")
+        shares = ", ".join(f"{name} {100 * ordering.share:.0f}%" for name, ordering in orderings.items()
+                           if len(ordering.wrong))
+        return replace(estimate, method=f"auto: {estimate.method}" + (f" (misordered: {shares})" if shares else ""))

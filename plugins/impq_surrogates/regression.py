@@ -29,8 +29,8 @@ class RegressionOptions:
     Args:
         link: ``identity`` fits the loss, ``log1p`` log(1 + loss), which saturates more slowly; ``auto`` takes the one
             of less cross-validated error.
-        prior: an estimate of the same layers and widths, such as the estimate.npz of another run: only what the losses
-            say beyond it, to scale, is fitted. Empty for none.
+        prior: file of an estimate of the same layers and widths, such as the estimate.npz of another run: the prior is
+            scaled to the losses, and only the residual is fitted. Empty for none.
     """
 
     link: str = "auto"
@@ -53,31 +53,36 @@ class Regression(Surrogate):
     """Ridge regression of the losses on width steps taken and on their products, over every measurement.
 
     Penalty, share of the pair terms (none is among them) and link are chosen by cross-validation over whole replicates,
-    in nats per token. Unlike a covariance of marginals it sees the sign of an interaction. Features are never formed:
-    for steps z taken in two picks the kernel of the products is ``((z.z')^2 - sum_i (z_i.z'_i)^2) / 2``.
+    in nats per token. Unlike a covariance of marginals it sees the sign of an interaction. Differences between sets of
+    windows count as noise, which cross-validation does not reward. Features are never formed: for steps z and z' taken
+    in two picks the kernel of the products is ``((z.z')^2 - sum_i (z_i.z'_i)^2) / 2``.
     """
 
     Options = RegressionOptions
 
     def fit(self, measurements: Measurements) -> SensitivityEstimate:
-        """The fitted estimate; needs at least two permutations."""
+        """The fitted estimate.
+
+        Raises:
+            ImpqError: a loss is not finite, or there are fewer than two permutations.
+        """
         measurements.require_finite()
         space = measurements.space
         rows = np.flatnonzero(measurements.picks.any(axis=1))
         if not len(rows):
             raise ImpqError("surrogate 'regression' needs losses of other picks than the reference")
-        told = measurements.part(rows)
-        steps = space.steps_taken(told.picks)
+        demoted = measurements.part(rows)
+        steps = space.steps_taken(demoted.picks)
         single, pairs = _kernels(steps)
         scales = float(np.diag(single).mean()), float(np.diag(pairs).mean()) or 1.0
         links = ("identity", "log1p") if self.options.link == "auto" else (self.options.link,)
         prior = self._prior(space)
-        known = prior.score(told.picks) if prior else np.zeros(len(told))
-        best = min(self._candidates(told, known, single / scales[0], pairs / scales[1], links), key=lambda c: c.error)
+        base = prior.score(demoted.picks) if prior else np.zeros(len(demoted))
+        best = min(self._candidates(demoted, base, single / scales[0], pairs / scales[1], links), key=lambda c: c.error)
         kernel = single / scales[0] + best.pairs * pairs / scales[1]
-        target = _linked(told.losses, best.link)
-        scale = _scale(target, known)
-        weights = np.linalg.solve(kernel + best.penalty * np.eye(len(kernel)), target - scale * known)
+        target = _linked(demoted.losses, best.link)
+        scale = _scale(target, base)
+        weights = np.linalg.solve(kernel + best.penalty * np.eye(len(kernel)), target - scale * base)
         flat = steps.reshape(len(steps), -1)
         linear = weights @ flat / scales[0]
         matrix = best.pairs * (flat * weights[:, None]).T @ flat / scales[1]
@@ -91,14 +96,14 @@ class Regression(Surrogate):
                 joint = scale * prior.pairwise + (0.0 if joint is None else joint)
         link = None
         if best.link == "log1p":
-            scores = np.linspace(0.0, 2.0 * float(_linked(told.losses, best.link).max()) + 1.0, 513)
+            scores = np.linspace(0.0, 2.0 * float(_linked(demoted.losses, best.link).max()) + 1.0, 513)
             link = np.stack([scores, np.expm1(scores)])
         beyond = f", beyond {prior.method}" if prior else ""
         return SensitivityEstimate(space, costs, joint, forwards=measurements.forwards, link=link,
                                    method=f"regression({best.link}, pairs {best.pairs:g}{beyond})")
 
     def check_space(self, space: SearchSpace) -> None:
-        """The prior must be there, and be of these layers and widths."""
+        """Raises ImpqError if the prior cannot be read or has other layers or widths."""
         self._prior(space)
 
     def _prior(self, space: SearchSpace) -> SensitivityEstimate | None:
@@ -110,9 +115,9 @@ class Regression(Surrogate):
             raise ImpqError(f"surrogate regression: prior {self.options.prior} is no estimate of this model's layers "
                             f"and widths ({error})") from error
 
-    def _candidates(self, told: Measurements, known: FloatArray, single: FloatArray, pairs: FloatArray,
+    def _candidates(self, demoted: Measurements, base: FloatArray, single: FloatArray, pairs: FloatArray,
                     links: tuple[str, ...]) -> Iterator[_Candidate]:
-        splits = list(folds(told))
+        splits = list(folds(demoted))
         for share in PAIR_SHARES:
             kernel = single + share * pairs
             squares = {(link, penalty): 0.0 for link in links for penalty in PENALTIES}
@@ -120,26 +125,31 @@ class Regression(Surrogate):
                 values, vectors = np.linalg.eigh(kernel[np.ix_(kept, kept)])
                 across = kernel[np.ix_(held, kept)] @ vectors
                 for link, penalty in squares:
-                    target = _linked(told.losses[kept], link)
-                    scale = _scale(target, known[kept])
-                    target = vectors.T @ (target - scale * known[kept])
-                    guess = across @ (target / (np.maximum(values, 0.0) + penalty)) + scale * known[held]
+                    target = _linked(demoted.losses[kept], link)
+                    scale = _scale(target, base[kept])
+                    target = vectors.T @ (target - scale * base[kept])
+                    guess = across @ (target / (np.maximum(values, 0.0) + penalty)) + scale * base[held]
                     loss = np.expm1(np.minimum(guess, 20.0)) if link == "log1p" else guess
-                    squares[link, penalty] += float(((loss - told.losses[held]) ** 2).sum())
+                    squares[link, penalty] += float(((loss - demoted.losses[held]) ** 2).sum())
             for (link, penalty), square in squares.items():
                 yield _Candidate(square, link, share, penalty)
 
 
 class Coverage(Surrogate):
-    """``loss = c (1 - prod_i (1 - a_{i, q_i}))`` (arXiv 2607.12266): each layer covers a share of what can be lost, so
-    the loss saturates at c. n (m-1) + 1 parameters, costs that never fall with narrower widths, fitted by non-negative
-    least squares with a weight on each measurement that makes the errors those of the loss, for the best c of a grid.
+    """``loss = c (1 - prod_i (1 - a_{i, q_i}))`` (arXiv 2607.12266): each layer covers a share of the largest loss c,
+    at which the loss saturates. n (m-1) + 1 parameters, costs that never fall with narrower widths, fitted by non-
+    negative least squares with a weight on each measurement that makes the errors those of the loss, for the best c
+    of a grid.
 
     It cannot follow a game whose joint damage exceeds the sum of single damages.
     """
 
     def fit(self, measurements: Measurements) -> SensitivityEstimate:
-        """The fitted estimate."""
+        """The fitted estimate.
+
+        Raises:
+            ImpqError: a loss is not finite, or none is above the reference.
+        """
         from scipy.optimize import nnls
 
         measurements.require_finite()
@@ -151,9 +161,9 @@ class Coverage(Surrogate):
         flat = space.steps_taken(measurements.picks[rows]).reshape(len(rows), -1)
         best = (np.inf, 0.0, np.zeros(flat.shape[1]))
         for ceiling in float(losses.max()) * (1.0 + 10.0 ** np.linspace(-2.0, 2.0, 33)):
-            left = 1.0 - losses / ceiling
+            slope = 1.0 - losses / ceiling
             # d loss = c (1 - loss/c) d score: with these weights the errors are the loss's, to first order.
-            scores, _ = nnls(flat * left[:, None], -np.log(left) * left)
+            scores, _ = nnls(flat * slope[:, None], -np.log(slope) * slope)
             square = float(((ceiling * -np.expm1(-flat @ scores) - losses) ** 2).sum())
             if square < best[0]:
                 best = (square, ceiling, scores)
@@ -174,10 +184,10 @@ def _kernels(steps: FloatArray) -> tuple[FloatArray, FloatArray]:
     return single, (single**2 - same) / 2
 
 
-def _scale(target: FloatArray, known: FloatArray) -> float:
-    """The multiple of what is known that is nearest to the target."""
-    size = float(known @ known)
-    return float(target @ known) / size if size else 0.0
+def _scale(target: FloatArray, base: FloatArray) -> float:
+    """The factor of ``base`` that comes nearest to ``target`` in least squares."""
+    square = float(base @ base)
+    return float(target @ base) / square if square else 0.0
 
 
 def _linked(losses: FloatArray, link: str) -> FloatArray:
