@@ -87,7 +87,7 @@ def test_other_surrogates_are_fitted_without_the_model(result: RunResult, capsys
     names = ["additive", "auto", "covariance", "coverage", "regression"]
     fits = fit_run(str(result.folder), [], {}, Plugins())
     fitted = {one.surrogate: one for one in fits.surrogates}
-    assert 0 <= fits.game.linked <= fits.game.loss <= 1
+    assert np.isnan(fits.game.loss)  # two pairs of orders on windows of their own leave too little of four layers
     assert sorted(fitted) == names
     # Narrower widths may help a random model, which is nothing that coverage could describe.
     assert {one.surrogate for one in fitted.values() if one.problem} <= {"coverage"}
