@@ -42,7 +42,7 @@ class CoarseToFine(Estimator):
     What is believed of a move is the mean of what the gradients said, to scale, and what was measured, each weighted by
     its precision: windows tell the error of a measured difference, and the misses of the gradients tell theirs.
 
-    Cost: 3 forwards a node and width step, and about half a forward for each move measured.
+    Cost: about 3 forwards a node and width step; for each move measured, half of the blocks and the head.
     """
 
     Options = Options
