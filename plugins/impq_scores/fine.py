@@ -46,7 +46,7 @@ class CoarseToFine(Player):
     The cost of a move is the mean of the scaled gradients' value and the measured one, each weighted by its precision:
     windows give the error of a measured difference, and the misses of the gradients give theirs.
 
-    Cost: 3 forwards a node and width step, and about half a forward for each move measured.
+    Cost: about 3 forwards a node and width step; for each move measured, half of the blocks and the head.
     """
 
     Options = Options

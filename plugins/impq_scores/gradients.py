@@ -21,7 +21,7 @@ class LlmMq(Inspector):
     needs = frozenset({"gradients"})
 
     def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
-        """One backward a window: three forwards in all."""
+        """One backward a window: about three forwards in all, whatever the menu."""
         scores = np.abs(probe.slopes()).mean(axis=0)
         linear = np.maximum(scores - scores[:, :1], 0.0)
         return SensitivityEstimate(probe.space, linear, method="llm-mq", forwards=probe.forwards, nats=False)
@@ -52,14 +52,14 @@ class Fisher(Inspector):
     With ``u[s, i, k]`` the first-order change of window s's mean loss when layer i moves to choice k, the change of
     the loss is ``sum_i mean_s u + (T/2) Var_s(sum_i u)``: the variance over windows, times the T tokens of a window,
     stands for the Gauss-Newton (empirical Fisher) matrix, as if the gradients of different tokens were independent.
-    The cross terms are the covariances of the layers' changes, so the whole interaction matrix costs three forwards.
+    The cross terms are the covariances of the layers' changes, so they cost nothing more than the slopes.
     """
 
     Options = FisherOptions
     needs = frozenset({"gradients"})
 
     def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
-        """One backward a window: three forwards in all."""
+        """One backward a window: about three forwards in all, whatever the menu."""
         space = probe.space
         slopes = probe.slopes(shares_at(space, self.options.at))
         windows, n, m = slopes.shape
@@ -93,7 +93,7 @@ class AumannShapley(Inspector):
     needs = frozenset({"gradients"})
 
     def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
-        """``nodes`` backwards a window and width step: three forwards each."""
+        """``nodes`` backwards a window and width step: about three forwards each."""
         space = probe.space
         n, m = space.nbytes.shape
         places, weights = np.polynomial.legendre.leggauss(self.options.nodes)
@@ -111,7 +111,7 @@ class HawqOptions:
     """Options of the HAWQ estimator.
 
     Args:
-        samples: random vectors for the Hessian traces, six forwards each.
+        samples: random vectors for the Hessian traces, about six forwards each.
     """
 
     samples: int = 2
@@ -133,7 +133,7 @@ class Hawq(Inspector):
     needs = frozenset({"gradients"})
 
     def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
-        """``samples`` draws of the traces: six forwards each."""
+        """``samples`` draws of the traces: about six forwards each."""
         space = probe.space
         draws = [probe.hessian_traces(rng) for _ in range(self.options.samples)]
         terms = np.zeros((len(draws), *space.nbytes.shape))

@@ -31,7 +31,7 @@ class IsolatedOptions:
 class Isolated(Player):
     """Each layer at each other width, the others at the base: ``linear[i, k] = loss(i at k) - loss(i at the widest)``.
 
-    Cost: n (m-1) evaluations of about half a forward.
+    Cost: n (m-1) evaluations, each of half of the blocks (on average) and the head.
     """
 
     Options = IsolatedOptions
