@@ -24,7 +24,7 @@ class LlmMq(Inspector):
         """One backward a window: three forwards in all."""
         scores = np.abs(probe.slopes()).mean(axis=0)
         linear = np.maximum(scores - scores[:, :1], 0.0)
-        return SensitivityEstimate(probe.space, linear, method="llm-mq", forwards=probe.forwards, nats=False)
+        return SensitivityEstimate(probe.space, linear, method="llm-mq", forwards=probe.forwards, is_loss=False)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ def from_importance(space: SearchSpace, importance: FloatArray, method: str,
     cost = (importance - importance.min()) / spread + 1e-3
     distortion = 4.0 ** -np.array([choice.bits for choice in space.choices])
     relative = (distortion - distortion[0]) / (distortion[-1] - distortion[0])
-    return SensitivityEstimate(space, cost[:, None] * relative, method=method, forwards=forwards, nats=False)
+    return SensitivityEstimate(space, cost[:, None] * relative, method=method, forwards=forwards, is_loss=False)
 
 
 class Random(Inspector):

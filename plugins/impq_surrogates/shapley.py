@@ -87,7 +87,7 @@ class Covariance(Surrogate):
         return SensitivityEstimate(space, *from_quadratic(space, linear, quadratic),
                                    stderr=_stderr(marginals, replicates),
                                    method=f"covariance(alpha={self.options.alpha:g})", forwards=measurements.forwards,
-                                   nats=False)
+                                   is_loss=False)
 
 
 def covariance(values: FloatArray, windows: IntArray) -> FloatArray:
