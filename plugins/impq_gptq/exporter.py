@@ -12,11 +12,8 @@ from typing import Any
 from impq_core.exports.checkpoint import read_variants, write_model
 from impq_core.files import write_text
 from impq_core.interfaces import Checkpoint, Exporter, Variant
-from impq_core.space import Choice
+from impq_core.space import FUSED, Choice
 from impq_gptq.backend import TENSORS
-
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-"""Names of fused linears in inference engines, and the linears that each consists of."""
 
 
 def module_pattern(name: str) -> str:

@@ -18,10 +18,11 @@ SIGNIFICANT = 2.0
 class Auto(Surrogate):
     """``additive``, unless ``coverage`` or ``regression`` is significantly better in cross-validation.
 
-    Surrogates are compared by the share of pairs of held-out measurements of equal size that they put in the wrong
-    order. A difference counts if it exceeds ``SIGNIFICANT`` standard errors over independent draws, which few draws
-    never reach. (With four orders of the real model ``regression`` made plans worse than ``additive`` by 0.04 to 0.06
-    nats per token, benchmarks/results/frontier.md.) The estimate's ``method`` holds the shares.
+    Surrogates are compared by the share of pairs of held-out measurements that they put in the wrong order; the two
+    measurements of a pair have one size near the budget and one set of windows. A difference counts if it exceeds
+    ``SIGNIFICANT`` standard errors over independent draws; with few draws the standard error is infinite. (With four
+    orders of the real model ``regression`` made plans worse than ``additive`` by 0.04 to 0.06 nats per token,
+    benchmarks/results/frontier.md.) The estimate's ``method`` holds the shares, unless there are no pairs.
 
     If ``additive`` cannot be fitted, for example because orders were cut to sizes near the budget, the comparison
     starts from ``coverage``, or else from ``regression``. ``covariance`` is no candidate: its objective is a score and
@@ -47,5 +48,6 @@ class Auto(Surrogate):
             if gain < -SIGNIFICANT * stderr:
                 best = name
         estimate = candidates[best].fit(measurements)
-        shares = ", ".join(f"{name} {100 * ordering.share:.0f}%" for name, ordering in orderings.items())
-        return replace(estimate, method=f"auto: {estimate.method} (misordered: {shares})")
+        shares = ", ".join(f"{name} {100 * ordering.share:.0f}%" for name, ordering in orderings.items()
+                           if len(ordering.wrong))
+        return replace(estimate, method=f"auto: {estimate.method}" + (f" (misordered: {shares})" if shares else ""))

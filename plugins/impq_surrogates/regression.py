@@ -29,8 +29,8 @@ class RegressionOptions:
     Args:
         link: ``identity`` fits the loss, ``log1p`` log(1 + loss), which saturates more slowly; ``auto`` takes the link
             with the smaller cross-validated error.
-        prior: an estimate of the same layers and widths, such as the estimate.npz of another run. The regression is
-            fitted to the losses minus the scaled scores of the prior. Empty for none.
+        prior: file of an estimate of the same layers and widths, such as the estimate.npz of another run. The
+            regression is fitted to the losses minus the scaled scores of the prior. Empty for none.
     """
 
     link: str = "auto"
@@ -56,8 +56,8 @@ class Regression(Surrogate):
 
     Penalty, prior variance of the pair terms (0 is among the candidates) and link are chosen by cross-validation over
     whole replicates, in nats per token. Unlike a covariance of marginals, the pair terms have the sign of the
-    interaction. The products are never formed: for step indicators z and z' of two picks their kernel is
-    ``((z.z')^2 - sum_i (z_i.z'_i)^2) / 2``.
+    interaction. Differences between sets of windows count as noise. The products are never formed: for step indicators
+    z and z' of two picks their kernel is ``((z.z')^2 - sum_i (z_i.z'_i)^2) / 2``.
     """
 
     Options = RegressionOptions
