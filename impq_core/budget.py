@@ -28,7 +28,7 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """Raises UsageError where the text is no budget."""
+        """Read a budget; raises UsageError if the text is none."""
         match = _FORM.fullmatch(text)
         if not match or float(match[1]) <= 0:
             raise UsageError(f"budget '{text}' is not understood: write 3.0bits, 3.25bpw, 60MB, 4GiB or 60%")
@@ -45,10 +45,10 @@ class Budget:
         return self.text or f"{Decimal(repr(self.amount)).normalize():f}{self.unit}"
 
     def check_menu(self, bits: Iterable[float]) -> None:
-        """Refuse what no model could meet with these widths, before any model is read.
+        """Check the budget against the widths alone, before a model is read.
 
         Raises:
-            UsageError: the budget lies outside what the widths can reach.
+            UsageError: no model can meet the budget with these widths.
         """
         low, high = min(bits), max(bits)
         if self.unit == "bits" and not low <= self.amount <= high:

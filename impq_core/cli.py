@@ -11,12 +11,12 @@ from typing import Any
 import click
 
 from impq_core.commands import maintenance, planning, running
-from impq_core.errors import ImpqError, Terminated, nearest
-from impq_core.plugins import Plugins, whose
+from impq_core.errors import ImpqError, Terminated, nearest, one_line
+from impq_core.plugins import Plugins, responsible
 
 
 class _Commands(click.Group):
-    """impq's commands and those of plugins; an unknown one is answered with the nearest."""
+    """The commands of impq and of plugins; an unknown name is reported with the nearest one."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted({*super().list_commands(ctx), *Plugins().commands()})
@@ -62,14 +62,15 @@ def _terminate(number: int, frame: Any) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The ``impq`` command: 0, 1 for what the user can mend, 2 for usage, 130 and 143 for Ctrl-C and SIGTERM."""
+    """The ``impq`` command. Exit codes: 0; 1 for an error that the user can correct; 2 for usage; 130 for Ctrl-C; 143
+    for SIGTERM."""
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
     signal.signal(signal.SIGTERM, _terminate)
     warnings.showwarning = _warn
     try:
         code = cli.main([a for a in arguments if a != "--debug"], prog_name="impq", standalone_mode=False)
-        if code:  # what a command raised as click's Exit comes back as a number
+        if code:  # click returns the code of an Exit that a command raised
             sys.exit(code)
     except (click.Abort, KeyboardInterrupt) as error:
         click.echo("impq: stopped", err=True)
@@ -87,12 +88,11 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        if isinstance(error, OSError) and error.strerror:  # the disk or its permissions, whoever met them
-            click.echo(f"impq: {error.filename or 'a file'} cannot be read or written: {error.strerror}; mend that and "
-                       "try again (a run goes on with impq run --resume RUN)", err=True)
+        if isinstance(error, OSError) and error.strerror:  # the disk or its permissions
+            click.echo(f"impq: {error.filename or 'a file'} cannot be read or written: {error.strerror}; correct that "
+                       "and try again (impq run --resume RUN continues a run)", err=True)
             sys.exit(1)
-        line = " ".join(str(error).split())[:300]
-        click.echo(f"impq: {type(error).__name__}: {line} (this is a bug of {whose(error)}; --debug shows where)",
+        click.echo(f"impq: {one_line(error, 300)} (this is a bug of {responsible(error)}; --debug shows where)",
                    err=True)
         sys.exit(1)
 

@@ -52,7 +52,7 @@ def examine(tracking_uri: str, output: Path, plugins: Plugins, fix: bool = False
 def _software(plugins: Plugins) -> Iterator[Finding]:
     yield Finding("ok", ", ".join(f"{name} {version}" for name, version in versions(["mlflow"]).items()))
     for dropped in plugins.dropped:
-        yield Finding("wrong", f"plugin {dropped.what} is not used: {dropped.reason}")
+        yield Finding("wrong", f"plugin {dropped.name} is not used: {dropped.reason}")
     for role in OFFERED:
         for name in plugins.names(role):
             component = plugins.find(role, name)

@@ -1,8 +1,8 @@
-"""What a plugin may offer and what it may watch.
+"""The hooks of a plugin: what it offers, and the moments of a run that it observes.
 
-Offers return cheap descriptions and import nothing heavy. Moments watch a run, return None, and cannot change it; an
-observer that raises is reported and the run goes on (but ``impq_run_started`` may raise ImpqError to stop a run that
-has not begun).
+Offers return descriptions and import nothing heavy. Observers return None and cannot change a run; an exception of an
+observer becomes a warning, and the run continues. Only ``impq_run_started`` may stop a run, by raising ImpqError before
+it begins.
 """
 
 from __future__ import annotations
@@ -111,19 +111,19 @@ def impq_commands() -> Iterable[click.Command]:
 
 @hookspec
 def impq_run_started(config: RunConfig, space: SearchSpace, folder: Path, coverage: float) -> None:
-    """Everything is checked and the folder exists; the model's weights are not loaded yet. ``coverage`` is the share
-    (0 to 1) of the weights in the model's blocks that the layers of ``space`` hold."""
+    """Every check has passed and the run folder exists; the weights are not loaded. ``coverage`` is the share of the
+    weights in the model's blocks that the layers of the space hold."""
 
 
 @hookspec
 def impq_sweep_started(config: RunConfig, folder: Path, varied: Mapping[str, Sequence[str]]) -> None:
-    """A sweep begins: ``varied`` has the values of the settings its runs differ in. The moments of its runs follow,
-    one run after the other, between their own ``impq_run_started`` and ``impq_run_finished``."""
+    """A sweep begins. ``varied`` holds the values of each setting in which its runs differ. The moments of its runs
+    follow, one run after the other, each between ``impq_run_started`` and ``impq_run_finished``."""
 
 
 @hookspec
 def impq_sweep_finished(folder: Path) -> None:
-    """All runs of the sweep have come to their ends (one that failed said so by ``impq_run_failed``)."""
+    """Every run of the sweep has ended; ``impq_run_failed`` reported those that failed."""
 
 
 @hookspec
@@ -138,7 +138,7 @@ def impq_variants_ready(nbytes: int, seconds: float) -> None:
 
 @hookspec
 def impq_measured(picks: IntArray, losses: FloatArray, forwards: float) -> None:
-    """New losses are on disk; ``forwards`` is the cost so far."""
+    """New losses are on disk; ``forwards`` is the cost so far, in full-model forwards."""
 
 
 @hookspec
@@ -153,15 +153,15 @@ def impq_plan_ready(plan: Plan) -> None:
 
 @hookspec
 def impq_run_finished(result: RunResult) -> None:
-    """The run has come to its end; everything is in ``result.folder``. Where only an estimate was asked for there is
-    no plan."""
+    """The run has ended, and every file is in ``result.folder``. If only an estimate was asked for, there is no
+    plan."""
 
 
 @hookspec
 def impq_run_failed(error: BaseException) -> None:
-    """The run ended early; KeyboardInterrupt means that somebody stopped it."""
+    """The run ended early; KeyboardInterrupt means that the user or a signal stopped it."""
 
 
 @hookspec
 def impq_exported(exported: Exported, run: Path) -> None:
-    """The plan of the run in folder ``run`` has been exported; all its files are in ``exported.folder``."""
+    """The plan of the run in folder ``run`` was exported, and every file is in ``exported.folder``."""

@@ -1,8 +1,8 @@
-"""The seams: what an estimator, a surrogate, an allocator and a backend must be. Imports no torch.
+"""The base classes of parts: estimator, surrogate, allocator, refiner, backend, exporter. Imports no torch.
 
-A plugin's class derives from one of these, carries its options as a frozen dataclass named ``Options`` (whose fields
-become ``-o name=value`` and whose ``__post_init__`` raises ValueError where a value makes no sense), and imports
-heavy libraries inside its methods, so that a typo is answered before they load.
+A plugin's class derives from one of these. Its options are a frozen dataclass named ``Options``: each field is an
+option ``-o name=value``, and ``__post_init__`` raises ValueError if a value is invalid. Heavy libraries are imported
+inside the methods, so that a typo on the command line is reported before they load.
 """
 
 from __future__ import annotations
@@ -97,11 +97,11 @@ def unknown_drift(measurements: Measurements) -> float:
 
 
 class Game(Protocol):
-    """The cooperative game of an estimator: a model seen through the loss of a pick.
+    """The cooperative game of an estimator: the loss of a model at a pick.
 
     Attributes:
-        space: the choices on play.
-        budget_bytes: what plans are wanted for; None where nobody said.
+        space: the layers and choices in play.
+        budget_bytes: the budget of the plan that the estimate is for; None if it is unknown.
     """
 
     space: SearchSpace
@@ -109,7 +109,7 @@ class Game(Protocol):
 
     @property
     def probe(self) -> Probe:
-        """The same model seen from inside; its forwards count as the game's."""
+        """The weights, activations and gradients of the same model; its forwards count as the game's."""
 
     @property
     def tokens(self) -> int:
@@ -124,16 +124,16 @@ class Game(Protocol):
         """Cost so far, in full-model forwards of its windows."""
 
     def expect(self, evaluations: int) -> None:
-        """Tell whoever watches how many evaluations will have been asked for in all."""
+        """Report the expected total number of evaluations to the observers."""
 
     def loss(self, pick: IntArray) -> float:
         """Loss of one pick (n,), nats per token above the reference."""
 
     def losses(self, picks: IntArray) -> FloatArray:
-        """Losses (N,) of picks (N, n), nats per token above the reference; all on disk when it returns."""
+        """Losses (N,) of picks (N, n), nats per token above the reference. They are on disk when it returns."""
 
     def window_losses(self, pick: IntArray) -> FloatArray:
-        """Absolute losses (windows,) of one pick, nats per token: what paired differences are made of."""
+        """Absolute losses (windows,) of one pick, nats per token, for differences paired over windows."""
 
     def redraw(self, number: int) -> int:
         """Continue on another set of windows: the one with that number, modulo the number of sets, which is returned.
@@ -141,13 +141,13 @@ class Game(Protocol):
 
 
 class Probe(Protocol):
-    """What an inspector may look at: the model's weights, and the model over the calibration windows."""
+    """Weights, activations and gradients of the model over the calibration windows."""
 
     space: SearchSpace
 
     @property
     def window_tokens(self) -> int:
-        """Scored tokens of a calibration window; raises ImpqError where there is no text."""
+        """Scored tokens of a calibration window; raises ImpqError if there is no text."""
 
     @property
     def forwards(self) -> float:
@@ -272,23 +272,23 @@ class Sampler(Estimator):
 
 
 class Surrogate(Part, ABC):
-    """Fits measured losses."""
+    """Fits an estimate to measured losses."""
 
     returns = MappingProxyType({"fit": (SensitivityEstimate,)})
 
     @abstractmethod
     def fit(self, measurements: Measurements) -> SensitivityEstimate:
-        """The fitted estimate; raises ImpqError where the measurements cannot carry it."""
+        """The fitted estimate; raises ImpqError if the measurements are too few or not finite."""
 
 
 class Allocator(Part, ABC):
-    """Turns an estimate into a plan; numpy in, numpy out."""
+    """Turns an estimate into a plan."""
 
     returns = MappingProxyType({"allocate": (Plan,)})
 
     @abstractmethod
     def allocate(self, estimate: SensitivityEstimate, budget_bytes: int) -> Plan:
-        """The plan of least predicted loss found within the budget.
+        """The plan of least predicted loss that was found within the budget.
 
         Raises:
             ImpqError: the budget is below the smallest pick.
@@ -297,11 +297,11 @@ class Allocator(Part, ABC):
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """What a linear's inputs looked like over the calibration text.
+    """Second moments of a linear's inputs over the calibration text.
 
     Args:
         gram: float32 (columns, columns), the sum of x xT over tokens.
-        tokens: how many inputs x were summed.
+        tokens: number of inputs x in the sum.
     """
 
     gram: torch.Tensor
@@ -310,7 +310,13 @@ class Statistics:
 
 @dataclass(frozen=True, eq=False)
 class Variant:
-    """One linear at one width, packed: tensors exactly as stored, and what a backend wants to tell of the making."""
+    """A linear at a width, packed.
+
+    Args:
+        choice: the width.
+        tensors: exactly as stored.
+        record: numbers that the backend reports about the quantization, such as the damping used.
+    """
 
     choice: Choice
     tensors: Mapping[str, torch.Tensor]
@@ -324,7 +330,7 @@ class Variant:
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A quantized model on its way to files.
+    """A quantized model for an exporter.
 
     Linears are named as in the model's files, which is the name of their weight there without ``.weight``; for most
     architectures that is the name of the module in the model.
@@ -355,13 +361,13 @@ class Exporter(Part, ABC):
     """Writes a checkpoint in a format that other software reads.
 
     Class attributes:
-        backends: whose variants it can write; empty where the widths are enough (recipes).
+        backends: names of the backends whose variants it writes; empty for a recipe, which needs the widths alone.
     """
 
     backends: ClassVar[frozenset[str]] = frozenset()
 
     def check(self, options: Mapping[str, Any]) -> None:
-        """Raises ImpqError where a backend with these options makes variants that the format cannot hold."""
+        """Raises ImpqError if the format cannot hold the variants of a backend with these options."""
 
     @abstractmethod
     def export(self, checkpoint: Checkpoint, folder: Path) -> None:
@@ -378,7 +384,7 @@ class Exporter(Part, ABC):
 
 
 class Refiner(Part, ABC):
-    """Improves a plan by measuring others near it."""
+    """Improves a plan by measuring other plans near it."""
 
     returns = MappingProxyType({"refine": (Plan,)})
 
@@ -388,23 +394,23 @@ class Refiner(Part, ABC):
         """A plan within the same budget that is no worse.
 
         Args:
-            plan: where to begin.
-            estimate: what is known of the layers; None where the plan was given.
+            plan: the start.
+            estimate: costs of the layers; None if the plan was given.
             game: proposals are measured on it.
-            referee: the same model on windows that no proposal was made from; a plan is taken only where its loss
-                there is less than the last one's by more than the standard error of the difference, paired over
+            referee: the same model on windows from which no proposal was made. A plan is accepted only if its loss
+                there is below the current plan's by more than the standard error of the difference, paired over
                 windows.
-            forwards: what both may spend together, in full-model forwards of the game's windows.
-            rng: every random draw comes from it.
+            forwards: the limit for both games together, in full-model forwards of the game's windows.
+            rng: the source of every random draw.
         """
 
 
 class Backend(Part, ABC):
-    """Quantizes linears; the library it wraps does the work.
+    """Quantizes linears, usually by a library.
 
     Class attributes:
-        default_bits: the menu played where the user names none.
-        needs: ``activations`` where ``quantize`` wants Statistics.
+        default_bits: the menu if the user gives no ``--bits``.
+        needs: ``activations`` if ``quantize`` needs Statistics.
     """
 
     returns = MappingProxyType({"quantize": (Variant,)})
@@ -413,20 +419,20 @@ class Backend(Part, ABC):
 
     @abstractmethod
     def choices(self) -> tuple[Choice, ...]:
-        """Every width on offer under these options, widest first."""
+        """Every width under these options, widest first."""
 
     @abstractmethod
     def check(self, linear: LinearSpec, choice: Choice) -> None:
-        """Raises ImpqError, naming the linear, where its shape cannot be stored at this width."""
+        """Raises ImpqError, which names the linear, if its shape cannot be stored at this width."""
 
     @abstractmethod
     def nbytes(self, linear: LinearSpec, choice: Choice) -> int:
-        """Exact bytes of the variant that ``quantize`` will return, scales and zeros included."""
+        """Exact bytes of the variant that ``quantize`` returns, scales and zeros included."""
 
     @abstractmethod
     def quantize(self, weight: torch.Tensor, choice: Choice, statistics: Statistics | None) -> Variant:
-        """Quantize a weight (rows, columns), which is left untouched."""
+        """Quantize a weight (rows, columns), which is not changed."""
 
     @abstractmethod
     def dequantize(self, variant: Variant, linear: LinearSpec) -> torch.Tensor:
-        """The weight (rows, columns) in float32 that a variant of this linear stands for."""
+        """The weight (rows, columns) of a variant of this linear, float32."""

@@ -1,4 +1,4 @@
-"""The four parts of a run, built by name from a configuration before anything heavy is imported."""
+"""The parts of a run, built by name from a configuration before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from impq_core.space import Choice, IntArray
 from impq_core.types import Measurements, SensitivityEstimate
 
 ESTIMATE_WITH = "estimate_with"
-"""The slot of a second backend, whose variants are measured in place of the deployed one's."""
+"""The slot of a second backend: its variants are measured, those of ``backend`` are deployed."""
 
 BASES: Mapping[str, type] = {"estimator": Estimator, "surrogate": Surrogate,
                              "allocator": Allocator, "backend": Backend, "refiner": Refiner, "exporter": Exporter}
@@ -28,11 +28,16 @@ BASES: Mapping[str, type] = {"estimator": Estimator, "surrogate": Surrogate,
 
 @dataclass(frozen=True)
 class Parts:
-    """Built parts and the budget as asked for (None: not asked).
+    """The parts of a run.
 
-    ``menu`` holds the widths to choose from as the backend stores them, widest first; ``played`` the same widths as
-    the backend stores them whose variants are measured. That is ``estimate_with``, or the backend where it is None.
-    ``granularity`` is that of the configuration, or the estimator's where it leaves the choice.
+    Args:
+        estimator, surrogate, allocator, backend: of the run.
+        estimate_with: the backend whose variants are measured; None if it is ``backend``.
+        refiner: None if the plan is not refined.
+        menu: the widths to choose from, as ``backend`` stores them, widest first.
+        played: the same widths as the measured backend stores them.
+        budget: None if the configuration has none.
+        granularity: ``block``, ``group`` or ``linear``.
     """
 
     estimator: Estimator
@@ -48,7 +53,12 @@ class Parts:
 
     @classmethod
     def build(cls, config: RunConfig, plugins: Plugins) -> Parts:
-        """Raises UsageError for a wrong name, option, width or budget; ImpqError for a missing library."""
+        """Build every part.
+
+        Raises:
+            UsageError: a name, option, width or budget is wrong.
+            ImpqError: a library is missing.
+        """
         slots = slots_of(config)
         for slot in config.options:
             if slot not in slots:
@@ -64,14 +74,14 @@ class Parts:
         return cls(**built, menu=menu, played=played, budget=budget, granularity=granularity)
 
     def options(self) -> dict[str, dict[str, Any]]:
-        """Every option of every part, defaults included, as the configuration file writes them."""
+        """Every option of every part, defaults included, by slot."""
         parts = {slot: getattr(self, slot) for slot in (*ROLES, ESTIMATE_WITH, "refiner")}
         every = {slot: asdict(part.options) for slot, part in parts.items() if part}
         return {slot: options for slot, options in every.items() if options}
 
     @property
     def wanted(self) -> Budget:
-        """The budget, or the middle of the menu where none was asked for."""
+        """The budget, or the middle of the menu if the configuration has none."""
         return self.budget or Budget.nominal((self.menu[0].bits + self.menu[-1].bits) / 2)
 
     @property
@@ -118,7 +128,7 @@ class Parts:
 
 
 def slots_of(config: RunConfig) -> dict[str, str]:
-    """The places that parts take in a run, and the role each is offered under."""
+    """The slots of a run, and the role of the part in each."""
     slots = {role: role for role in ROLES}
     if config.estimate_with:
         slots[ESTIMATE_WITH] = "backend"
@@ -128,12 +138,12 @@ def slots_of(config: RunConfig) -> dict[str, str]:
 
 
 def assign_options(config: RunConfig, plugins: Plugins, pairs: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Sort ``-o name=value`` pairs under the slots of the parts that know them, over the configuration's options.
+    """The configuration's options, by slot, with ``-o name=value`` pairs over them.
 
-    ``slot.name`` names the slot outright; a bare name must belong to one of the chosen parts alone.
+    ``slot.name`` gives the slot; a name alone must be an option of exactly one of the chosen parts.
 
     Raises:
-        UsageError: nobody has the option, or several have.
+        UsageError: no part has the option, or several have it.
     """
     slots = slots_of(config)
     classes = {slot: plugins.load(role, getattr(config, slot), BASES[role]) for slot, role in slots.items()}
@@ -154,7 +164,7 @@ def assign_options(config: RunConfig, plugins: Plugins, pairs: Mapping[str, str]
 
 
 def build_part(config: RunConfig, plugins: Plugins, slot: str) -> Any:
-    """The part that a configuration names for a slot, with its options; raises UsageError where either is wrong."""
+    """The part of a slot with its options; raises UsageError if its name or an option is wrong."""
     name, role = getattr(config, slot), slots_of(config)[slot]
     part = plugins.load(role, name, BASES[role])
     return part(build_options(part, role, name, config.options.get(slot, {})))
@@ -162,7 +172,7 @@ def build_part(config: RunConfig, plugins: Plugins, slot: str) -> Any:
 
 def _menus(config: RunConfig, backend: Backend,
            estimate_with: Backend | None) -> tuple[tuple[Choice, ...], tuple[Choice, ...]]:
-    """The widths asked for, as each of the two backends stores them; where none are asked for, those of the backend's
+    """The widths of the menu as each of the two backends stores them. Without ``--bits``, those of the backend's
     default menu that both have."""
     both = [(config.backend, backend), (config.estimate_with, estimate_with or backend)]
     offers = [{choice.bits: choice for choice in part.choices()} for _, part in both]
@@ -182,7 +192,7 @@ def load_exporter(name: str, backend: str, options: Mapping[str, Any], plugins: 
     """The exporter of that name.
 
     Raises:
-        ImpqError: it is unknown, or cannot write the variants of this backend with these options.
+        ImpqError: the name is unknown, or the format cannot hold the variants of this backend with these options.
     """
     kind = plugins.load("exporter", name, Exporter)
     exporter: Exporter = kind(build_options(kind, "exporter", name, {}))
@@ -193,13 +203,13 @@ def load_exporter(name: str, backend: str, options: Mapping[str, Any], plugins: 
 
 
 def describe_options(plugins: Plugins, role: str, name: str) -> list[str]:
-    """A line ``name=default  what it does`` for each option of a part; nothing where it cannot be loaded."""
+    """A line ``name=default  description`` for each option of a part; no line if the part cannot be loaded."""
     try:
         part = plugins.load(role, name, BASES[role])
     except ImpqError:
         return []
-    told = told_arguments(part.Options.__doc__ or "")
-    return [f"{field.name}={_shown(field.default)}  {told.get(field.name, '')}".rstrip()
+    described = described_arguments(part.Options.__doc__ or "")
+    return [f"{field.name}={_shown(field.default)}  {described.get(field.name, '')}".rstrip()
             for field in fields(part.Options)]
 
 
@@ -207,15 +217,15 @@ def _shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def told_arguments(docstring: str) -> dict[str, str]:
-    """What the Args section of a docstring says of each name, on one line; names may share a line, with commas."""
+def described_arguments(docstring: str) -> dict[str, str]:
+    """The description of each name in the Args section of a docstring, on one line; names may share one."""
     _, _, section = inspect.cleandoc(docstring).partition("Args:\n")
-    told: dict[str, str] = {}
-    last: list[str] = []
+    described: dict[str, str] = {}
+    names: list[str] = []
     for line in section.splitlines():
         if match := re.match(r" {4}(\w+(?:, \w+)*): (.*)", line):
-            last = match[1].split(", ")
-            told |= dict.fromkeys(last, match[2])
+            names = match[1].split(", ")
+            described |= dict.fromkeys(names, match[2])
         elif line.strip():
-            told |= {name: f"{told[name]} {line.strip()}" for name in last}
-    return told
+            described |= {name: f"{described[name]} {line.strip()}" for name in names}
+    return described

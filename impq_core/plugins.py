@@ -1,7 +1,7 @@
-"""Who offers what: discovery of plugins, their components, and the building of a part by its name.
+"""Discovery of plugins, and the classes and options of parts by name.
 
-Choosing by name is not a broadcast, so hooks only describe; ``Plugins.load`` and ``build_options`` do the choosing.
-A plugin that cannot be used is dropped with its reason, and the tool goes on without it.
+Hooks only describe components; ``Plugins.load`` imports the class of a name. A plugin that cannot be used is dropped,
+with the reason in ``Plugins.dropped``.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from impq_core.signals import uninterrupted
 
 GROUP = "impq"
 _FILE = "impq_file_"
-"""What the module names of plugin files begin with."""
+"""The beginning of the module names of plugin files."""
 
 ROLES = ("estimator", "surrogate", "allocator", "backend")
-"""The parts every run is made of."""
+"""The roles that every run fills."""
 
 OFFERED = (*ROLES, "refiner", "exporter")
-"""Everything that is chosen by name."""
+"""Every role whose parts are chosen by name."""
 
 
 PLAIN = (bool, int, float, str, InputFile)
@@ -44,7 +44,7 @@ PLAIN = (bool, int, float, str, InputFile)
 
 @dataclass(frozen=True)
 class Offer:
-    """A component and the plugin it came from."""
+    """A component and the plugin that offers it."""
 
     role: str
     component: Component
@@ -53,18 +53,18 @@ class Offer:
 
 @dataclass(frozen=True)
 class Dropped:
-    """A plugin, or one of its components, that is not used, and why."""
+    """A plugin or a component that is not used, and the reason."""
 
-    what: str
+    name: str
     reason: str
 
 
 class Plugins:
-    """The plugins found on this machine.
+    """The installed plugins, plugin files and observers.
 
     Args:
         files: Python files to load as further plugins (``--plugin ./mine.py``).
-        entry_points: what to discover; the entry points of group ``impq`` by default.
+        entry_points: of plugins; the entry points of group ``impq`` by default.
 
     Raises:
         UsageError: a file is missing or cannot be loaded (a broken installed plugin is dropped instead).
@@ -76,9 +76,9 @@ class Plugins:
         self.dropped: list[Dropped] = []
         self._manager = pluggy.PluginManager("impq")
         self._manager.add_hookspecs(hookspecs)
-        found = importlib.metadata.entry_points(group=GROUP) if entry_points is None else entry_points
-        # First-party plugins first, so that nobody can take a name from them; then by name, so that order is stable.
-        for entry in sorted(found, key=lambda e: (_distribution(e) != "impq", _distribution(e), e.name)):
+        entries = importlib.metadata.entry_points(group=GROUP) if entry_points is None else entry_points
+        # First-party plugins first, so that no other plugin can take their names; then by name, for a stable order.
+        for entry in sorted(entries, key=lambda e: (_distribution(e) != "impq", _distribution(e), e.name)):
             origin = f"{_distribution(entry)}:{entry.name}"
             try:
                 self._add(entry.load(), origin)
@@ -91,7 +91,7 @@ class Plugins:
                 raise UsageError(f"plugin file {file} cannot be loaded: {one_line(error)}") from error
 
     def _add(self, plugin: Any, origin: str) -> None:
-        """Register a plugin and collect its offers; whatever it does wrong raises and leaves nothing behind."""
+        """Register a plugin and collect its offers; a plugin that raises is not registered."""
         if self._manager.is_registered(plugin):
             return
         self._manager.register(plugin, origin)
@@ -99,7 +99,7 @@ class Plugins:
             known = [name for name in vars(hookspecs) if name.startswith("impq_")]
             callers = self._manager.get_hookcallers(plugin) or []
             if not callers:
-                raise ImpqError("it offers nothing and watches nothing: mark its functions with @hookimpl")
+                raise ImpqError("it has no hooks: mark its functions with @hookimpl")
             for caller in callers:
                 if caller.name not in known:
                     raise ImpqError(f"unknown hook '{caller.name}'{nearest(caller.name, known)}")
@@ -138,7 +138,7 @@ class Plugins:
         return self._manager.subset_hook_caller(hook, others)
 
     def watch(self, observer: object) -> None:
-        """Register an object with hook methods for the moments of a run."""
+        """Register an observer: an object with hook methods for moments of a run."""
         name = type(observer).__name__
         self._add(observer, f"{name} {len(self._registered)}" if self._manager.has_plugin(name) else name)
 
@@ -181,21 +181,25 @@ class Plugins:
             self.dropped.append(Dropped(name, reason))
 
     def names(self, role: str) -> list[str]:
-        """Names on offer for a role."""
-        return [name for known, name in self.offers if known == role]
+        """Names of the parts of a role."""
+        return [name for offered_role, name in self.offers if offered_role == role]
 
     def find(self, role: str, name: str) -> Component:
         """The component of that name.
 
         Raises:
-            UsageError: nobody offers it; the nearest name is in the message.
+            UsageError: no plugin offers it; the message has the nearest name.
         """
         if (role, name) not in self.offers:
             raise UsageError(f"unknown {role} '{name}'{nearest(name, self.names(role))}")
         return self.offers[role, name].component
 
     def load(self, role: str, name: str, base: type | tuple[type, ...]) -> type[Any]:
-        """The class behind a name; raises ImpqError where its libraries or itself are missing or of another kind."""
+        """The class of a name.
+
+        Raises:
+            ImpqError: the class or a library that it needs is missing, or the class is of another role.
+        """
         component = self.find(role, name)
         if remedy := component.remedy():
             raise ImpqError(f"{role} '{name}' {remedy}")
@@ -255,20 +259,19 @@ def _convert(value: Any, kind: type[Any], what: str) -> Any:
     raise UsageError(f"{what} takes {kind.__name__}, not '{value}'")
 
 
-def whose(error: BaseException) -> str:
-    """Who let an error happen that nobody expects: the distribution, or the file, of the innermost code that is impq's
-    or a plugin's."""
+def responsible(error: BaseException) -> str:
+    """The distribution or plugin file of an unexpected error: that of the innermost frame of impq or of a plugin."""
     entries = importlib.metadata.entry_points(group=GROUP)
     owners = {entry.value.partition(".")[0]: _distribution(entry) for entry in entries}
-    found, traceback = "impq", error.__traceback__
+    name, traceback = "impq", error.__traceback__
     while traceback:
         package = str(traceback.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
         if package in owners or package == "impq_core":
-            found = owners.get(package, "impq")
+            name = owners.get(package, "impq")
         elif package.startswith(_FILE):
-            found = traceback.tb_frame.f_code.co_filename
+            name = traceback.tb_frame.f_code.co_filename
         traceback = traceback.tb_next
-    return found
+    return name
 
 
 def _distribution(entry: importlib.metadata.EntryPoint) -> str:

@@ -1,7 +1,7 @@
-"""The players of the game and the widths they choose from.
+"""The search space: layers, the players of the game, and the widths that they choose from.
 
 One index system: layers ``i, j`` in ``range(n)``, choices ``k`` in ``range(m)``. Choice 0 is the widest and the
-reference. A *pick* is an int array of shape (n,), one choice a layer.
+reference. A *pick* is an int array of shape (n,) with one choice for each layer.
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from impq_core.errors import ImpqError
+
+FUSED = MappingProxyType({"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")})
+"""Linears that inference engines run as one, by the engines' name of it. They share a width below block level."""
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -25,7 +29,7 @@ BoolArray = NDArray[np.bool_]
 
 @dataclass(frozen=True, order=True)
 class Choice:
-    """A width a backend can store a linear at: ``bits`` a weight in groups of ``group_size`` weights (0: a row)."""
+    """A width of a backend: ``bits`` per weight and a scale for each ``group_size`` weights of a row (0: each row)."""
 
     bits: float
     group_size: int
@@ -36,7 +40,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """One linear: its module name and its shape, ``rows`` outputs by ``columns`` inputs."""
+    """A linear: its module name, ``rows`` (outputs) and ``columns`` (inputs)."""
 
     name: str
     rows: int
@@ -44,13 +48,13 @@ class LinearSpec:
 
     @property
     def parameters(self) -> int:
-        """Weights."""
+        """Number of weights."""
         return self.rows * self.columns
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """A player of the game: linears of one block that share a width."""
+    """A player of the game: one or more linears of a block that share a width."""
 
     name: str
     block: int
@@ -58,16 +62,20 @@ class LayerSpec:
 
     @property
     def parameters(self) -> int:
-        """Weights of all its linears."""
+        """Number of weights of all its linears."""
         return sum(linear.parameters for linear in self.linears)
 
 
 @dataclass(frozen=True)
 class Pinned:
-    """A layer that does not play: it stays at a choice (None: unquantized), and its bytes count.
+    """A layer that does not play. Its bytes count.
 
-    ``low_bytes`` and ``high_bytes`` are what it would take at the menu's ends, so that a nominal budget means the same
-    bytes with and without pins.
+    Args:
+        layer: the layer.
+        choice: the width that it stays at; None if it stays unquantized.
+        nbytes: its stored bytes.
+        low_bytes: its bytes at the narrowest width of the menu. With ``high_bytes``, its bytes at the widest, a nominal
+            budget means the same bytes with and without pins.
     """
 
     layer: LayerSpec
@@ -78,7 +86,7 @@ class Pinned:
 
 
 def frozen(array: NDArray[Any]) -> NDArray[Any]:
-    """A copy that cannot be written to."""
+    """A read-only copy."""
     array = array.copy()
     array.flags.writeable = False
     return array
@@ -86,12 +94,12 @@ def frozen(array: NDArray[Any]) -> NDArray[Any]:
 
 @dataclass(frozen=True, eq=False)
 class SearchSpace:
-    """Which layers may take which choices, and what each costs.
+    """Layers, choices and the bytes of each layer at each choice.
 
     Args:
         layers: n players.
         choices: m widths, widest first.
-        nbytes: int64 (n, m), bytes as the backend stores them, scales and zeros included.
+        nbytes: int64 (n, m), stored bytes, scales and zeros included.
         pinned: layers that do not play.
 
     Raises:
@@ -121,7 +129,7 @@ class SearchSpace:
 
     @property
     def parameters(self) -> int:
-        """Quantizable weights, those of pinned layers included."""
+        """Number of quantizable weights, those of pinned layers included."""
         return sum(layer.parameters for layer in (*self.layers, *(pin.layer for pin in self.pinned)))
 
     @property
@@ -136,11 +144,11 @@ class SearchSpace:
 
     @property
     def everyone(self) -> tuple[LayerSpec, ...]:
-        """The layers, then the pinned ones."""
+        """The playing layers, then the pinned ones."""
         return self.layers + tuple(pin.layer for pin in self.pinned)
 
     def assignment(self, pick: IntArray) -> list[Choice | None]:
-        """The choice of each of ``everyone`` under a pick."""
+        """The choice of each layer of ``everyone`` under a pick."""
         return [*(self.choices[k] for k in pick), *(pin.choice for pin in self.pinned)]
 
     def uniform(self, choice: int) -> IntArray:
@@ -173,26 +181,28 @@ class SearchSpace:
 
     @property
     def line(self) -> tuple[int, int]:
-        """Bytes of a model without pins at all-narrowest and at all-widest: the ends of the nominal line."""
+        """Stored bytes of a model without pins at its narrowest and at its widest: the ends of the nominal line."""
         return (int(self.nbytes[:, -1].sum()) + sum(pin.low_bytes for pin in self.pinned),
                 int(self.nbytes[:, 0].sum()) + sum(pin.high_bytes for pin in self.pinned))
 
     def nominal_bits(self, nbytes: float) -> float:
-        """Place of a size on the paper's line, on which all-low and all-high are their nominal widths."""
+        """Nominal average width of a size, in bits: linear between the all-narrowest and the all-widest plan, which
+        have their nominal widths (IMPQ, section on allocation)."""
         narrow, wide = self.choices[-1].bits, self.choices[0].bits
         low, high = self.line
         return narrow + (wide - narrow) * (nbytes - low) / (high - low) if high > low else float(narrow)
 
     def bits_per_weight(self, nbytes: float) -> float:
-        """True stored bits per quantizable weight."""
+        """Stored bits per quantizable weight."""
         return 8.0 * nbytes / self.parameters
 
     def steps_taken(self, picks: IntArray) -> FloatArray:
-        """(N, n, m-1): 1 where a pick of (N, n) has taken a width step, 0 elsewhere; choice k takes the first k."""
+        """Width steps of picks (N, n): float64 (N, n, m-1), 1 for each step that a pick has taken; choice k takes the
+        first k steps."""
         return (picks[:, :, None] > np.arange(len(self.choices) - 1)).astype(np.float64)
 
     def check_pick(self, pick: IntArray) -> IntArray:
-        """The pick as int64 (n,); raises ImpqError where it does not fit this space."""
+        """The pick as int64 (n,); raises ImpqError if it does not fit this space."""
         pick = np.asarray(pick, dtype=np.int64)
         if pick.shape != (len(self),) or (pick < 0).any() or (pick >= len(self.choices)).any():
             raise ImpqError(f"a pick for this space is {len(self)} numbers in 0..{len(self.choices) - 1}")
@@ -210,9 +220,9 @@ class SearchSpace:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SearchSpace:
-        """From ``to_dict``'s data; raises KeyError or TypeError where it is none."""
+        """Read the data of ``to_dict``; raises KeyError or TypeError if it is something else."""
         def layer(d: Mapping[str, Any]) -> LayerSpec:
-            return LayerSpec(d["name"], d["block"], tuple(LinearSpec(**one) for one in d["linears"]))
+            return LayerSpec(d["name"], d["block"], tuple(LinearSpec(**linear) for linear in d["linears"]))
 
         pinned = tuple(Pinned(layer(d["layer"]), Choice(**d["choice"]) if d["choice"] else None, d["nbytes"],
                               d["low_bytes"], d["high_bytes"]) for d in data["pinned"])

@@ -9,7 +9,7 @@ import click
 
 from impq_core.cli import cli
 from impq_core.config import RunConfig, TextConfig
-from impq_core.parts import describe_options, told_arguments
+from impq_core.parts import describe_options, described_arguments
 from impq_core.plugins import OFFERED, Plugins
 
 WIDTH = 100
@@ -67,7 +67,7 @@ def configuration() -> str:
              "| key | default | what it is |", "|---|---|---|"]
     texts = ("calibration", "evaluation")
     parts += map(_row, _keys(RunConfig, skip=texts))
-    told = told_arguments(RunConfig.__doc__ or "")
+    told = described_arguments(RunConfig.__doc__ or "")
     parts += ["", *(f"- `[{name}]`: {_code(told[name])}" for name in texts), "",
               "## `[calibration]` and `[evaluation]`\n", "A name alone is short for a table with that `source`.\n",
               "| key | default | what it is |", "|---|---|---|", *map(_row, _keys(TextConfig))]
@@ -75,7 +75,7 @@ def configuration() -> str:
 
 
 def _keys(kind: type, skip: tuple[str, ...] = ()) -> Iterator[tuple[str, str, str]]:
-    told: Mapping[str, str] = told_arguments(kind.__doc__ or "")
+    told: Mapping[str, str] = described_arguments(kind.__doc__ or "")
     for one in fields(kind):
         if one.name in skip:
             continue

@@ -1,4 +1,4 @@
-"""One run on the real small model and real text: what the README promises, at a size for tests."""
+"""One run on the real small model and real text: the promise of the README, at a size for tests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from impq_core.runs.pipeline import run
 
 @pytest.fixture(autouse=True)
 def cache() -> None:
-    """The user's own, where model and texts are fetched to once."""
+    """The user's own cache, to which model and texts are fetched once."""
 
 
 def test_the_real_model_end_to_end(tmp_path: Path) -> None:
@@ -35,9 +35,9 @@ def test_the_real_model_end_to_end(tmp_path: Path) -> None:
     assert result.forwards / len(result.measurements or ()) < 0.6
 
 
-def test_another_file_than_the_known_one_is_refused(tmp_path: Path) -> None:
+def test_a_file_with_another_digest_is_refused(tmp_path: Path) -> None:
     wrong = Packaged("exllamav3==1.6.5", "exllamav3/conversion/standard_cal_data/c4.utf8", "0" * 64)
-    with pytest.raises(ImpqError, match=r"another c4\.utf8 than the known one"):
+    with pytest.raises(ImpqError, match=r"another c4\.utf8 than expected"):
         _fetch(wrong, tmp_path / "c4.utf8")
     with pytest.raises(ImpqError, match="cannot fetch impq-no-such-package"):
         _fetch(Packaged("impq-no-such-package==9", "x", ""), tmp_path / "x")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import product
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from impq_qp.program import QuadraticProgram
-from impq_scores.fine import CoarseToFine, Options, cheapest
+from impq_scores.fine import CoarseToFine, Moves, Options, cheapest, undecided
 
 from impq_core.errors import ImpqError
 from impq_core.space import FloatArray, IntArray
@@ -62,14 +63,51 @@ def test_noise_is_not_believed_over_good_gradients() -> None:
     assert _regret(0.05, Options(share=0.5, rounds=2), noise=5.0) < 0.1
 
 
-def test_the_cheapest_pick_fits_and_is_the_best_at_its_price() -> None:
-    for budget in np.linspace(SPACE.low_bytes, SPACE.high_bytes, 7).astype(int):
-        pick, price = cheapest(SPACE, TRUTH.linear, budget)
-        assert SPACE.bytes_of(pick) <= budget
-        for layer, choice in product(range(N), range(3)):
-            other = pick.copy()
-            other[layer] = choice
-            gain = TRUTH.predict(pick)[0] - TRUTH.predict(other)[0]
-            assert gain <= price * (SPACE.bytes_of(other) - SPACE.bytes_of(pick)) + 1e-9
+@given(st.integers(0, 10_000), st.integers(-12, 12), st.floats(0, 1), st.sampled_from([0.0, 0.5, 1.0]))
+@settings(max_examples=60, deadline=None)
+def test_the_cheapest_pick_fits_and_is_the_best_at_its_price(seed: int, exponent: int, share: float,
+                                                             free: float) -> None:
+    """At any scale of the costs, with ties, equal layers and layers that cost nothing."""
+    rng = np.random.default_rng(seed)
+    costs = np.concatenate([np.zeros((N, 1)), rng.integers(-1, 4, (N, 2)).cumsum(axis=1)], axis=1).astype(float)
+    costs[rng.random(N) < free] = 0.0
+    budget = int(SPACE.low_bytes + share * (SPACE.high_bytes - SPACE.low_bytes))
+    scale = 10.0**exponent
+    pick, price = cheapest(SPACE, costs * scale, budget)
+    assert SPACE.bytes_of(pick) <= budget
+    own, price = np.arange(N), price / scale
+    priced = costs + price * SPACE.nbytes
+    assert (priced[own, pick] <= priced.min(axis=1) + 1e-9).all()
+    if price > 0:  # at any lower price the pick would not fit
+        below = (costs + 0.999 * price * SPACE.nbytes).argmin(axis=1)
+        assert SPACE.bytes_of(below) > budget
+    np.testing.assert_array_equal(pick, cheapest(SPACE, costs * 2.0**exponent, budget)[0])
+    layers = undecided(SPACE, costs * scale, pick, price * scale, {0})
+    assert sorted(layers) == list(range(1, N))
+
+
+def test_a_budget_below_the_smallest_plan_is_refused() -> None:
     with pytest.raises(ImpqError, match="smallest"):
         cheapest(SPACE, TRUTH.linear, SPACE.low_bytes - 1)
+
+
+@pytest.mark.parametrize("scale", [2.0**-40, 2.0**40])
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_moves_are_believed_the_same_at_any_scale(scale: float, noise: float) -> None:
+    rng = np.random.default_rng(0)
+    costs = []
+    differences = {layer: rng.normal(0.2 * layer, noise, 8) for layer in (1, 3, 7)}
+    for unit in (1.0, scale):
+        moves = Moves()
+        for layer, windows in differences.items():
+            moves.add(layer, 0, 1, unit * windows)
+        moves.add(3, 1, 0, -unit * differences[1])
+        costs.append(moves.combine(unit * TRUTH.linear) / unit)
+    np.testing.assert_allclose(costs[0], costs[1], rtol=1e-12)
+
+
+def test_moves_that_cost_nothing_are_believed() -> None:
+    moves = Moves()
+    moves.add(2, 0, 1, np.zeros(4))
+    costs = moves.combine(np.zeros((N, 3)))
+    assert not costs.any()

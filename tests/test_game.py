@@ -72,7 +72,7 @@ def test_shared_prefixes_change_nothing(table: Table) -> None:
 def test_the_value_may_be_the_divergence_from_the_unquantized_model(table: Table) -> None:
     game = ModelGame(table.space, table.bank, table.runner, WINDOWS, value="kl")
     pick = np.random.default_rng(4).integers(0, 3, len(table.space))
-    assert game.reference_loss > 0 and game.forwards == 2  # the unquantized model's forward counts
+    assert game.reference_loss > 0 and game.forwards == 2  # the unquantized model's blocks and its logits count
     ours = game.window_losses(pick)
 
     def logits(choices: list[Choice | None]) -> torch.Tensor:
@@ -104,7 +104,7 @@ def test_what_the_probe_looks_at_counts(table: Table) -> None:
     pick = table.space.uniform(1)
     loss, spent = game.loss(pick), game.forwards
     game.probe.slopes(np.array([0.5, 0.5, 0.0]))
-    assert game.forwards == spent + 3
+    assert game.forwards == pytest.approx(spent + 3, abs=0.3)
     game.loss(table.space.uniform(2))
     assert game.loss(pick) == loss == table.plainly(pick) - table.plainly(table.space.uniform(0))
 
@@ -112,7 +112,9 @@ def test_what_the_probe_looks_at_counts(table: Table) -> None:
 def test_a_permutation_costs_little_more_than_half_a_forward_an_evaluation(table: Table) -> None:
     game = table.game()
     m = Spqe(SpqeOptions(4, antithetic=True)).sample(game, np.random.default_rng(0))
-    assert game.forwards / game.evaluations <= 0.6
+    cost = table.runner.cost(WINDOWS.ids)
+    head = cost.head / cost.total
+    assert game.forwards / game.evaluations <= 0.6 * (1 - head) + head  # blocks are shared, the head is not
     assert m.forwards == game.forwards and m.tokens == 6 * 23
 
 

@@ -28,11 +28,13 @@ from impq_core.game.model_game import ModelGame
 from impq_core.game.probe import ModelProbe
 from impq_core.model.bank import Bank, fill_bank
 from impq_core.model.blockwise import BlockwiseModel
+from impq_core.model.cost import flop_counter
 from impq_core.model.layers import layers_of, search_space
 from impq_core.model.source import locate_model
 from impq_core.model.text import Windows
 from impq_core.space import Choice, LinearSpec
 from impq_core.testing import planted_space, tiny_model
+from impq_core.testing.tiny import TinyTable
 
 WINDOWS = Windows(np.random.default_rng(0).integers(0, 256, (6, 24)), "test", "random bytes")
 RNG = np.random.default_rng(0)
@@ -86,7 +88,8 @@ def test_the_divergence_from_the_unquantized_model_is_flat_there_and_has_slopes_
     n, m = table.space.nbytes.shape
     probe = ModelProbe(table.space, table.bank, table.runner, WINDOWS, value="kl")
     steep = np.abs(table.probe().slopes()).max()
-    assert np.abs(probe.slopes()).max() < 1e-3 * steep and probe.forwards == 4  # the unquantized model's counts
+    assert np.abs(probe.slopes()).max() < 1e-3 * steep
+    assert probe.forwards == pytest.approx(3.8, abs=0.3)  # the unquantized model's blocks and logits count
     at, layer, step = np.array([0.0, 0.5, 0.5]), 3, 0.05
     slopes = probe.slopes(at)
     game, ends = ModelGame(table.space, table.bank, table.runner, WINDOWS, value="kl"), []
@@ -106,7 +109,7 @@ def test_slopes_are_the_same_in_any_batch_and_leave_the_model_as_it_was(table: T
     whole = probe.slopes()
     monkeypatch.setattr("impq_core.game.probe.BATCH_TOKENS", 48)
     np.testing.assert_allclose(table.probe().slopes(), whole, rtol=1e-3, atol=1e-6)
-    assert probe.forwards == 3
+    assert probe.forwards == pytest.approx(2.8, abs=0.3)
     table.bank.apply([None] * len(table.bank.layers))
     assert all(not p.requires_grad for p in table.model.parameters())
     fresh = table.bank.original(table.space.layers[0].linears[0])
@@ -118,7 +121,9 @@ def test_aumann_shapley_values_add_up_to_the_whole_loss(table: Table) -> None:
     n, m = table.space.nbytes.shape
     ends = [table.losses(np.tile(np.eye(m)[k], (n, 1))).mean() for k in (0, m - 1)]
     assert estimate.linear[:, -1].sum() == pytest.approx(ends[1] - ends[0], rel=0.02)
-    assert estimate.forwards == 3 * 3 * (m - 1)
+    probe = table.probe()
+    probe.slopes()
+    assert estimate.forwards == pytest.approx(3 * (m - 1) * probe.forwards)
 
 
 def test_llm_mq_never_pays_for_the_reference(table: Table) -> None:
@@ -139,7 +144,7 @@ def test_fisher_says_what_its_quadratic_form_says(table: Table) -> None:
     picks = RNG.integers(0, m, (20, n))
     expected = np.array([form(pick) for pick in picks]) - form(np.zeros(n, dtype=int))
     np.testing.assert_allclose(estimate.predict(picks), expected, rtol=1e-6, atol=1e-9)
-    assert estimate.forwards == 3
+    assert estimate.forwards == pytest.approx(2.8, abs=0.3)
 
 
 def test_a_quadratic_form_is_measured_from_the_reference() -> None:
@@ -197,7 +202,7 @@ def test_the_traces_are_right_on_average(tmp_path: Path) -> None:
     [linear] = [spec for layer in space.layers for spec in layer.linears]
     probe, rng = ModelProbe(space, bank, BlockwiseModel(model), WINDOWS), np.random.default_rng(0)
     draws = np.array([probe.hessian_traces(rng)[linear] for _ in range(64)])
-    assert linear.name.endswith("k_proj") and probe.forwards == 6 * 64
+    assert linear.name.endswith("k_proj") and 4 * 64 < probe.forwards < 6 * 64  # the only gradient is a small one
     weight = bank.module(linear).weight
     with _differentiable(model, [weight]) as [slope]:
         rows = [torch.autograd.grad(slope.flatten(), weight, unit, retain_graph=True, is_grads_batched=True)[0]
@@ -256,7 +261,7 @@ def test_hawq_is_the_second_order_term() -> None:
 
 def test_hawq_never_pays_for_the_reference(table: Table) -> None:
     estimate = Hawq().inspect(table.probe(), RNG)
-    assert estimate.forwards == 12 and (estimate.linear[:, 0] == 0).all()
+    assert estimate.forwards == pytest.approx(11.2, abs=1.2) and (estimate.linear[:, 0] == 0).all()
     assert (np.diff(estimate.linear, axis=1) >= 0).all() and (estimate.linear[:, 2] > 0).any()
 
 
@@ -269,4 +274,40 @@ def test_places_between_the_widths() -> None:
 def test_hawq_sees_the_divergence_of_a_model_in_bfloat16(tmp_path: Path) -> None:
     table = Table(tmp_path / "m", "llama", torch.bfloat16)
     probe = ModelProbe(table.space, table.bank, table.runner, WINDOWS, value="kl")
-    assert np.isfinite(Hawq().inspect(probe, RNG).linear).all() and probe.forwards == 13
+    assert np.isfinite(Hawq().inspect(probe, RNG).linear).all() and probe.forwards == pytest.approx(12.2, abs=1.2)
+
+
+def test_slopes_do_as_much_work_on_a_long_menu_as_on_a_short_one() -> None:
+    done = []
+    for bits in ((8, 2), (8, 4, 3, 2)):
+        table = TinyTable(bits, "group")
+        table.game.probe.slopes()
+        before = table.game.forwards
+        with flop_counter() as counter:
+            table.game.probe.slopes()
+        done.append(counter.get_total_flops())
+        assert table.game.forwards - before == pytest.approx(done[-1] / table.forward_flops(), rel=0.03)
+    assert done[0] == done[1]
+
+
+@pytest.mark.parametrize("value", ["nll", "kl"])
+def test_what_a_game_and_a_probe_are_charged_is_what_the_model_did(table: Table, value: str) -> None:
+    played, rng = WINDOWS.first(3), np.random.default_rng(0)
+    picks = rng.integers(0, 3, (6, len(table.space)))
+    probe = ModelProbe(table.space, table.bank, table.runner, WINDOWS, value, game_windows=3)
+    probe.slopes()
+    table.runner.embed(played.ids)  # checks of a batch's shape are no part of a search
+    with torch.no_grad(), flop_counter() as counter:
+        table.model(input_ids=torch.from_numpy(played.ids))
+    forward, before = counter.get_total_flops(), probe.forwards
+    with flop_counter() as counter:
+        game = ModelGame(table.space, table.bank, table.runner, played, value=value, probe=probe)
+        game.losses(picks)
+        game.redraw(0)
+        game.window_losses((picks[0] + 1) % 3)
+        assert len(list(game.probe.block_states())) == 3
+        game.probe.slopes(np.array([0, 0.5, 0.5]))
+        game.probe.hessian_traces(rng)
+    assert game.forwards - before == pytest.approx(counter.get_total_flops() / forward, rel=0.03)
+    game.losses(picks)
+    assert game.forwards - before == pytest.approx(counter.get_total_flops() / forward, rel=0.03)  # known by now

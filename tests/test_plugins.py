@@ -62,7 +62,7 @@ def test_a_broken_plugin_is_dropped_with_its_reason_and_nothing_else_suffers(plu
     good = _module(impq_estimators=lambda: [Component("mine", "json:JSONDecoder")])
     found = _with(_Entry("bad", plugin), _Entry("good", good))
     [dropped] = found.dropped
-    assert dropped.what == "other:bad" and reason in dropped.reason
+    assert dropped.name == "other:bad" and reason in dropped.reason
     assert {"spqe", "mine"} <= set(found.names("estimator"))
 
 
@@ -70,7 +70,7 @@ def test_a_taken_name_drops_the_newcomer() -> None:
     thief = _module(impq_estimators=lambda: [Component("spqe", "evil:Class"), Component("fresh", "json:JSONDecoder")])
     found = _with(_Entry("aaa", thief, dist="aaa"))
     [dropped] = found.dropped
-    assert "spqe" in dropped.what and "taken by impq:spqe" in dropped.reason
+    assert "spqe" in dropped.name and "taken by impq:spqe" in dropped.reason
     assert found.find("estimator", "spqe").target == "impq_spqe.sampler:Spqe"
     assert "fresh" in found.names("estimator")
 
@@ -168,7 +168,7 @@ def test_a_plugin_whose_commands_fail_loses_only_them() -> None:
                                     _Entry("good", _module(impq_commands=lambda: offered))])  # type: ignore[list-item]
     assert list(plugins.commands()) == ["theirs"] and list(plugins.commands()) == ["theirs"]
     [dropped] = plugins.dropped
-    assert "other:bad" in dropped.what and "ZeroDivisionError" in dropped.reason
+    assert "other:bad" in dropped.name and "ZeroDivisionError" in dropped.reason
 
 
 @dataclass(frozen=True)

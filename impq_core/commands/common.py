@@ -125,7 +125,7 @@ def warn(config: RunConfig, plugins: Plugins) -> None:
     from impq_core.parts import slots_of
 
     for dropped in plugins.dropped:
-        click.echo(f"warning: plugin {dropped.what} is not used: {dropped.reason}", err=True)
+        click.echo(f"warning: plugin {dropped.name} is not used: {dropped.reason}", err=True)
     for slot, role in slots_of(config).items():
         if notice := plugins.find(role, getattr(config, slot)).notice:
             click.echo(f"note: {notice}", err=True)

@@ -39,7 +39,7 @@ def plugins(context: click.Context, show_options: bool, plugin_files: tuple[Path
     if installed.dropped:
         click.echo("not used")
         for dropped in installed.dropped:
-            click.echo(f"  {dropped.what}: {dropped.reason}")
+            click.echo(f"  {dropped.name}: {dropped.reason}")
 
 
 @plugins.command()

@@ -1,1 +1,1 @@
-"""Plans as files that other software loads."""
+"""Exports: plans as files that other software loads."""

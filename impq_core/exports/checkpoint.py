@@ -21,7 +21,7 @@ WEIGHTS = "model.safetensors"
 
 
 def write_model(folder: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
-    """Write a model's tensors by name, and its configuration; raises ImpqError where the disk does not take them."""
+    """Write a model's tensors by name, and its configuration; raises ImpqError if they cannot be written."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -52,13 +52,13 @@ def read_variants(folder: Path, widths: Mapping[str, Choice | None],
 
 @contextmanager
 def read_model(folder: Path) -> Iterator[Callable[[str], torch.Tensor]]:
-    """Give out the tensors that ``write_model`` wrote, by name; raises ImpqError where the file lacks one."""
+    """Yields a function that returns a tensor of the file by its name, and raises ImpqError if the file lacks it."""
     with _opened(folder) as file:
         yield file.get_tensor
 
 
 def tensor_names(folder: Path) -> set[str]:
-    """Names of the tensors in the file; raises ImpqError where it cannot be read."""
+    """Names of the tensors in the file; raises ImpqError if it cannot be read."""
     with _opened(folder) as file:
         return set(file.keys())
 

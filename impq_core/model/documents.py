@@ -19,11 +19,13 @@ MOST_CHARACTERS = 8_000_000
 """Windows are drawn from the first eight million characters of a text; more would only cost tokenizing time."""
 
 LONGEST_ROW = 2 * MOST_CHARACTERS
-"""A longer line of a .jsonl file (characters), or longer cells of a Parquet table (mean bytes), are refused."""
+"""Limit of a line of a .jsonl file, in characters, and of the mean document of a Parquet row group, in bytes."""
 
 KINDS = (".txt", ".jsonl", ".parquet")
+"""Suffixes of the files that are read."""
 
 _BATCH_BYTES = 2**22
+"""Bytes of text in a batch of rows of a Parquet table."""
 
 _UNPACK = {".gz": "gunzip -k", ".bz2": "bunzip2 -k", ".xz": "unxz -k", ".zst": "unzstd", ".zip": "unzip"}
 
@@ -33,7 +35,7 @@ _SIGNATURES = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe"
 
 
 def is_file_name(source: str) -> bool:
-    """True if the name of a text means a local file: a path that exists, or a name with the form of a path."""
+    """True if the name of a text is a path that exists, or has the form of a path; else it names a dataset."""
     if source.startswith((".", "/", "~")) or os.path.exists(source):
         return True
     return ":" not in source and re.search(r"\.[A-Za-z]\w{1,7}$", source) is not None
@@ -53,15 +55,15 @@ class TextFile:
 
     @property
     def path(self) -> Path:
-        """The file."""
+        """The path of the file."""
         return Path(os.path.expanduser(self.source))
 
     def read(self) -> tuple[str, str]:
         """Read the first ``MOST_CHARACTERS`` characters, and the rest of the document that reaches this limit.
 
         A row of a .jsonl or .parquet file is one document; documents are joined by blank lines, and rows in which
-        ``text`` is null are skipped. A .txt file is read up to the limit exactly. What lies behind the limit is neither
-        read nor checked.
+        ``text`` is null are skipped. A .txt file is read up to the limit exactly. Text behind the limit is neither read
+        nor checked.
 
         Returns:
             the text, and its form: how the file was read, to be named with every perplexity.
@@ -193,23 +195,10 @@ class TextFile:
         try:
             with pyarrow.parquet.ParquetFile(self.path, buffer_size=2**20, pre_buffer=False) as table:
                 self._check_columns(table.schema_arrow)
-                leaf = next(i for i in range(table.metadata.num_columns)
-                            if table.schema.column(i).path == "text")
-                row = 0
-                for group in range(table.num_row_groups):
-                    about = table.metadata.row_group(group)
-                    mean = about.column(leaf).total_uncompressed_size // max(1, about.num_rows)
-                    if mean > LONGEST_ROW:
-                        raise self._error(f"row {row + 1}", f"holds documents of {mean // 10**6} MB on average",
-                                          "split them into several rows")
-                    batches = table.iter_batches(max(1, min(1024, _BATCH_BYTES // max(1, mean))), row_groups=[group],
-                                                 columns=["text"], use_threads=False)
-                    for batch in batches:
-                        for cell in batch.column(0):
-                            row += 1
-                            text = self._cell(cell, f"row {row}")
-                            if text is not None:
-                                yield text
+                for number, cell in enumerate(self._cells(table), start=1):
+                    text = self._cell_text(cell, f"row {number}")
+                    if text is not None:
+                        yield text
         except (pyarrow.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno:  # from the file system, not from pyarrow
                 raise
@@ -230,7 +219,23 @@ class TextFile:
             raise self._error("", f"has a column 'text' of type {' '.join(str(kind).split())[:80]}, not of strings",
                               "write the text as strings")
 
-    def _cell(self, cell: Any, place: str) -> str | None:
+    def _cells(self, table: Any) -> Iterator[Any]:
+        """The values of column ``text``, read in batches of about ``_BATCH_BYTES`` bytes."""
+        metadata = table.metadata
+        column = next(i for i in range(metadata.num_columns) if table.schema.column(i).path == "text")
+        first_row = 1
+        for group in range(table.num_row_groups):
+            about = metadata.row_group(group)
+            mean = about.column(column).total_uncompressed_size // max(1, about.num_rows)
+            if mean > LONGEST_ROW:
+                raise self._error(f"row {first_row}", f"begins documents of {mean // 10**6} MB on average",
+                                  "split them into several rows")
+            rows = max(1, min(1024, _BATCH_BYTES // max(1, mean)))
+            for batch in table.iter_batches(rows, row_groups=[group], columns=["text"], use_threads=False):
+                yield from batch.column(0)
+            first_row += about.num_rows
+
+    def _cell_text(self, cell: Any, place: str) -> str | None:
         try:
             text: str | None = cell.as_py()
         except UnicodeDecodeError as error:
@@ -245,7 +250,7 @@ _SPEAKER = {"role", "from"}
 
 
 def problem_of(text: Any, noun: str) -> str:
-    """The problem of a value as a document, or nothing if it is text or null. ``noun`` is ``field`` or ``column``."""
+    """The reason why a value cannot be a document; '' if it is text or null. ``noun`` is ``field`` or ``column``."""
     if text is None:
         return ""
     if not isinstance(text, str):
@@ -257,7 +262,10 @@ def problem_of(text: Any, noun: str) -> str:
 
 
 def joined(documents: Iterable[str]) -> str:
-    """Documents joined by blank lines: as many as have ``MOST_CHARACTERS``, and at most so many documents."""
+    """The first documents, joined by blank lines, until they have ``MOST_CHARACTERS`` characters together.
+
+    No further document is asked for. At most ``MOST_CHARACTERS`` documents are taken, if most of them are empty.
+    """
     pieces: list[str] = []
     size = 0
     for document in islice(documents, MOST_CHARACTERS):
@@ -275,16 +283,16 @@ def listed(names: Iterable[str]) -> str:
 
 
 def _without_text(kinds: Mapping[str, str], noun: str) -> tuple[str, str, str]:
-    """Problem, cure and the name to convert ('' if there is none) for a row or table without ``text``.
+    """Problem, cure and the name of the field or column to convert ('' if there is none) of a row without ``text``.
 
     Args:
-        kinds: what each field or column holds, by name.
+        kinds: kind of each field or column, by name.
         noun: ``field`` or ``column``.
     """
-    chat = next((name for name, kind in kinds.items() if kind == _CHAT), "")
+    chat = next((name for name, kind in kinds.items() if kind == _CHAT and len(name) <= 40), "")
     if chat:
         return f"has chat records ({chat!r}), which are not read", "write each chat as one 'text'", chat
-    texts = [name for name, kind in kinds.items() if kind == _TEXT]
+    texts = [name for name, kind in kinds.items() if kind == _TEXT and len(name) <= 40]  # shorter than a message
     problem = f"has no {noun} 'text', " + (f"only {listed(kinds)}" if kinds else "and no other")
     if not texts:
         return problem, f"add a {noun} 'text', with null for rows to skip", ""
@@ -292,7 +300,7 @@ def _without_text(kinds: Mapping[str, str], noun: str) -> tuple[str, str, str]:
 
 
 def _kind(value: Any) -> str:
-    """What a JSON value is, in a word or two."""
+    """The kind of a JSON value, as messages name it."""
     if isinstance(value, list) and value and all(isinstance(turn, dict) and _SPEAKER & set(turn) for turn in value):
         return _CHAT
     if isinstance(value, str):
@@ -303,7 +311,7 @@ def _kind(value: Any) -> str:
 
 
 def _column_kind(column: Any) -> str:
-    """What a column of this Arrow type holds: text, a chat, or the name of the type."""
+    """The content of a column of an Arrow type, as messages name it: text, a chat, or the name of the type."""
     from pyarrow import types
 
     if types.is_dictionary(column):

@@ -1,1 +1,1 @@
-"""A run from its configuration to its table, and many runs."""
+"""Runs: from a configuration to a table, resumed, swept, and planned again."""

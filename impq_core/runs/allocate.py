@@ -1,4 +1,4 @@
-"""Plans for other budgets, from what a run has estimated; without the model."""
+"""Plans for other budgets from the estimate of a run, without the model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from impq_core.types import Plan
 
 @dataclass(frozen=True, eq=False)
 class Planned:
-    """A plan made for a budget, and the file it is in."""
+    """A plan for a budget, and its file."""
 
     budget: str
     plan: Plan
@@ -30,10 +30,10 @@ def allocate_run(run: str | Path, budgets: Sequence[str], surrogate: str | None 
     Args:
         run: a run folder with an estimate.
         budgets: as on the command line.
-        surrogate: what to fit the run's losses with; None takes the run's estimate as it is.
-        allocator: who makes the plans; None is the run's.
+        surrogate: fitted to the run's losses; None takes the run's estimate.
+        allocator: the run's by default.
         pairs: options as on the command line.
-        plugins: who offers the parts; the installed plugins by default.
+        plugins: the source of the parts; the installed plugins by default.
 
     Raises:
         ImpqError: the run has no estimate (or no losses to fit), or a name, option or budget is wrong.
@@ -62,7 +62,8 @@ def allocate_run(run: str | Path, budgets: Sequence[str], surrogate: str | None 
         else:
             estimate = folder.read_estimate()
         plan = part.allocator.allocate(estimate.on(space), size)
-        plan = replace(plan, nats=estimate.nats, provenance={"run": str(folder.path), "estimate": estimate.method})
+        plan = replace(plan, is_loss=estimate.is_loss,
+                       provenance={"run": str(folder.path), "estimate": estimate.method})
         size_name = one.budget.replace("%", "percent")
         name = re.sub(r"[^\w.]+", "-", f"{config.allocator}-{surrogate or 'estimate'}-{size_name}")
         file = folder.path / "plans" / f"{name}.json"

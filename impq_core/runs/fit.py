@@ -1,4 +1,4 @@
-"""Other surrogates for the losses of an earlier run, fitted and validated without the model."""
+"""Surrogates fitted to the losses of an earlier run, and validated, without the model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ from impq_core.validation import HigherOrder, Validation, higher_order_share, va
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """A surrogate fitted to a run's measurements; ``problem`` says why there is no estimate where it cannot be."""
+    """A surrogate fitted to a run's measurements.
+
+    Args:
+        surrogate: its name.
+        file: of the estimate.
+        estimate, validation: None if the surrogate cannot be fitted.
+        problem: the reason.
+    """
 
     surrogate: str
     file: Path
@@ -29,8 +36,12 @@ class Fitted:
 
 @dataclass(frozen=True, eq=False)
 class Fits:
-    """What the losses of a run say: how far its game is from additive (NaN where that cannot be told), and each
-    surrogate's fit."""
+    """The fits of a run.
+
+    Args:
+        game: the share of the loss's variance that no additive model explains; NaN if there are too few losses.
+        surrogates: one fit for each surrogate.
+    """
 
     game: HigherOrder
     surrogates: list[Fitted]
@@ -41,13 +52,12 @@ def fit_run(run: str, names: Sequence[str], pairs: dict[str, str], plugins: Plug
 
     Args:
         run: a run folder.
-        names: surrogates; none for every one on offer.
-        pairs: options as on the command line, for all of the names that have them.
-        plugins: who offers them.
+        names: of surrogates; all if empty.
+        pairs: options as on the command line.
+        plugins: the source of the surrogates.
 
     Raises:
-        ImpqError: the run kept no measurements, or none that any of the surrogates can be fitted to; or a name or an
-            option is wrong.
+        ImpqError: the run has no measurements, none of the surrogates can be fitted, or a name or option is wrong.
     """
     folder = RunFolder.open(run)
     measurements, config = folder.read_measurements(), folder.read_config()
@@ -60,7 +70,7 @@ def fit_run(run: str, names: Sequence[str], pairs: dict[str, str], plugins: Plug
         built.append((name, build_part(chosen, plugins, "surrogate")))
     try:
         game = higher_order_share(measurements)
-    except ImpqError:  # losses that are not finite: every surrogate says so
+    except ImpqError:  # losses that are not finite: every surrogate reports it
         game = HigherOrder(math.nan, math.nan)
     fitted = []
     for name, surrogate in built:
@@ -74,6 +84,6 @@ def fit_run(run: str, names: Sequence[str], pairs: dict[str, str], plugins: Plug
         file.parent.mkdir(exist_ok=True)
         estimate.save(file)
         fitted.append(Fitted(name, file, estimate, validation))
-    if all(one.problem for one in fitted):
+    if all(fit.problem for fit in fitted):
         raise ImpqError(f"no surrogate can be fitted to the losses of {run}: {fitted[0].problem}")
     return Fits(game, fitted)

@@ -1,4 +1,4 @@
-"""Where a run keeps its files: the one place that knows their names."""
+"""The folder of a run: the one module that knows the names of its files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from impq_core.config import RunConfig, read_toml
 from impq_core.credentials import without_secret
-from impq_core.errors import ImpqError
+from impq_core.errors import ImpqError, one_line
 from impq_core.files import scratch_folder, write_text
 from impq_core.results import Evaluation
 from impq_core.space import SearchSpace
@@ -24,10 +24,10 @@ from impq_core.types import Measurements, SensitivityEstimate
 T = TypeVar("T")
 
 SWEEP = "sweep.json"
-"""The file that makes a folder a sweep's: what is varied."""
+"""The file of a sweep's folder that holds the values of each varied setting."""
 
 CHILDREN = "runs"
-"""The folder of a sweep that its runs are in."""
+"""The folder of a sweep's runs."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, parent: Path, files: Mapping[str, str], name: str = "") -> RunFolder:
-        """Make a run folder with text files in it, whole or not at all.
+        """Make a run folder, which appears with all its files at once.
 
         Args:
             parent: the output folder; it is made if it is missing.
@@ -50,7 +50,7 @@ class RunFolder:
             name: name of the run folder; the time and a random suffix by default.
 
         Raises:
-            ImpqError: it cannot be written.
+            ImpqError: the folder cannot be written.
         """
         folder = (parent / (name or f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}")).absolute()
         try:
@@ -67,12 +67,11 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path, *needed: str) -> RunFolder:
-        """One that is there; raises ImpqError where it holds no configuration, or lacks one of the files needed."""
+        """An existing run folder; raises ImpqError if it lacks its configuration or one of the needed files."""
         folder = cls(Path(path).expanduser().absolute())
         for name in ("impq.toml", *needed):
             if not (folder.path / name).is_file():
-                raise ImpqError(f"{path} is no run folder{' of use here' if name != 'impq.toml' else ''}: "
-                                f"it has no {name}")
+                raise ImpqError(f"{path} is no run folder that this command can use: it has no {name}")
         return folder
 
     @property
@@ -82,17 +81,17 @@ class RunFolder:
 
     @property
     def provenance(self) -> Path:
-        """What decides the run's numbers: digests and versions."""
+        """The identity of the run (``RunKey``): digests, options and versions."""
         return self.path / "provenance.json"
 
     @property
     def space(self) -> Path:
-        """The layers and widths that plans are made of, with their bytes."""
+        """The search space of plans."""
         return self.path / "space.json"
 
     @property
     def variants(self) -> Path:
-        """What the backend told of every variant."""
+        """The backend's record of every variant."""
         return self.path / "variants.json"
 
     @property
@@ -107,7 +106,7 @@ class RunFolder:
 
     @property
     def measurements(self) -> Path:
-        """Measured losses as a surrogate reads them."""
+        """The measured losses that a surrogate fits."""
         return self.path / "measurements.npz"
 
     @property
@@ -127,7 +126,7 @@ class RunFolder:
 
     @property
     def evaluation(self) -> Path:
-        """The plan beside its references on held-out text."""
+        """Held-out scores of the plan and its references."""
         return self.path / "evaluation.json"
 
     @property
@@ -137,12 +136,12 @@ class RunFolder:
 
     @property
     def tracking(self) -> Path:
-        """Which MLflow run this is."""
+        """Store and id of the MLflow run."""
         return self.path / "mlflow.json"
 
     @property
     def error(self) -> Path:
-        """The traceback of what ended the run early."""
+        """The traceback of the error that ended the run."""
         return self.path / "error.txt"
 
     @property
@@ -151,11 +150,11 @@ class RunFolder:
         return self.path / "figures"
 
     def read_config(self) -> RunConfig:
-        """The configuration; raises UsageError where it cannot be read."""
+        """The configuration; raises UsageError if it cannot be read."""
         return read_toml(self.config)
 
     def read_json(self, path: Path) -> dict[str, Any]:
-        """A JSON file of the folder; raises ImpqError where it is missing or no JSON object."""
+        """The data of a JSON file; raises ImpqError if it is missing or no JSON object."""
         try:
             data = json.loads(path.read_text())
             if not isinstance(data, dict):
@@ -165,15 +164,15 @@ class RunFolder:
         return data
 
     def write_json(self, path: Path, data: Mapping[str, Any]) -> None:
-        """Write one."""
+        """Write a JSON file."""
         write_text(path, json.dumps(data, indent=1) + "\n")
 
     def read_space(self) -> SearchSpace:
-        """The space that plans are made of; raises ImpqError where it cannot be read."""
+        """The search space of plans; raises ImpqError if it cannot be read."""
         return _readable(self.space, lambda path: SearchSpace.from_dict(self.read_json(path)))
 
     def read_estimate(self) -> SensitivityEstimate:
-        """The estimate; raises ImpqError where it cannot be read."""
+        """The estimate; raises ImpqError if it cannot be read."""
         return _readable(self.estimate, SensitivityEstimate.load)
 
     def read_evaluation(self) -> Evaluation:
@@ -181,20 +180,20 @@ class RunFolder:
         return _readable(self.evaluation, lambda path: Evaluation.from_dict(self.read_json(path)))
 
     def read_measurements(self) -> Measurements:
-        """The measured losses; raises ImpqError where there are none, or they cannot be read."""
+        """The measured losses; raises ImpqError if there are none, or if they cannot be read."""
         if not self.measurements.is_file():
-            raise ImpqError(f"{self.path} is no run whose losses can be fitted: it has no {self.measurements.name} (an "
-                            "estimator that only looks, or makes its own estimate, leaves none)")
+            raise ImpqError(f"{self.path} has no losses to fit: it has no {self.measurements.name} (estimators that "
+                            "make their own estimate leave none)")
         return _readable(self.measurements, Measurements.load)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes out, as long as this one lives; raises ImpqError where one is at work."""
+        """Lock the folder until the block ends; raises ImpqError if another process works in it."""
         try:
             with FileLock(self.path / ".lock", timeout=0):
                 yield
         except Timeout as error:
-            raise ImpqError(f"another process is at work in {self.path}: wait for it, or stop it") from error
+            raise ImpqError(f"another process works in {self.path}: wait for it, or stop it") from error
 
 
 def recorded(config: RunConfig) -> RunConfig:
@@ -209,4 +208,4 @@ def _readable(path: Path, read: Callable[[Path], T]) -> T:
         named = str(path) in str(error)
         raise ImpqError(str(error) if named else f"{path} cannot be used: {error}") from error
     except Exception as error:  # zip, json and numpy each raise their own
-        raise ImpqError(f"{path} cannot be read: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise ImpqError(f"{path} cannot be read: {one_line(error)}") from error

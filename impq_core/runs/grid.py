@@ -1,4 +1,4 @@
-"""What a sweep is asked to do, and the configurations of its runs; read before anything heavy is imported."""
+"""The settings of a sweep and the configurations of its runs. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from impq_core.plugins import Plugins
 from impq_core.runs.folder import SWEEP, RunFolder
 
 VARIED = ("backend", "estimator", "surrogate", "allocator", "budget")
-"""What a sweep takes lists of."""
+"""Settings that a sweep takes lists of."""
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep is asked to do.
+    """The settings of a sweep.
 
     Args:
-        base: what all runs have in common.
-        varied: values of ``backend``, ``estimator``, ``surrogate``, ``allocator`` and ``budget``, where several.
-        pairs: options of parts as on the command line; each goes to the runs whose parts have it.
+        base: the configuration of all runs.
+        varied: lists of values, by setting (``VARIED``).
+        pairs: options of parts as on the command line; each applies to the runs with a part that has it.
     """
 
     base: RunConfig
@@ -34,7 +34,7 @@ class Sweep:
 
     @classmethod
     def open(cls, path: str) -> Sweep:
-        """That of a folder; raises ImpqError where it holds none."""
+        """Read the settings from a sweep's folder; raises ImpqError if they are missing or damaged."""
         folder = RunFolder.open(path, SWEEP)
         data = folder.read_json(folder.path / SWEEP)
         varied, pairs = (data.get(name) for name in ("varied", "pairs"))
@@ -46,10 +46,11 @@ class Sweep:
         return cls(folder.read_config(), varied, pairs)
 
     def configs(self, plugins: Plugins) -> list[RunConfig]:
-        """One for each run, those of a backend and within it of an estimator together.
+        """The configuration of each run; runs of one backend are neighbours, and among them runs of one estimator.
 
         Raises:
-            UsageError: a name is unknown, an option fits no run, or a plan is given or to be refined.
+            UsageError: a name is unknown, no run has a part with an option of ``pairs``, or the base has a plan or a
+                refiner.
         """
         if self.base.plan or self.base.refine:
             raise UsageError("a sweep makes its own plans and refines none: leave out --plan and --refine")
@@ -58,27 +59,27 @@ class Sweep:
             raise UsageError("a list of names has nothing between two commas")
         estimators = {name: plugins.load("estimator", name, Estimator) for name in values[VARIED.index("estimator")]}
         base = self.base
-        if base.granularity == "auto":  # all runs have the same layers
+        if base.granularity == "auto":  # all runs of a sweep have the same layers
             wanted = {kind.default_granularity for kind in estimators.values()}
             base = replace(base, granularity=wanted.pop() if len(wanted) == 1 else "block")
-        found: list[RunConfig] = []
+        configs: list[RunConfig] = []
         refused: dict[str, UsageError] = {}
         taken: set[str] = set()
         for combination in product(*values):
             config = replace(base, **dict(zip(VARIED, combination, strict=True)))
             if not estimators[config.estimator].needs_surrogate and config.surrogate != values[2][0]:
-                continue  # it fits nothing: one run will do
+                continue  # the estimator needs no surrogate: one run is enough
             for key, value in self.pairs.items():
                 try:
                     config = replace(config, options=assign_options(config, plugins, {key: value}))
                     taken.add(key)
                 except UsageError as error:
                     refused.setdefault(key, error)
-            found.append(config)
+            configs.append(config)
         for key in self.pairs:
             if key not in taken:
                 raise refused[key]
-        return found
+        return configs
 
 
 def _is_text(value: Any) -> bool:

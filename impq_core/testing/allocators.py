@@ -53,6 +53,18 @@ class AllocatorSuite(PartSuite):
             assert plan.bound is None or plan.bound <= best + 1e-6, f"bound {plan.bound} lies above a plan of {best}"
             assert not self.exact or plan.predicted_loss <= best + 1e-6, f"{plan.predicted_loss}; the best has {best}"
 
+    def test_the_scale_of_the_scores_does_not_matter(self) -> None:
+        """Scores of 1e-12 to 1e12, layers that cost nothing, equal layers: it ends, and plans fit."""
+        for scale, (estimate, budget) in itertools.product((1e-12, 1e12), itertools.islice(self.cases(), 16, 48)):
+            linear = estimate.linear.copy()
+            linear[-1], linear[len(linear) // 2] = 0.0, linear[0]
+            pairs = None if estimate.pairwise is None else scale * estimate.pairwise
+            plain = replace(estimate, linear=linear)
+            plan = self.make().allocate(replace(estimate, linear=scale * linear, pairwise=pairs), budget)
+            assert plan.nbytes <= budget, f"{plan.nbytes} bytes do not fit in {budget}"
+            excess = float(plain.predict(plan.pick)[0]) - least_loss(plain, budget)
+            assert not self.exact or excess <= 1e-6, f"{excess:.3g} above the best plan, for scores times {scale:g}"
+
     def test_the_same_estimate_makes_the_same_plan(self) -> None:
         """Ties included."""
         for estimate, budget in itertools.islice(self.cases(), 0, None, 5):

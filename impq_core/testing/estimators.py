@@ -1,14 +1,17 @@
-"""What every estimator must do: those that play, those that only measure, and those that look."""
+"""What every estimator must do: estimators that play, samplers that only measure, and inspectors."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, cast
 
 import numpy as np
 
+from impq_core.errors import ImpqError
 from impq_core.interfaces import Estimator, Game, Inspector, Probe
 from impq_core.references import random_plan
+from impq_core.space import FloatArray, IntArray, LinearSpec
 from impq_core.testing.part import PartSuite
 from impq_core.testing.planted import PlantedGame, PlantedProbe, best_pick, planted_estimate, planted_loss
 from impq_core.testing.tiny import TinyTable
@@ -17,14 +20,17 @@ from impq_core.types import Measurements, SensitivityEstimate
 MENUS = ((8.0, 2.0), (8.0, 4.0, 2.0))
 """The menus that estimators are tried with: two widths, and more."""
 
+NOT_FINITE = (float("nan"), float("inf"))
+"""Losses and readings of a model that overflows."""
+
 
 class EstimatorSuite(PartSuite):
-    """An ``Estimator``, ``Sampler`` or ``Inspector`` on a tiny model, and, where it plays, on a planted game."""
+    """An ``Estimator``, ``Sampler`` or ``Inspector`` on a tiny model, and, if it plays, on a planted game."""
 
     part: ClassVar[type[Estimator]]
 
     def estimate(self, game: Game, probe: Probe, seed: int = 0) -> SensitivityEstimate:
-        """What the part makes of a game or a probe; what a sampler measured is fitted by least squares."""
+        """The part's estimate from a game or a probe; measurements of a sampler are fitted by least squares."""
         part: Estimator = self.make()
         part.check_space(game.space)
         result = part.measure(game, probe, np.random.default_rng(seed))
@@ -91,8 +97,8 @@ class EstimatorSuite(PartSuite):
         assert table.digest() == before, "weights or variants were changed in place"
 
     def test_what_matters_is_found(self) -> None:
-        """Where it plays: on a planted additive game without noise, the best plan for the estimate gives away less
-        than a quarter of what a random plan does. A part that only looks is not held to it."""
+        """If it plays: on a planted additive game without noise, the best plan for the estimate gives away less than a
+        quarter of what a random plan does. An inspector is not held to it."""
         if issubclass(self.part, Inspector):
             return
         for bits in MENUS:
@@ -106,11 +112,76 @@ class EstimatorSuite(PartSuite):
             usual = float(truth.predict(np.stack(chance)).mean() - truth.predict(best)[0])
             assert regret <= 0.25 * usual, f"{bits}: {regret:.3f} worse than the best plan; a random one, {usual:.3f}"
 
+    def test_losses_that_are_not_finite_make_no_estimate(self) -> None:
+        """If it plays: with NaN or infinite losses an ImpqError of one line, or an estimate of finite terms."""
+        if issubclass(self.part, Inspector):
+            return
+        truth = planted_estimate(1, 6, MENUS[1], rising=True)
+        loss = planted_loss(truth)
+        for bad, layer in itertools.product(NOT_FINITE, range(0, 6, 2)):
+            def overflowing(pick: IntArray, bad: float = bad, layer: int = layer) -> float:
+                return bad if pick[layer] == 2 else loss(pick)
+
+            game = PlantedGame(truth.space, overflowing, probe=PlantedProbe(truth), budget_bytes=truth.space.low_bytes)
+            self._refuses_or_copes(game, game.probe)
+
+    def test_readings_that_are_not_finite_are_refused(self) -> None:
+        """If it inspects: a NaN or infinite slope, trace or hidden state is an ImpqError of one line, never a score."""
+        if not issubclass(self.part, Inspector):
+            return
+        for bad in NOT_FINITE:
+            table = TinyTable(MENUS[1], "group")
+            probe = _Overflowing(table.game.probe, bad)
+            refused = self._refuses_or_copes(table.game, cast(Probe, probe))
+            assert refused or not probe.was_read, f"a reading of {bad} passed for a score"
+
+    def _refuses_or_copes(self, game: Game, probe: Probe) -> bool:
+        """Whether it refuses; fails unless that is done in one line, or the estimate is finite."""
+        try:
+            estimate = self.estimate(game, probe)
+        except ImpqError as error:
+            assert str(error) and "\n" not in str(error), f"the refusal is not one line: {error!r}"
+            return True
+        assert np.isfinite(estimate.linear).all(), "the estimate is not finite"
+        return False
+
     def test_it_looks_only_at_what_it_says_it_needs(self) -> None:
         """Of an inspector: ``needs`` decides what impq prepares."""
         if issubclass(self.part, Inspector):
             table = TinyTable(MENUS[1], "group")
             self.estimate(table.game, _Guarded(table.game.probe, self.part.needs))
+
+
+class _Overflowing:
+    """A probe whose readings of one layer are not finite."""
+
+    def __init__(self, probe: Probe, bad: float) -> None:
+        self._probe, self._bad, self.was_read = probe, bad, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._probe, name)
+
+    def slopes(self, at: FloatArray | None = None) -> FloatArray:
+        """With the last choice of layer 1 spoiled in one window."""
+        self.was_read = True
+        slopes = self._probe.slopes(at).copy()
+        slopes[0, 1, -1] = self._bad
+        return slopes
+
+    def hessian_traces(self, rng: np.random.Generator) -> Mapping[LinearSpec, float]:
+        """With one linear's spoiled."""
+        self.was_read = True
+        traces = dict(self._probe.hessian_traces(rng))
+        return {**traces, next(iter(traces)): self._bad}
+
+    def block_states(self) -> Iterator[tuple[int, list[Any], list[Any]]]:
+        """With one value of block 1's output spoiled."""
+        self.was_read = True
+        for index, inputs, outputs in self._probe.block_states():
+            outputs = [output.clone() for output in outputs]
+            if index == 1:
+                outputs[0].view(-1)[0] = self._bad
+            yield index, inputs, outputs
 
 
 class _Guarded:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from impq_core.errors import nearest
 from impq_core.interfaces import NoOptions, Part
-from impq_core.parts import told_arguments
+from impq_core.parts import described_arguments
 from impq_core.plugins import PLAIN, build_options
 
 HEAVY = ("mlflow", "torch", "transformers")
@@ -77,7 +77,7 @@ class PartSuite(Suite):
             f"{module.__name__} has Options, but {self.part.__name__} does not say 'Options = Options'")
         assert is_dataclass(options), f"{self.part.__name__}.Options is no dataclass"
         assert options.__dataclass_params__.frozen, f"{options.__name__} is not frozen"  # type: ignore[attr-defined]
-        kinds, told, plain = typing.get_type_hints(options), told_arguments(options.__doc__ or ""), options()
+        kinds, told, plain = typing.get_type_hints(options), described_arguments(options.__doc__ or ""), options()
         for field in fields(options):
             what = f"option {field.name} of {self.part.__name__}"
             assert kinds[field.name] in PLAIN, f"{what} is {kinds[field.name]}, not plain"

@@ -27,7 +27,7 @@ class PluginSuite(Suite):
     def test_it_is_used(self) -> None:
         """Nothing of it is dropped: its hooks are known, and there are some."""
         found = self.found()
-        assert not found.dropped, "; ".join(f"{dropped.what}: {dropped.reason}" for dropped in found.dropped)
+        assert not found.dropped, "; ".join(f"{dropped.name}: {dropped.reason}" for dropped in found.dropped)
 
     def test_every_offer_loads(self) -> None:
         """Targets exist, and are parts of the role they are offered for; their options can be listed."""
@@ -48,4 +48,4 @@ class PluginSuite(Suite):
         others = [entry for entry in entry_points(group=GROUP) if entry.value != self.plugin.__name__]
         dropped = Plugins(entry_points=[*others, *ours]).dropped
         taken = [d for d in dropped if "taken" in d.reason]
-        assert not taken, "; ".join(f"{d.what}: {d.reason}" for d in taken)
+        assert not taken, "; ".join(f"{d.name}: {d.reason}" for d in taken)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -42,8 +43,8 @@ class RefinerSuite(PartSuite):
         return truth, game, referee
 
     def test_a_random_plan_becomes_nearly_the_best(self) -> None:
-        """With nothing known of the layers, and forwards enough; never over the budget in bytes or, but for its last
-        round, in forwards."""
+        """Without an estimate and with ``enough`` forwards; never over the budget in bytes or, but for its last round,
+        in forwards."""
         truth, game, referee = self.games()
         start, plan = self.refine(None, game, referee, self.enough)
         best = least_loss(truth, start.budget_bytes)
@@ -53,7 +54,7 @@ class RefinerSuite(PartSuite):
         assert spent <= self.enough + SLACK, f"{spent} evaluations instead of {self.enough}"
 
     def test_nothing_worse_is_taken(self) -> None:
-        """By what the referee sees, with noise in both games; the plan says what the estimate predicts of it."""
+        """By the referee's losses, with noise in both games; the plan carries the estimate's prediction."""
         truth, game, referee = self.games(noise=0.2)
         start, plan = self.refine(truth, game, referee, 200)
         before, after = (referee.window_losses(p.pick).mean() for p in (start, plan))
@@ -66,6 +67,27 @@ class RefinerSuite(PartSuite):
         truth, game, _ = self.games()
         start, plan = self.refine(truth, game, PlantedGame(game.space, lambda pick: 3.0), 60)
         assert np.array_equal(plan.pick, start.pick), "a plan was taken that is no better"
+
+    def test_losses_that_are_not_finite_are_passed_over(self) -> None:
+        """NaN or infinite losses with either of two layers at its narrowest: the search goes on to a good plan among
+        the others, and ends."""
+        truth, game, referee = self.games()
+        start, _ = self.refine(None, game, referee, 0)
+        narrowest = len(truth.space.choices) - 1
+        layers = np.flatnonzero(start.pick < narrowest)[:2]
+        loss = planted_loss(truth)
+        penalty = np.zeros_like(truth.linear)
+        penalty[layers, -1] = 1000.0
+        best = least_loss(replace(truth, linear=truth.linear + penalty), start.budget_bytes)
+        for bad in (np.nan, np.inf):
+            def overflowing(pick: IntArray, bad: float = bad) -> float:
+                return bad if (pick[layers] == narrowest).any() else loss(pick)
+
+            game, referee = (PlantedGame(truth.space, overflowing) for _ in range(2))
+            start, plan = self.refine(None, game, referee, self.enough)
+            assert (plan.pick[layers] < narrowest).all(), f"a plan with a loss of {bad} was taken"
+            before, after = truth.predict(np.stack([start.pick, plan.pick])) - best
+            assert after <= 0.3 * before, f"{after:.3f} above the best plan; it began at {before:.3f}"
 
     def test_it_ends_where_there_is_nothing_left_to_measure(self) -> None:
         """A loss that was measured before costs nothing: in a small space the forwards are never spent."""
@@ -81,13 +103,13 @@ class RefinerSuite(PartSuite):
 
 
 class _Remembering(PlantedGame):
-    """Counts a pick once, as a model's game does, and loses patience."""
+    """Counts a pick once, as a model's game does, and fails after 100,000 questions."""
 
     asked = 0
 
     def _windows(self, pick: IntArray) -> FloatArray:
         self.asked += 1
-        assert self.asked < 100_000, "it goes on for ever, asking for what it has been told"
+        assert self.asked < 100_000, "it goes on for ever, asking for losses it has seen"
         return super()._windows(pick)
 
     def losses(self, picks: IntArray) -> FloatArray:

@@ -23,11 +23,11 @@ class SurrogateSuite(PartSuite):
     part: ClassVar[type[Surrogate]]
 
     def fit(self, measurements: Measurements) -> SensitivityEstimate:
-        """What the part makes of measurements."""
+        """The part's estimate from measurements."""
         fitted: SensitivityEstimate = self.make().fit(measurements)
         return fitted
 
-    def test_it_tells_whose_estimate_it_is_and_what_it_cost(self) -> None:
+    def test_the_estimate_names_its_space_method_and_cost(self) -> None:
         """The space of the measurements, a method, and the forwards of what was measured: fitting is free."""
         for bits in MENUS:
             measured = planted_measurements(planted_estimate(1, 6, bits, rising=True), permutations=8)
@@ -60,15 +60,35 @@ class SurrogateSuite(PartSuite):
             try:
                 self.fit(measured.part(rows))
             except ImpqError as error:
-                assert str(error), "it refuses without a word"
+                assert str(error), "the refusal is empty"
 
-    def test_a_loss_that_is_no_number_is_refused(self) -> None:
-        """Never averaged in: an ImpqError (``Measurements.require_finite`` raises it)."""
+    def test_a_loss_that_is_not_finite_is_refused(self) -> None:
+        """Never averaged in: an ImpqError of one line (``Measurements.require_finite`` raises it)."""
         measured = planted_measurements(planted_estimate(4, 5, rising=True), permutations=4)
-        losses = measured.losses.copy()
-        losses[7] = np.nan
-        try:
-            self.fit(replace(measured, losses=losses))
-        except ImpqError:
-            return
-        raise AssertionError("a NaN was fitted")
+        for bad in (np.nan, np.inf, -np.inf):
+            losses = measured.losses.copy()
+            losses[7] = bad
+            try:
+                self.fit(replace(measured, losses=losses))
+            except ImpqError as error:
+                assert "\n" not in str(error), f"the refusal is not one line: {error!r}"
+            else:
+                raise AssertionError(f"a loss of {bad} was fitted")
+
+    def test_losses_of_several_sets_of_windows_are_fitted(self) -> None:
+        """Costs that differ between texts, with every pair of orders on its own: a finite estimate near their mean."""
+        truth = planted_estimate(2, 6, rising=True)
+        parts = []
+        for number in range(8):
+            noise = np.random.default_rng(number).normal(size=truth.linear.shape) * 0.02
+            text = replace(truth, linear=truth.linear + noise * (np.arange(noise.shape[1]) > 0))
+            parts.append(planted_measurements(text, permutations=2, seed=number))
+        count = len(parts[0])
+        measured = replace(parts[0], picks=np.concatenate([part.picks for part in parts]),
+                           losses=np.concatenate([part.losses for part in parts]),
+                           path=np.concatenate([part.path + 2 * number for number, part in enumerate(parts)]),
+                           step=np.tile(parts[0].step, 8), replicate=np.repeat(np.arange(8), count),
+                           windows=np.repeat(np.arange(8), count))
+        losses = [truth.predict(best_pick(e, truth.space.low_bytes + 2000)) for e in (self.fit(measured), truth)]
+        spread = float(truth.linear[:, -1].std())
+        assert losses[0] - losses[1] <= 0.1 * spread, f"its plan is {losses[0] - losses[1]} worse"
