@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from impq_core.commands import maintenance, planning, running
-from impq_core.errors import ImpqError, Terminated, nearest
+from impq_core.errors import ImpqError, Terminated, nearest, one_line
 from impq_core.plugins import Plugins, responsible
 
 
@@ -92,8 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
             click.echo(f"impq: {error.filename or 'a file'} cannot be read or written: {error.strerror}; correct that "
                        "and try again (impq run --resume RUN continues a run)", err=True)
             sys.exit(1)
-        line = " ".join(str(error).split())[:300]
-        click.echo(f"impq: {type(error).__name__}: {line} (this is a bug of {responsible(error)}; --debug shows where)",
+        click.echo(f"impq: {one_line(error, 300)} (this is a bug of {responsible(error)}; --debug shows where)",
                    err=True)
         sys.exit(1)
 

@@ -260,8 +260,7 @@ def _convert(value: Any, kind: type[Any], what: str) -> Any:
 
 
 def responsible(error: BaseException) -> str:
-    """The distribution or plugin file in which an unexpected error occurred: that of the innermost frame of impq or of a
-    plugin."""
+    """The distribution or plugin file of an unexpected error: that of the innermost frame of impq or of a plugin."""
     entries = importlib.metadata.entry_points(group=GROUP)
     owners = {entry.value.partition(".")[0]: _distribution(entry) for entry in entries}
     name, traceback = "impq", error.__traceback__

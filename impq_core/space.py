@@ -11,12 +11,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from impq_core.errors import ImpqError
+
+FUSED = MappingProxyType({"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")})
+"""Linears that inference engines run as one, by the engines' name of it. They share a width below block level."""
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]

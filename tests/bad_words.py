@@ -103,7 +103,7 @@ NUMBERS = [
     Case("run --estimate-with quanto -o group_size=32", 2, "write backend.group_size or estimate_with."),
     Case("run -o settle=-1", 2, "settle and truncate must not be negative"),
     Case("run --estimator coarse-to-fine -o share=0", 2, "share must be above 0"),
-    Case("run --estimator isolated -o base=5", 2, "base=5 is none of the widths played (4, 2)"),
+    Case("run --estimator isolated -o base=5", 2, "base=5 is none of the widths of --bits (4, 2)"),
     Case("run --surrogate regression -o prior=nowhere.npz", 1, "prior nowhere.npz is no estimate"),
     Case("allocate finished --budget 3bits -o tme_limit=3", 2, "did you mean 'time_limit'"),
     Case("sweep -o permutation=4", 2, "did you mean 'permutations'"),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from impq_core.errors import ImpqError
+from impq_core.errors import ImpqError, one_line
 from impq_core.files import replace_file, write_text
 from impq_core.keys import VariantsKey
 from impq_core.model.demo import cache_folder
@@ -86,7 +86,7 @@ class Shelf:
             if facts["sha256"] != _digest(tensors):
                 raise ValueError("its digest does not match its content")
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            warnings.warn(f"{path} is damaged and made anew: {' '.join(str(error).split())[:120]}", RuntimeWarning,
+            warnings.warn(f"{path} is damaged and made anew: {one_line(error, 120)}", RuntimeWarning,
                           stacklevel=2)
             return None
         return Variant(choice, tensors, facts["record"])
@@ -109,7 +109,7 @@ class Shelf:
         except FileNotFoundError:
             return None
         except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-            warnings.warn(f"{path} is damaged and made anew: {' '.join(str(error).split())[:120]}", RuntimeWarning,
+            warnings.warn(f"{path} is damaged and made anew: {one_line(error, 120)}", RuntimeWarning,
                           stacklevel=2)
             return None
         fact: dict[str, Any] = kept["fact"]

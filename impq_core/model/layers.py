@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from impq_core.errors import ImpqError, UsageError
 from impq_core.interfaces import Backend
-from impq_core.space import Choice, LayerSpec, LinearSpec, Pinned, SearchSpace
+from impq_core.space import FUSED, Choice, LayerSpec, LinearSpec, Pinned, SearchSpace
 
-FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
-"""Linears that inference engines fuse, and that therefore share a width at granularity ``group``."""
+_GROUPS = {part: fused.removesuffix("_proj") for fused, parts in FUSED.items() for part in parts}
+"""Names of the layers that hold fused linears, by the last part of a linear's name."""
 
 
 def blocks_of(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
@@ -52,7 +52,7 @@ def layers_of(model: PreTrainedModel, granularity: str) -> tuple[LayerSpec, ...]
         for name, module in block.named_modules():
             if isinstance(module, nn.Linear) and _returns_a_tensor(module):
                 parent, _, leaf = name.rpartition(".")
-                key = {"block": "", "group": f"{parent}.{FUSED.get(leaf, leaf)}", "linear": name}[granularity]
+                key = {"block": "", "group": f"{parent}.{_GROUPS.get(leaf, leaf)}", "linear": name}[granularity]
                 groups.setdefault(key, []).append(
                     LinearSpec(f"{block_name}.{name}", module.out_features, module.in_features))
         if not groups:

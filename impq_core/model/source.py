@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from impq_core.errors import ImpqError
+from impq_core.errors import ImpqError, one_line
 from impq_core.model.demo import demo_model
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class ModelSource:
                 raise ImpqError(f"model {self.name} comes with its own code, which runs only if the command line "
                                 "permits it: give --trust-remote-code if the code is trusted") from error
             raise ImpqError(f"model {self.name} is no causal language model that transformers can load: "
-                            f"{_brief(error)}") from error
+                            f"{one_line(error, 260)}") from error
         raise ImpqError(f"model {self.name} is quantized already (its config.json has a quantization_config of method "
                         f"{method}); {UNQUANTIZED}")
 
@@ -155,7 +155,7 @@ class ModelSource:
                 self._files, trust_remote_code=self.trust_remote_code, use_safetensors=True, output_loading_info=True,
                 ignore_mismatched_sizes=True, **options)
         except Exception as error:  # safetensors, the hub and transformers each raise their own
-            raise ImpqError(f"the weights of model {self.name} cannot be loaded: {_brief(error)}") from error
+            raise ImpqError(f"the weights of model {self.name} cannot be loaded: {one_line(error, 260)}") from error
         if missing := sorted(report["missing_keys"]):
             raise ImpqError(f"the weights of model {self.name} lack {len(missing)} tensors (first: {missing[0]}); "
                             "they would be random; fetch or save it again")
@@ -214,7 +214,7 @@ class ModelSource:
         try:
             return AutoTokenizer.from_pretrained(self._files, trust_remote_code=self.trust_remote_code)
         except Exception as error:
-            raise ImpqError(f"model {self.name} has no tokenizer that can be loaded: {_brief(error)}") from error
+            raise ImpqError(f"model {self.name} has no tokenizer that can be loaded: {one_line(error, 260)}") from error
 
 
 WEIGHT_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
@@ -273,7 +273,3 @@ def _is_another_part(key: str, model: PreTrainedModel) -> bool:
 
 def _shape(shape: Any) -> str:
     return " x ".join(map(str, shape))
-
-
-def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:240]}"

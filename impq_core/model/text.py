@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from impq_core.config import TextConfig
-from impq_core.errors import ImpqError, UsageError
+from impq_core.errors import ImpqError, UsageError, one_line
 from impq_core.model.demo import demo_text
 from impq_core.model.documents import TextFile, is_file_name, joined, listed, problem_of
 from impq_core.space import IntArray
@@ -178,9 +178,8 @@ def _from_datasets(source: str, role: str) -> tuple[str, str]:
     except ImpqError:
         raise
     except Exception as error:  # datasets raises exceptions of many classes
-        reason = " ".join(str(error).split())[:160]
         raise ImpqError(f"{role} text {source} is neither a file here nor a dataset that can be loaded "
-                        f"({type(error).__name__}: {reason})") from error
+                        f"({one_line(error)})") from error
     return text, f"{source} from datasets, rows joined by blank lines"
 
 

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from impq_core.config import RunConfig, read_toml
 from impq_core.credentials import without_secret
-from impq_core.errors import ImpqError
+from impq_core.errors import ImpqError, one_line
 from impq_core.files import scratch_folder, write_text
 from impq_core.results import Evaluation
 from impq_core.space import SearchSpace
@@ -208,4 +208,4 @@ def _readable(path: Path, read: Callable[[Path], T]) -> T:
         named = str(path) in str(error)
         raise ImpqError(str(error) if named else f"{path} cannot be used: {error}") from error
     except Exception as error:  # zip, json and numpy each raise their own
-        raise ImpqError(f"{path} cannot be read: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise ImpqError(f"{path} cannot be read: {one_line(error)}") from error
