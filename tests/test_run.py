@@ -24,6 +24,9 @@ from impq_core.tracking.tracker import Tracker
 from impq_core.types import Measurements, Plan, SensitivityEstimate
 
 
+pytestmark = pytest.mark.usefixtures("variants")
+
+
 @pytest.fixture
 def result(tiny_config: RunConfig) -> RunResult:
     return run(tiny_config)
