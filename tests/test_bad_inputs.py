@@ -1,7 +1,7 @@
 """Bad input: its exit code, its one line, and no file left behind.
 
-``IMPQ_WRITE_DOCS=1 pytest tests/test_bad_inputs.py`` writes the messages to docs/errors.md. The cases do not repeat them,
-so that rewording a message is one edit and one run of that command.
+``IMPQ_WRITE_DOCS=1 pytest tests/test_bad_inputs.py`` writes the messages to docs/errors.md. The cases do not repeat
+them, so that rewording a message is one edit and one run of that command.
 """
 
 from __future__ import annotations

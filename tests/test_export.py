@@ -90,7 +90,7 @@ def test_stock_software_loads_what_was_measured(name: str, tiny_config: RunConfi
     np.save(tmp_path / "ids.npy", IDS)
     exported = []
     for architecture in ("llama", "qwen3", "gemma2"):
-        blocks = 11 if name == "gptq" and architecture == "llama" else 2  # its patterns must tell layers.1 from layers.10
+        blocks = 11 if (name, architecture) == ("gptq", "llama") else 2  # patterns must tell layers.1 from layers.10
         model = tiny_model(tmp_path / architecture, architecture, blocks=blocks)
         last = f"model.layers.{blocks - 1}.mlp.down_proj"
         result = run(replace(tiny_config, model=str(model), estimator="random", allocator="greedy", bits=form.bits,

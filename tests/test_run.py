@@ -23,7 +23,6 @@ from impq_core.terminal import console
 from impq_core.tracking.tracker import Tracker
 from impq_core.types import Measurements, Plan, SensitivityEstimate
 
-
 pytestmark = pytest.mark.usefixtures("variants")
 
 

@@ -26,9 +26,6 @@ from impq_core.tracking.store import experiments
 from impq_core.tracking.tracker import LONGEST_PARAM, Tracker
 
 
-pytestmark = pytest.mark.usefixtures("variants")
-
-
 def watched(config: RunConfig) -> Plugins:
     plugins = Plugins()
     plugins.watch(Tracker(config.tracking_uri, config.experiment))
