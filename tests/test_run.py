@@ -23,6 +23,8 @@ from impq_core.terminal import console
 from impq_core.tracking.tracker import Tracker
 from impq_core.types import Measurements, Plan, SensitivityEstimate
 
+pytestmark = pytest.mark.usefixtures("variants")
+
 
 @pytest.fixture
 def result(tiny_config: RunConfig) -> RunResult:
