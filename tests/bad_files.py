@@ -216,7 +216,7 @@ RUNS = [
     resume("measurements.jsonl", "a log with a fact that is none; the error is kept",
            lambda: edit("finished/measurements.jsonl", '"pick"', '"pikc"'), leaves="finished/error.txt"),
     resume("impq-measurements/9", "a log of another format; the error is kept",
-           lambda: edit("finished/measurements.jsonl", "ments/1", "ments/9"), leaves="finished/error.txt"),
+           lambda: edit("finished/measurements.jsonl", "ments/2", "ments/9"), leaves="finished/error.txt"),
     resume("scores.jsonl", "a log of scores with a fact that is none; the error is kept",
            lambda: edit("finished/scores.jsonl", '"widths"', '"withds"'), leaves="finished/error.txt"),
     resume("measurements.jsonl", "a folder for a log; the error is kept",
