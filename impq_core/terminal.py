@@ -97,7 +97,7 @@ class ConsoleReporter:
             return
         gap = "" if plan.gap is None or plan.predicted_loss is None else f", proven within {plan.gap:.2g}"
         if plan.predicted_loss is not None:
-            unit = "nats per token" if plan.nats else "in no unit, of an estimate that only ranks"
+            unit = "nats per token" if plan.is_loss else "in no unit, of an estimate that only ranks"
             self._say(f"plan by {plan.method}: predicted cost {plan.predicted_loss:.4f} {unit}{gap}")
 
     @hookimpl
@@ -222,7 +222,7 @@ def fit_table(fits: Fits) -> Table:
         if one.validation is None:
             table.add_row(one.surrogate, "", "", "", one.problem)
         else:
-            v, told = one.validation, one.estimate is None or one.estimate.nats
+            v, told = one.validation, one.estimate is None or one.estimate.is_loss
             table.add_row(one.surrogate, f"{v.error:.4f}" if told else "", f"{100 * v.misordered:.1f}%",
                           f"{100 * v.explained:.1f}%" if told else "", str(one.file))
     if math.isnan(fits.game.loss):
@@ -246,7 +246,7 @@ def plans_table(made: Sequence[Planned]) -> Table:
         table.add_row(one.budget, f"{space.nominal_bits(plan.nbytes):.3f}", f"{space.bits_per_weight(plan.nbytes):.3f}",
                       f"{plan.nbytes / 1e6:.2f}", "" if plan.predicted_loss is None else f"{plan.predicted_loss:.4f}",
                       "" if plan.gap is None else f"{plan.gap:.2g}", width_counts(plan), one.file.name)
-    unit = "in nats per token above the widest model" if made[0].plan.nats else "of an estimate that only ranks"
+    unit = "in nats per token above the widest model" if made[0].plan.is_loss else "of an estimate that only ranks"
     table.caption = f"files in {made[0].file.parent}; predicted cost {unit}, not measured"
     return table
 

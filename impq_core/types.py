@@ -166,7 +166,7 @@ class SensitivityEstimate:
             loss.
         method: how it was made, such as ``spqe + covariance``.
         forwards: what it cost, in full-model forwards.
-        nats: false if scores only rank picks and have no unit.
+        is_loss: whether ``predict`` gives losses in nats per token; false if scores only rank picks and have no unit.
 
     Zeros and symmetry may be off by rounding, up to ``TOLERANCE`` of the largest term; they are made exact.
 
@@ -182,7 +182,7 @@ class SensitivityEstimate:
     method: str = ""
     forwards: float = 0.0
     link: FloatArray | None = None
-    nats: bool = True
+    is_loss: bool = True
 
     def __post_init__(self) -> None:
         n, m = self.space.nbytes.shape
@@ -267,10 +267,10 @@ class SensitivityEstimate:
     def load(cls, path: Path) -> SensitivityEstimate:
         """Read what ``save`` wrote."""
         with np.load(path, allow_pickle=False) as data:
+            is_loss = data.get("is_loss", data.get("nats", True))  # files of 0.1 call it nats, or lack it
             return cls(SearchSpace.from_dict(json.loads(str(data["space"]))), data["linear"],
                        data.get("pairwise"), data.get("stderr"),
-                       str(data["method"]), float(data["forwards"]), data.get("link"),
-                       bool(data["nats"]) if "nats" in data else True)
+                       str(data["method"]), float(data["forwards"]), data.get("link"), bool(is_loss))
 
 
 @dataclass(frozen=True, eq=False)
@@ -285,7 +285,7 @@ class Plan:
         bound: proven lower bound of that prediction over all picks in the budget; None where nothing was proven.
         method: who made it, such as ``qp``.
         provenance: names and digests that tell where it came from.
-        nats: false where the prediction is the score of an estimate that only ranks, and no loss.
+        is_loss: whether the prediction is a loss; false if it is the score of an estimate that only ranks.
     """
 
     FORMAT: ClassVar[str] = "impq-plan/1"
@@ -297,7 +297,7 @@ class Plan:
     bound: float | None = None
     method: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    nats: bool = True
+    is_loss: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pick", frozen(self.space.check_pick(self.pick)))
@@ -329,7 +329,7 @@ class Plan:
             "format": self.FORMAT, "bytes": self.nbytes, "budget_bytes": self.budget_bytes,
             "bits_nominal": round(self.space.nominal_bits(self.nbytes), 4),
             "bits_stored": round(self.space.bits_per_weight(self.nbytes), 4),
-            "predicted_loss": self.predicted_loss, "bound": self.bound, "nats": self.nats, "method": self.method,
+            "predicted_loss": self.predicted_loss, "bound": self.bound, "is_loss": self.is_loss, "method": self.method,
             "provenance": dict(self.provenance), "layers": layers}, indent=1) + "\n")
 
     @classmethod

@@ -96,7 +96,7 @@ def test_the_local_search_ends_with_equal_layers_at_any_scale(scale: float) -> N
         pairs[:, 0] = pairs[:, :, :, 0] = 0
         pairs[np.arange(12), :, np.arange(12)] = 0
         linear[:, 0] = 0
-        estimate = SensitivityEstimate(space, linear * scale, pairs * scale, nats=False)
+        estimate = SensitivityEstimate(space, linear * scale, pairs * scale, is_loss=False)
         budget = (space.low_bytes + space.high_bytes) // 2
         with ends_within(20):
             pick = search(estimate, budget, 20, np.random.default_rng(0))

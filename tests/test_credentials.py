@@ -58,6 +58,7 @@ def test_no_file_of_a_run_holds_a_password(tiny_config: RunConfig, tmp_path: Pat
                                            monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from mlflow import MlflowClient
 
+    monkeypatch.chdir(tmp_path)  # artifacts of a store that is no file go to the working folder
     uri = f"postgresql://me:{SECRET}@db/x"
     monkeypatch.setattr("impq_core.tracking.tracker.check_store", lambda uri: None)
     monkeypatch.setattr("impq_core.tracking.tracker.connect", lambda uri: MlflowClient(tiny_config.tracking_uri))
@@ -65,7 +66,7 @@ def test_no_file_of_a_run_holds_a_password(tiny_config: RunConfig, tmp_path: Pat
     plugins = Plugins()
     plugins.watch(Tracker(uri, ""))
     folder = run(config, plugins).folder
-    export_run(folder, "recipe-auto-round", tmp_path / "exported", plugins, lambda done, total: None)
+    export_run(folder, "recipe-auto-round", tmp_path / "exported", plugins)
     run_sweep(Sweep(replace(config, estimator="zscore", options={}), {"budget": ["3bits"]}), plugins)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 20 and not [path for path in files if SECRET.encode() in path.read_bytes()]

@@ -35,7 +35,7 @@ def test_a_base_measures_the_moves_made_there() -> None:
         moved[layer] = 2
         step = estimate.linear[layer, 2] - estimate.linear[layer, 1]
         assert step == pytest.approx(game.loss(moved) - game.loss(middle))
-    with pytest.raises(UsageError, match="none of the widths played"):
+    with pytest.raises(UsageError, match="none of the widths of --bits"):
         Isolated(IsolatedOptions(8.0)).check_space(SPACE)
 
 

@@ -52,12 +52,13 @@ def test_names_tell_what_a_run_is(tiny_config: RunConfig) -> None:
 
 
 NAMES = st.from_regex(r"[a-zA-Z_]\w{0,40}", fullmatch=True)
-VALUES = st.text() | st.integers() | st.floats() | st.booleans()
+TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"))
+VALUES = TEXTS | st.integers() | st.floats() | st.booleans()
 
 
 @settings(deadline=None)  # the first example imports MLflow
-@given(st.dictionaries(st.text(), st.floats(0, 16), max_size=150), st.lists(st.text()),
-       st.dictionaries(st.sampled_from(["estimator", "backend"]), st.dictionaries(NAMES, VALUES)), st.text(min_size=1))
+@given(st.dictionaries(TEXTS, st.floats(0.1, 16), max_size=150), st.lists(TEXTS),
+       st.dictionaries(st.sampled_from(["estimator", "backend"]), st.dictionaries(NAMES, VALUES)), TEXTS.filter(bool))
 def test_mlflow_accepts_the_parameters_of_any_configuration(
         pins: dict[str, float], exclude: list[str], options: dict[str, dict[str, object]], name: str) -> None:
     from mlflow.utils.validation import _validate_param

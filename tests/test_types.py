@@ -65,6 +65,25 @@ def test_measurements_and_estimates_round_trip(tmp_path: Path) -> None:
         assert (back.method, back.forwards) == ("x", 3.0)
 
 
+def test_an_estimate_says_whether_it_predicts_losses_and_files_that_call_it_nats_still_load(tmp_path: Path) -> None:
+    ranking = SensitivityEstimate(planted_space(2), np.array([[0, 1.0], [0, 2.0]]), is_loss=False)
+    ranking.save(tmp_path / "e.npz")
+    with np.load(tmp_path / "e.npz") as data:
+        arrays = {name: data[name] for name in data if name != "is_loss"}
+    assert not SensitivityEstimate.load(tmp_path / "e.npz").is_loss
+    write_npz(tmp_path / "older.npz", {**arrays, "nats": np.array(False)})
+    assert not SensitivityEstimate.load(tmp_path / "older.npz").is_loss
+    write_npz(tmp_path / "oldest.npz", arrays)
+    assert SensitivityEstimate.load(tmp_path / "oldest.npz").is_loss
+    plan = Plan(ranking.space, np.array([0, 1]), ranking.space.high_bytes, is_loss=False)
+    plan.save(tmp_path / "plan.json")
+    stored = json.loads((tmp_path / "plan.json").read_text())
+    assert stored["is_loss"] is False
+    del stored["is_loss"]
+    (tmp_path / "plan.json").write_text(json.dumps({**stored, "nats": False}))
+    assert Plan.load(tmp_path / "plan.json", ranking.space).pick.tolist() == [0, 1]
+
+
 def test_marginals_and_non_finite_losses() -> None:
     space = planted_space(2)
     values, replicates = _measurements(space, [0.0, 0.5, 0.7]).marginals()

@@ -62,7 +62,8 @@ def allocate_run(run: str | Path, budgets: Sequence[str], surrogate: str | None 
         else:
             estimate = folder.read_estimate()
         plan = part.allocator.allocate(estimate.on(space), size)
-        plan = replace(plan, nats=estimate.nats, provenance={"run": str(folder.path), "estimate": estimate.method})
+        plan = replace(plan, is_loss=estimate.is_loss,
+                       provenance={"run": str(folder.path), "estimate": estimate.method})
         size_name = one.budget.replace("%", "percent")
         name = re.sub(r"[^\w.]+", "-", f"{config.allocator}-{surrogate or 'estimate'}-{size_name}")
         file = folder.path / "plans" / f"{name}.json"

@@ -214,7 +214,7 @@ def keep_estimate(plugins: Plugins, folder: RunFolder, estimate: SensitivityEsti
 def allocate(prepared: Prepared, estimate: SensitivityEstimate) -> Plan:
     """The plan of a run's allocator, with its provenance."""
     plan = prepared.parts.allocator.allocate(estimate.on(prepared.space), prepared.budget_bytes)
-    return replace(plan, nats=estimate.nats, provenance={**prepared.key.to_dict(), "estimate": estimate.method})
+    return replace(plan, is_loss=estimate.is_loss, provenance={**prepared.key.to_dict(), "estimate": estimate.method})
 
 
 def _refine(session: Session, folder: RunFolder, search: Search) -> Search:

@@ -100,10 +100,10 @@ class PlantedGame:
 
 
 class PlantedProbe:
-    """Implements ``Probe`` for an additive truth: its slopes, and random weights with noise that halves with every bit.
+    """Implements ``Probe`` for an additive game: its slopes, and random weights with noise that halves with every bit.
 
     Args:
-        truth: an additive estimate, taken for the loss.
+        truth: an additive estimate, which is the loss.
     """
 
     window_tokens = 10
@@ -112,13 +112,13 @@ class PlantedProbe:
         self.space, self.forwards, self._costs = truth.space, 0.0, truth.linear
 
     def slopes(self, at: FloatArray | None = None) -> FloatArray:
-        """The way to each choice from where the model stands, the same for each of four windows."""
+        """Slopes towards each choice at the shares ``at``, the same for each of four windows."""
         self.forwards += 3
         shares = np.eye(len(self.space.choices))[0] if at is None else np.asarray(at)
         return np.tile(self._costs - self._costs @ shares[:, None], (4, 1, 1))
 
     def weight(self, linear: LinearSpec) -> torch.Tensor:
-        """Drawn from its name."""
+        """A random weight, seeded by the linear's name."""
         import torch
 
         generator = torch.Generator().manual_seed(int.from_bytes(linear.name.encode()) % 2**31)
@@ -132,11 +132,11 @@ class PlantedProbe:
         return self.weight(linear).add(noise, alpha=2.0**-choice.bits)
 
     def block_states(self) -> Iterator[tuple[int, list[torch.Tensor], list[torch.Tensor]]]:
-        """There is no model behind it."""
+        """Not implemented: there is no model."""
         raise NotImplementedError("a planted probe has no activations")
 
     def hessian_traces(self, rng: np.random.Generator) -> Mapping[LinearSpec, float]:
-        """There is no model behind it."""
+        """Not implemented: there is no model."""
         raise NotImplementedError("a planted probe has no Hessian")
 
 
@@ -149,7 +149,7 @@ def planted_estimate(seed: int, layers: int, bits: Sequence[float] = (4, 2), str
         layers: how many.
         bits: the menu.
         strength: standard deviation of pair terms, of both signs; 0 for none.
-        rising: every step down costs something; else some may gain.
+        rising: every step down costs something; else some steps may gain.
     """
     rng = np.random.default_rng(seed)
     space = planted_space(layers, bits)
@@ -166,16 +166,16 @@ def planted_estimate(seed: int, layers: int, bits: Sequence[float] = (4, 2), str
 
 
 def planted_loss(truth: SensitivityEstimate) -> Callable[[IntArray], float]:
-    """The absolute loss of a pick where an estimate is the truth: 3 nats per token above its prediction."""
+    """The absolute loss of a pick in the game of an estimate: 3 nats per token above its prediction."""
     return lambda pick: 3.0 + float(truth.predict(pick)[0])
 
 
 def planted_measurements(truth: SensitivityEstimate, permutations: int, noise: float = 0.0,
                          seed: int = 0) -> Measurements:
-    """The losses that a truth predicts along random orders of demotion, each from all-widest to all-narrowest.
+    """Losses of a planted game along random orders of demotion, each from all-widest to all-narrowest.
 
     Args:
-        truth: what is measured.
+        truth: the game.
         permutations: independent orders.
         noise: standard deviation of what is added to each loss but the reference's, nats per token.
         seed: of orders and noise.
@@ -194,10 +194,10 @@ def planted_measurements(truth: SensitivityEstimate, permutations: int, noise: f
 
 
 def best_pick(estimate: SensitivityEstimate, budget: int) -> IntArray:
-    """The pick (n,) of least predicted loss within a budget in bytes, by looking at every one."""
+    """The pick (n,) of least predicted loss within a budget in bytes, by brute force."""
     space = estimate.space
     picks = np.array(list(itertools.product(range(len(space.choices)), repeat=len(space))))
-    picks = picks[[space.bytes_of(pick) <= budget for pick in picks]]
+    picks = picks[space.bytes_of_all(picks) <= budget]
     best: IntArray = picks[estimate.predict(picks).argmin()]
     return best
 

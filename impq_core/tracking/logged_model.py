@@ -53,7 +53,7 @@ class ExportTracker:
             numbers = {"nll": score.nll, "perplexity": score.perplexity, "kl": score.kl, "top1_agreement": score.top1}
             about = {"model_id": model.model_id, "run_id": run_id,
                      "dataset_name": text_name(folder.read_config().evaluation),
-                     "dataset_digest": folder.read_json(folder.provenance)["evaluation_digest"]}
+                     "dataset_digest": folder.read_json(folder.provenance)["evaluation"]["tokens"]}
             # Another name than the run's own nll, which is of variants quantized behind a prefix at the widest width.
             client.log_batch(run_id, [Metric(f"exported_{key}", value, now, 0, **about)
                                       for key, value in numbers.items()])

@@ -17,10 +17,10 @@ def impq_exporters() -> list[Component]:
 
 @hookimpl
 def impq_backends() -> list[Component]:
-    """``gptq``, and ``auto-gptq`` for those who ask for the library by its former name."""
+    """``gptq``, and ``auto-gptq``, an alias with the name of the library's predecessor."""
     return [
         Component("gptq", summary="GPTQ by gptqmodel: 2, 3, 4 or 8 bits from one Hessian", **_GPTQ),
         Component("auto-gptq", summary="the same as gptq", **_GPTQ,
-                  notice="auto-gptq is archived and works with no current transformers; gptqmodel, its maintained "
-                         "continuation with the same file format, does the work (backend gptq)"),
+                  notice="auto-gptq is archived and does not work with current transformers; impq uses gptqmodel, its "
+                         "maintained successor with the same file format (backend gptq)"),
     ]

@@ -1,4 +1,4 @@
-"""The GPTQ backend: gptqmodel quantizes and packs; this module only translates."""
+"""The GPTQ backend: an adapter to the layer API of gptqmodel."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 TENSORS = ("qweight", "qzeros", "scales", "g_idx")
-"""What gptqmodel stores of a linear."""
+"""Names of the tensors that gptqmodel stores for a linear."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,12 @@ class Options:
 
     Args:
         group_size: weights of a row that share a scale and a zero.
-        symmetric: zeros fixed at the middle, as some file formats want; asymmetric is more accurate at 2 and 3 bits.
-        group_aware: gptqmodel's group-aware order of columns, most of act-order's gain without its index on disk.
-        clip_search: search the clipping of each group's range for the least squared weight error.
-        damping: share of the Hessian's mean diagonal added to it.
+        symmetric: fix zeros at the middle of the range, which some file formats need; asymmetric quantization is more
+            accurate at 2 and 3 bits.
+        group_aware: gptqmodel's group-aware order of columns, which has most of the gain of act-order and needs no
+            stored order.
+        clip_search: clip each group's range to minimise the squared weight error.
+        damping: share of the Hessian's mean diagonal that is added to its diagonal.
     """
 
     group_size: int = 64
@@ -58,7 +60,7 @@ class Gptq(Backend):
         return tuple(Choice(float(bits), self.options.group_size) for bits in (8, 4, 3, 2))
 
     def check(self, linear: LinearSpec, choice: Choice) -> None:
-        """Groups must divide the inputs, and packed 32-bit words the inputs and outputs."""
+        """Raises ImpqError if groups do not divide the inputs, or inputs or outputs are no multiples of 32."""
         if linear.columns % choice.group_size:
             fits = [size for size in (128, 64, 32, 16) if linear.columns % size == 0]
             raise ImpqError(f"backend gptq: group size {choice.group_size} does not divide the {linear.columns} inputs "
@@ -68,15 +70,18 @@ class Gptq(Backend):
                             "of 32 only")
 
     def nbytes(self, linear: LinearSpec, choice: Choice) -> int:
-        """Codes, a 16-bit scale and a packed zero a group and row, and the 32-bit group index of each column."""
+        """Bytes of the codes, a 16-bit scale and a packed zero for each group of each row, and a 32-bit group index for
+        each column."""
         groups = linear.columns // choice.group_size
         bits = int(choice.bits)
         codes = linear.columns * linear.rows * bits // 8
         return codes + groups * linear.rows * 2 + groups * linear.rows * bits // 8 + linear.columns * 4
 
     def quantize(self, weight: torch.Tensor, choice: Choice, statistics: Statistics | None) -> Variant:
-        """GPTQ with the Hessian 2/N sum x xT of the given statistics; for statistics of no token the Hessian is the
-        identity, which makes GPTQ plain rounding, and the record says ``unreached``.
+        """GPTQ with the Hessian 2/N sum x xT of the given statistics.
+
+        If no calibration token reached the linear, the Hessian is the identity, so that GPTQ is plain rounding, and the
+        record has ``unreached``.
 
         Raises:
             ImpqError: there are no statistics, they are not finite, or the library gives up on the Hessian.
@@ -146,7 +151,7 @@ class _Library:
 
 @lru_cache(maxsize=1)
 def _library() -> _Library:
-    """gptqmodel's three classes, imported without its banner; on two cores its worker pool needs telling."""
+    """The classes of gptqmodel, imported without its banner. On two cores gptqmodel needs the number of workers."""
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(1, os.cpu_count() or 1)))
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         from gptqmodel.nn_modules.qlinear.torch import TorchLinear

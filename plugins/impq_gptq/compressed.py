@@ -1,4 +1,4 @@
-"""compressed-tensors checkpoints, which stock transformers and vLLM load with a width for every linear."""
+"""compressed-tensors checkpoints with a width for every linear, for stock transformers and vLLM."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from impq_gptq.backend import Gptq, Options
 
 
 class CompressedTensorsExporter(Exporter):
-    """The ``pack-quantized`` format: symmetric integer codes, one config group a width with full module names.
+    """The ``pack-quantized`` format: symmetric integer codes, with a config group of full module names for each width.
 
-    GPTQ codes map to it one to one when zeros are fixed at the middle (``-o symmetric=true``). It stores neither zeros
-    nor a group index, so its 2-, 4- and 8-bit linears are a little smaller than the plan says; 3-bit codes go ten to a
-    32-bit word and take more. Files with 3-bit layers are read by
-    compressed-tensors before 0.18 only: the packing of odd widths changed there.
+    Symmetric GPTQ codes (``-o symmetric=true``) convert exactly. The format stores neither zeros nor a group index, so
+    its 2-, 4- and 8-bit linears are slightly smaller than in the plan; 3-bit linears are larger, because a 32-bit word
+    holds ten codes. Files with 3-bit layers need compressed-tensors before 0.18, which changed the packing of odd
+    widths.
     """
 
     backends = frozenset({"gptq", "auto-gptq"})
 
     def check(self, options: Mapping[str, Any]) -> None:
-        """Asymmetric codes do not fit."""
+        """Raises ImpqError if the codes are asymmetric."""
         if not options["symmetric"]:
             raise ImpqError("format 'compressed-tensors' stores symmetric codes: run with -o symmetric=true")
 
@@ -47,7 +47,7 @@ class CompressedTensorsExporter(Exporter):
         write_model(folder, tensors, {**checkpoint.config, "quantization_config": quantized})
 
     def restore(self, folder: Path, checkpoint: Checkpoint) -> Mapping[str, Variant]:
-        """The same linears as GPTQ variants again; raises ImpqError where the file lacks one."""
+        """Read the linears as GPTQ variants; raises ImpqError if the file lacks one."""
         import torch
         from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
@@ -64,7 +64,7 @@ class CompressedTensorsExporter(Exporter):
 
 
 def quantization_config(widths: Mapping[str, Choice | None]) -> dict[str, Any]:
-    """The format's configuration of widths by name."""
+    """The ``quantization_config`` of the format for widths by module name."""
     groups: dict[str, dict[str, Any]] = {}
     ignored = ["lm_head"]
     for name, choice in widths.items():

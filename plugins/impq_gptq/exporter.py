@@ -1,4 +1,4 @@
-"""GPTQ checkpoints with a width for every linear, as GPTQModel, vLLM and SGLang read them."""
+"""GPTQ checkpoints with a width for every linear, for GPTQModel, vLLM and SGLang."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from impq_gptq.backend import TENSORS
 
 
 def module_pattern(name: str) -> str:
-    """A ``dynamic`` key that matches one module and no other: GPTQModel matches keys as prefixes of regular
-    expressions, so the name is escaped and its end anchored (``layers.1`` must not match ``layers.10``)."""
+    """A ``dynamic`` key that matches exactly one module. GPTQModel takes keys for regular expressions that match a
+    prefix, so the name is escaped and its end anchored (``layers.1`` must not match ``layers.10``)."""
     return rf"+:^{re.escape(name)}$"
 
 
 def with_fused(widths: Mapping[str, Choice | None]) -> dict[str, Choice | None]:
-    """Widths by module name, and by the names of fused modules whose linears share one: vLLM and SGLang look for the
-    width of ``qkv_proj`` by that name, and would take the commonest."""
-    every = dict(widths)
+    """Widths by module name, with entries for fused modules whose linears share a width. vLLM and SGLang look up the
+    name ``qkv_proj``, and take the commonest width if there is no entry."""
+    extended = dict(widths)
     for name in widths:
         parent, _, leaf = name.rpartition(".")
         for fused, parts in FUSED.items():
-            names = [f"{parent}.{part}" for part in parts]
-            if leaf == parts[0] and all(one in widths and widths[one] == widths[name] for one in names):
-                every[f"{parent}.{fused}"] = widths[name]
-    return every
+            siblings = [f"{parent}.{part}" for part in parts]
+            if leaf == parts[0] and all(linear in widths and widths[linear] == widths[name] for linear in siblings):
+                extended[f"{parent}.{fused}"] = widths[name]
+    return extended
 
 
 def quantization_config(widths: Mapping[str, Choice | None], options: Mapping[str, Any]) -> dict[str, Any]:
-    """GPTQModel's configuration: the commonest width, and ``dynamic`` for the modules that differ; linears
-    that stay unquantized are named with ``-:``."""
+    """GPTQModel's configuration: the commonest width, and ``dynamic`` entries for modules of other widths; the entry of
+    an unquantized linear begins with ``-:``."""
     common = Counter(choice for choice in widths.values() if choice).most_common(1)[0][0]
     dynamic: dict[str, dict[str, Any]] = {}
     for name, choice in with_fused(widths).items():
@@ -65,5 +65,5 @@ class GptqExporter(Exporter):
         write_text(folder / "quantize_config.json", json.dumps(config, indent=2) + "\n")
 
     def restore(self, folder: Path, checkpoint: Checkpoint) -> Mapping[str, Variant]:
-        """Read the packed linears back; raises ImpqError where the file lacks one."""
+        """Read the packed linears; raises ImpqError if the file lacks one."""
         return read_variants(folder, checkpoint.widths, lambda choice: {part: part for part in TENSORS})

@@ -1,4 +1,4 @@
-"""Allocators without a solver: greedy, and exhaustive search for small spaces."""
+"""Allocators without a solver: greedy search, and exhaustive search of small spaces."""
 
 from impq_core.hookspecs import Component, hookimpl
 
@@ -6,5 +6,5 @@ from impq_core.hookspecs import Component, hookimpl
 @hookimpl
 def impq_allocators() -> list[Component]:
     """``greedy`` and ``exhaustive``."""
-    return [Component("greedy", "impq_greedy.allocators:Greedy", "best step a byte, from both ends"),
-            Component("exhaustive", "impq_greedy.allocators:Exhaustive", "every plan, for small spaces: the truth")]
+    return [Component("greedy", "impq_greedy.allocators:Greedy", "best loss per byte, step by step from both ends"),
+            Component("exhaustive", "impq_greedy.allocators:Exhaustive", "every plan: the optimum of a small space")]

@@ -1,4 +1,4 @@
-"""Greedy by predicted loss a byte, and brute force."""
+"""Greedy search by predicted loss per byte, and exhaustive search."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from impq_core.types import Plan, SensitivityEstimate
 
 
 class Greedy(Allocator):
-    """Promotes from all-narrowest by the loss saved a byte, and demotes from all-widest by the loss added a byte
-    freed; the better of the two is the plan. Pair terms count as the layers stand at each step."""
+    """Promotes from all-narrowest by the loss saved per byte, and demotes from all-widest by the loss added per byte;
+    the plan is the better of the two results. Pair terms are those with the other layers at their current choices."""
 
     def allocate(self, estimate: SensitivityEstimate, budget_bytes: int) -> Plan:
-        """The better of both directions."""
+        """The better plan of both directions."""
         picks = np.stack([promote(estimate, budget_bytes), demote(estimate, budget_bytes)])
         losses = estimate.predict(picks)
         best = int(losses.argmin())
@@ -31,7 +31,7 @@ class ExhaustiveOptions:
     """Options of the exhaustive allocator.
 
     Args:
-        most: largest number of plans to evaluate.
+        most: largest number of plans that the search may evaluate.
     """
 
     most: int = 2_000_000
@@ -42,7 +42,7 @@ class ExhaustiveOptions:
 
 
 class Exhaustive(Allocator):
-    """Evaluates every plan, so its bound is its plan's loss."""
+    """Evaluates every plan; its bound equals the plan's predicted loss."""
 
     Options = ExhaustiveOptions
 
@@ -54,7 +54,7 @@ class Exhaustive(Allocator):
                             f"most={self.options.most}; use qp")
 
     def allocate(self, estimate: SensitivityEstimate, budget_bytes: int) -> Plan:
-        """The optimum; refuses spaces of more plans than ``most``."""
+        """The optimal plan; raises ImpqError if there are more plans than ``most``."""
         space = estimate.space
         space.check_budget(budget_bytes)
         self.check_space(space)

@@ -6,7 +6,7 @@ from impq_core.hookspecs import Component, hookimpl
 @hookimpl
 def impq_exporters() -> list[Component]:
     """``hqq``."""
-    return [Component("hqq", "impq_hqq.exporter:HqqExporter", "safetensors of HQQLinear modules, for hqq",
+    return [Component("hqq", "impq_hqq.exporter:HqqExporter", "state dict of HQQLinear modules, for hqq",
                       needs=("hqq",), extra="hqq")]
 
 

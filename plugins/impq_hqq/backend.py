@@ -1,4 +1,4 @@
-"""The backend: hqq quantizes and packs; this page only translates."""
+"""The HQQ backend: an adapter to the quantizer of hqq."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 _PER_WORD = {8: (1, 1), 4: (2, 1), 3: (10, 4), 2: (4, 1), 1: (8, 1)}
-"""Codes in a packed word and the word's bytes, by bits; 3 bits go ten to 32 bits."""
+"""Number of codes in a packed word, and bytes of the word, by bits."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Options:
 
     Args:
         group_size: weights of a row that share a scale and a zero.
-        optimize: find zeros by the half-quadratic solver (20 rounds, p = 0.7); false is plain rounding.
+        optimize: optimise zeros by the half-quadratic solver (20 rounds, p = 0.7); false is plain rounding.
     """
 
     group_size: int = 64
@@ -35,7 +35,7 @@ class Options:
 
 
 class Hqq(Backend):
-    """HQQ at 8, 4, 3, 2 and 1 bits, grouped along the inputs, scales and zeros stored in 16 bits."""
+    """HQQ at 8, 4, 3, 2 and 1 bits, with groups along the inputs, and scales and zeros in 16 bits."""
 
     Options = Options
     default_bits = (2.0, 3.0, 4.0)
@@ -45,7 +45,7 @@ class Hqq(Backend):
         return tuple(Choice(float(bits), self.options.group_size) for bits in _PER_WORD)
 
     def check(self, linear: LinearSpec, choice: Choice) -> None:
-        """Groups must divide the inputs, and the number of groups the codes packed into a word."""
+        """Raises ImpqError if groups do not divide the inputs, or do not fill the packed words."""
         if linear.columns % choice.group_size:
             raise ImpqError(f"backend hqq: group size {choice.group_size} does not divide the {linear.columns} inputs "
                             f"of {linear.name}")
@@ -55,7 +55,7 @@ class Hqq(Backend):
                             f"{choice} bits")
 
     def nbytes(self, linear: LinearSpec, choice: Choice) -> int:
-        """Packed codes, and a 16-bit scale and zero a group."""
+        """Bytes of the packed codes, and a 16-bit scale and zero for each group."""
         groups = linear.parameters // choice.group_size
         codes, word = _PER_WORD[int(choice.bits)]
         return ceil(groups / codes) * choice.group_size * word + groups * 4
@@ -83,7 +83,7 @@ class Hqq(Backend):
         return weight
 
     def stored_state(self, variant: Variant, linear: LinearSpec) -> dict[str, torch.Tensor]:
-        """The state dict that an HQQLinear of this variant saves, every entry a tensor."""
+        """The state dict of an HQQLinear with this variant; every entry is a tensor."""
         import torch
         from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 

@@ -1,4 +1,4 @@
-"""Checkpoints in hqq's own safetensors form: the state dict of a model with HQQLinear modules."""
+"""Checkpoints for hqq: the state dict of a model with HQQLinear modules, as safetensors."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _NAMES = {"codes": "W_q", "scale": "scale", "zero": "zero"}
 
 
 class HqqExporter(Exporter):
-    """safetensors that ``HQQLinear.load_state_dict`` reads, each linear with its own width.
+    """safetensors for ``HQQLinear.load_state_dict``, with a width for every linear.
 
-    transformers cannot load it, and its configuration is such that it says so (5.23 fills a model with random weights
-    where it meets an HQQ checkpoint of the form it once wrote itself).
+    transformers cannot load this format. The configuration makes it fail: transformers 5.23 would load an HQQ
+    checkpoint in the form of its earlier releases with random weights.
     """
 
     backends = frozenset({"hqq"})
@@ -27,11 +27,11 @@ class HqqExporter(Exporter):
         for name, variant in checkpoint.variants.items():
             state = backend.stored_state(variant, checkpoint.specs[name])
             tensors |= {f"{name}.{part}": tensor for part, tensor in state.items()}
-        # Without the key 'quant_config' transformers refuses; with it, it would go on with random weights.
+        # Without the key 'quant_config' transformers fails; with it, transformers would load random weights.
         widths = {name: int(choice.bits) for name, choice in checkpoint.widths.items() if choice}
         write_model(folder, tensors, {**checkpoint.config, "quantization_config": {
             "quant_method": "hqq", "bits": widths}})
 
     def restore(self, folder: Path, checkpoint: Checkpoint) -> Mapping[str, Variant]:
-        """Read the packed linears back; raises ImpqError where the file lacks one."""
+        """Read the packed linears; raises ImpqError if the file lacks one."""
         return read_variants(folder, checkpoint.widths, lambda choice: _NAMES)

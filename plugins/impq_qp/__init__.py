@@ -7,4 +7,4 @@ from impq_core.hookspecs import Component, hookimpl
 def impq_allocators() -> list[Component]:
     """``qp``."""
     return [Component("qp", "impq_qp.program:QuadraticProgram",
-                      "local search, then a proof by convex relaxations, Pyomo and HiGHS", needs=("pyomo", "highspy"))]
+                      "local search, then a bound by convex relaxations, Pyomo and HiGHS", needs=("pyomo", "highspy"))]

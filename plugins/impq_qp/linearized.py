@@ -1,4 +1,4 @@
-"""The program as Pyomo states it, with products of choices linearised, and HiGHS solves it."""
+"""The quadratic program with linearised products, built with Pyomo and solved by HiGHS."""
 
 from __future__ import annotations
 
@@ -15,24 +15,27 @@ _Key = tuple[int, int]
 """A layer and one of its narrower choices."""
 
 _TOLERANCE = 1e-7
-"""HiGHS's, absolute."""
+"""Absolute tolerance of HiGHS on the objective."""
 
 
 def branch(program: Program, cuts: Sequence[Tangent], form: str, target: float, seconds: float | None = None,
            nodes: int | None = None) -> tuple[IntArray | None, float]:
-    """A pick with a score below ``target``, if HiGHS finds one, and a lower bound on the scores of all; -inf where it
-    has none by the time it must end.
+    """Solve a program by HiGHS.
 
     Args:
-        program: what to solve.
-        cuts: below its pair terms.
+        program: the program.
+        cuts: tangents below its pair terms.
         form: ``paper`` or ``compact``.
-        target: picks that score more are of no interest.
-        seconds: when HiGHS must end; None for whenever.
-        nodes: after how many nodes of its tree it must; None for however many.
+        target: only picks with a score below it are searched.
+        seconds: time limit of HiGHS; None for no limit.
+        nodes: limit of HiGHS on the nodes of its search tree; None for no limit.
+
+    Returns:
+        A pick with a score below ``target``, or None if HiGHS found none, and a lower bound on the scores of all picks
+        (-inf if HiGHS proved none within its limits).
 
     Raises:
-        ImpqError: the solver failed, which must not look like a plan.
+        ImpqError: the solver failed.
     """
     import pyomo.environ as pyo
     from pyomo.contrib.appsi.base import TerminationCondition
@@ -45,7 +48,7 @@ def branch(program: Program, cuts: Sequence[Tangent], form: str, target: float, 
     model.x = pyo.Var(keys, domain=pyo.Binary)
     products = (_paper if form == "paper" else _compact)(model, keys, pairs)
     model.loss = pyo.Objective(expr=sum(program.linear[key] * model.x[key] for key in keys) + products)
-    model.one = pyo.Constraint(range(len(program)), rule=lambda mod, i: sum(
+    model.one_choice = pyo.Constraint(range(len(program)), rule=lambda mod, i: sum(
         mod.x[i, k] for k in np.flatnonzero(program.open[i]).tolist()) <= 1)
     model.saved = pyo.Constraint(expr=sum(program.saved[key] * model.x[key] for key in keys) >= program.needed - 1e-12)
     model.cuts = pyo.Constraint(range(len(cuts)), rule=lambda mod, c: products >= cuts[c].constant + sum(
@@ -60,11 +63,11 @@ def branch(program: Program, cuts: Sequence[Tangent], form: str, target: float, 
     result = solver.solve(model)
     if result.termination_condition in (TerminationCondition.infeasible, TerminationCondition.infeasibleOrUnbounded,
                                         TerminationCondition.objectiveLimit):
-        return None, target  # every pick is above the objective bound
+        return None, target  # no pick is below the objective bound
     if result.termination_condition not in (TerminationCondition.optimal, TerminationCondition.maxTimeLimit,
                                             TerminationCondition.maxIterations):
-        raise ImpqError(f"HiGHS ended with '{result.termination_condition.name}'; -o starts and budgets as they are, "
-                        "this is a bug worth reporting")
+        raise ImpqError(f"allocator qp: HiGHS ended with '{result.termination_condition.name}': please report this bug "
+                        "with the run folder; --allocator greedy needs no solver")
     bound = result.best_objective_bound
     proven = -np.inf
     if bound is not None and np.isfinite(bound):
@@ -79,20 +82,23 @@ def branch(program: Program, cuts: Sequence[Tangent], form: str, target: float, 
 
 
 def _paper(model: Any, keys: list[_Key], pairs: Mapping[tuple[_Key, _Key], float]) -> Any:
-    """The sum of pair terms with a variable for each product, as the paper has it."""
+    """The sum of pair terms with a variable ``y_ab = x_a x_b`` for each product, as in the paper (McCormick)."""
     import pyomo.environ as pyo
 
     model.y = pyo.Var(list(pairs), bounds=(0, 1))
-    model.low = pyo.Constraint(list(pairs), rule=lambda mod, *ab: mod.y[ab] >= mod.x[ab[:2]] + mod.x[ab[2:]] - 1)
-    model.left = pyo.Constraint(list(pairs), rule=lambda mod, *ab: mod.y[ab] <= mod.x[ab[:2]])
-    model.right = pyo.Constraint(list(pairs), rule=lambda mod, *ab: mod.y[ab] <= mod.x[ab[2:]])
+    model.both = pyo.Constraint(list(pairs), rule=lambda mod, *ab: mod.y[ab] >= mod.x[ab[:2]] + mod.x[ab[2:]] - 1)
+    model.first = pyo.Constraint(list(pairs), rule=lambda mod, *ab: mod.y[ab] <= mod.x[ab[:2]])
+    model.second = pyo.Constraint(list(pairs), rule=lambda mod, *ab: mod.y[ab] <= mod.x[ab[2:]])
     return sum(value * model.y[key] for key, value in pairs.items())
 
 
 def _compact(model: Any, keys: list[_Key], pairs: Mapping[tuple[_Key, _Key], float]) -> Any:
-    """The sum of pair terms with one variable a choice (Glover 1975): ``z_a = x_a s_a`` for the row sum ``s_a = sum_b
-    P_ab x_b / 2`` is the least z with ``z >= L_a x_a`` and ``z >= s_a - U_a (1 - x_a)``, where ``L_a <= s_a <= U_a``;
-    as a layer takes one choice at most, each layer counts in the bounds once."""
+    """The sum of pair terms with one variable for each choice (Glover 1975).
+
+    ``z_a = x_a s_a`` with the row sum ``s_a = sum_b P_ab x_b / 2`` is the smallest z with ``z >= L_a x_a`` and
+    ``z >= s_a - U_a (1 - x_a)``, if ``L_a <= s_a <= U_a``. A layer takes one choice at most, so only its smallest
+    (largest) term counts in the bound.
+    """
     import pyomo.environ as pyo
 
     rows: dict[_Key, dict[_Key, float]] = {key: {} for key in keys}

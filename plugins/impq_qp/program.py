@@ -1,4 +1,4 @@
-"""The paper's program: local search for a plan, convex relaxations and HiGHS for the proof."""
+"""The ``qp`` allocator: local search finds the plan; convex relaxations and HiGHS prove its lower bound."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ _Allowed = NDArray[np.bool_]
 """(layers, widths): the choices of a part of the program."""
 
 _ROUNDS = 40
+"""Largest number of relaxations in a row."""
+
 _PRODUCTS = 500
-"""Up to so many HiGHS solves the paper's form in seconds."""
+"""Largest number of products for which HiGHS solves the paper's form; that takes seconds."""
 
 _ROUNDING = 1e-11
-"""What bounds are believed to, relative to the sum of an estimate's terms."""
+"""Precision of bounds, relative to the sum of an estimate's terms."""
 
 _NODES = 10_000
-"""Most nodes of HiGHS in one part; those of so few products take hundreds."""
+"""Limit on the nodes of HiGHS in one part; parts of ``_PRODUCTS`` products need hundreds."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +39,18 @@ class Options:
     """Options of the quadratic program.
 
     Args:
-        work_limit: what the proof may cost, in units that take about a second of one desktop core; they are counted,
-            not timed, so that a plan does not depend on how busy a machine is. The local search is never cut short.
-        time_limit: seconds after which the proof ends too, for whoever cannot wait; a plan may then be another on
-            another day. 0 for none.
-        gap: relative gap at which a plan counts as proven.
-        starts: starts of the local search.
-        seed: of the local search.
-        linearization: ``auto`` closes choices by convex relaxations, splits what stays open, and gives HiGHS each part
-            once it has no more than 500 products, in the paper's form; ``paper`` (a variable for each product of two
-            choices) and ``compact`` (Glover: one for each choice) give HiGHS the whole program as it is, and
-            ``work_limit`` as seconds where there is no ``time_limit``.
+        work_limit: limit on the work of the proof, in units of about a second of one desktop core. The units are
+            counted, not timed, so that a plan does not depend on the load of the machine. The local search is not
+            limited.
+        time_limit: limit on the time of the proof in seconds, in addition to ``work_limit``; plans may then differ
+            between repetitions. 0 for no limit.
+        gap: relative gap at which a plan counts as optimal.
+        starts: number of starts of the local search.
+        seed: seed of the local search.
+        linearization: ``auto`` excludes choices by convex relaxations, splits the rest of the program, and gives HiGHS
+            each part of at most 500 products in the paper's form. ``paper`` (a variable for each product of two
+            choices) and ``compact`` (Glover: a variable for each choice) give HiGHS the whole program; if there is no
+            ``time_limit``, ``work_limit`` is its time limit in seconds.
     """
 
     work_limit: float = 60.0
@@ -70,15 +73,15 @@ class QuadraticProgram(Allocator):
     """``min sum_i linear[i, q_i] + sum_{i<j} pairwise[i, q_i, j, q_j]`` within a budget in bytes.
 
     A multi-start local search finds a plan, which is replaced only by a better one. Convex relaxations bound the
-    program and close choices that no better plan can take; HiGHS solves what they leave open, with products of choices
-    linearised (IMPQ, section on allocation; there with two widths and SCIP). What is not settled within the work limit
-    stays open, and the plan tells by how much.
+    program from below and exclude choices that no better plan can take. HiGHS solves the rest with linearised products
+    of choices (IMPQ, section on allocation; the paper has two widths and uses SCIP). If the work limit ends the proof
+    early, the plan's ``bound`` is below its predicted loss.
     """
 
     Options = Options
 
     def allocate(self, estimate: SensitivityEstimate, budget_bytes: int) -> Plan:
-        """The best plan found, with its proven bound."""
+        """The best plan, with its proven bound; raises ImpqError if the budget is below the smallest plan."""
         space = estimate.space
         space.check_budget(budget_bytes)
         pick, least = solve(estimate, budget_bytes, self.options)
@@ -88,66 +91,69 @@ class QuadraticProgram(Allocator):
 
 
 def solve(estimate: SensitivityEstimate, budget: int, options: Options) -> tuple[IntArray, float]:
-    """The best pick found, and a proven lower bound on the score of all; -inf where nothing was proven."""
+    """The best pick, and a proven lower bound on the scores of all picks (-inf if none was proven)."""
     best = _Best(estimate, budget, options)
     whole = np.ones(estimate.space.nbytes.shape, dtype=bool)
     if options.linearization != "auto":
-        found, bound = branch(Program.of(estimate, budget, whole), (), options.linearization, best.target,
-                              seconds=options.time_limit or options.work_limit)
-        best.offer(found)
+        pick, bound = branch(Program.of(estimate, budget, whole), (), options.linearization, best.target,
+                             seconds=options.time_limit or options.work_limit)
+        best.offer(pick)
         return best.pick, bound
     work = _Work(options.work_limit, time.monotonic() + options.time_limit if options.time_limit else math.inf)
-    parts: list[tuple[float, int, _Allowed]] = [(-np.inf, 0, whole)]  # what is not settled yet, least bound first
-    number, settled = 0, np.inf
-    while parts and parts[0][0] < best.target and (work.left or not number):  # once at least
+    # Branch and bound: a heap of open parts (bound, number, choices), and the least bound of the finished ones.
+    parts: list[tuple[float, int, _Allowed]] = [(-np.inf, 0, whole)]
+    number, finished_bound = 0, np.inf
+    while parts and parts[0][0] < best.target and (work.remains or not number):  # at least one part
         floor, _, allowed = heapq.heappop(parts)
         rest = _narrow(best, allowed, floor, work)
-        settled = min(settled, rest.closed)
+        finished_bound = min(finished_bound, rest.closed)
         if rest.program is None:
             continue
         products = np.count_nonzero(rest.program.pairs) // 2
-        if products <= _PRODUCTS and work.left:
+        if products <= _PRODUCTS and work.remains:
             work.solved(products)
-            found, bound = branch(rest.program, rest.cuts, "paper", best.target, work.seconds, _NODES)
-            best.offer(found)
-            settled = min(settled, max(bound, rest.bound))
+            pick, bound = branch(rest.program, rest.cuts, "paper", best.target, work.seconds, _NODES)
+            best.offer(pick)
+            finished_bound = min(finished_bound, max(bound, rest.bound))
             continue
         for half in rest.halves():
             number += 1
             heapq.heappush(parts, (rest.bound, number, half))
-    return best.pick, min(settled, parts[0][0]) if parts else settled
+    return best.pick, min(finished_bound, parts[0][0]) if parts else finished_bound
 
 
 @dataclass
 class _Work:
-    """What a proof has cost so far, in units of about a second of one desktop core: rates are rough, and part of what
-    a plan is reproduced from."""
+    """Counter of the work of a proof, in units of about a second of one desktop core.
+
+    The rates are rough. Plans depend on them, so another rate is another plan.
+    """
 
     limit: float
     deadline: float
     done: float = 0.0
 
     @property
-    def left(self) -> bool:
-        """Whether there is any."""
+    def remains(self) -> bool:
+        """Whether neither limit is reached."""
         return self.done < self.limit and time.monotonic() < self.deadline
 
     @property
     def seconds(self) -> float | None:
-        """To the deadline; None where there is none."""
+        """Seconds to the deadline; None if there is none."""
         return None if math.isinf(self.deadline) else max(self.deadline - time.monotonic(), 0.1)
 
     def relaxed(self, choices: int) -> None:
-        """A round of relaxation over so many choices."""
+        """Count a round of relaxation over ``choices`` choices."""
         self.done += (60 + choices) / 7500
 
     def solved(self, products: int) -> None:
-        """A part of so many products went to HiGHS."""
+        """Count a part of ``products`` products that HiGHS solves."""
         self.done += (30 + products) / 300
 
 
 class _Best:
-    """The best pick so far, the local search's at first."""
+    """The best pick so far; the first one comes from the local search."""
 
     def __init__(self, estimate: SensitivityEstimate, budget: int, options: Options) -> None:
         self.estimate, self.budget, self.gap = estimate, budget, options.gap
@@ -162,7 +168,7 @@ class _Best:
         return self.value - max(self.gap * abs(self.value), self.rounding)
 
     def offer(self, pick: IntArray | None) -> None:
-        """Take a pick where it fits and is better, once local moves have improved it."""
+        """Improve a pick by local search, and keep it if it is better; ignored if it is None or exceeds the budget."""
         if pick is None or self.estimate.space.bytes_of(pick) > self.budget:
             return
         pick = descend(self.estimate, pick, self.budget)
@@ -172,9 +178,17 @@ class _Best:
 
 
 @dataclass(frozen=True, eq=False)
-class _Left:
-    """What relaxations leave of a part of the program (None: nothing), with tangents of its pair terms, the last
-    relaxation's optimum, a lower bound on its picks' scores, and one on those of the picks closed."""
+class _Rest:
+    """A part of the program after relaxations.
+
+    Args:
+        allowed: its choices that are still open.
+        program: the program over these choices; None if no pick remains to be searched.
+        cuts: tangents of its pair terms.
+        point: optimum of the last relaxation.
+        bound: lower bound on the scores of its picks.
+        closed: lower bound on the scores of the excluded picks.
+    """
 
     allowed: _Allowed
     program: Program | None
@@ -184,58 +198,59 @@ class _Left:
     closed: float
 
     def halves(self) -> Iterator[_Allowed]:
-        """Two parts of it: with and without the likeliest choice of the layer least sure of its own."""
+        """Two parts, with and without one choice: of the layer whose largest share in ``point`` is the smallest, the
+        choice with that share."""
         assert self.program is not None
-        still = self.allowed[self.program.layers[:, None], self.program.choices] & np.pad(
-            self.program.open, ((0, 0), (1, 0)), constant_values=True)
-        shares = np.where(still, self.program.shares(self.point), -np.inf)
-        layer = int(np.where(still.sum(axis=1) > 1, shares.max(axis=1), np.inf).argmin())
-        where = self.program.layers[layer], self.program.choices[layer, shares[layer].argmax()]
-        with_it, without = self.allowed.copy(), self.allowed.copy()
-        with_it[where[0]] = False
-        with_it[where] = True
-        without[where] = False
-        yield with_it
-        if without[where[0]].any():
-            yield without
+        is_open = self.allowed[self.program.layers[:, None], self.program.choices] & np.pad(
+            self.program.open, ((0, 0), (1, 0)), constant_values=True)  # (n, K+1)
+        shares = np.where(is_open, self.program.shares(self.point), -np.inf)
+        row = int(np.where(is_open.sum(axis=1) > 1, shares.max(axis=1), np.inf).argmin())
+        layer, choice = self.program.layers[row], self.program.choices[row, shares[row].argmax()]
+        with_choice, without_choice = self.allowed.copy(), self.allowed.copy()
+        with_choice[layer] = False
+        with_choice[layer, choice] = True
+        without_choice[layer, choice] = False
+        yield with_choice
+        if without_choice[layer].any():
+            yield without_choice
 
 
-def _narrow(best: _Best, allowed: _Allowed, floor: float, work: _Work) -> _Left:
-    """Close the choices that no better plan can take, as relaxations prove, until they prove little more.
+def _narrow(best: _Best, allowed: _Allowed, floor: float, work: _Work) -> _Rest:
+    """Exclude choices that no better plan can take, by relaxations, until the bound improves only little.
 
     Args:
-        best: offered what relaxations suggest.
-        allowed: the choices open in this part.
-        floor: a known lower bound on the scores of its picks.
-        work: charged with every round.
+        best: the best pick so far; picks of the relaxations are offered to it.
+        allowed: the open choices of this part.
+        floor: a lower bound on the scores of its picks.
+        work: counter of the rounds.
     """
     allowed, closed = allowed.copy(), np.inf
     while True:
         program = Program.of(best.estimate, best.budget, allowed)
         if not len(program):
             if program.needed > 0:
-                return _Left(allowed, None, (), np.zeros((0, 0)), np.inf, closed)
+                return _Rest(allowed, None, (), np.zeros((0, 0)), np.inf, closed)
             best.offer(program.base)
-            return _Left(allowed, None, (), np.zeros((0, 0)), program.constant, min(closed, program.constant))
+            return _Rest(allowed, None, (), np.zeros((0, 0)), program.constant, min(closed, program.constant))
         close = 0.01 * min(best.value - floor, 0.1 * program.unit) / program.unit
         cuts: list[Tangent] = []
         bounds: list[float] = []
         for point, cut in relaxations(program, _ROUNDS, close):
             work.relaxed(program.open.size)
             cuts.append(cut)
-            whole, each = cut.bound(program)
-            floor = max(floor, whole)
-            bounds.append(max([whole, *bounds[-1:]]))
-            worse = each >= best.target
+            bound, choice_bounds = cut.bound(program)
+            floor = max(floor, bound)
+            bounds.append(max([bound, *bounds[-1:]]))
+            worse = choice_bounds >= best.target
             if worse.any():
                 closed = min(closed, best.target)
                 allowed[program.layers[:, None], program.choices] &= ~worse
             if floor >= best.target or not allowed.any(axis=1).all():
-                return _Left(allowed, None, (), point, floor, min(closed, best.target))
-            still = int(allowed.sum()) - len(allowed)
-            if (still <= program.open.sum() / 2 or not work.left
+                return _Rest(allowed, None, (), point, floor, min(closed, best.target))
+            remaining = int(allowed.sum()) - len(allowed)  # open choices beyond one for each layer
+            if (remaining <= program.open.sum() / 2 or not work.remains
                     or (len(bounds) > 3 and bounds[-1] - bounds[-4] < 0.03 * (best.value - floor))):
                 break
         best.offer(program.pick(point))
-        if still > 0.9 * program.open.sum() or not work.left:
-            return _Left(allowed, program, tuple(cuts), point, floor, closed)
+        if remaining > 0.9 * program.open.sum() or not work.remains:
+            return _Rest(allowed, program, tuple(cuts), point, floor, closed)

@@ -1,10 +1,11 @@
 """Convex relaxations of the quadratic program: bounds, linear cuts, and choices that no better plan can take.
 
-Within a layer at most one narrower choice x_a is 1, so ``x_i' S_i x_i = diag(S_i)'x_i`` for any symmetric block S_i:
-such a shift S, taken back from the linear terms, changes no plan. Where ``P + S`` is positive semidefinite,
-``x'Px/2 >= x'(P + S)x/2 - diag(S)'x/2`` is an equality at every plan and convex on the right, so that any tangent of it
-bounds the pair terms of all plans from below: quadratic convex reformulation (Billionnet, Elloumi, Plateau 2009) with
-blocks in place of a diagonal. Its best bound is that of the semidefinite relaxation with ``X_ii = diag(x_i)``.
+Within a layer at most one narrower choice x_a is 1, so ``x_i' S_i x_i = diag(S_i)'x_i`` for any symmetric block S_i.
+Adding such a shift S to the pair terms P and subtracting its diagonal from the linear terms changes the score of no
+plan. If ``P + S`` is positive semidefinite, ``x'(P + S)x/2 - diag(S)'x/2`` is convex and equals ``x'Px/2`` at every
+plan, so each of its tangents bounds the pair terms of all plans from below. This is quadratic convex reformulation
+(Billionnet, Elloumi, Plateau 2009) with blocks in place of a diagonal. Its best bound is that of the semidefinite
+relaxation with ``X_ii = diag(x_i)``.
 """
 
 from __future__ import annotations
@@ -20,35 +21,37 @@ from impq_core.space import FloatArray, IntArray
 from impq_core.types import SensitivityEstimate
 
 _ROUNDING = 1e-12
-"""What bounds give way to floating point, relative to what they are made of."""
+"""Margin of bounds for rounding errors, relative to the sum of their terms."""
 
 _NEVER = 1e9
-"""More than any cost or price of a program."""
+"""A cost above any cost or price of a program."""
 
 _FREE = 1e-18
-"""A price of a byte that is as good as none, in units of a program: a dual bound moves by less than its rounding."""
+"""A price of a byte that counts as 0, in units of a program: it changes a dual bound by less than rounding."""
 
 _SWEEPS = 10
-"""Of coordinate descent in each round; the next round goes on from there."""
+"""Sweeps of coordinate descent in each round; the next round starts from the result."""
 
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """The choices still open, as ``constant + unit * min (linear'x + x' pairs x / 2)`` over binary x (n, K) with at
-    most one 1 in a row and ``saved'x >= needed``.
+    """The program over the open choices: ``constant + unit * min (linear'x + x' pairs x / 2)`` over binary x (n, K)
+    with at most one 1 in a row and ``saved'x >= needed``.
+
+    Its n layers are the layers with more than one open choice. A row of zeros in x is the layer's widest open choice,
+    ``x_ik = 1`` its choice ``choices[i, k+1]``.
 
     Args:
-        choices: (n, K+1), the choices of each layer that has more than one, from wide to narrow; x_ik is
-            ``choices[i, k+1]``, a row of zeros the first.
-        layers: (n,), those layers.
-        base: the pick of x = 0, which all other layers keep.
-        open: (n, K), whether there is such a choice.
+        choices: (n, K+1), the open choices of each layer, from wide to narrow; padded if there are fewer.
+        layers: (n,), the numbers of the layers.
+        base: the pick of x = 0; layers with one open choice keep it.
+        open: (n, K), false for padding.
         constant: score of ``base``.
-        unit: score that is 1 here, so that the numbers a solver sees are of the order of 1.
+        unit: scale of the scores, so that the numbers of the program are of the order of 1.
         linear: (n, K).
         pairs: (n, K, n, K), symmetric, 0 within a layer.
-        saved: (n, K) bytes below the first choice, largest 1.
-        needed: what must be saved.
+        saved: (n, K) bytes below the widest open choice, scaled to a maximum of 1.
+        needed: bytes that must be saved, on the scale of ``saved``.
     """
 
     choices: IntArray
@@ -64,23 +67,23 @@ class Program:
 
     @classmethod
     def of(cls, estimate: SensitivityEstimate, budget: int, allowed: NDArray[np.bool_]) -> Program:
-        """The program over the choices ``allowed`` (layers, widths), of which every layer has at least one."""
+        """The program over the choices ``allowed`` (layers, widths); every layer has at least one."""
         space = estimate.space
-        everyone = np.arange(len(allowed))
+        all_layers = np.arange(len(allowed))
         base = allowed.argmax(axis=1)
         layers = np.flatnonzero(allowed.sum(axis=1) > 1)
-        order = np.argsort(~allowed, axis=1, kind="stable")[:, :allowed.sum(axis=1).max()]
+        order = np.argsort(~allowed, axis=1, kind="stable")[:, :allowed.sum(axis=1).max()]  # allowed choices first
         choices = order[layers]
         rows = layers[:, None]
         is_open = allowed[rows, choices][:, 1:]
-        field = estimate.linear
+        costs = estimate.linear  # (layers, widths): with all other layers at the base
         pairs = np.zeros((*is_open.shape, *is_open.shape))
         if estimate.pairwise is not None:
-            field = field + estimate.pairwise[:, :, everyone, base].sum(axis=2)
-            both = estimate.pairwise[rows, choices][:, :, rows, choices]
-            both = both[:, 1:] - both[:, :1]
-            pairs = (both[..., 1:] - both[..., :1]) * is_open[:, :, None, None] * is_open
-        linear = (field[rows, choices[:, 1:]] - field[rows, choices[:, :1]]) * is_open
+            costs = costs + estimate.pairwise[:, :, all_layers, base].sum(axis=2)
+            terms = estimate.pairwise[rows, choices][:, :, rows, choices]  # (n, K+1, n, K+1)
+            terms = terms[:, 1:] - terms[:, :1]
+            pairs = (terms[..., 1:] - terms[..., :1]) * is_open[:, :, None, None] * is_open
+        linear = (costs[rows, choices[:, 1:]] - costs[rows, choices[:, :1]]) * is_open
         unit = max(float(np.abs(linear).max(initial=0)), float(np.abs(pairs).max(initial=0))) or 1.0
         saved = (space.nbytes[rows, choices[:, :1]] - space.nbytes[rows, choices[:, 1:]]) * is_open
         size = max(int(saved.max(initial=0)), 1)
@@ -92,39 +95,42 @@ class Program:
         return len(self.layers)
 
     def pick(self, x: FloatArray) -> IntArray:
-        """The pick (layers,) of a binary x (n, K); of another the likeliest choices."""
+        """The pick (layers,) of a binary x (n, K); if x is fractional, each layer's choice with the largest share."""
         pick: IntArray = self.base.copy()
         pick[self.layers] = self.choices[np.arange(len(x)), self.shares(x).argmax(axis=1)]
         return pick
 
     def shares(self, x: FloatArray) -> FloatArray:
-        """(n, K+1): the share of each choice in x, that of the first included."""
+        """(n, K+1): the share of each choice in x, the widest open choice first."""
         return np.concatenate([1 - x.sum(axis=1, keepdims=True), x], axis=1)
 
     def least(self, costs: FloatArray) -> tuple[float, FloatArray]:
-        """A lower bound of ``costs'x`` over the relaxed program, and how much more each choice costs at least
-        (n, K+1): the Lagrange dual in the price of the budget, valid at any price and exact at the best."""
-        rows = np.arange(len(costs))
-        costs, saved = (np.pad(table, ((0, 0), (1, 0))) for table in (costs, self.saved))
+        """A lower bound on ``costs'x`` over the relaxed program, and (n, K+1) the increase of this bound if a layer
+        takes each choice.
 
-        def short(price: float) -> bool:
+        Both come from the Lagrange dual in the price of the budget, which is valid at any price and exact at the best.
+        """
+        rows = np.arange(len(costs))
+        costs, saved = (np.pad(table, ((0, 0), (1, 0))) for table in (costs, self.saved))  # (n, K+1)
+
+        def saves_too_little(price: float) -> bool:
             return bool(saved[rows, (costs - price * saved).argmin(axis=1)].sum() < self.needed - _ROUNDING)
 
         price = 0.0
-        if short(0.0):
+        if saves_too_little(0.0):
             low, price = 0.0, 1.0
-            while short(price) and price < _NEVER:
+            while saves_too_little(price) and price < _NEVER:
                 low, price = price, 2 * price
             while price - low > max(1e-13 * price, _FREE):
                 middle = (low + price) / 2
-                low, price = (middle, price) if short(middle) else (low, middle)
+                low, price = (middle, price) if saves_too_little(middle) else (low, middle)
         reduced = costs - price * saved
         lowest = reduced.min(axis=1)
         rounding = 1e-14 * (len(costs) * price + np.abs(lowest).sum())
         return float(lowest.sum() + price * self.needed - rounding), reduced - lowest[:, None]
 
     def nearest(self, point: FloatArray) -> FloatArray:
-        """The nearest point of the relaxed program."""
+        """The projection of a point (n, K) onto the relaxed program."""
         from scipy.optimize import brentq
 
         def missing(price: float) -> float:
@@ -141,28 +147,28 @@ class Program:
 
 @dataclass(frozen=True, eq=False)
 class Tangent:
-    """``constant + slope'x``, above the pair terms of no plan; ``slope`` is (n, K)."""
+    """A lower bound ``constant + slope'x`` on the pair terms of every plan; ``slope`` is (n, K)."""
 
     slope: FloatArray
     constant: float
 
     def bound(self, program: Program) -> tuple[float, FloatArray]:
-        """The score it proves, and (n, K+1) the score it proves of plans with each choice."""
-        least, more = program.least(program.linear + self.slope)
-        whole = program.constant + program.unit * (least + self.constant)
-        return whole, whole + program.unit * more
+        """Lower bounds on the scores of all plans, and (n, K+1) of the plans with each choice."""
+        least, increases = program.least(program.linear + self.slope)
+        bound = program.constant + program.unit * (least + self.constant)
+        return bound, bound + program.unit * increases
 
 
 def relaxations(program: Program, rounds: int, close: float) -> Iterator[tuple[FloatArray, Tangent]]:
-    """Points and tangents of ever better convex relaxations.
+    """Optima (n, K) and tangents of successive convex relaxations, with improving bounds.
 
-    The bound is concave in the shift S, with slope ``-W / 2`` where ``W_i = diag(x_i) - x_i x_i'`` at the relaxation's
-    optimum x: Frank-Wolfe steps towards the shift of least ``<W, S>`` climb it.
+    The bound is concave in the shift S. Its gradient is ``-W / 2`` with ``W_i = diag(x_i) - x_i x_i'`` at the optimum x
+    of the relaxation. Frank-Wolfe steps towards the shift of least ``<W, S>`` increase it.
 
     Args:
-        program: what is relaxed.
-        rounds: how many.
-        close: how near to its optimum each relaxation is solved, in units of the program.
+        program: the program.
+        rounds: number of relaxations.
+        close: tolerance of each optimum, in units of the program.
     """
     n, k = program.linear.shape
     if not program.pairs.any():
@@ -175,32 +181,32 @@ def relaxations(program: Program, rounds: int, close: float) -> Iterator[tuple[F
     point = program.nearest(np.full((n, k), 1 / (k + 1)))
     shift: FloatArray = np.zeros((n, k, k))
     for number in range(rounds):
-        inner = (1 - 0.1 / (number + 1)) * point + 0.1 / (number + 1) / (k + 1)  # W must have an inverse
-        weights = inner[:, :, None] * (np.eye(k) - inner[:, None, :])
+        inner = (1 - 0.1 / (number + 1)) * point + 0.1 / (number + 1) / (k + 1)  # inside, so that W has an inverse
+        weights = inner[:, :, None] * (np.eye(k) - inner[:, None, :])  # W, (n, K, K)
         best, vectors = _least_shift(program, weights, vectors)
         shift = shift + (best - shift) * (2 / (number + 2))
-        matrix = program.pairs.reshape(n * k, n * k) + _diagonal(shift)
+        matrix = program.pairs.reshape(n * k, n * k) + _diagonal(shift)  # P + S
         linear = program.linear - np.einsum("ikk->ik", shift) / 2
         point = _minimum(program, matrix, linear, point, close)
-        curved = matrix @ point.ravel()
+        gradient = matrix @ point.ravel()  # of x'(P + S)x / 2
         rounding = _ROUNDING * float(np.abs(matrix).sum() + np.abs(linear[program.open]).sum())
-        yield point, Tangent(curved.reshape(n, k) - np.einsum("ikk->ik", shift) / 2,
-                             -0.5 * float(curved @ point.ravel()) - rounding)
+        yield point, Tangent(gradient.reshape(n, k) - np.einsum("ikk->ik", shift) / 2,
+                             -0.5 * float(gradient @ point.ravel()) - rounding)
 
 
 def _least_shift(program: Program, weights: FloatArray, vectors: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """The shift S (n, K, K) of nearly least ``<weights, S>`` with ``P + S`` positive semidefinite, and vectors to go on
-    from.
+    """The shift S (n, K, K) of nearly least ``<weights, S>`` with ``P + S`` positive semidefinite, and the vectors
+    (n, K, rank) from which the next call starts.
 
-    Its dual is ``min <P, VV'>`` with ``V_i V_i' = weights_i``: coordinate descent over the blocks (the mixing method,
-    Wang, Chang, Kolter 2017, with ``V_i = weights_i^(1/2) U_i`` and orthonormal rows in U_i). What it leaves below zero
-    the least eigenvalue makes up for.
+    The dual problem is ``min <P, VV'>`` with ``V_i V_i' = weights_i``. It is solved by coordinate descent over the
+    blocks (the mixing method, Wang, Chang, Kolter 2017, with ``V_i = weights_i^(1/2) U_i`` and orthonormal rows in
+    U_i). If ``P + S`` still has a negative eigenvalue, the shift grows by its amount.
     """
     n, k = program.linear.shape
     values, axes = np.linalg.eigh(weights)
     root, inverse = ((axes * scale[:, None]) @ axes.transpose(0, 2, 1) for scale in (values**0.5, values**-0.5))
     scaled = np.einsum("iab,ibjc,jcd->iajd", root, program.pairs, root, optimize=True).reshape(n, k, n * k)
-    flat: Any = vectors.reshape(n * k, -1).copy()
+    flat: Any = vectors.reshape(n * k, -1).copy()  # U
     for _ in range(_SWEEPS):
         before = flat.copy()
         for i in range(n):
@@ -217,28 +223,30 @@ def _least_shift(program: Program, weights: FloatArray, vectors: FloatArray) -> 
 
 
 def _minimum(program: Program, matrix: FloatArray, linear: FloatArray, start: FloatArray, close: float) -> FloatArray:
-    """Where ``linear'x + x' matrix x / 2`` is least over the relaxed program: accelerated projected gradients (FISTA,
-    Beck, Teboulle 2009, with restarts)."""
-    def slope(x: FloatArray) -> FloatArray:
+    """The minimum (n, K) of ``linear'x + x' matrix x / 2`` over the relaxed program, by accelerated projected gradients
+    with restarts (FISTA, Beck, Teboulle 2009)."""
+    def gradient(x: FloatArray) -> FloatArray:
         result: FloatArray = linear + (matrix @ x.ravel()).reshape(x.shape)
         return result
 
-    length = 1 / max(float(np.linalg.eigvalsh(matrix)[-1]), 1e-2)
-    x = ahead = start
+    step_size = 1 / max(float(np.linalg.eigvalsh(matrix)[-1]), 1e-2)
+    x = extrapolated = start
     momentum = 1.0
     for step in range(1, 301):
-        after = program.nearest(ahead - length * slope(ahead))
-        if ((ahead - after) * (after - x)).sum() > 0:
+        projected = program.nearest(extrapolated - step_size * gradient(extrapolated))
+        if ((extrapolated - projected) * (projected - x)).sum() > 0:
             momentum = 1.0
-        following = (1 + np.sqrt(1 + 4 * momentum**2)) / 2
-        ahead = after + (momentum - 1) / following * (after - x)
-        x, momentum = after, following
-        if step % 20 == 0 and (slope(x) * x).sum() - program.least(slope(x))[0] <= close:
+        next_momentum = (1 + np.sqrt(1 + 4 * momentum**2)) / 2
+        extrapolated = projected + (momentum - 1) / next_momentum * (projected - x)
+        x, momentum = projected, next_momentum
+        # The duality gap of the linearised program bounds the error of the minimum.
+        if step % 20 == 0 and (gradient(x) * x).sum() - program.least(gradient(x))[0] <= close:
             break
     return x
 
 
 def _diagonal(blocks: FloatArray) -> FloatArray:
+    """The block-diagonal matrix (n K, n K) of blocks (n, K, K)."""
     n, k = blocks.shape[:2]
     whole = np.zeros((n, k, n, k))
     whole[np.arange(n), :, np.arange(n)] = blocks
@@ -246,13 +254,13 @@ def _diagonal(blocks: FloatArray) -> FloatArray:
 
 
 def _capped(point: FloatArray) -> FloatArray:
-    """The nearest point with ``x >= 0`` and at most 1 in the sum of a row."""
+    """The projection of a point (n, K) onto ``x >= 0`` with row sums of at most 1."""
     clipped = np.maximum(point, 0.0)
-    over = clipped.sum(axis=1) > 1
-    if over.any():
-        rows = point[over]
+    exceeds = clipped.sum(axis=1) > 1
+    if exceeds.any():  # these rows are projected onto the simplex
+        rows = point[exceeds]
         ordered = -np.sort(-rows, axis=1)
         excess = (ordered.cumsum(axis=1) - 1) / np.arange(1, rows.shape[1] + 1)
-        count = (ordered > excess).sum(axis=1)
-        clipped[over] = np.maximum(rows - excess[np.arange(len(rows)), count - 1][:, None], 0.0)
+        positive = (ordered > excess).sum(axis=1)
+        clipped[exceeds] = np.maximum(rows - excess[np.arange(len(rows)), positive - 1][:, None], 0.0)
     return clipped

@@ -1,4 +1,4 @@
-"""The backend: optimum-quanto quantizes and packs; this page only translates."""
+"""The Quanto backend: an adapter to optimum-quanto."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ class Options:
     """Options of the Quanto backend.
 
     Args:
-        group_size: weights of a row that share a scale and a shift below 8 bits, lowered by 32 until it divides a
-            linear's inputs (quanto's own rule; its files can only say 128); 8 bits have one scale a row.
+        group_size: weights of a row that share a scale and a shift below 8 bits, reduced in steps of 32 until it
+            divides a linear's inputs (the rule of quanto, which assumes 128 for its files); at 8 bits a row has one
+            scale.
     """
 
     group_size: int = 128
@@ -31,7 +32,7 @@ class Options:
 
 
 def group_size(linear: LinearSpec, choice: Choice) -> int:
-    """Weights in a group of this linear: a whole row where it is no longer than a group or no group divides it."""
+    """Weights in a group of this linear: a whole row if it is no longer than a group, or if no group divides it."""
     size = choice.group_size
     while size > 32 and linear.columns % size:
         size -= 32
@@ -39,29 +40,30 @@ def group_size(linear: LinearSpec, choice: Choice) -> int:
 
 
 class Quanto(Backend):
-    """Quanto's max optimizer: qint8 with a scale a row; qint4, qint2 with a scale and shift a group; in 16 bits."""
+    """Quanto's ``MaxOptimizer``: qint8 with a 16-bit scale for each row; qint4 and qint2 with a 16-bit scale and shift
+    for each group."""
 
     Options = Options
     default_bits = (2.0, 4.0, 8.0)
 
     def choices(self) -> tuple[Choice, ...]:
-        """8 (a whole row for a group, written 0), 4, 2 bits."""
+        """8 bits (with group size 0: a whole row), 4 and 2 bits."""
         return (Choice(8.0, 0), Choice(4.0, self.options.group_size), Choice(2.0, self.options.group_size))
 
     def check(self, linear: LinearSpec, choice: Choice) -> None:
-        """The rows of groups must fill the codes packed into a byte."""
+        """Raises ImpqError if the groups do not fill the packed bytes."""
         groups, codes = linear.parameters // group_size(linear, choice), 8 // int(choice.bits)
         if groups % codes:
             raise ImpqError(f"backend quanto: the {groups} groups of {linear.name} do not fill bytes of {codes} codes")
 
     def nbytes(self, linear: LinearSpec, choice: Choice) -> int:
-        """Codes, and a 16-bit scale (and shift) a group."""
+        """Bytes of the codes, and a 16-bit scale (and shift) for each group."""
         if not choice.group_size:
             return linear.parameters + linear.rows * 2
         return linear.parameters * int(choice.bits) // 8 + linear.parameters // group_size(linear, choice) * 4
 
     def quantize(self, weight: torch.Tensor, choice: Choice, statistics: Statistics | None) -> Variant:
-        """Quantize without data, from the weight in 16 bits as quanto does for a 16-bit model."""
+        """Quantize the weight in 16 bits, without data, as quanto does for a 16-bit model."""
         quanto = _library()
         base = weight.half()
         qtype = {8: quanto.qint8, 4: quanto.qint4, 2: quanto.qint2}[int(choice.bits)]
@@ -75,7 +77,7 @@ class Quanto(Backend):
         return Variant(choice, {"codes": packed._data._data, "scale": packed._scale, "shift": packed._shift})
 
     def dequantize(self, variant: Variant, linear: LinearSpec) -> torch.Tensor:
-        """quanto's own dequantization of the stored tensors."""
+        """The weight that quanto computes from the stored tensors."""
         quanto = _library()
         codes, scale = variant.tensors["codes"], variant.tensors["scale"]
         if not variant.choice.group_size:
@@ -104,7 +106,8 @@ class _Library:
 
 @lru_cache(maxsize=1)
 def _library() -> _Library:
-    """quanto's names. Its CPU unpacking compiles C++ on first use; the same in torch needs no compiler."""
+    """The classes of quanto. Its CPU unpacking compiles C++ on first use; a torch function replaces it, so that no
+    compiler is needed."""
     import torch
     from optimum.quanto import AbsmaxOptimizer, MaxOptimizer, WeightQBitsTensor, qint2, qint4, qint8, quantize_weight
     from optimum.quanto.tensor.packed import PackedTensor
@@ -113,7 +116,7 @@ def _library() -> _Library:
         parts = [(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
         return torch.cat(parts)
 
-    unpacker = torch.library.Library("quanto", "IMPL", "CPU")  # undone when it is collected, so it is kept
+    unpacker = torch.library.Library("quanto", "IMPL", "CPU")  # kept, because its garbage collection undoes it
     unpacker.impl("unpack", unpack, allow_override=True)
     return _Library(AbsmaxOptimizer, MaxOptimizer, PackedTensor, WeightQBitsTensor, quantize_weight, qint2, qint4,
                     qint8, unpacker)

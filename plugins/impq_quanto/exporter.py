@@ -1,4 +1,4 @@
-"""Checkpoints as optimum-quanto's own ``QuantizedModelForCausalLM`` saves and reloads them."""
+"""Checkpoints for ``QuantizedModelForCausalLM`` of optimum-quanto."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from impq_core.interfaces import Checkpoint, Exporter, Variant
 from impq_core.space import Choice
 
 STOCK_GROUP = 128
-"""The file does not hold group sizes: quanto derives them from this one."""
+"""Group size that quanto assumes for its files, which do not store it."""
 
 _QBITS = {"codes": "weight._data._data", "scale": "weight._scale", "shift": "weight._shift"}
 _QBYTES = {"codes": "weight._data", "scale": "weight._scale"}
@@ -23,15 +23,15 @@ _QBYTES = {"codes": "weight._data", "scale": "weight._scale"}
 class QuantoExporter(Exporter):
     """safetensors and a map from module to qtype, for ``QuantizedModelForCausalLM.from_pretrained``.
 
-    Scales are stored in float16, and quanto multiplies in their type: the model is float16 too.
+    Scales are float16, and quanto multiplies in the type of the scales, so all other tensors are float16 too.
     """
 
     backends = frozenset({"quanto"})
 
     def check(self, options: Mapping[str, Any]) -> None:
-        """Other groups than quanto's own do not reload."""
+        """Raises ImpqError if the group size is not the one that quanto assumes."""
         if options["group_size"] != STOCK_GROUP:
-            raise ImpqError("format 'quanto' knows no group size but quanto's own: run with "
+            raise ImpqError(f"format 'quanto' holds groups of {STOCK_GROUP} weights only: run with "
                             f"-o group_size={STOCK_GROUP}")
 
     def export(self, checkpoint: Checkpoint, folder: Path) -> None:
@@ -43,17 +43,16 @@ class QuantoExporter(Exporter):
             tensors[name] = tensor.half() if tensor.is_floating_point() else tensor
             if not torch.isfinite(tensors[name]).all():
                 raise ImpqError(f"format 'quanto' stores 16-bit floats, which {name} overflows")
-        one = torch.ones((), dtype=torch.float16)
         for name, variant in checkpoint.variants.items():
-            tensors |= {f"{name}.{stored}": variant.tensors[ours] for ours, stored in _names(variant.choice).items()}
-            tensors |= {f"{name}.input_scale": one.clone(), f"{name}.output_scale": one.clone()}
+            tensors |= {f"{name}.{stored}": variant.tensors[part] for part, stored in _names(variant.choice).items()}
+            tensors |= {f"{name}.{side}_scale": torch.ones((), dtype=torch.float16) for side in ("input", "output")}
         write_model(folder, tensors, {**checkpoint.config, "dtype": "float16"})
         types = {name: {"weights": f"qint{variant.choice}", "activations": "none"}
                  for name, variant in checkpoint.variants.items()}
         write_text(folder / "quanto_qmap.json", json.dumps(types, indent=4) + "\n")
 
     def restore(self, folder: Path, checkpoint: Checkpoint) -> Mapping[str, Variant]:
-        """Read the packed linears back; raises ImpqError where the file lacks one."""
+        """Read the packed linears; raises ImpqError if the file lacks one."""
         return read_variants(folder, checkpoint.widths, _names)
 
 

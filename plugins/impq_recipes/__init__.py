@@ -1,4 +1,4 @@
-"""A plan as a recipe for tools that quantize by themselves."""
+"""Recipes: a plan in the configuration format of another quantizer."""
 
 from impq_core.hookspecs import Component, hookimpl
 

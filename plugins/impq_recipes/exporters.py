@@ -1,4 +1,4 @@
-"""Recipes: files that tell another quantizer which linear takes which width."""
+"""Recipes: configuration files of other quantizers with the plan's width for every linear."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from impq_core.interfaces import Checkpoint, Exporter
 
 
 class GptqModelRecipe(Exporter):
-    """``dynamic`` of GPTQModel's QuantizeConfig: escaped, anchored patterns, ``-:`` for what stays unquantized."""
+    """``dynamic`` of GPTQModel's QuantizeConfig: escaped, anchored patterns, ``-:`` for unquantized linears."""
 
     def export(self, checkpoint: Checkpoint, folder: Path) -> None:
         """Write dynamic.json."""
@@ -24,7 +24,7 @@ class GptqModelRecipe(Exporter):
 
 
 class AutoRoundRecipe(Exporter):
-    """``layer_config`` of auto-round: full module names, 16 bits for what stays unquantized."""
+    """``layer_config`` of auto-round: full module names, 16 bits for unquantized linears."""
 
     def export(self, checkpoint: Checkpoint, folder: Path) -> None:
         """Write layer_config.json."""
@@ -34,18 +34,21 @@ class AutoRoundRecipe(Exporter):
 
 
 class LlamaCppRecipe(Exporter):
-    """Lines ``tensor=type`` for ``llama-quantize --tensor-type-file``: GGUF tensor names, k-quants of the width."""
+    """Lines ``tensor=type`` for ``llama-quantize --tensor-type-file``: GGUF tensor names and k-quants."""
 
     TYPES = {8: "q8_0", 6: "q6_k", 5: "q5_k", 4: "q4_k", 3: "q3_k", 2: "q2_k"}  # noqa: RUF012
     NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",  # noqa: RUF012
              "self_attn.o_proj": "attn_output", "self_attn.qkv_proj": "attn_qkv", "mlp.gate_proj": "ffn_gate",
              "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "mlp.gate_up_proj": "ffn_up"}
     ROW = 256
-    """Rows of k-quants are made of so many weights; llama-quantize takes another type where that does not fit."""
+    """Weights in a block of a k-quant; llama-quantize takes another type for a tensor whose rows are no multiple."""
 
     def export(self, checkpoint: Checkpoint, folder: Path) -> None:
-        """Write tensor-types.txt, and warn of tensors whose shape k-quants do not take; raises ImpqError for a linear
-        or a width llama.cpp has no name for."""
+        """Write tensor-types.txt, and warn of tensors for which llama-quantize will take another type.
+
+        Raises:
+            ImpqError: llama.cpp has no name for a linear, or no k-quant of a width.
+        """
         lines = []
         for name, choice in checkpoint.widths.items():
             match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)

@@ -1,4 +1,4 @@
-"""Evolution by random exchanges: a search without any estimate, as a baseline at equal cost."""
+"""Evolutionary search by random exchanges of widths, which uses no estimate: the baseline at equal cost."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Options:
     """Options of the evolution.
 
     Args:
-        offspring: mutants of a generation; the best of them may replace the parent.
-        swaps: most exchanges in a mutant.
+        offspring: mutants in a generation; the best may replace the parent.
+        swaps: largest number of exchanges in a mutant.
     """
 
     offspring: int = 8
@@ -33,9 +33,11 @@ class Options:
 
 
 class Evolve(Refiner):
-    """Evolutionary search after EvoPress (arXiv 2410.14649), from any start: mutants differ from the parent by a few
-    exchanges of one width step, are all measured, and the best one that also wins before the referee is the next
-    parent."""
+    """Evolutionary search after EvoPress (arXiv 2410.14649), from any start.
+
+    Mutants differ from the parent by a few exchanges of one width step and are all measured. The best mutant of a
+    generation is the next parent if it also wins on the referee's windows.
+    """
 
     Options = Options
 
@@ -44,19 +46,19 @@ class Evolve(Refiner):
         """A plan within the budget, no worse on the referee's windows."""
         incumbent = Incumbent(plan.pick, game, referee, forwards)
         while incumbent.may_go_on:
-            born: list[tuple[float, IntArray]] = []
+            mutants: list[tuple[float, IntArray]] = []
             idle = 0
-            while len(born) < self.options.offspring and idle < PATIENCE and incumbent.may_go_on:
+            while len(mutants) < self.options.offspring and idle < PATIENCE and incumbent.may_go_on:
                 swaps = int(rng.integers(1, self.options.swaps + 1))
                 pick = mutant(plan.space, incumbent.pick, plan.budget_bytes, swaps, rng)
-                if pick.tobytes() in incumbent.seen:
+                if pick.tobytes() in incumbent.measured:
                     idle += 1
                     continue
-                born.append((incumbent.measure(pick)[0], pick))
-            if not born:
+                mutants.append((incumbent.measure(pick)[0], pick))
+            if not mutants:
                 break
-            gain, best = min(born, key=lambda mutation: mutation[0])
-            if gain < 0:
+            difference, best = min(mutants, key=lambda mutation: mutation[0])
+            if difference < 0:
                 incumbent.challenge(best)
         predicted = float(estimate.predict(incumbent.pick)[0]) if estimate else None
         return replace(plan, pick=incumbent.pick, predicted_loss=predicted, bound=None,
@@ -64,18 +66,18 @@ class Evolve(Refiner):
 
 
 def mutant(space: SearchSpace, pick: IntArray, budget: int, swaps: int, rng: np.random.Generator) -> IntArray:
-    """A pick with up to ``swaps`` random layers a step narrower and, after each, others a step wider while the budget
-    lasts."""
+    """A pick after up to ``swaps`` exchanges: a random layer takes the next narrower width, then other layers in random
+    order take the next wider width if the pick still fits the budget."""
     last = len(space.choices) - 1
     pick = pick.copy()
     for _ in range(swaps):
-        down = np.flatnonzero(pick < last)
-        if not len(down):
+        candidates = np.flatnonzero(pick < last)
+        if not len(candidates):
             break
-        lowered = int(rng.choice(down))
-        pick[lowered] += 1
+        demoted = int(rng.choice(candidates))
+        pick[demoted] += 1
         for layer in rng.permutation(len(pick)):
-            if layer == lowered or pick[layer] == 0:
+            if layer == demoted or pick[layer] == 0:
                 continue
             pick[layer] -= 1
             if space.bytes_of(pick) > budget:

@@ -1,4 +1,4 @@
-"""The incumbent plan: another replaces it only if it wins on windows held back."""
+"""The incumbent plan of a refinement: a challenger replaces it only if it wins on held-back windows."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ from impq_core.statistics import standard_error
 
 
 class Incumbent:
-    """A pick that only better ones replace. A loss that is not finite is worse than any that is.
+    """The current pick of a refinement, and its losses. A loss that is not finite is worse than any finite loss.
 
     Args:
-        pick: (n,), where to begin.
-        game: proposals are measured on it.
-        referee: decides on other windows.
-        forwards: what both may spend.
+        pick: (n,), the start.
+        game: proposals are measured on its windows.
+        referee: the same model on other windows, which decide.
+        forwards: the limit for both games together, in full-model forwards.
     """
 
     def __init__(self, pick: IntArray, game: Game, referee: Game, forwards: float) -> None:
         self.pick = pick
         self._game, self._referee, self._forwards = game, referee, forwards
         self._spent_before = game.forwards + referee.forwards
-        self._losses, self._judged = game.window_losses(pick), referee.window_losses(pick)
-        self.seen = {pick.tobytes()}
+        self._losses, self._referee_losses = game.window_losses(pick), referee.window_losses(pick)
+        self.measured = {pick.tobytes()}
         self.taken = 0
 
     @property
     def may_go_on(self) -> bool:
-        """Whether forwards are left."""
+        """Whether the limit of forwards is not reached yet."""
         return self._game.forwards + self._referee.forwards - self._spent_before < self._forwards
 
     def measure(self, pick: IntArray) -> tuple[float, float]:
-        """A pick's loss in the game above the incumbent's, and its standard error (``difference``)."""
-        self.seen.add(pick.tobytes())
+        """A pick's loss in the game minus the incumbent's, and its standard error (``difference``)."""
+        self.measured.add(pick.tobytes())
         return difference(self._game.window_losses(pick), self._losses)
 
     def challenge(self, pick: IntArray) -> bool:
-        """Put a pick that won in the game before the referee, and take it if it wins there by more than a standard
-        error."""
-        judged = self._referee.window_losses(pick)
-        mean, stderr = difference(judged, self._judged)
+        """Measure a pick on the referee's windows, and replace the incumbent if the pick's loss there is smaller by
+        more than a standard error. Returns whether it was replaced."""
+        referee_losses = self._referee.window_losses(pick)
+        mean, stderr = difference(referee_losses, self._referee_losses)
         if not mean < -stderr:
             return False
-        self.pick, self._losses, self._judged = pick, self._game.window_losses(pick), judged
+        self.pick, self._losses, self._referee_losses = pick, self._game.window_losses(pick), referee_losses
         self.taken += 1
         return True
 
@@ -54,8 +54,8 @@ class Incumbent:
 def difference(losses: FloatArray, others: FloatArray) -> tuple[float, float]:
     """Mean of ``losses - others`` over windows and its standard error, nats per token.
 
-    The error of a single window is unknown and counts as 0. The mean is infinite if ``losses`` are not all finite, and
-    minus infinite if only ``others`` are not.
+    The standard error is 0 for a single window. The mean is infinite if ``losses`` are not all finite, and minus
+    infinite if only ``others`` are not.
     """
     for values, mean in ((losses, math.inf), (others, -math.inf)):
         if not np.isfinite(values).all():

@@ -1,4 +1,4 @@
-"""Exchanges of widths proposed by a belief about every layer's cost, which each measurement corrects."""
+"""Exchanges of widths by Thompson sampling: a Bayesian model of the layers' costs, updated by every measurement."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ PATIENCE = 200
 """Draws in a row without a new pick before the search ends."""
 
 UNKNOWN = 0.1
-"""Loss from all-widest to all-narrowest if no estimate gives a scale, nats per token."""
+"""Assumed loss from all-widest to all-narrowest if there is no estimate, nats per token."""
 
 WEIGHT = 3.0
-"""Measurements that the belief's first standard deviation counts as."""
+"""Number of measurements that the initial standard deviation counts as."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Options:
     """Options of the swaps.
 
     Args:
-        moves: most layers that one proposal changes.
-        doubt: standard deviation of the belief's costs at the start, relative to the spread of the estimate's.
+        moves: largest number of layers that one proposal changes.
+        doubt: initial standard deviation of a cost, relative to the spread of the estimate's costs.
     """
 
     moves: int = 6
@@ -39,12 +39,13 @@ class Options:
 
 
 class Swaps(Refiner):
-    """Thompson sampling over exchanges.
+    """Thompson sampling over exchanges of widths near the plan.
 
-    The belief about a layer's cost at each width, near the plan, is normal around the estimate. A draw from the belief
-    proposes the best few changes that fit the budget; their measured joint difference, with its error over windows,
-    corrects the belief (Bayesian linear regression). A pick that wins in the game goes before the referee. A loss that
-    is not finite corrects nothing: the pick is not proposed again, and the search goes on.
+    The prior of each layer's cost at each width is normal, with the estimate as its mean. A draw from the posterior
+    proposes the few changes that lower the drawn cost the most within the budget. The measured difference of the loss,
+    with its error over windows, updates the posterior (Bayesian linear regression). A pick that wins in the game is
+    also measured on the referee's windows. If a loss is not finite, the posterior stays as it is, and that pick is not
+    proposed again.
     """
 
     Options = Options
@@ -59,7 +60,7 @@ class Swaps(Refiner):
         while incumbent.may_go_on and idle < PATIENCE:
             pick = improve(space, belief.draw(rng), incumbent.pick, plan.budget_bytes,
                            int(rng.integers(2, self.options.moves + 1)))
-            if pick.tobytes() in incumbent.seen:
+            if pick.tobytes() in incumbent.measured:
                 idle += 1
                 continue
             idle = 0
@@ -74,99 +75,104 @@ class Swaps(Refiner):
 
 
 def local_costs(space: SearchSpace, estimate: SensitivityEstimate | None, pick: IntArray) -> FloatArray:
-    """(n, m): cost of each choice of each layer with the others at the pick, nats per token; without an estimate, in
-    proportion to the squared error of rounding, and 0.1 from all-widest to all-narrowest."""
+    """(n, m): the cost of each choice of each layer with the other layers at the pick, nats per token.
+
+    Without an estimate, costs are proportional to the squared error of rounding and add up to ``UNKNOWN`` from
+    all-widest to all-narrowest.
+    """
     n, m = space.nbytes.shape
-    own = np.arange(n)
+    rows = np.arange(n)
     if estimate is None:
         distortion = 4.0 ** -np.array([choice.bits for choice in space.choices])
         return np.tile(UNKNOWN / n * (distortion - distortion[0]) / (distortion[-1] - distortion[0]), (n, 1))
-    moved = np.tile(pick, (n, m, 1))
-    moved[own[:, None], np.arange(m), own[:, None]] = np.arange(m)
+    moved = np.tile(pick, (n, m, 1))  # (n, m, n): the pick with layer i at choice k
+    moved[rows[:, None], np.arange(m), rows[:, None]] = np.arange(m)
     return estimate.predict(moved.reshape(n * m, n)).reshape(n, m)
 
 
 class Belief:
-    """Normal belief about costs (n, m), corrected by measured differences.
+    """Normal posterior of the costs (n, m), given measured differences of losses.
 
     Args:
-        costs: its mean.
-        doubt: its standard deviation relative to the spread of the steps between neighbouring widths.
+        costs: mean of the prior.
+        doubt: standard deviation of the prior, relative to the spread of the cost steps between neighbouring widths.
     """
 
     def __init__(self, costs: FloatArray, doubt: float) -> None:
         self._mean = costs
         steps = np.diff(costs, axis=1)
         spread = max(float(steps.std()), float(np.abs(steps).mean()))
-        self._sd = doubt * (spread or UNKNOWN / steps.size)  # if all cost the same, the estimate gives no scale
-        self._features: list[FloatArray] = []
-        self._seen: list[float] = []
-        self._errors: list[float] = []
+        self._sd = doubt * (spread or UNKNOWN / steps.size)  # if all choices cost the same, the scale is unknown
+        self._features: list[FloatArray] = []  # (n m,) each: 1 at the new choices, -1 at the former ones
+        self._differences: list[float] = []
+        self._errors: list[float] = []  # variances of the differences
 
     def learn(self, before: IntArray, after: IntArray, difference: float, stderr: float) -> None:
-        """Correct the belief by a measured loss of ``after`` minus that of ``before``, nats per token, finite."""
+        """Add a measured difference: the loss of ``after`` minus that of ``before``, nats per token, finite."""
         feature = np.zeros_like(self._mean)
-        own = np.arange(len(before))
-        feature[own, after] += 1.0
-        feature[own, before] -= 1.0
+        rows = np.arange(len(before))
+        feature[rows, after] += 1.0
+        feature[rows, before] -= 1.0
         self._features.append(feature.ravel())
-        self._seen.append(difference)
+        self._differences.append(difference)
         self._errors.append(stderr**2)
 
     @property
     def sd(self) -> float:
-        """Standard deviation of the first belief, updated by its misses: the one at the start counts as ``WEIGHT``
-        measurements."""
-        if not self._seen:
+        """Standard deviation of the prior, estimated from the residuals of the measured differences. The initial value
+        counts as ``WEIGHT`` measurements."""
+        if not self._differences:
             return self._sd
-        features, seen, errors = np.stack(self._features), np.array(self._seen), np.array(self._errors)
-        missed = (seen - features @ self._mean.ravel()) ** 2
-        variances = np.maximum(missed - errors, 0.0) / (features**2).sum(axis=1)
-        return float(np.sqrt((WEIGHT * self._sd**2 + variances.sum()) / (WEIGHT + len(seen))))
+        features, differences = np.stack(self._features), np.array(self._differences)
+        squares = (differences - features @ self._mean.ravel()) ** 2  # (measurements,)
+        variances = np.maximum(squares - np.array(self._errors), 0.0) / (features**2).sum(axis=1)
+        return float(np.sqrt((WEIGHT * self._sd**2 + variances.sum()) / (WEIGHT + len(differences))))
 
     def draw(self, rng: np.random.Generator) -> FloatArray:
-        """Costs (n, m) drawn from the corrected belief: a draw from the first one, moved by its misses."""
+        """Costs (n, m) drawn from the posterior: a draw from the prior, corrected by its residuals (Matheron)."""
         sd = self.sd
         costs = self._mean + sd * rng.normal(size=self._mean.shape)
-        if not self._seen:
+        if not self._differences:
             return costs
-        features = np.stack(self._features)
-        # Interactions of the layers moved are errors of a linear belief: a tenth of its deviation for each layer.
+        features = np.stack(self._features)  # (measurements, n m)
+        # The model is linear, so interactions are noise: a tenth of the standard deviation for each moved layer.
         errors = np.array(self._errors) + (0.1 * sd) ** 2 * np.abs(features).sum(axis=1) / 2
         gram = sd**2 * features @ features.T + np.diag(errors)
-        missed = np.array(self._seen) - features @ costs.ravel() - np.sqrt(errors) * rng.normal(size=len(errors))
-        moved = sd**2 * features.T @ np.linalg.solve(gram, missed)
-        result: FloatArray = costs + moved.reshape(costs.shape)
+        noise = np.sqrt(errors) * rng.normal(size=len(errors))
+        residuals = np.array(self._differences) - features @ costs.ravel() - noise
+        correction = sd**2 * features.T @ np.linalg.solve(gram, residuals)
+        result: FloatArray = costs + correction.reshape(costs.shape)
         return result
 
 
 def improve(space: SearchSpace, costs: FloatArray, pick: IntArray, budget: int, moves: int) -> IntArray:
-    """Change at most ``moves`` layers of a pick, by the best single or double change in turn, within a budget."""
+    """Change at most ``moves`` layers of a pick within a budget, each time by the single or double change that lowers
+    the cost the most. Changes are numbered ``layer * m + choice``."""
     n, m = space.nbytes.shape
-    own = np.arange(n)
+    rows = np.arange(n)
     start, pick = pick, pick.copy()
-    while (left := moves - int((pick != start).sum())) > 0:
-        gain = (costs - costs[own, pick][:, None]).ravel()
-        size = (space.nbytes - space.nbytes[own, pick][:, None]).ravel()
-        gain = np.where(np.repeat((pick != start), m), np.inf, gain)  # a layer is changed once
+    while (remaining := moves - int((pick != start).sum())) > 0:
+        added = (costs - costs[rows, pick][:, None]).ravel()  # (n m,) cost and bytes that each change adds
+        size = (space.nbytes - space.nbytes[rows, pick][:, None]).ravel()
+        added = np.where(np.repeat((pick != start), m), np.inf, added)  # a layer changes once
         room = budget - space.bytes_of(pick)
-        one = int(np.where(size > room, np.inf, gain).argmin())
-        best, chosen = (gain[one] if size[one] <= room else np.inf), [one]
-        if left > 1:
-            # The best partner of each change: for every size, the cheapest change that is no larger.
+        single = int(np.where(size > room, np.inf, added).argmin())
+        best, changes = (added[single] if size[single] <= room else np.inf), [single]
+        if remaining > 1:
+            # The best partner of each change is the cheapest change that is no larger than the room it leaves.
             order = np.argsort(size, kind="stable")
-            cheapest = np.minimum.accumulate(gain[order])
-            where = np.searchsorted(size[order], room - size, side="right") - 1
-            both = np.where(where >= 0, gain + cheapest[np.maximum(where, 0)], np.inf)
-            first = int(both.argmin())
-            if both[first] < best:
-                fits = np.where(size <= room - size[first], gain, np.inf)
-                fits[first // m * m:(first // m + 1) * m] = np.inf
-                second = int(fits.argmin())
-                if gain[first] + fits[second] < best:
-                    best, chosen = gain[first] + fits[second], [first, second]
+            cheapest = np.minimum.accumulate(added[order])  # (n m,) over the changes up to each size
+            partner = np.searchsorted(size[order], room - size, side="right") - 1
+            double = np.where(partner >= 0, added + cheapest[np.maximum(partner, 0)], np.inf)
+            first = int(double.argmin())
+            if double[first] < best:
+                partners = np.where(size <= room - size[first], added, np.inf)
+                partners[first // m * m:(first // m + 1) * m] = np.inf  # not the same layer twice
+                second = int(partners.argmin())
+                if added[first] + partners[second] < best:
+                    best, changes = added[first] + partners[second], [first, second]
         if not best < 0:
             break
-        for move in chosen:
-            pick[move // m] = move % m
+        for change in changes:
+            pick[change // m] = change % m
     return pick

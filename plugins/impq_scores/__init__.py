@@ -1,11 +1,11 @@
-"""Baseline estimators: scores from weights, activations, gradients, single demotions, or nothing at all."""
+"""Baseline estimators: scores from single demotions, gradients, activations, weights, or positions alone."""
 
 from impq_core.hookspecs import Component, hookimpl
 
 
 @hookimpl
 def impq_estimators() -> list[Component]:
-    """Played, from gradients, from activations, from weights, and from nothing."""
+    """Estimators from measured losses, gradients, activations, weights, or positions alone."""
     return [
         Component("isolated", "impq_scores.played:Isolated", "each layer demoted alone"),
         Component("clado", "impq_scores.played:Clado", "single and double demotions (CLADO)"),
@@ -13,7 +13,7 @@ def impq_estimators() -> list[Component]:
         Component("fisher", "impq_scores.gradients:Fisher", "second order from one backward a window, with pairs"),
         Component("aumann-shapley", "impq_scores.gradients:AumannShapley", "slopes along the path of all layers"),
         Component("coarse-to-fine", "impq_scores.fine:CoarseToFine",
-                  "aumann-shapley, and measured moves of the undecided layers"),
+                  "aumann-shapley, and measured moves of the layers nearest to another width"),
         Component("hawq", "impq_scores.gradients:Hawq", "Hessian trace times squared error of the weights (HAWQ-V2)"),
         Component("lim", "impq_scores.inspected:Lim", "how much a block turns its input (LIM)"),
         Component("activation", "impq_scores.inspected:Activation", "inverse size of a block's output, as in CoopQ"),

@@ -1,4 +1,4 @@
-"""Gradients for every layer, and measured moves of the layers that the plan is undecided about."""
+"""Coarse-to-fine estimation: gradients for every layer, then measured losses for the undecided layers."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Options:
     """Options of the coarse-to-fine estimator.
 
     Args:
-        nodes: of the gradients on each width step, as for aumann-shapley.
-        share: share of the layers that are moved and measured in each round.
-        rounds: how often the plan is made anew and its undecided layers are measured.
+        nodes: Gauss-Legendre nodes on each width step, as for aumann-shapley.
+        share: share of the layers that are measured in each round.
+        rounds: number of rounds; each makes a plan from the costs so far and measures its undecided layers.
     """
 
     nodes: int = 1
@@ -39,14 +39,16 @@ class Options:
 
 
 class CoarseToFine(Player):
-    """Aumann-Shapley values of all layers first. Then, at the budget, the layers that would change their width for the
-    least are moved by a width up and down from the plan, and each move's loss is measured with the other layers at the
-    plan's widths.
+    """Aumann-Shapley values of all layers, corrected by measured moves of the undecided layers near the budget.
 
-    The cost of a move is the mean of the scaled gradients' value and the measured one, each weighted by its precision:
-    windows give the error of a measured difference, and the misses of the gradients give theirs.
+    A layer is undecided if a small change of its costs would change its width in the plan. Each such layer is moved to
+    the next wider and the next narrower width, the other layers stay at the plan's widths, and the change of the loss
+    is measured.
 
-    Cost: 3 forwards a node and width step, and about half a forward for each move measured.
+    The cost of a move is the mean of the scaled Aumann-Shapley value and the measured change, weighted by precision:
+    the variance of a measured change is taken over windows, that of the scaled values from their residuals.
+
+    Cost: about 3 forwards a node and width step; for each measured move, half of the blocks and the head.
     """
 
     Options = Options
@@ -67,23 +69,24 @@ class CoarseToFine(Player):
         game.expect(round(1 + options.rounds * count * min(2, m - 1)))
         for _ in range(options.rounds):
             pick, price = cheapest(space, costs, budget)
-            at_plan = _finite(game.window_losses(pick), "of the plan so far")
+            at_plan = _finite(game.window_losses(pick), "of the current plan")
             layers = undecided(space, costs, pick, price, moves.layers)[:count]
             for layer in sorted(layers, reverse=True):  # from the last: each pick shares its prefix with the plan
                 for choice in (pick[layer] - 1, pick[layer] + 1):
                     if 0 <= choice < m:
                         moved = pick.copy()
                         moved[layer] = choice
-                        where = f"with {space.layers[layer].name} at {space.choices[choice]} bits"
-                        moves.add(layer, pick[layer], choice, _finite(game.window_losses(moved), where) - at_plan)
+                        setting = f"with {space.layers[layer].name} at {space.choices[choice]} bits"
+                        differences = _finite(game.window_losses(moved), setting) - at_plan  # (windows,)
+                        moves.add(layer, pick[layer], choice, differences)
             costs = moves.combine(coarse)
         return SensitivityEstimate(space, costs, forwards=game.forwards,
                                    method=f"coarse-to-fine({len(moves.layers)} of {n} layers measured)")
 
 
-def _finite(losses: FloatArray, where: str) -> FloatArray:
+def _finite(losses: FloatArray, setting: str) -> FloatArray:
     if not np.isfinite(losses).all():
-        raise ImpqError(f"the loss {where} is not finite: try --dtype float32 or wider --bits")
+        raise ImpqError(f"the loss {setting} is not finite: try --dtype float32 or wider --bits")
     return losses
 
 
@@ -97,7 +100,7 @@ class Moves:
 
     @property
     def layers(self) -> set[int]:
-        """Layers moved so far."""
+        """Layers with at least one measured move."""
         return {layer for layer, _ in self._moves}
 
     def add(self, layer: int, before: int, after: int, differences: FloatArray) -> None:
@@ -114,61 +117,69 @@ class Moves:
         self._errors.append(standard_error(differences) ** 2 if len(differences) > 1 else 0.0)
 
     def combine(self, coarse: FloatArray) -> FloatArray:
-        """Costs (n, m), nats per token: the coarse ones (n, m) to scale, corrected where moves were measured."""
-        layers, steps = np.array(self._moves).T
-        measured, errors = np.array(self._means), np.array(self._errors)
+        """Costs (n, m), nats per token: the scaled coarse costs (n, m), corrected by the measured moves."""
+        layers, steps = np.array(self._moves).T  # (moves,) each; step k leads from choice k to choice k + 1
+        measured, errors = np.array(self._means), np.array(self._errors)  # (moves,) means and their variances
         predicted = coarse[layers, steps + 1] - coarse[layers, steps]
-        least = _ROUNDING * float((measured**2).mean()) or 1.0  # all moves cost nothing: any precision will do
+        least = _ROUNDING * float((measured**2).mean()) or 1.0  # if no move costs anything, any variance will do
+        # Scale: weighted least squares of the measured moves on the predicted ones.
         weights = 1.0 / (errors + max(float(np.median(errors)), least))
         square = float((weights * predicted**2).sum())
         scale = float((weights * measured * predicted).sum()) / square if square else 1.0
         scale = scale if scale > 0 else 1.0
-        doubt = max(float(np.mean((measured - scale * predicted) ** 2 - errors)), least)
-        table = np.diff(scale * coarse, axis=1)
-        precision, total = np.full(table.shape, 1.0 / doubt), table / doubt
+        coarse_variance = max(float(np.mean((measured - scale * predicted) ** 2 - errors)), least)
+        # Mean of the coarse and the measured step costs, weighted by precision.
+        step_costs = np.diff(scale * coarse, axis=1)  # (n, m-1)
+        precision, total = np.full(step_costs.shape, 1.0 / coarse_variance), step_costs / coarse_variance
         np.add.at(precision, (layers, steps), 1.0 / (errors + least))
         np.add.at(total, (layers, steps), measured / (errors + least))
-        table[layers, steps] = (total / precision)[layers, steps]
-        return np.concatenate([np.zeros((len(coarse), 1)), table.cumsum(axis=1)], axis=1)
+        step_costs[layers, steps] = (total / precision)[layers, steps]
+        return np.concatenate([np.zeros((len(coarse), 1)), step_costs.cumsum(axis=1)], axis=1)
 
 
 def cheapest(space: SearchSpace, costs: FloatArray, budget: int) -> tuple[IntArray, float]:
-    """The pick (n,) of least cost at the least price of a byte at which the pick fits the budget, and that price.
+    """Allocate by Lagrangian relaxation: minimise cost plus price times bytes, at the least price that fits the budget.
 
     Args:
-        space: the space.
+        space: the search space.
         costs: (n, m), in nats per token or any other unit.
         budget: bytes, pinned layers included.
+
+    Returns:
+        The pick (n,) and the price, in the unit of ``costs`` per byte.
 
     Raises:
         ImpqError: the budget is below the smallest plan.
     """
     space.check_budget(budget)
     wide, narrow = np.triu_indices(costs.shape[1], 1)
-    saved = space.nbytes[:, wide] - space.nbytes[:, narrow]
-    # Prices at which a layer goes from one choice to another: between two of them the pick does not change.
-    turns = ((costs[:, narrow] - costs[:, wide]) / np.maximum(saved, 1))[saved > 0]
-    prices = np.unique(np.maximum([0.0, *turns], 0.0))
-    inside = np.append((prices[:-1] + prices[1:]) / 2, 2 * prices[-1] or 1.0)
+    saved = space.nbytes[:, wide] - space.nbytes[:, narrow]  # (n, pairs of choices)
+    # A layer changes its choice only at these prices; in an interval between two of them the pick is constant.
+    breakpoints = ((costs[:, narrow] - costs[:, wide]) / np.maximum(saved, 1))[saved > 0]
+    prices = np.unique(np.maximum([0.0, *breakpoints], 0.0))
+    midpoints = np.append((prices[:-1] + prices[1:]) / 2, 2 * prices[-1] or 1.0)
 
-    def at(number: int) -> IntArray:
-        pick: IntArray = (costs + inside[number] * (space.nbytes - space.nbytes[:, -1:])).argmin(axis=1)
+    def pick_in(interval: int) -> IntArray:
+        pick: IntArray = (costs + midpoints[interval] * (space.nbytes - space.nbytes[:, -1:])).argmin(axis=1)
         return pick
 
-    low, high = -1, len(inside) - 1  # sizes fall with the price, and the last one is the smallest plan's
+    low, high = -1, len(midpoints) - 1  # sizes fall as the price rises; the last interval gives the smallest plan
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if space.bytes_of(at(middle)) <= budget else (middle, high)
-    return at(high), float(prices[high])
+        low, high = (low, middle) if space.bytes_of(pick_in(middle)) <= budget else (middle, high)
+    return pick_in(high), float(prices[high])
 
 
 def undecided(space: SearchSpace, costs: FloatArray, pick: IntArray, price: float, measured: set[int]) -> list[int]:
-    """Layers not measured yet, first those whose next-best choice is nearest to the pick's, relative to the span of the
-    layer's own costs, which the error of a coarse estimate is proportional to."""
-    priced = costs + price * space.nbytes
-    own = np.arange(len(pick))
-    margins = priced - priced[own, pick][:, None]
-    margins[own, pick] = np.inf
+    """Layers outside ``measured``, the most undecided first.
+
+    A layer is ordered by its margin: the priced cost of its second-best choice minus that of its choice in the pick,
+    relative to the range of the layer's costs (the error of a coarse estimate is proportional to that range).
+    """
+    priced = costs + price * space.nbytes  # (n, m)
+    rows = np.arange(len(pick))
+    margins = priced - priced[rows, pick][:, None]
+    margins[rows, pick] = np.inf
     span = np.ptp(costs, axis=1)
     relative = np.divide(margins.min(axis=1), span, out=np.full(len(pick), np.inf), where=span > 0)
     return [int(layer) for layer in np.argsort(relative, kind="stable") if layer not in measured]

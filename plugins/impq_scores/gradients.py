@@ -1,4 +1,4 @@
-"""Estimators that read how the loss would change from gradients: a few forwards for any number of layers."""
+"""Estimators from gradients and Hessians of the loss: a few forwards for any number of layers."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ class LlmMq(Inspector):
     """LLM-MQ (NeurIPS 2023 ENLSP): ``s_{i,b} = |g_i . (W_i - Q_b(W_i))|``, first order, at the unquantized weights.
     The inner product can cancel, so its absolute value is taken per window and averaged over windows.
 
-    The cost of a choice is its score minus the reference's, and never less than zero; it ranks, and is no loss.
+    The cost of a choice is its score minus the reference's, at least 0. It ranks choices and is no loss.
     """
 
     needs = frozenset({"gradients"})
 
     def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
-        """One backward a window: three forwards in all."""
+        """One backward a window: about three forwards in all, whatever the menu."""
         scores = np.abs(probe.slopes()).mean(axis=0)
         linear = np.maximum(scores - scores[:, :1], 0.0)
-        return SensitivityEstimate(probe.space, linear, method="llm-mq", forwards=probe.forwards, nats=False)
+        return SensitivityEstimate(probe.space, linear, method="llm-mq", forwards=probe.forwards, is_loss=False)
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class FisherOptions:
     Args:
         at: where the gradients are taken, from 0 (all layers at the widest choice) to 1 (all at the narrowest); between
             two choices the weights are blended.
-        curvature: weight of the second-order term; at 1 it is several times too large on a damaged model, whose
-            residuals the empirical Fisher matrix takes for curvature.
+        curvature: weight of the second-order term. A weight of 1 is several times too large for a damaged model,
+            because the empirical Fisher matrix counts its residuals as curvature.
     """
 
     at: float = 0.25
@@ -47,19 +47,19 @@ class FisherOptions:
 
 
 class Fisher(Inspector):
-    """The loss to second order around one point, from one backward pass a window.
+    """Second-order expansion of the loss around one point, from one backward pass a window.
 
-    With ``u[s, i, k]`` the first-order change of window s's mean loss when layer i moves to choice k, the change of
-    the loss is ``sum_i mean_s u + (T/2) Var_s(sum_i u)``: the variance over windows, times the T tokens of a window,
-    stands for the Gauss-Newton (empirical Fisher) matrix, as if the gradients of different tokens were independent.
-    The cross terms are the covariances of the layers' changes, so the whole interaction matrix costs three forwards.
+    Let ``u[s, i, k]`` be the first-order change of window s's mean loss if layer i moves to choice k. The change of the
+    loss is ``sum_i mean_s u + (T/2) Var_s(sum_i u)``: the variance over windows times the T tokens of a window replaces
+    the Gauss-Newton (empirical Fisher) matrix, as if the gradients of different tokens were independent. The cross
+    terms are covariances between layers, so they cost no more than the slopes.
     """
 
     Options = FisherOptions
     needs = frozenset({"gradients"})
 
     def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
-        """One backward a window: three forwards in all."""
+        """One backward a window: about three forwards in all, whatever the menu."""
         space = probe.space
         slopes = probe.slopes(shares_at(space, self.options.at))
         windows, n, m = slopes.shape
@@ -85,22 +85,24 @@ class AumannShapleyOptions:
 
 
 class AumannShapley(Inspector):
-    """Aumann-Shapley values: the cost of a step is the integral of its slope along the path on which all layers go
-    together from each width to the next, their weights blended. On a straight path the values add up to the loss of the
-    all-narrowest model above the all-widest."""
+    """Aumann-Shapley values: the cost of a step is the integral of its slope along a path.
+
+    On the path all layers move together from each width to the next, with linearly blended weights. The values of all
+    layers add up to the loss of the all-narrowest model above the all-widest one, up to the error of the quadrature.
+    """
 
     Options = AumannShapleyOptions
     needs = frozenset({"gradients"})
 
     def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
-        """``nodes`` backwards a window and width step: three forwards each."""
+        """``nodes`` backwards a window and width step: about three forwards each."""
         space = probe.space
         n, m = space.nbytes.shape
-        places, weights = np.polynomial.legendre.leggauss(self.options.nodes)
+        nodes, weights = np.polynomial.legendre.leggauss(self.options.nodes)  # on [-1, 1]
         linear = np.zeros((n, m))
         for step in range(m - 1):
-            for place, weight in zip((places + 1) / 2, weights / 2, strict=True):
-                slopes = probe.slopes(shares_at(space, (step + place) / (m - 1))).mean(axis=0)
+            for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):  # on [0, 1]
+                slopes = probe.slopes(shares_at(space, (step + node) / (m - 1))).mean(axis=0)  # (n, m)
                 linear[:, step + 1:] += weight * (slopes[:, step + 1] - slopes[:, step])[:, None]
         return SensitivityEstimate(space, linear, method=f"aumann-shapley({self.options.nodes} nodes)",
                                    forwards=probe.forwards)
@@ -111,7 +113,7 @@ class HawqOptions:
     """Options of the HAWQ estimator.
 
     Args:
-        samples: random vectors for the Hessian traces, six forwards each.
+        samples: random vectors for the Hessian traces, about six forwards each.
     """
 
     samples: int = 2
@@ -122,38 +124,39 @@ class HawqOptions:
 
 
 class Hawq(Inspector):
-    """HAWQ-V2 (arXiv 1911.03852): ``1/2 sum_l trace(H_l) / size_l ||Q_b(W_l) - W_l||^2`` over a layer's linears, the
-    second-order term of the loss at the unquantized weights with each linear's average curvature for all directions.
+    """HAWQ-V2 (arXiv 1911.03852): ``1/2 sum_l trace(H_l) / size_l ||Q_b(W_l) - W_l||^2`` over a layer's linears.
 
-    The cost of a choice is its term minus the reference's, and never less than zero; so is a trace, which is the
-    curvature of the loss itself and not of a Gauss-Newton matrix.
+    This is the second-order term of the loss at the unquantized weights, with the average curvature of each linear in
+    place of its Hessian. The traces are of the Hessian of the loss, not of a Gauss-Newton matrix, and can be negative:
+    a negative trace counts as 0. The cost of a choice is its term minus the reference's, at least 0.
     """
 
     Options = HawqOptions
     needs = frozenset({"gradients"})
 
     def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
-        """``samples`` draws of the traces: six forwards each."""
+        """``samples`` draws of the traces: about six forwards each."""
         space = probe.space
         draws = [probe.hessian_traces(rng) for _ in range(self.options.samples)]
-        terms = np.zeros((len(draws), *space.nbytes.shape))
+        terms = np.zeros((len(draws), *space.nbytes.shape))  # (samples, n, m)
         linear = np.zeros(space.nbytes.shape)
         for i, layer in enumerate(space.layers):
             for spec in layer.linears:
                 weight = probe.weight(spec)
                 errors = np.array([float((probe.variant(spec, choice) - weight).square().sum())
-                                   for choice in space.choices])
-                traces = np.array([draw[spec] for draw in draws])
+                                   for choice in space.choices])  # (m,)
+                traces = np.array([draw[spec] for draw in draws])  # (samples,)
                 terms[:, i] += 0.5 * traces[:, None] / spec.parameters * (errors - errors[0])
                 linear[i] += 0.5 * np.maximum(0.0, traces.mean()) / spec.parameters * errors  # a NaN stays one
-        several = len(draws) > 1
-        stderr = terms.std(axis=0, ddof=1) / np.sqrt(len(draws)) if several else np.full(linear.shape, np.nan)
+        stderr = np.full(linear.shape, np.nan)
+        if len(draws) > 1:
+            stderr = terms.std(axis=0, ddof=1) / np.sqrt(len(draws))
         return SensitivityEstimate(space, np.maximum(linear - linear[:, :1], 0.0), stderr=stderr,
                                    method=f"hawq({len(draws)} samples)", forwards=probe.forwards)
 
 
 def shares_at(space: SearchSpace, at: float) -> FloatArray:
-    """Shares (m,) of the two choices on either side of a place between all-widest (0) and all-narrowest (1)."""
+    """Shares (m,) that blend the two choices on either side of ``at``, from all-widest (0) to all-narrowest (1)."""
     m = len(space.choices)
     shares = np.maximum(0.0, 1.0 - np.abs(at * (m - 1) - np.arange(m)))
     return shares
@@ -161,26 +164,26 @@ def shares_at(space: SearchSpace, at: float) -> FloatArray:
 
 def quadratic(space: SearchSpace, slope: FloatArray, matrix: FloatArray | None, method: str,
               forwards: float) -> SensitivityEstimate:
-    """The estimate that says ``sum_i slope[i, q_i] + 1/2 sum_ij matrix[i, q_i, j, q_j]`` but for a constant.
+    """The estimate of ``sum_i slope[i, q_i] + 1/2 sum_ij matrix[i, q_i, j, q_j]`` minus its value at choice 0.
 
     Args:
-        space: of the estimate.
+        space: the space of the estimate.
         slope: (n, m).
-        matrix: (n, m, n, m), symmetric; None for none.
-        method: name.
-        forwards: cost.
+        matrix: (n, m, n, m), symmetric; None for an additive estimate.
+        method: name of the method.
+        forwards: cost in full-model forwards.
     """
-    n, _ = space.nbytes.shape
+    n, m = space.nbytes.shape
     linear = slope - slope[:, :1]
     if matrix is None:
         return SensitivityEstimate(space, linear, method=method, forwards=forwards)
-    # Everything is measured from choice 0: pairs from both of its sides, and what the others' choice 0 adds to one.
-    at_zero = matrix[:, :, :, 0].sum(axis=2)
-    own = np.arange(n)
-    alone = matrix[own[:, None], np.arange(slope.shape[1]), own[:, None], np.arange(slope.shape[1])]
-    others = at_zero - matrix[own, :, own, 0]
-    linear = linear + 0.5 * (alone - alone[:, :1]) + others - others[:, :1]
+    # All terms are relative to choice 0: a pair term loses its values with either layer at choice 0, and these become
+    # part of the other layer's linear term.
+    rows, widths = np.arange(n), np.arange(m)
+    own = matrix[rows[:, None], widths, rows[:, None], widths]  # (n, m): a layer with itself
+    others = matrix[:, :, :, 0].sum(axis=2) - matrix[rows, :, rows, 0]  # (n, m): with all other layers at choice 0
+    linear = linear + 0.5 * (own - own[:, :1]) + others - others[:, :1]
     pairs = matrix - matrix[:, :1] - matrix[:, :, :, :1] + matrix[:, :1, :, :1]
-    pairs[own, :, own] = 0.0
+    pairs[rows, :, rows] = 0.0
     return SensitivityEstimate(space, linear, 0.5 * (pairs + pairs.transpose(2, 3, 0, 1)), method=method,
                                forwards=forwards)

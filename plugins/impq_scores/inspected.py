@@ -1,9 +1,9 @@
-"""Estimators that look and do not play.
+"""Estimators that rank layers by importance, from activations, weights or positions, without measuring a loss.
 
-Most of them rank layers by importance and say nothing of widths. To be read by an allocator, an importance becomes the
-cost of a narrower width as importance times relative distortion, ``(4^-b_k - 4^-b_0) / (4^-b_last - 4^-b_0)``: the
-squared error of uniform quantization at b bits, 0 at the widest and 1 at the narrowest. With two widths and layers of
-one size this is the ranking of the papers: the most important layers keep the high width until the budget is spent.
+An importance says nothing about widths. The cost of choice k is therefore the importance times the relative distortion
+``(4^-b_k - 4^-b_0) / (4^-b_last - 4^-b_0)``: the squared error of uniform quantization at b bits, 0 at the widest and 1
+at the narrowest width. With two widths and layers of equal size this is the ranking of the papers: the most important
+layers keep the wide choice until the budget is spent.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from impq_core.types import SensitivityEstimate
 
 def from_importance(space: SearchSpace, importance: FloatArray, method: str,
                     forwards: float = 0.0) -> SensitivityEstimate:
-    """An estimate in no unit from importances (n,), shifted so that the least is a small positive cost."""
+    """An estimate without unit from importances (n,), shifted and scaled to costs from 0.001 to 1.001."""
     spread = float(importance.max() - importance.min()) or 1.0
     cost = (importance - importance.min()) / spread + 1e-3
     distortion = 4.0 ** -np.array([choice.bits for choice in space.choices])
     relative = (distortion - distortion[0]) / (distortion[-1] - distortion[0])
-    return SensitivityEstimate(space, cost[:, None] * relative, method=method, forwards=forwards, nats=False)
+    return SensitivityEstimate(space, cost[:, None] * relative, method=method, forwards=forwards, is_loss=False)
 
 
 class Random(Inspector):
-    """Importance drawn uniformly: what a plan is worth when nothing is known."""
+    """Importance drawn uniformly at random: the baseline for every other estimator."""
 
     def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
-        """Reads nothing."""
+        """Costs no forward and reads neither weights nor text."""
         return from_importance(probe.space, rng.random(len(probe.space)), "random")
 
 
 class FirstLast(Inspector):
-    """The first and last blocks matter most: importance falls with the distance to the nearer end."""
+    """The first and last blocks are the most important: importance falls with the distance to the nearer end."""
 
     def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
-        """Reads nothing."""
+        """Costs no forward and reads neither weights nor text."""
         last = max(layer.block for layer in probe.space.everyone)
         depth = np.array([float(min(layer.block, last - layer.block)) for layer in probe.space.layers])
         return from_importance(probe.space, -depth, "first-last")
@@ -51,7 +51,8 @@ class ZScoreOptions:
     """Options of the z-score estimator.
 
     Args:
-        direction: ``fewer`` (the original: fewer outlying weights, more important) or ``more`` (as CoopQ's text says).
+        direction: ``fewer``: layers with fewer outlying weights are more important (the original paper); ``more``: the
+            opposite (the text of CoopQ).
     """
 
     direction: str = "fewer"
@@ -68,7 +69,7 @@ class ZScore(Inspector):
     Options = ZScoreOptions
 
     def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
-        """Reads weights."""
+        """Reads the weights; costs no forward."""
         import torch
 
         shares = []
@@ -80,13 +81,16 @@ class ZScore(Inspector):
 
 
 class Lim(Inspector):
-    """LIM (arXiv 2406.17415): ``-cos(block input, block output)``, each window flattened, averaged over windows; a
-    block that turns its input more is more important. Layers below block level share their block's score."""
+    """LIM (arXiv 2406.17415): ``-cos(block input, block output)``, each window flattened, averaged over windows.
+
+    A block that changes the direction of its input more is more important. Layers below block level share the score of
+    their block.
+    """
 
     needs = frozenset({"activations"})
 
     def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
-        """One forward."""
+        """One forward of the blocks."""
         import torch
 
         scores = {}
@@ -100,12 +104,12 @@ class Lim(Inspector):
 
 class Activation(Inspector):
     """CoopQ's activation baseline: ``s_i = 100 min_j ||H_j||_F / ||H_i||_F`` with H the block's output over the
-    calibration windows; layers below block level share their block's score."""
+    calibration windows. Layers below block level share the score of their block."""
 
     needs = frozenset({"activations"})
 
     def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
-        """One forward."""
+        """One forward of the blocks."""
         norms = {index: float(sum(float(b.float().square().sum()) for b in outputs)) ** 0.5
                  for index, _, outputs in probe.block_states()}
         bad = [index for index, norm in norms.items() if not np.isfinite(norm)]

@@ -1,4 +1,4 @@
-"""Estimators that play a few picks of the game."""
+"""Estimators from the measured losses of single and double demotions."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ class IsolatedOptions:
     """Options of the isolated estimator.
 
     Args:
-        base: width in bits at which the other layers stand; 0 is the widest. A width near the budget measures layers
-            where the plan will be: a demotion costs more among narrow neighbours than among wide ones.
+        base: width in bits of the other layers; 0 is the widest. A width near the budget measures each layer in the
+            surroundings that it will have in the plan: a demotion costs more among narrow layers than among wide ones.
     """
 
     base: float = 0.0
 
     def __post_init__(self) -> None:
         if self.base < 0:
-            raise ValueError("base must be one of the widths played, or 0")
+            raise ValueError("base must be one of the widths of --bits, or 0")
 
 
 class Isolated(Player):
     """Each layer at each other width, the others at the base: ``linear[i, k] = loss(i at k) - loss(i at the widest)``.
 
-    Cost: n (m-1) evaluations of about half a forward.
+    Cost: n (m-1) evaluations, each of half of the blocks (on average) and the head.
     """
 
     Options = IsolatedOptions
@@ -39,22 +39,22 @@ class Isolated(Player):
     def check_space(self, space: SearchSpace) -> None:
         """The base must be on the menu."""
         if self.options.base and self.options.base not in _widths(space):
-            raise UsageError(f"estimator isolated: base={self.options.base:g} is none of the widths played "
+            raise UsageError(f"estimator isolated: base={self.options.base:g} is none of the widths of --bits "
                              f"({', '.join(f'{bits:g}' for bits in _widths(space))})")
 
     def estimate(self, game: Game, rng: np.random.Generator) -> SensitivityEstimate:
-        """The additive estimate; raises ImpqError where a loss is not finite."""
+        """The additive estimate; raises ImpqError if a loss is not finite."""
         space = game.space
         n, m = space.nbytes.shape
         base = _widths(space).index(self.options.base) if self.options.base else 0
-        picks = np.tile(space.uniform(base), (n, m, 1))
+        picks = np.tile(space.uniform(base), (n, m, 1))  # (n, m, n): the pick with layer i at choice k
         picks[np.arange(n)[:, None], np.arange(m), np.arange(n)[:, None]] = np.arange(m)
         game.expect(1 + n * (m - 1))
-        # From the last layer to the first, so that each prefix is the base's.
+        # From the last layer to the first, so that each pick shares its prefix with the base.
         losses = game.losses(picks[::-1].reshape(n * m, n)).reshape(n, m)[::-1]
         if not np.isfinite(losses).all():
-            bad = space.layers[int(np.argwhere(~np.isfinite(losses))[0, 0])].name
-            raise ImpqError(f"the loss with {bad} moved is not finite: try --dtype float32 or wider --bits")
+            layer = space.layers[int(np.argwhere(~np.isfinite(losses))[0, 0])].name
+            raise ImpqError(f"the loss with {layer} moved is not finite: try --dtype float32 or wider --bits")
         method = f"isolated(base={self.options.base:g})" if base else "isolated"
         return SensitivityEstimate(space, losses - losses[:, :1], method=method, forwards=game.forwards)
 
@@ -64,8 +64,8 @@ class CladoOptions:
     """Options of CLADO.
 
     Args:
-        pairs: which pairs are measured: ``all``, or those of one ``block`` (the others count as not interacting).
-        psd: project the matrix onto the positive semidefinite ones, as the paper does.
+        pairs: ``all`` measures every pair of layers, ``block`` only pairs within a block (other pairs count as 0).
+        psd: project the matrix onto the positive semidefinite matrices, as the paper does.
     """
 
     pairs: str = "all"
@@ -86,14 +86,14 @@ class Clado(Player):
     Options = CladoOptions
 
     def estimate(self, game: Game, rng: np.random.Generator) -> SensitivityEstimate:
-        """The quadratic estimate; raises ImpqError where a loss is not finite."""
+        """The quadratic estimate; raises ImpqError if a loss is not finite."""
         space = game.space
         n, m = space.nbytes.shape
-        moves = [(i, k) for i in range(n) for k in range(1, m)]
-        near = [(a, b) for a, (i, _) in enumerate(moves) for b, (j, _) in enumerate(moves) if i < j and (
+        moves = [(i, k) for i in range(n) for k in range(1, m)]  # (layer, choice)
+        pairs = [(a, b) for a, (i, _) in enumerate(moves) for b, (j, _) in enumerate(moves) if i < j and (
             self.options.pairs == "all" or space.layers[i].block == space.layers[j].block)]
-        picks = np.zeros((len(moves) + len(near), n), dtype=np.int64)
-        for row, changes in enumerate([*((a,) for a in range(len(moves))), *near]):
+        picks = np.zeros((len(moves) + len(pairs), n), dtype=np.int64)
+        for row, changes in enumerate([*((a,) for a in range(len(moves))), *pairs]):
             for change in changes:
                 picks[row, moves[change][0]] = moves[change][1]
         game.expect(1 + len(picks))
@@ -101,8 +101,8 @@ class Clado(Player):
         if not np.isfinite(losses).all():
             raise ImpqError("a loss with one or two layers demoted is not finite: try --dtype float32 or wider --bits")
         single = losses[:len(moves)]
-        matrix = np.diag(2 * single)
-        for (a, b), loss in zip(near, losses[len(moves):], strict=True):
+        matrix = np.diag(2 * single)  # (moves, moves)
+        for (a, b), loss in zip(pairs, losses[len(moves):], strict=True):
             matrix[a, b] = matrix[b, a] = loss - single[a] - single[b]
         if self.options.psd:
             values, vectors = np.linalg.eigh(matrix)

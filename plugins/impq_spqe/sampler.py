@@ -1,4 +1,4 @@
-"""Demote layers one at a time in random orders and measure the loss after each step."""
+"""The SPQE sampler: demotes layers one at a time in random orders and measures the loss after each step."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ class Options:
     """Options of SPQE.
 
     Args:
-        permutations: at most this many random orders (the paper: 100, with 50 as good; on a small model 4 made as good
+        permutations: largest number of random orders (the paper: 100, with 50 as good; on a small model 4 gave as good
             a plan as 25).
-        antithetic: play each order also backwards, which counts as one of the permutations; false is the paper.
-        tolerance: stop early once the mean standard error of the Shapley values is below this share of their spread
-            (standard deviation over layers); 0 never stops early.
-        settle: stop early once the plan has stopped changing: twice in a row the plan before an independent draw was
-            less than this worse, in nats per token, than the one after it, by the estimate after it; 0 never does.
-        fresh: play every pair of orders (every order if not antithetic) on calibration windows of its own, as long as
-            there are any: nearly the same forwards read more text, and plans are better; false is the paper. Only
-            orders on the same windows say anything about interactions: with antithetic=false each order has a set of
-            its own, so the covariance surrogate is refused and the certificate of ``impq fit`` is unknown.
-        truncate: end an order once the loss is this many nats above the reference: the model has collapsed, and further
-            demotions say nothing (SMPQ); 0 never does. Needs a surrogate that allows gaps, such as additive.
-        around: nominal bits of the plans wanted: of each order only the picks within ``span`` bits of it are measured,
-            so that losses far from any plan cost nothing; 0 measures whole orders. Needs a surrogate that allows gaps,
-            such as regression.
+        antithetic: play each order also in reverse, which counts as a permutation; the paper does not (false).
+        tolerance: stop if the mean standard error of the Shapley values is below this share of their standard
+            deviation over layers; 0 never stops early.
+        settle: stop if the plan is stable: for two independent draws in a row, the plan before the draw is less than
+            this many nats per token worse than the plan after it, by the estimate after it; 0 never stops early.
+        fresh: play every pair of orders (every order if not antithetic) on its own calibration windows, as long as
+            there are any: the same forwards read more text, and plans are better; the paper does not (false).
+            Interactions are only visible between orders on the same windows: with antithetic=false every order has its
+            own, so the covariance surrogate is refused and the certificate of ``impq fit`` is unknown.
+        truncate: end an order if the loss is this many nats per token above the reference: the model has collapsed, and
+            further demotions are not informative (SMPQ); 0 never does. Needs a surrogate that allows gaps, such as
+            additive.
+        around: nominal bits of the intended plans: of each order only the picks within ``span`` bits of it are
+            measured, which saves the losses far from any plan; 0 measures whole orders. Needs a surrogate that allows
+            gaps, such as regression.
         span: nominal bits on either side of ``around``.
     """
 
@@ -63,7 +64,7 @@ class Spqe(Sampler):
     one layer by one step until all are at the narrowest, in random order; the loss is measured after every step.
 
     With two widths this is the paper's game. With more, the players are (layer, width step) pairs, as in SMPQ
-    (arXiv 2508.03002): an order is a shuffle in which every layer occurs once for each of its steps.
+    (arXiv 2508.03002): an order is a shuffle in which every layer occurs m - 1 times.
 
     Cost: n (m-1) evaluations a permutation, about half a forward each because prefixes are shared.
     """
@@ -76,11 +77,11 @@ class Spqe(Sampler):
         share = min(1.0, 2 * options.span / (space.choices[0].bits - space.choices[-1].bits)) if options.around else 1.0
         game.expect(1 + round(options.permutations * share * len(space) * (len(space.choices) - 1)))
         orders: list[_Played] = []
-        windows = drawn = calm = 0
+        windows = drawn = stable = 0  # set of windows, replicate that it belongs to, draws in a row without a new plan
         for order, replicate in self._orders(space, rng):
             if options.fresh and replicate != drawn:
                 windows, drawn = game.redraw(replicate), replicate
-            path = self._wanted(space, demotions(space, order))
+            path = self._near(space, demotions(space, order))
             losses = self._play(game, path)
             orders.append(_Played(path[:len(losses)], losses, replicate, windows))
             if options.antithetic and len(orders) % 2:
@@ -88,32 +89,32 @@ class Spqe(Sampler):
             if options.tolerance and self._precise(_gather(game, orders)):
                 break
             if options.settle:
-                calm = calm + 1 if drift(_gather(game, orders)) < options.settle else 0
-                if calm == 2:
+                stable = stable + 1 if drift(_gather(game, orders)) < options.settle else 0
+                if stable == 2:
                     break
         if windows:
             game.redraw(0)
         return _gather(game, orders)
 
     def check_space(self, space: SearchSpace) -> None:
-        """``around`` must lie within the menu."""
+        """Raises UsageError if ``around`` lies outside the menu."""
         if self.options.around and not space.choices[-1].bits <= self.options.around <= space.choices[0].bits:
             raise UsageError(f"estimator spqe: around={self.options.around:g} lies outside the menu, "
                              f"{space.choices[-1]} to {space.choices[0]} bits")
 
-    def _wanted(self, space: SearchSpace, path: IntArray) -> IntArray:
+    def _near(self, space: SearchSpace, path: IntArray) -> IntArray:
         """The picks of a path within ``span`` of ``around``; at least two neighbours."""
         if not self.options.around:
             return path
-        away = np.abs([space.nominal_bits(space.bytes_of(pick)) - self.options.around for pick in path])
-        nearest = int(away.argmin())
-        inside = away <= self.options.span
+        distances = np.abs([space.nominal_bits(space.bytes_of(pick)) - self.options.around for pick in path])
+        nearest = int(distances.argmin())
+        inside = distances <= self.options.span
         inside[max(0, min(nearest, len(path) - 2)):][:2] = True
         return path[inside]
 
     def _play(self, game: Game, path: IntArray) -> FloatArray:
-        """Losses along a path, up to and including the first above ``truncate``; one that is not finite is past the
-        collapse too, and is left out."""
+        """Losses along a path, up to and including the first above ``truncate``; a loss that is not finite also ends
+        the path, and is not included."""
         if not self.options.truncate:
             return game.losses(path)
         losses: list[float] = []
@@ -126,7 +127,7 @@ class Spqe(Sampler):
         return np.array(losses)
 
     def _orders(self, space: SearchSpace, rng: np.random.Generator) -> Iterator[tuple[IntArray, int]]:
-        """Orders of demotion, each with the number of its independent draw."""
+        """Orders of demotion (n (m-1),), each with the number of its independent draw."""
         tickets = np.repeat(np.arange(len(space)), len(space.choices) - 1)
         replicates = self.options.permutations // (2 if self.options.antithetic else 1)
         for replicate in range(replicates):
@@ -138,9 +139,9 @@ class Spqe(Sampler):
     def _precise(self, measurements: Measurements) -> bool:
         """Whether the standard errors of the Shapley values are below ``tolerance`` times their spread."""
         values, replicates = measurements.marginals()
-        draws = np.stack([values[replicates == r].mean(axis=0) for r in np.unique(replicates)])
+        draws = np.stack([values[replicates == r].mean(axis=0) for r in np.unique(replicates)])  # (draws, n, m-1)
         if len(draws) < 3 or np.isnan(draws).any():
-            return False  # two draws, or steps that were not reached, give no standard error to stop on
+            return False  # the standard error of two draws is too rough; a step that was not reached has none
         stderr = np.apply_along_axis(standard_error, 0, draws).mean()
         return bool(stderr <= self.options.tolerance * draws.mean(axis=0).std())
 
@@ -156,7 +157,7 @@ def demotions(space: SearchSpace, order: IntArray) -> IntArray:
 
 @dataclass(frozen=True, eq=False)
 class _Played:
-    """An order as far as it was played: picks (K, n), losses (K,), independent draw and set of windows."""
+    """The measured part of an order: picks (K, n), losses (K,), number of the independent draw, set of windows."""
 
     picks: IntArray
     losses: FloatArray

@@ -1,4 +1,4 @@
-"""Surrogates: what measured losses say about picks that were not measured."""
+"""Surrogates: models fitted to measured losses, which predict the losses of other picks."""
 
 from impq_core.hookspecs import Component, hookimpl
 
@@ -11,7 +11,7 @@ def impq_surrogates() -> list[Component]:
                   "Shapley values and the shrunk covariance of marginals (the paper)"),
         Component("additive", "impq_surrogates.shapley:Additive", "Shapley values alone"),
         Component("regression", "impq_surrogates.regression:Regression",
-                  "ridge on widths and their products, cross-validated, with a link"),
-        Component("auto", "impq_surrogates.auto:Auto", "additive, coverage or regression, by cross-validation"),
-        Component("coverage", "impq_surrogates.regression:Coverage", "saturating product of single damages"),
+                  "cross-validated ridge regression on width steps and their products, with a link"),
+        Component("auto", "impq_surrogates.auto:Auto", "additive, coverage or regression, chosen by cross-validation"),
+        Component("coverage", "impq_surrogates.regression:Coverage", "losses that saturate at a fitted ceiling"),
     ]

@@ -1,4 +1,4 @@
-"""Surrogates made of permutation marginals: Shapley values, with or without the paper's covariance."""
+"""Surrogates from permutation marginals: Shapley values, with or without the paper's covariance."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from impq_surrogates.steps import from_quadratic, from_steps
 class Additive(Surrogate):
     """Shapley values: ``phi = mean over permutations of the marginal costs`` (IMPQ, SPQE), summed over width steps.
 
-    Steps that truncated permutations did not reach are left out of the mean, which is then over the coalitions before
-    the collapse.
+    The mean of a step is over the permutations that reached it, if some were truncated: over the coalitions before the
+    collapse.
     """
 
     def fit(self, measurements: Measurements) -> SensitivityEstimate:
@@ -32,7 +32,8 @@ class Additive(Surrogate):
         unreached = np.isnan(marginals).all(axis=0)
         if unreached.any():
             layer = measurements.space.layers[int(np.argwhere(unreached)[0, 0])].name
-            raise ImpqError(f"no permutation reached every step of {layer}: play more of them, or truncate later")
+            raise ImpqError(f"surrogate 'additive': no permutation reached every step of {layer}; raise -o "
+                            "permutations or -o truncate")
         return SensitivityEstimate(
             measurements.space, from_steps(np.nanmean(marginals, axis=0)), stderr=_stderr(marginals, replicates),
             method="additive", forwards=measurements.forwards)
@@ -57,11 +58,11 @@ class Covariance(Surrogate):
     """The paper's quadratic form: ``K = (1-alpha) C + alpha diag C``, ``a_i = phi_i - sum_{j!=i} K_ij``, objective
     ``a'q + q'Kq`` (IMPQ, section on allocation), with C the covariance of the permutation marginals.
 
-    The players are width steps: q_(i,k) is 1 if layer i stands at choice k or narrower, so with two widths this is the
-    paper's formula to the letter. C is taken within sets of windows (``covariance``): the marginals of all orders of a
-    set add up to the same total, so the rows of C sum to zero, and the objective equals
-    ``(phi + diag C)'q + (1-alpha) q'Cq``, a mean-plus-variance rule. A covariance of marginals is not an interaction:
-    for two players it is negative whatever the sign of their joint effect. The objective ranks plans and is no loss.
+    The players are width steps: q_(i,k) is 1 if layer i is at choice k or narrower. With two widths this is exactly the
+    paper's formula. C is computed within sets of windows (``covariance``): the marginals of every order of a set add up
+    to the same total, so the rows of C sum to zero, and the objective equals ``(phi + diag C)'q + (1-alpha) q'Cq``, a
+    mean-plus-variance rule. A covariance of marginals is not an interaction: for two players it is negative whatever
+    the sign of their joint effect. The objective ranks plans and is no loss.
     """
 
     Options = CovarianceOptions
@@ -87,24 +88,26 @@ class Covariance(Surrogate):
         return SensitivityEstimate(space, *from_quadratic(space, linear, quadratic),
                                    stderr=_stderr(marginals, replicates),
                                    method=f"covariance(alpha={self.options.alpha:g})", forwards=measurements.forwards,
-                                   nats=False)
+                                   is_loss=False)
 
 
 def covariance(values: FloatArray, windows: IntArray) -> FloatArray:
     """``C = 1/M sum_p (DV_p - phi_s(p))(DV_p - phi_s(p))'`` with ``phi_s`` the mean over the orders of set s.
 
-    On one set this is the paper's C. An order and its reverse on windows of their own give the C that they would give
-    on common windows if the game is one of pairs and sets differ by additive costs: those cancel in the deviations.
+    With one set of windows this is the paper's C. If the game has interactions of at most two players and the sets of
+    windows differ by additive costs only, an order and its reverse give the same C on any set: additive costs cancel in
+    the deviations.
 
     Args:
         values: marginals DV (M, players).
-        windows: (M,) the set of windows of each order; an order alone on its set has no deviation and is not counted.
+        windows: (M,) the set of windows of each order; the only order of a set has no deviation and does not count.
     """
-    _, sets, orders = np.unique(windows, return_inverse=True, return_counts=True)
-    means = np.zeros((len(orders), values.shape[1]))
-    np.add.at(means, sets, values)
-    deviations = values - (means / orders[:, None])[sets]
-    result: FloatArray = deviations.T @ deviations / max(1, int(orders[orders > 1].sum()))
+    _, sets, orders = np.unique(windows, return_inverse=True, return_counts=True)  # orders: (sets,) orders of a set
+    totals = np.zeros((len(orders), values.shape[1]))
+    np.add.at(totals, sets, values)
+    deviations = values - (totals / orders[:, None])[sets]
+    counted = max(1, int(orders[orders > 1].sum()))
+    result: FloatArray = deviations.T @ deviations / counted
     return result
 
 
@@ -116,8 +119,8 @@ def paper_form(phi: FloatArray, c: FloatArray, alpha: float) -> tuple[FloatArray
 
 
 def _stderr(marginals: FloatArray, replicates: IntArray) -> FloatArray:
-    """Standard errors (n, m) of the summed step means, over independent replicates that reached the step; NaN if fewer
-    than two did."""
+    """Standard errors (n, m) of the summed step means, over the independent replicates that reached the step; NaN if
+    fewer than two reached it."""
     costs = np.concatenate([np.zeros((*marginals.shape[:2], 1)), marginals.cumsum(axis=2)], axis=2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the mean of no values is NaN, as it should be

@@ -39,4 +39,4 @@ class Example(Inspector):
                 for k, choice in enumerate(space.choices):
                     costs[i, k] += float((probe.variant(linear, choice) - weight).square().sum()) / size
         return SensitivityEstimate(space, costs - costs[:, :1], method="example", forwards=probe.forwards,
-                                   nats=False)
+                                   is_loss=False)
