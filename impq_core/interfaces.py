@@ -90,9 +90,9 @@ class Part:
 
 
 Drift = Callable[[Measurements], float]
-"""The predicted loss of the previous plan minus that of the new plan, in nats per token. Each call takes all measurements
-so far and makes a plan from them; both plans are scored with the new estimate. Infinite at the first call, and if no plan
-can be made."""
+"""The predicted loss of the previous plan minus that of the new plan, in nats per token. Each call takes all
+measurements so far and makes a plan from them; both plans are scored with the new estimate. Infinite at the first call,
+and if no plan can be made."""
 
 
 def unknown_drift(measurements: Measurements) -> float:
@@ -155,8 +155,8 @@ class Probe(Protocol):
 
     @property
     def forwards(self) -> float:
-        """Cost so far, in forwards of the game's windows, even if the probe reads more or fewer windows. Slopes cost about
-        three forwards of the windows that they are read on: forward, backward, and the gradients of the weights."""
+        """Cost so far, in forwards of the game's windows, even if the probe reads more or fewer windows. Slopes cost
+        about three forwards of the windows that they are read on: forward, backward, and gradients of the weights."""
 
     def weight(self, linear: LinearSpec) -> torch.Tensor:
         """The unquantized weight (rows, columns), float32."""
@@ -171,8 +171,8 @@ class Probe(Protocol):
         """First-order change of each window's loss if one layer changes. Needs ``gradients``.
 
         Args:
-            at: blend weights (m,) of the choices: each layer's weights are set to this weighted sum of its variants. None
-                is the unquantized model.
+            at: blend weights (m,) of the choices: each layer's weights are set to this weighted sum of its variants.
+                None is the unquantized model.
 
         Returns:
             float64 (windows, n, m), nats per token: ``[s, i, k]`` is the inner product of the gradient of window s's
@@ -266,8 +266,9 @@ class Sampler(Estimator):
 
     @abstractmethod
     def sample(self, game: Game, rng: np.random.Generator, drift: Drift = unknown_drift) -> Measurements:
-        """The losses of the picks that the sampler chose; every random draw comes from ``rng``, and ``drift`` can be used
-        to stop early."""
+        """The losses of the picks that the sampler chose.
+
+        Every random draw comes from ``rng``; ``drift`` can be used to stop early."""
 
     def measure(self, game: Game | None, probe: Probe, rng: np.random.Generator,
                 drift: Drift = unknown_drift) -> SensitivityEstimate | Measurements:
