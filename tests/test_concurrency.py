@@ -12,7 +12,7 @@ import pytest
 
 from impq_core.config import RunConfig
 
-PROCESSES = 4
+PROCESSES = 3
 
 
 def test_runs_started_at_once_are_all_kept(tiny_config: RunConfig, tmp_path: Path, cache: Path) -> None:
