@@ -144,12 +144,14 @@ def test_a_run_without_them_works(world: World, everyone: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, plugin in PLUGINS.items() if plugin.chosen])
-def test_a_run_with_one_says_whose_fault_it_is(name: str, world: World, tmp_path: Path) -> None:
+def test_a_run_with_one_names_the_plugin_at_fault(name: str, world: World, tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     world.reset()
     plugin = PLUGINS[name]
-    done = impq(world, install(tmp_path, name), "run", *plugin.chosen.split(), "--tracking-uri", "none")
-    assert done.returncode == plugin.code and plugin.says in done.stderr, done
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    monkeypatch.syspath_prepend(install(tmp_path, name))
+    answer = world.ask(f"run {plugin.chosen} --tracking-uri none")
+    assert answer.code == plugin.code and plugin.says in answer.err, answer
+    assert len(answer.err.strip().splitlines()) == 1, answer.err
 
 
 def test_an_estimate_upside_down_is_wondered_at(world: World) -> None:
