@@ -187,7 +187,7 @@ class Probe(Protocol):
 
 
 class Estimator(Part, ABC):
-    """Estimates what each choice of each layer costs. Derive from ``Inspector``, ``Player`` or ``Sampler``.
+    """Estimates what each choice of each layer costs. Derive from ``Inspector``, ``GameEstimator`` or ``Sampler``.
 
     Class attributes:
         default_granularity: the size of a layer under ``--granularity auto``.
@@ -242,7 +242,7 @@ class Inspector(Estimator):
         return self.inspect(probe, rng)
 
 
-class Player(Estimator):
+class GameEstimator(Estimator):
     """Plays the game and makes its own estimate from the losses."""
 
     returns = MappingProxyType({"estimate": (SensitivityEstimate,)})
