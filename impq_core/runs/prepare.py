@@ -169,8 +169,8 @@ class Prepared:
         return replace(self, config=resolved, parts=parts, budget_bytes=budget.resolve(self.space))
 
     @property
-    def played_budget(self) -> int:
-        """The budget in the played space: at the same share of the way from all-narrowest to all-widest."""
+    def game_budget(self) -> int:
+        """The budget in the game's space: at the same share of the way from all-narrowest to all-widest."""
         return self.space.carry_over(self.budget_bytes, self.game_space)
 
     @property

@@ -132,7 +132,7 @@ class Session:
         assert windows is not None
         return ModelGame(
             prepared.game_space, self.bank, self.runner, windows, log, progress=self.report("estimate"),
-            value=prepared.config.value, budget_bytes=prepared.played_budget, spare=spare, probe=probe or self.probe(),
+            value=prepared.config.value, budget_bytes=prepared.game_budget, spare=spare, probe=probe or self.probe(),
             watch=lambda picks, losses, forwards: self.plugins.notify(
                 "impq_measured", picks=picks, losses=losses, forwards=forwards))
 

@@ -147,7 +147,7 @@ def _search(children: list[_Child], session: Session, sweep: RunFolder, name: st
             try:
                 if key not in fitted:
                     fitted[key] = result if isinstance(result, SensitivityEstimate) else prepared.parts.surrogate.fit(
-                        replace(result, budget_bytes=prepared.played_budget))
+                        replace(result, budget_bytes=prepared.game_budget))
                 plan = allocate(prepared, fitted[key])
             except ImpqError as error:
                 _fail(child, error, session.plugins, sweep)
