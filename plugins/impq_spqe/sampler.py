@@ -114,7 +114,7 @@ class Spqe(Sampler):
         return path[inside]
 
     def _play(self, game: Game, path: IntArray) -> FloatArray:
-        """Losses along a path; with ``truncate``, up to and including the first above it, or until one is not finite."""
+        """Losses along a path; with ``truncate``, up to and including the first above it, or until one is NaN."""
         if not self.options.truncate:
             return game.losses(path)
         losses: list[float] = []
