@@ -114,7 +114,7 @@ class Spqe(Sampler):
         return path[inside]
 
     def _play(self, game: Game, path: IntArray) -> FloatArray:
-        """Losses along a path; with ``truncate``, up to and including the first above it, or until one is NaN."""
+        """Losses along a path; with ``truncate`` it ends at the first above it (included) or not finite (left out)."""
         if not self.options.truncate:
             return game.losses(path)
         losses: list[float] = []
