@@ -53,25 +53,25 @@ class Bench:
 
     @property
     def windows(self) -> Windows:
-        """The first calibration windows, which games are played on."""
+        """The first calibration windows, on which games are played."""
         windows = self.prepared.game_windows
         assert windows is not None
         return windows
 
     def at(self, config: RunConfig) -> Bench:
         """The same model and variants under another configuration: other layers or another menu."""
-        session = self.session.at(prepare(config, self.session.plugins))
+        session = self.session.for_space(prepare(config, self.session.plugins))
         return Bench(session, session.evaluator_of_exports())
 
     def game(self, config: RunConfig, budget_bytes: int | None = None, text: Windows | None = None) -> ModelGame:
         """The game and the probe of a configuration on this model; on other text than calibration's if given."""
-        seen = self.session.seen_by(replace(self.prepared, config=replace(
+        session = self.session.with_prepared(replace(self.prepared, config=replace(
             self.prepared.config, game_windows=config.game_windows, probe_windows=config.probe_windows,
             value=config.value, refine=0)))
         calibration = text or self.prepared.calibration
         assert calibration is not None
-        probe = seen.probe(text=calibration.first(config.probe_windows or config.game_windows))
-        game = seen.game(probe=probe, text=calibration)
+        probe = session.probe(text=calibration.first(config.probe_windows or config.game_windows))
+        game = session.game(probe=probe, text=calibration)
         game.budget_bytes = budget_bytes
         return game
 

@@ -137,7 +137,7 @@ def test_a_score_is_not_called_a_loss(changes: dict[str, str], tiny_config: RunC
     plugins.watch(Tracker(config.tracking_uri, config.experiment))
     result = run(config, plugins)
     told = capsys.readouterr().out
-    assert "in no unit, of an estimate that only ranks" in told and "nats per token, proven" not in told
+    assert "without unit (the estimate only ranks)" in told and "nats per token, proven" not in told
     assert not result.plan.is_loss and json.loads((result.folder / "plan.json").read_text())["is_loss"] is False
     assert not SensitivityEstimate.load(result.folder / "estimate.npz").is_loss
     client = MlflowClient(config.tracking_uri)
@@ -327,5 +327,5 @@ def test_a_script_plays_the_game_of_a_run(tiny_config: RunConfig, result: RunRes
         assert np.array_equal(game.losses(told.picks[rows]), told.losses[rows])
     assert game.budget_bytes == told.budget_bytes and len(list(Path(tiny_config.output).iterdir())) == 1
     blind = replace(tiny_config, estimator="random", backend="hqq", options={})
-    with pytest.raises(ImpqError, match="'random' reads no text to play on"):
+    with pytest.raises(ImpqError, match="'random' reads no calibration text"):
         play(blind)

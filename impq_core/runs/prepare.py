@@ -1,4 +1,4 @@
-"""The checks and decisions of a run that need no weights."""
+"""Preparation of a run: resolves and checks its configuration, model, texts and budget before weights are loaded."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ from impq_core.types import Plan
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A run whose configuration, model, texts and budget have been checked.
+    """A run with checked configuration, model, texts and budget.
 
     Args:
-        config: resolved: paths are absolute, and no value is left to a default.
-        parts: of the run.
-        source: of the model.
+        config: the resolved configuration: paths are absolute, and defaults are replaced by their values.
+        parts: the parts of the run.
+        source: the model's files.
         space: layers and choices with the deployed backend's sizes.
-        played: the same layers and choices with the sizes of the backend whose variants are measured.
+        game_space: the same layers and choices with the sizes of the backend of the measured variants.
         between: choices of the deployed backend between those of the menu, for uniform references, each with the bytes
-            of a model that is uniformly so.
-        budget_bytes: of the plan.
-        rest_bytes: of embeddings, head and all else that is never quantized, at 16 bits a weight.
+            of the uniform model at that choice.
+        budget_bytes: budget of the plan.
+        rest_bytes: bytes of embeddings, head and everything else that is never quantized, at 16 bits a weight.
         plan: the plan of ``--plan``.
         calibration: None if no part reads calibration text.
         evaluation: the held-out windows.
@@ -61,7 +61,7 @@ class Prepared:
     parts: Parts
     source: ModelSource
     space: SearchSpace
-    played: SearchSpace
+    game_space: SearchSpace
     between: tuple[tuple[Choice, int], ...]
     budget_bytes: int
     rest_bytes: int
@@ -78,23 +78,23 @@ class Prepared:
 
     @property
     def deployed_menus(self) -> list[list[Choice]]:
-        """The choices of each layer that the deployed backend makes, widest first: the menu and those between."""
+        """The choices of each layer that the deployed backend quantizes to, widest first: the menu and ``between``."""
         return _menus(self.space, [choice for choice, _ in self.between])
 
     @property
-    def played_menus(self) -> list[list[Choice]]:
+    def game_menus(self) -> list[list[Choice]]:
         """The choices of each layer that are measured, widest first."""
-        return _menus(self.played) if self.measures_another_backend else self.deployed_menus
+        return _menus(self.game_space) if self.measures_another_backend else self.deployed_menus
 
     @property
-    def played_backend(self) -> Backend:
-        """The backend whose variants are measured."""
+    def game_backend(self) -> Backend:
+        """The backend of the measured variants."""
         return self.parts.estimate_with if self.measures_another_backend and self.parts.estimate_with else (
             self.parts.backend)
 
     def variants_key(self, backend: Backend, menus: Sequence[Sequence[Choice]]) -> VariantsKey:
-        """The identity of a backend's variants; if it reads activations, they were collected behind layers at the
-        widest of their ``menus``."""
+        """The identity of a backend's variants. A backend that reads activations gets those behind layers at the widest
+        of their ``menus``."""
         calibration, prefix = None, ""
         if backend.needs:
             calibration = _text_key(self.calibration)
@@ -107,31 +107,31 @@ class Prepared:
 
     @cached_property
     def deployed_key(self) -> VariantsKey:
-        """The identity of the variants that plans are made of."""
+        """The identity of the deployed variants."""
         return self.variants_key(self.parts.backend, self.deployed_menus)
 
     def losses_key(self, space: SearchSpace, game: Windows | None) -> LossesKey:
         """The identity of losses of picks of a space on calibration windows."""
-        variants = self.variants_key(self.played_backend, self.played_menus) if space is self.played else (
+        variants = self.variants_key(self.game_backend, self.game_menus) if space is self.game_space else (
             self.deployed_key)
         return LossesKey(variants, space.fingerprint, self.config.value, code_digest(), _text_key(self.calibration),
                          _text_key(game))
 
     @property
     def game_windows(self) -> Windows | None:
-        """The first calibration windows, which the game is played on."""
+        """The first calibration windows, on which the game is played."""
         return self.calibration.first(self.config.game_windows) if self.calibration else None
 
     def require_text(self) -> None:
         """Raises ImpqError if the run reads no calibration text, so that there is no game."""
         if self.calibration is None:
-            raise ImpqError(f"estimator '{self.config.estimator}' reads no text to play on: choose one that does, such "
-                            "as spqe")
+            raise ImpqError(f"estimator '{self.config.estimator}' reads no calibration text, so there is no game: "
+                            "choose one that reads it, such as spqe")
 
     @property
     def slopes_key(self) -> SlopesKey:
         """The identity of gradients."""
-        return SlopesKey(self.losses_key(self.played, self.game_windows), _text_key(self.probed))
+        return SlopesKey(self.losses_key(self.game_space, self.game_windows), _text_key(self.probed))
 
     @property
     def scores_key(self) -> ScoresKey:
@@ -148,7 +148,7 @@ class Prepared:
         """
         parts = self.parts
         slots = {slot: getattr(parts, slot) for slot in slots_of(self.config)}
-        return RunKey(self.losses_key(self.played, self.game_windows), self.deployed_key,
+        return RunKey(self.losses_key(self.game_space, self.game_windows), self.deployed_key,
                       TextKey(self.evaluation.digest, str(self.evaluation)), self.space.fingerprint, self.budget_bytes,
                       {slot: part_facts(getattr(self.config, slot), part) for slot, part in slots.items()},
                       code_digest(*slots.values()), self.config.seed, self.config.refine,
@@ -162,7 +162,7 @@ class Prepared:
         """
         parts = Parts.build(config, plugins)
         for part in (parts.surrogate, parts.allocator):
-            part.check_space(self.played)
+            part.check_space(self.game_space)
         budget = parts.wanted
         resolved = replace(self.config, surrogate=config.surrogate, allocator=config.allocator, budget=str(budget),
                            options=parts.options())
@@ -170,24 +170,24 @@ class Prepared:
 
     @property
     def played_budget(self) -> int:
-        """The budget in the space the estimator sees: the same place between all-narrowest and all-widest."""
-        return self.space.carry_over(self.budget_bytes, self.played)
+        """The budget in the played space: at the same share of the way from all-narrowest to all-widest."""
+        return self.space.carry_over(self.budget_bytes, self.game_space)
 
     @property
     def spare(self) -> Windows | None:
-        """Calibration windows that neither the game nor a refinement's referee takes."""
-        taken = self.config.game_windows * (2 if self.config.refine else 1)
-        return self.calibration.part(taken, len(self.calibration.ids)) if self.calibration else None
+        """Calibration windows beside those of the game and of a refinement's referee."""
+        used = self.config.game_windows * (2 if self.config.refine else 1)
+        return self.calibration.part(used, len(self.calibration.ids)) if self.calibration else None
 
     @property
     def probed(self) -> Windows | None:
-        """Calibration windows that are looked at from inside: all but a refinement's referee's, or as many of them as
-        asked for."""
+        """Calibration windows of gradients and activations: all but those of a refinement's referee, or the first
+        ``probe_windows`` of them."""
         if self.calibration is None:
             return None
-        played, config = self.config.game_windows, self.config
-        ids = self.calibration.ids
-        kept = np.concatenate([ids[:played], ids[played * (2 if config.refine else 1):]])
+        config, ids = self.config, self.calibration.ids
+        games = 2 if config.refine else 1
+        kept = np.concatenate([ids[:config.game_windows], ids[config.game_windows * games:]])
         return replace(self.calibration, ids=kept[:config.probe_windows or len(kept)])
 
 
@@ -207,9 +207,9 @@ def prepare(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
     Args:
         config: the configuration.
         plugins: the source of the parts.
-        trust: what the command line permits.
-        calibrate: whether the calibration text is read; not needed if nothing is measured or quantized.
-        source: the model, if it was located before; its weights are then not read again.
+        trust: the permissions of the command line.
+        calibrate: whether to read the calibration text; not needed if nothing is measured or quantized.
+        source: the model, if it was located and its weights were checked before.
 
     Raises:
         ImpqError: a value is wrong, or a file is missing or damaged.
@@ -226,11 +226,11 @@ def prepare(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
     if not config.partial:
         covered.require(config.model)
     space = search_space(layers, parts.backend, parts.menu, config.pins, config.exclude)
-    played = space
-    if parts.estimate_with and not config.plan:  # a plan that is given is measured as it will be deployed
-        played = search_space(layers, parts.estimate_with, parts.played, config.pins, config.exclude)
+    game_space = space
+    if parts.estimate_with and not config.plan:  # the variants of a given plan are the deployed ones
+        game_space = search_space(layers, parts.estimate_with, parts.game_menu, config.pins, config.exclude)
     for part in (parts.estimator, parts.surrogate, parts.allocator):
-        part.check_space(played)
+        part.check_space(game_space)
     inside = [choice for choice in parts.backend.choices()
               if parts.menu[-1] < choice < parts.menu[0] and choice not in parts.menu]
     between = []
@@ -242,7 +242,7 @@ def prepare(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
     if plan and parts.budget and plan.nbytes > budget_bytes:
         raise UsageError(f"plan {config.plan} takes {plan.nbytes} bytes, more than the {budget_bytes} of --budget "
                          f"{config.budget}: leave out --budget, or give a smaller plan")
-    if plan and not parts.budget:  # the plan is its own budget
+    if plan and not parts.budget:  # the plan's size is the budget
         budget, budget_bytes = f"{plan.nbytes}B", plan.nbytes
     tokenizer, vocabulary = source.tokenizer(), skeleton.get_input_embeddings().num_embeddings
     evaluation = draw_windows(config.evaluation, "evaluation", tokenizer, vocabulary)
@@ -258,13 +258,14 @@ def prepare(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
         evaluation=replace(config.evaluation, source=_absolute(config.evaluation.source)),
         bits=tuple(choice.bits for choice in parts.menu), budget=budget, dtype=dtype,
         options=parts.options(), granularity=parts.granularity)
-    return Prepared(resolved, parts, source, space, played, tuple(between), budget_bytes,
+    return Prepared(resolved, parts, source, space, game_space, tuple(between), budget_bytes,
                     2 * rest_parameters(skeleton, layers), plan, calibration, evaluation,
                     tuple(sorted({library for name in {config.backend, config.estimate_with} - {""}
                                   for library in plugins.find("backend", name).needs})), covered.share)
 
 
 def _absolute(name: str) -> str:
-    """A file's path made absolute, so that the resolved configuration runs from anywhere; other names as they are."""
+    """An existing file's path made absolute, so that the resolved configuration runs from any folder; any other name
+    unchanged."""
     path = os.path.expanduser(name)
     return str(Path(path).absolute()) if name not in ("", "demo") and os.path.exists(path) else name
