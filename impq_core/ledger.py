@@ -41,8 +41,8 @@ class Ledger:
             if lines:
                 header, *self.rows = lines
                 if header.get("format") != format:
-                    raise ImpqError(f"{path} is of format {header.get('format')}; this impq continues {format}: start a "
-                                    "new run")
+                    raise ImpqError(f"{path} is of format {header.get('format')}, this impq continues {format}: "
+                                    "start a new run")
                 key.require({name: value for name, value in header.items() if name != "format"}, str(path))
             if size < path.stat().st_size:
                 warnings.warn(f"{path}: the last line is incomplete and is removed", RuntimeWarning, stacklevel=2)

@@ -90,7 +90,7 @@ def test_a_checkpoint_for_vllm_is_what_was_measured(example: Example, form: str)
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in folder.iterdir()}
     assert all(f"{file.stat().st_size:,}" in out for file in folder.iterdir())
     assert f"vllm serve {folder.absolute()}" in out
-    [[written, _]], [[again, _]] = rows(out, "NLL", "as", "written"), rows(out, "NLL", "read", "back")
+    [[written, _]], [[again, _]] = rows(out, "NLL", "at", "export"), rows(out, "NLL", "from", "files")
     assert written == pytest.approx(again, abs=1e-4)
     layers = json.loads((folder / "plan.json").read_text())["layers"]
     assert len(layers) == 4 * 4  # fused groups
