@@ -104,8 +104,11 @@ class Evaluator:
         return self._runner.run_all(self._embedded, switch)
 
     def score(self, assignment: Assignment) -> Score:
-        """Score an allocation, once. The unquantized model's logits are computed again from its last hidden states,
-        because these take thousands of times less memory."""
+        """Score an allocation, once.
+
+        The unquantized model's logits are computed again from its last hidden states, which take thousands of times
+        less memory than logits.
+        """
         key = " ".join(f"{choice}/{choice.group_size}" if choice else "-" for choice in assignment)
         if key not in self._scores:
             kept_score = self._kept.get(assignment) if self._kept else None

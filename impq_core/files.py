@@ -43,7 +43,7 @@ def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
+        umask = os.umask(0)  # the umask can only be read by setting it
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
@@ -80,7 +80,8 @@ def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
     """A hidden temporary folder in ``parent``, deleted at the end of the context.
 
     Results are made inside it and then renamed to their final places. The folder has a marker file and a lock, which is
-    held until the process ends: a folder with the marker and a free lock is ``abandoned``.
+    held until the context ends. If the process is killed, the system frees the lock: a folder with the marker and a
+    free lock is ``abandoned``.
 
     Args:
         parent: an existing folder, on the same disk as the result.

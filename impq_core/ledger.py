@@ -41,7 +41,7 @@ class Ledger:
             if lines:
                 header, *self.rows = lines
                 if header.get("format") != format:
-                    raise ImpqError(f"{path} is of format {header.get('format')}, this impq continues {format}: "
+                    raise ImpqError(f"{path} is of format {header.get('format')}; this impq continues {format}: "
                                     "start a new run")
                 key.require({name: value for name, value in header.items() if name != "format"}, str(path))
             if size < path.stat().st_size:

@@ -38,5 +38,5 @@ def uninterrupted() -> Iterator[None]:
     finally:
         for number in _STOPS:
             signal.signal(number, handlers[number])
-        for number, frame in delayed:
-            handlers[number](number, frame)
+        for delayed_number, frame in delayed:
+            handlers[delayed_number](delayed_number, frame)

@@ -21,7 +21,7 @@ NEAR = 0.25
 """Largest distance of a size near the budget, relative to the range from the smallest to the largest plan."""
 
 CURVES = np.concatenate([1.0 / (1.0 + 10.0 ** np.linspace(-2.0, 2.0, 25)), -(10.0 ** np.linspace(-2.0, 1.0, 19))])
-"""Curves that ``higher_order_share`` tries, each as the largest loss divided by its ceiling c."""
+"""Curves that ``higher_order_share`` tries; each number is the largest loss divided by the curve's ceiling c."""
 
 FEWEST_DRAWS = 5
 """Fewest independent draws for a standard error of the difference between two surrogates."""
@@ -30,16 +30,16 @@ FEWEST_FREE = 8
 """Fewest degrees of freedom for a share of higher order; its relative standard error is then about a half."""
 
 RANDOM_GAMES, RANDOM_PICKS = 32, 1000
-"""Number of random games of pairs, and least number of random picks, in ``_calibration``."""
+"""Number of random games of pairs, and least number of random picks, in ``_bias_correction``."""
 
 
 @dataclass(frozen=True, eq=False)
 class Ordering:
     """The pairs of measurements that a surrogate puts in the wrong order.
 
-    The two measurements of a pair have equal size (equally many steps down) and one set of windows: any surrogate
-    orders different sizes, and sets differ by their texts. If the measurements have a budget, only sizes near it count
-    (``NEAR``).
+    The two measurements of a pair have equal size (equally many steps down) and the same windows: any surrogate orders
+    picks of different sizes correctly, and losses on different windows differ by their texts. If the measurements have
+    a budget, only sizes near it count (``NEAR``).
 
     Args:
         wrong: (P,) 1 if the order is wrong, 0.5 if the two predictions are equal, else 0.
@@ -54,7 +54,7 @@ class Ordering:
         """Share of pairs in the wrong order: 0.5 for random predictions, NaN without pairs."""
         return float(self.wrong.mean()) if len(self.wrong) else np.nan
 
-    def beyond(self, other: Ordering) -> tuple[float, float]:
+    def minus(self, other: Ordering) -> tuple[float, float]:
         """This share minus the share of another surrogate for the same measurements, and its standard error by the
         jackknife over independent draws; the error is infinite with fewer than ``FEWEST_DRAWS`` draws."""
         differences, draws = self.wrong - other.wrong, np.unique(self.draws)
@@ -97,8 +97,8 @@ class HigherOrder:
     Args:
         loss: share for the loss itself.
         linked: share after the best of the curves ``-c log(1 - loss/c)``, saturating (c > 0) or growing (c < 0), with
-            residuals in the unit of the loss: interactions of particular layers that no function of the total damage
-            explains.
+            residuals in the unit of the loss. It measures the interactions of particular layers, which no function of
+            one total explains.
     """
 
     loss: float
@@ -112,7 +112,7 @@ def higher_order_share(measurements: Measurements) -> HigherOrder:
     each size and a cost for each width step. Variances are over the remaining degrees of freedom, so the share of an
     additive game is 0 even with few permutations, and if its costs differ between sets of windows. Picks of one path,
     or of an order and its reverse, are not independent: least squares explains more of their interactions by costs
-    than it does for independent picks. Random games of pairs give the factor (``_calibration``).
+    than it does for independent picks. Random games of pairs give the factor (``_bias_correction``).
 
     The share is NaN if there are fewer than two independent draws, if every set of windows has only one order (fresh
     windows without antithetic pairs), or if fewer than ``FEWEST_FREE`` degrees of freedom remain. With four orders the
@@ -131,14 +131,14 @@ def higher_order_share(measurements: Measurements) -> HigherOrder:
     rounding = (1e-12 * float(np.abs(losses).max())) ** 2
     if design.free < FEWEST_FREE or not total > rounding:
         return HigherOrder(np.nan, np.nan)
-    calibration = _calibration(design)
+    correction = _bias_correction(design)
     shares = []
     for rate in (0.0, *CURVES / np.abs(losses).max()):
         slope = 1.0 - rate * losses  # d loss = slope d score: this weight turns errors of scores into errors of losses
         if slope.min() > 0:
             scores = -np.log(slope) / rate if rate else losses
             residual = design.variance(scores * slope, weights=slope)
-            shares.append(min(1.0, residual / total * calibration))
+            shares.append(min(1.0, residual / total * correction))
     return HigherOrder(shares[0], min(shares))
 
 
@@ -193,7 +193,7 @@ class _Design:
         return basis
 
 
-def _calibration(design: _Design) -> float:
+def _bias_correction(design: _Design) -> float:
     """Residual variance of random games of pairs for independent random picks, divided by that for a design's picks."""
     rng = np.random.default_rng(0)
     copies = -(-RANDOM_PICKS // len(design.picks))

@@ -58,6 +58,7 @@ def test_no_file_of_a_run_holds_a_password(tiny_config: RunConfig, tmp_path: Pat
                                            monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from mlflow import MlflowClient
 
+    monkeypatch.chdir(tmp_path)  # artifacts of a store that is no file go to the working folder
     uri = f"postgresql://me:{SECRET}@db/x"
     monkeypatch.setattr("impq_core.tracking.tracker.check_store", lambda uri: None)
     monkeypatch.setattr("impq_core.tracking.tracker.connect", lambda uri: MlflowClient(tiny_config.tracking_uri))

@@ -24,9 +24,13 @@ from snippets import ROOT, RUN, Block, Page, blocks_of, links_of, make_world
 from impq_core import hookspecs
 from impq_core.config import from_data
 from impq_core.plugins import Plugins
+from impq_core.tracking.store import experiments
 
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
 BLOCKS = {page: blocks_of(page) for page in PAGES}
+TRACKED = ["docs/first-plan.md", "docs/mlflow.md"]
+"""Pages whose commands keep their runs in the default tracking store, as a reader's do."""
+
 OTHERS = ["CHANGELOG.md", "CONTRIBUTING.md", "examples/README.md"]
 
 
@@ -45,7 +49,7 @@ def open_page(made: World, tmp_path_factory: pytest.TempPathFactory) -> Callable
             world = World(tmp_path_factory.mktemp(Path(name).stem) / "here", made.kept)
             world.here.mkdir()
             world.reset()
-            if name == "docs/mlflow.md":  # the others leave MLflow out, whose store takes seconds to make
+            if name in TRACKED:  # the others leave out MLflow, which takes a second a run
                 toml = world.here / "impq.toml"
                 toml.write_text(toml.read_text().replace('tracking_uri = "none"\n', ""))
             pages[name] = Page(world, BLOCKS[name])
@@ -59,6 +63,13 @@ def test_what_is_printed_runs(block: Block, open_page: Callable[[str], Page]) ->
     if block.skip:
         pytest.skip(block.skip)
     open_page(block.page).run(block)
+
+
+@pytest.mark.parametrize("name", TRACKED)
+def test_pages_track_their_runs_by_default(name: str, open_page: Callable[[str], Page]) -> None:
+    page = open_page(name)
+    page.run(page.blocks[-1])
+    assert experiments(f"sqlite:///{page.world.here}/mlflow.db")
 
 
 def test_no_block_escapes_the_test() -> None:

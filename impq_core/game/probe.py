@@ -258,8 +258,8 @@ class ModelProbe:
     @property
     def _text(self) -> Windows:
         if self._windows is None:
-            raise ImpqError("the estimator reads activations or gradients, but its attribute 'needs' does not name "
-                            "them: this is a bug of that plugin")
+            raise ImpqError("bug of the estimator: it reads activations or gradients, but its attribute 'needs' does "
+                            "not name them")
         return self._windows
 
 

@@ -45,7 +45,7 @@ class Prepared:
         parts: the parts of the run.
         source: the model's files.
         space: layers and choices with the deployed backend's sizes.
-        played: the same layers and choices with the sizes of the backend of the measured variants.
+        game_space: the same layers and choices with the sizes of the backend of the measured variants.
         between: choices of the deployed backend between those of the menu, for uniform references, each with the bytes
             of the uniform model at that choice.
         budget_bytes: budget of the plan.
@@ -61,7 +61,7 @@ class Prepared:
     parts: Parts
     source: ModelSource
     space: SearchSpace
-    played: SearchSpace
+    game_space: SearchSpace
     between: tuple[tuple[Choice, int], ...]
     budget_bytes: int
     rest_bytes: int
@@ -82,12 +82,12 @@ class Prepared:
         return _menus(self.space, [choice for choice, _ in self.between])
 
     @property
-    def played_menus(self) -> list[list[Choice]]:
+    def game_menus(self) -> list[list[Choice]]:
         """The choices of each layer that are measured, widest first."""
-        return _menus(self.played) if self.measures_another_backend else self.deployed_menus
+        return _menus(self.game_space) if self.measures_another_backend else self.deployed_menus
 
     @property
-    def played_backend(self) -> Backend:
+    def game_backend(self) -> Backend:
         """The backend of the measured variants."""
         return self.parts.estimate_with if self.measures_another_backend and self.parts.estimate_with else (
             self.parts.backend)
@@ -112,14 +112,14 @@ class Prepared:
 
     def losses_key(self, space: SearchSpace, game: Windows | None) -> LossesKey:
         """The identity of losses of picks of a space on calibration windows."""
-        variants = self.variants_key(self.played_backend, self.played_menus) if space is self.played else (
+        variants = self.variants_key(self.game_backend, self.game_menus) if space is self.game_space else (
             self.deployed_key)
         return LossesKey(variants, space.fingerprint, self.config.value, code_digest(), _text_key(self.calibration),
                          _text_key(game))
 
     @property
     def game_windows(self) -> Windows | None:
-        """The first calibration windows, which the game is played on."""
+        """The first calibration windows, on which the game is played."""
         return self.calibration.first(self.config.game_windows) if self.calibration else None
 
     def require_text(self) -> None:
@@ -131,7 +131,7 @@ class Prepared:
     @property
     def slopes_key(self) -> SlopesKey:
         """The identity of gradients."""
-        return SlopesKey(self.losses_key(self.played, self.game_windows), _text_key(self.probed))
+        return SlopesKey(self.losses_key(self.game_space, self.game_windows), _text_key(self.probed))
 
     @property
     def scores_key(self) -> ScoresKey:
@@ -148,7 +148,7 @@ class Prepared:
         """
         parts = self.parts
         slots = {slot: getattr(parts, slot) for slot in slots_of(self.config)}
-        return RunKey(self.losses_key(self.played, self.game_windows), self.deployed_key,
+        return RunKey(self.losses_key(self.game_space, self.game_windows), self.deployed_key,
                       TextKey(self.evaluation.digest, str(self.evaluation)), self.space.fingerprint, self.budget_bytes,
                       {slot: part_facts(getattr(self.config, slot), part) for slot, part in slots.items()},
                       code_digest(*slots.values()), self.config.seed, self.config.refine,
@@ -162,16 +162,16 @@ class Prepared:
         """
         parts = Parts.build(config, plugins)
         for part in (parts.surrogate, parts.allocator):
-            part.check_space(self.played)
+            part.check_space(self.game_space)
         budget = parts.wanted
         resolved = replace(self.config, surrogate=config.surrogate, allocator=config.allocator, budget=str(budget),
                            options=parts.options())
         return replace(self, config=resolved, parts=parts, budget_bytes=budget.resolve(self.space))
 
     @property
-    def played_budget(self) -> int:
-        """The budget in the played space: at the same share of the way from all-narrowest to all-widest."""
-        return self.space.carry_over(self.budget_bytes, self.played)
+    def game_budget(self) -> int:
+        """The budget in the game's space: at the same share of the way from all-narrowest to all-widest."""
+        return self.space.carry_over(self.budget_bytes, self.game_space)
 
     @property
     def spare(self) -> Windows | None:
@@ -185,9 +185,9 @@ class Prepared:
         ``probe_windows`` of them."""
         if self.calibration is None:
             return None
-        played, config = self.config.game_windows, self.config
-        ids = self.calibration.ids
-        kept = np.concatenate([ids[:played], ids[played * (2 if config.refine else 1):]])
+        config, ids = self.config, self.calibration.ids
+        games = 2 if config.refine else 1
+        kept = np.concatenate([ids[:config.game_windows], ids[config.game_windows * games:]])
         return replace(self.calibration, ids=kept[:config.probe_windows or len(kept)])
 
 
@@ -226,11 +226,11 @@ def prepare(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
     if not config.partial:
         covered.require(config.model)
     space = search_space(layers, parts.backend, parts.menu, config.pins, config.exclude)
-    played = space
+    game_space = space
     if parts.estimate_with and not config.plan:  # the variants of a given plan are the deployed ones
-        played = search_space(layers, parts.estimate_with, parts.played, config.pins, config.exclude)
+        game_space = search_space(layers, parts.estimate_with, parts.game_menu, config.pins, config.exclude)
     for part in (parts.estimator, parts.surrogate, parts.allocator):
-        part.check_space(played)
+        part.check_space(game_space)
     inside = [choice for choice in parts.backend.choices()
               if parts.menu[-1] < choice < parts.menu[0] and choice not in parts.menu]
     between = []
@@ -258,7 +258,7 @@ def prepare(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
         evaluation=replace(config.evaluation, source=_absolute(config.evaluation.source)),
         bits=tuple(choice.bits for choice in parts.menu), budget=budget, dtype=dtype,
         options=parts.options(), granularity=parts.granularity)
-    return Prepared(resolved, parts, source, space, played, tuple(between), budget_bytes,
+    return Prepared(resolved, parts, source, space, game_space, tuple(between), budget_bytes,
                     2 * rest_parameters(skeleton, layers), plan, calibration, evaluation,
                     tuple(sorted({library for name in {config.backend, config.estimate_with} - {""}
                                   for library in plugins.find("backend", name).needs})), covered.share)

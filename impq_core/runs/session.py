@@ -34,7 +34,7 @@ Progress = Callable[[int, int], None]
 class Session:
     """The model of a prepared run, and the bank of its variants.
 
-    ``quantize_played`` or ``quantize_deployed`` must be called before a game or an evaluation.
+    ``quantize_for_game`` or ``quantize_deployed`` must be called before a game or an evaluation.
 
     Args:
         prepared: the run.
@@ -58,9 +58,9 @@ class Session:
         """A function that reports the progress of a stage to the observers."""
         return lambda done, total: self.plugins.notify("impq_progress", stage=stage, done=done, total=total)
 
-    def quantize_played(self) -> None:
+    def quantize_for_game(self) -> None:
         """Make or load every variant that the estimator measures."""
-        self._quantize(self.prepared.played, self.prepared.played_backend, self.prepared.played_menus)
+        self._quantize(self.prepared.game_space, self.prepared.game_backend, self.prepared.game_menus)
 
     def quantize_deployed(self) -> None:
         """Make or load every variant of plans and references."""
@@ -108,7 +108,7 @@ class Session:
             text: windows to read; the run's by default.
         """
         config, prepared = self.prepared.config, self.prepared
-        return ModelProbe(prepared.played, self.bank, self.runner, text or prepared.probed, config.value,
+        return ModelProbe(prepared.game_space, self.bank, self.runner, text or prepared.probed, config.value,
                           config.game_windows, log)
 
     def game(self, log: MeasurementLog | None = None, probe: ModelProbe | None = None,
@@ -131,8 +131,8 @@ class Session:
             prepared.require_text()
         assert windows is not None
         return ModelGame(
-            prepared.played, self.bank, self.runner, windows, log, progress=self.report("estimate"),
-            value=prepared.config.value, budget_bytes=prepared.played_budget, spare=spare, probe=probe or self.probe(),
+            prepared.game_space, self.bank, self.runner, windows, log, progress=self.report("estimate"),
+            value=prepared.config.value, budget_bytes=prepared.game_budget, spare=spare, probe=probe or self.probe(),
             watch=lambda picks, losses, forwards: self.plugins.notify(
                 "impq_measured", picks=picks, losses=losses, forwards=forwards))
 
@@ -141,7 +141,7 @@ class Session:
         """The game and the probe of the estimator, logged in a folder. The game is None if no part reads calibration
         text."""
         prepared = self.prepared
-        losses, slopes = prepared.losses_key(prepared.played, prepared.game_windows), prepared.slopes_key
+        losses, slopes = prepared.losses_key(prepared.game_space, prepared.game_windows), prepared.slopes_key
         with closing(MeasurementLog(folder.losses, losses)) as log, \
                 closing(Ledger(folder.slopes, "impq-gradients/2", slopes)) as slope_log:
             probe = self.probe(slope_log)
@@ -173,13 +173,13 @@ class Session:
         return evaluate_plan(evaluator, plan, prepared.between, prepared.evaluation, prepared.config.seed,
                              self.report("evaluate"))
 
-    def seen_by(self, prepared: Prepared) -> Session:
+    def with_prepared(self, prepared: Prepared) -> Session:
         """A session with the same model and bank for another estimator or budget of the same space."""
         other = copy(self)
         other.prepared = prepared
         return other
 
-    def at(self, prepared: Prepared) -> Session:
+    def for_space(self, prepared: Prepared) -> Session:
         """A session with the same model and variants for other layers or another menu."""
         self.bank.apply([None] * len(self.bank.layers))
         other = Session(prepared, self.plugins, self.runner)

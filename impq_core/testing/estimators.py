@@ -25,7 +25,7 @@ NOT_FINITE = (float("nan"), float("inf"))
 
 
 class EstimatorSuite(PartSuite):
-    """Tests a ``Player``, ``Sampler`` or ``Inspector`` on a tiny model, and the first two on a planted game."""
+    """Tests a ``GameEstimator``, ``Sampler`` or ``Inspector`` on a tiny model, and the first two on a planted game."""
 
     part: ClassVar[type[Estimator]]
 

@@ -21,7 +21,7 @@ class LlmMq(Inspector):
     needs = frozenset({"gradients"})
 
     def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
-        """One backward a window: three forwards in all."""
+        """One backward a window: about three forwards in all, whatever the menu."""
         scores = np.abs(probe.slopes()).mean(axis=0)
         linear = np.maximum(scores - scores[:, :1], 0.0)
         return SensitivityEstimate(probe.space, linear, method="llm-mq", forwards=probe.forwards, is_loss=False)
@@ -52,14 +52,14 @@ class Fisher(Inspector):
     Let ``u[s, i, k]`` be the first-order change of window s's mean loss if layer i moves to choice k. The change of the
     loss is ``sum_i mean_s u + (T/2) Var_s(sum_i u)``: the variance over windows times the T tokens of a window replaces
     the Gauss-Newton (empirical Fisher) matrix, as if the gradients of different tokens were independent. The cross
-    terms are covariances between layers, so the whole interaction matrix costs three forwards.
+    terms are covariances between layers, so they cost no more than the slopes.
     """
 
     Options = FisherOptions
     needs = frozenset({"gradients"})
 
     def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
-        """One backward a window: three forwards in all."""
+        """One backward a window: about three forwards in all, whatever the menu."""
         space = probe.space
         slopes = probe.slopes(shares_at(space, self.options.at))
         windows, n, m = slopes.shape
@@ -95,7 +95,7 @@ class AumannShapley(Inspector):
     needs = frozenset({"gradients"})
 
     def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
-        """``nodes`` backwards a window and width step: three forwards each."""
+        """``nodes`` backwards a window and width step: about three forwards each."""
         space = probe.space
         n, m = space.nbytes.shape
         nodes, weights = np.polynomial.legendre.leggauss(self.options.nodes)  # on [-1, 1]
@@ -113,7 +113,7 @@ class HawqOptions:
     """Options of the HAWQ estimator.
 
     Args:
-        samples: random vectors for the Hessian traces, six forwards each.
+        samples: random vectors for the Hessian traces, about six forwards each.
     """
 
     samples: int = 2
@@ -135,7 +135,7 @@ class Hawq(Inspector):
     needs = frozenset({"gradients"})
 
     def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
-        """``samples`` draws of the traces: six forwards each."""
+        """``samples`` draws of the traces: about six forwards each."""
         space = probe.space
         draws = [probe.hessian_traces(rng) for _ in range(self.options.samples)]
         terms = np.zeros((len(draws), *space.nbytes.shape))  # (samples, n, m)

@@ -90,7 +90,7 @@ class Lim(Inspector):
     needs = frozenset({"activations"})
 
     def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
-        """One forward."""
+        """One forward of the blocks."""
         import torch
 
         scores = {}
@@ -109,7 +109,7 @@ class Activation(Inspector):
     needs = frozenset({"activations"})
 
     def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
-        """One forward."""
+        """One forward of the blocks."""
         norms = {index: float(sum(float(b.float().square().sum()) for b in outputs)) ** 0.5
                  for index, _, outputs in probe.block_states()}
         bad = [index for index, norm in norms.items() if not np.isfinite(norm)]

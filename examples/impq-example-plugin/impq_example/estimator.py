@@ -22,8 +22,8 @@ class Example(Inspector):
     """The cost of a choice is the squared error of the layer's weights minus that of the widest choice. It ranks
     choices and is no loss.
 
-    An ``Inspector`` reads weights, activations or gradients. A ``Player`` plays the game and returns its own estimate
-    (``estimate(game, rng)``). A ``Sampler`` plays the game and returns the losses, which a surrogate fits
+    An ``Inspector`` reads weights, activations or gradients. A ``GameEstimator`` plays the game and returns its own
+    estimate (``estimate(game, rng)``). A ``Sampler`` plays the game and returns the losses, which a surrogate fits
     (``sample(game, rng, drift)``).
     """
 
