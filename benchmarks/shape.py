@@ -75,9 +75,9 @@ def report(curves: Sequence[Curve]) -> list[str]:
             "error, and the mean sum of the same blocks' single damages. On " + curves[0].text + ".", "",
             *table(["menu", "k", "joint", "sum of singles", "ratio"], rows),
             "Of the variance of the loss among picks of equally many demotions, the share of order two and above, "
-            "which no additive model explains; and what of it is left behind the best saturating or growing curve of "
-            "an additive model (a curve changes no plan):", "",
-            *table(["menu", "all-widest NLL", "order two and above", "behind a curve", "forwards"], shares),
+            "which no additive model explains, and the same share after the best saturating or growing curve of an "
+            "additive model (a curve changes no plan):", "",
+            *table(["menu", "all-widest NLL", "order two and above", "after a curve", "forwards"], shares),
             "![The same for every k](shape.png)", ""]
 
 
