@@ -1,6 +1,6 @@
-"""Every weight format on the real model: exported, measured again by a fresh impq, loaded by its own software alone.
+"""Round trips of every weight format on the real model: export, ``impq evaluate``, and the format's own software.
 
-The plan mixes all widths of the menu over single linears. The stock software runs in a process that never imports impq.
+The plan mixes all widths of the menu over single linears. The software of the format runs in a process without impq.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from impq_core.types import Plan
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 LOGITS = 2
-"""Windows whose logits are compared."""
+"""Number of windows whose logits are compared."""
 
 STOCK = """
 import json, sys
@@ -116,7 +116,7 @@ def logits_of(model: Any, ids: np.ndarray) -> np.ndarray:
 
 
 def apart(a: np.ndarray, b: np.ndarray) -> float:
-    """Root mean square of a difference, relative to the first."""
+    """Root mean square of ``a - b``, relative to that of ``a``."""
     return float(np.sqrt(((a - b) ** 2).mean() / (a**2).mean()))
 
 

@@ -1,4 +1,4 @@
-"""Bad input in the command line: wrong words, figures of speech for budgets, names and numbers."""
+"""Bad input in the command line: wrong options, budgets, names and numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny models and texts that every test shares, and caches that keep a user's own clean."""
+"""Fixtures: tiny models and texts, and caches and stores apart from the user's own."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def own_store(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("MLFLOW_") and name != "MLFLOW_DISABLE_TELEMETRY"]:
         monkeypatch.delenv(name)
     for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
-        monkeypatch.setenv(name, "")  # so that it is taken out again, whoever sets it
+        monkeypatch.setenv(name, "")  # so that the variable is removed again, if a test sets it
         monkeypatch.delenv(name)
 
 

@@ -31,7 +31,7 @@ from impq_core.runs.sweep import Sweep, run_sweep
 from impq_core.testing import tiny_model
 
 HEAVY = ("mlflow", "torch", "transformers")
-"""What nobody should have to wait for to be told of a wrong word."""
+"""Modules that must not be imported before errors of the command line are reported."""
 
 APART = f"""
 import atexit, sys
@@ -43,7 +43,7 @@ main(sys.argv[1:])
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command came to: exit code, output, and the files it made, changed or deleted; paths from the world."""
+    """Result of a command: exit code, output, and the created, changed and deleted files, as paths in the world."""
 
     code: int
     out: str
@@ -53,11 +53,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class World:
-    """A folder that can be put back to what it was.
+    """A folder that can be reset to its first content.
 
     Args:
-        here: where commands run; always the same path, because runs remember their model's.
-        kept: a copy of what it holds at first.
+        here: folder of the commands; always the same path, because runs record the path of their model.
+        kept: copy of its first content.
     """
 
     here: Path
@@ -92,13 +92,13 @@ class World:
         return world
 
     def reset(self) -> None:
-        """Put it back."""
+        """Restore the first content."""
         shutil.rmtree(self.here)
         shutil.copytree(self.kept, self.here)
 
     @contextlib.contextmanager
     def inside(self, **variables: str) -> Iterator[None]:
-        """Work here, with these environment variables; what a command changes of the process is put back."""
+        """Enter the folder with these environment variables; changes of the process are undone afterwards."""
         before, shown, handler = Path.cwd(), warnings.showwarning, signal.getsignal(signal.SIGTERM)
         os.chdir(self.here)
         try:
@@ -110,12 +110,12 @@ class World:
             signal.signal(signal.SIGTERM, handler)
 
     def ask(self, command: str, apart: bool = False, disk: int | None = None) -> Answer:
-        """Run a command, as a shell would read it, here.
+        """Run a command line in the folder.
 
         Args:
             command: without ``impq``; ``NAME=VALUE`` in front of it are environment variables.
-            apart: in a process of its own, whose output ends with the heavy modules it has loaded.
-            disk: no file can grow beyond so many bytes, with the same error for the writer as on a full disk.
+            apart: run in a separate process; its output ends with the heavy modules that it loaded.
+            disk: largest size of a file in bytes; a larger one raises the error of a full disk.
         """
         words = shlex.split(command)
         count = next((i for i, word in enumerate(words) if not re.match(r"[A-Z_]+=", word)), len(words))
@@ -185,7 +185,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Unlike any other case's."""
+        """The unique name of the case."""
         return f"{self.command} ({self.what})" if self.what else self.command
 
 

@@ -1,4 +1,4 @@
-"""One run on the real small model and real text: what the README promises, at a size for tests."""
+"""One run on the real small model and real text: the claims of the README, at a size for tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ UNPLANNED = ("model.layers.?", "model.layers.1?", "model.layers.2[0-7]")
 
 @pytest.fixture(autouse=True)
 def cache() -> None:
-    """The user's own cache, to which the demo model and texts are fetched once."""
+    """The user's cache, with the demo model and texts."""
 
 
 def test_the_real_model_end_to_end(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="module")
 def open_page(made: World, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Page]:
-    """Each document with a copy of the world; runs in it remember the first one's model, which stays as it is."""
+    """Each document with its copy of the world; their runs record the model of the first copy, which is not changed."""
     pages: dict[str, Page] = {}
 
     def page(name: str) -> Page:
@@ -80,12 +80,12 @@ def test_no_block_escapes_the_test() -> None:
         assert len(re.findall(r"^```", text, re.M)) % 2 == 0, page
         outside = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
         assert not re.search(r"^    +\$? ?impq ", outside, re.M), page
-    told = [block for blocks in BLOCKS.values() for block in blocks]
-    assert sum(bool(block.skip) for block in told) < len(told) / 4, "few cannot be run"
+    every_block = [block for blocks in BLOCKS.values() for block in blocks]
+    assert sum(bool(block.skip) for block in every_block) < len(every_block) / 4, "too many blocks are skipped"
 
 
 def test_the_pages_leave_nothing_out(made: World) -> None:
-    """What they list by hand: parts, hooks, the files of a run, the arrays in them, the keys of a plan."""
+    """The handwritten lists are complete: parts, hooks, the files of a run, the arrays in them, the keys of a plan."""
     choosing, plugins, files = ((ROOT / "docs" / f"{name}.md").read_text() for name in ("choosing", "plugins", "files"))
     found = Plugins()
     for (role, name), offer in found.offers.items():

@@ -1,4 +1,4 @@
-"""Text files as people have them: each is read, or refused in one line with file, place and cure."""
+"""Text files of users: each is read, or refused in one line with file, place and cure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exports: what stock software loads is the model that was measured, and its bytes are the plan's."""
+"""Exports: stock software loads the measured model, and its bytes are the plan's."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ assert not any(name.startswith("impq") for name in sys.modules)
 
 @dataclass(frozen=True)
 class Format:
-    """How a weight format is tried: who makes its variants, how its software computes, what it stores of a linear."""
+    """A weight format under test: its backend and menu, the type of its software, and its tensors of a linear."""
 
     backend: str
     bits: tuple[float, ...]
@@ -59,7 +59,7 @@ class Format:
     tensors: str
     options: dict[str, object] = field(default_factory=dict)
     nbytes: Callable[[LinearSpec, Choice], int] | None = None
-    """Where the file does not hold what the backend keeps."""
+    """Bytes of a linear in the file, if they differ from the backend's."""
 
 
 MODULES = [*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" for name in ("gate", "up", "down"))]
@@ -84,7 +84,7 @@ FORMATS = {
 
 
 def _apart(a: np.ndarray, b: np.ndarray) -> float:
-    """Root mean square of a difference, relative to the first."""
+    """Root mean square of ``a - b``, relative to that of ``a``."""
     return float(np.sqrt(((a - b) ** 2).mean() / (a**2).mean()))
 
 

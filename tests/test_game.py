@@ -1,4 +1,4 @@
-"""The game on a tiny model: the same losses as the plain way, at the price of the blocks behind a difference."""
+"""The game on a tiny model: its losses are those of whole forwards, at the cost of the blocks from a difference on."""
 
 from __future__ import annotations
 

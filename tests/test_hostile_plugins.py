@@ -1,4 +1,4 @@
-"""Distributions that do everything wrong, installed beside impq: each is named and set aside, and the tool works on."""
+"""Faulty plugin distributions: each is named and dropped, and impq works without it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from impq_core.types import SensitivityEstimate
 
 @dataclass(frozen=True)
 class Hostile:
-    """A distribution ``impq-NAME`` whose module misbehaves.
+    """A distribution ``impq-NAME`` with a faulty module.
 
     Args:
         source: of the module.

@@ -1,4 +1,4 @@
-"""Runs that are cut short and gone on with, and the cache of variants they share."""
+"""Interrupted and resumed runs, and the cache of variants."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from impq_core.tracking.tracker import Tracker
 
 
 class Stop:
-    """Somebody stops the run when a stage has come so far."""
+    """Stops the run at a step of a stage, as Ctrl-C does."""
 
     def __init__(self, stage: str, done: int) -> None:
         self._at = stage, done
@@ -49,14 +49,14 @@ def tracked(config: RunConfig) -> Plugins:
 
 
 def outcome(folder: Path) -> dict[str, bytes]:
-    """What has to be the same, bit for bit."""
+    """The results that must be equal bit for bit."""
     names = ("measurements.jsonl", "measurements.npz", "gradients.jsonl", "estimate.npz", "plan.json", "scores.jsonl",
              "evaluation.json", "variants.json", "refinement.jsonl", "referee.jsonl")
     return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
 
 
 def cut(config: RunConfig, stage: str, done: int, *observers: object) -> Path:
-    """The folder of a run that is stopped when ``stage`` has done so many steps."""
+    """The folder of a run that was stopped after ``done`` steps of ``stage``."""
     before = set(Path(config.output).glob("*"))
     found = Plugins()
     for observer in (*observers, Stop(stage, done)):
@@ -158,10 +158,10 @@ def change_library(folder: Path, config: RunConfig) -> None:
     write_text(folder / "provenance.json", json.dumps(facts))
 
 
-@pytest.mark.parametrize("change, told", [
+@pytest.mark.parametrize("change, message", [
     (change_model, "model digest"), (change_text, "game.tokens"), (change_backend, "variants"),
     (change_code, "code"), (change_library, "versions.gptqmodel")])
-def test_what_has_changed_is_refused(change: object, told: str, tiny_config: RunConfig, texts: tuple[Path, Path],
+def test_what_has_changed_is_refused(change: object, message: str, tiny_config: RunConfig, texts: tuple[Path, Path],
                                      tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "model", "llama", blocks=2)
     text = tmp_path / "calibration.txt"
@@ -172,7 +172,7 @@ def test_what_has_changed_is_refused(change: object, told: str, tiny_config: Run
     change(folder, config)  # type: ignore[operator]
     with pytest.raises(ImpqError) as error:
         resume(folder)
-    assert told in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
     assert outcome(folder) == before
 
 

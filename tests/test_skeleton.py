@@ -1,4 +1,4 @@
-"""What ``impq plugins new`` writes works as it stands, and the example plugin is what it writes."""
+"""``impq plugins new`` writes working plugins, and the example plugin is one of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The suites of impq_core.testing find what is wrong with parts that are wrong in one way each."""
+"""The suites of impq_core.testing fail for parts with one fault each, in the right test."""
 
 from __future__ import annotations
 

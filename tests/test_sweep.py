@@ -25,7 +25,7 @@ from impq_core.types import Measurements, Plan, SensitivityEstimate
 
 
 class Watcher:
-    """Counts moments, and stops somebody's sweep when so many runs have finished."""
+    """Counts events, and stops a sweep after ``stop_after`` finished runs, as Ctrl-C does."""
 
     def __init__(self, stop_after: int = 1000) -> None:
         self.seen: Counter[str] = Counter()
@@ -148,16 +148,16 @@ def test_what_cannot_be_made_is_told_and_the_rest_goes_on(sweep: Sweep, monkeypa
     assert "error" not in parent.data.tags
 
 
-@pytest.mark.parametrize("change, told", [
+@pytest.mark.parametrize("change, message", [
     ({"varied": {"estimator": ("spqe", "isolatd")}}, "did you mean 'isolated'"),
     ({"varied": {"estimator": ("spqe", "")}}, "nothing between two commas"),
     ({"pairs": {"permutation": "2"}}, "did you mean 'permutations'"),
     ({"pairs": {"permutations": "three"}}, "takes int"),
     ({"varied": {"budget": ("3bits", "1bits")}}, "1bits")])
-def test_what_is_wrong_is_said_before_anything_is_made(sweep: Sweep, change: dict[str, object], told: str) -> None:
+def test_what_is_wrong_is_said_before_anything_is_made(sweep: Sweep, change: dict[str, object], message: str) -> None:
     with pytest.raises(ImpqError) as error:
         run_sweep(replace(sweep, **change), Plugins())  # type: ignore[arg-type]
-    assert told in str(error.value) and not Path(sweep.base.output).exists()
+    assert message in str(error.value) and not Path(sweep.base.output).exists()
 
 
 def test_a_sweep_refines_nothing(sweep: Sweep) -> None:
