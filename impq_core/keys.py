@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,6 +40,11 @@ class Change:
     before: str
     now: str
 
+    @property
+    def is_digest(self) -> bool:
+        """Whether the values are hex digests."""
+        return bool(re.fullmatch('"[0-9a-f]{16,}"', self.now))
+
 
 @dataclass(frozen=True)
 class Key:
@@ -62,7 +68,7 @@ class Key:
 
     def require(self, stored: Mapping[str, Any], where: str) -> None:
         """Raises ImpqError, which names the first fact that changed, if a stored key differs from this one."""
-        if changes := self.diff(stored):
+        if changes := sorted(self.diff(stored), key=lambda change: change.is_digest):  # readable facts first
             first, more = changes[0], f" (and {len(changes) - 1} more)" if len(changes) > 1 else ""
             raise ImpqError(f"{where} cannot be continued: {first.name} was {first.before[:80]} and is now "
                             f"{first.now[:80]}{more}; start a new run, or restore the earlier state")
