@@ -31,7 +31,7 @@ from impq_core.types import Plan
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 LOGITS = 2
-"""Number of windows whose logits are compared."""
+"""Number of windows for the comparison of logits."""
 
 STOCK = """
 import json, sys
