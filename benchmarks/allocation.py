@@ -189,8 +189,8 @@ def main() -> None:
               "its proof, in counted units. HiGHS on the whole program, in the paper's linearisation and in Glover's "
               f"compact one, has {args.losers:g} s after a local search, and so has SCIP on the quadratic program as "
               "it is. Gaps are the value of qp's plan minus the proven bound, in % of that value; a gap of 0.0001 "
-              "counts as proven. *Worse by* is in % of it too. *Exhaustive* is the plan's value minus the optimum, if the "
-              f"plans can be enumerated. The paper's form is not tried above {MOST_PRODUCTS:,} products.", ""]
+              "counts as proven. *Worse by* is in % of it too. *Exhaustive* is the plan's value minus the optimum, if "
+              f"the plans can be enumerated. The paper's form is not tried above {MOST_PRODUCTS:,} products.", ""]
     if not args.measured:
         lines += ["Random programs: the mean absolute row sum of the pair terms is 1 (moderate) or 5 (strong) standard "
                   "deviations of the linear terms; pair terms are a Gram matrix (positive semidefinite, but for the "

@@ -113,7 +113,7 @@ NUMBERS = [
     Case("run --seed -1", 2, "seed"),
     Case("run --evaluation-seed -3", 2, "seed"),
     light("run --bits 2,5", 2, "5 bits"),
-    Case("run --bits 2,nan", 2, "not nan"),
+    Case("run --bits 2,nan", 2, "nan"),
     Case("run --bits two", 2, "--bits"),
     Case("run --bits 4", 2, "--bits"),
     Case("run --bits 2,2", 2, "bits"),

@@ -85,7 +85,7 @@ def stable(line: str) -> str:
     """A message without the parts that differ between machines: digests, versions and other libraries' messages."""
     line = re.sub(r"impq-runs/[\w-]+", "impq-runs/RUN", line)
     line = re.sub(r'"[0-9a-f]{16,17}"', '"..."', line)
-    line = re.sub(r"(versions\.\w+) was \S+ and is \S+", r"\1 was ... and is ...", line)
+    line = re.sub(r"(versions\.\w+) was \S+ and is now [^;]+", r"\1 was ... and is now ...", line)
     line = re.sub(r"((?:[A-Z]\w*Error|EOFError|BadZipFile): ).*", r"\1...", line)
     return shortened(line)
 

@@ -67,7 +67,7 @@ def test_a_stopped_run_is_killed_and_its_log_is_whole(number: signal.Signals, co
                                                       tiny_arguments: list[str],
                                                       empty_store: Callable[[Path], None]) -> None:
     deep = tiny_model(tmp_path / "deep", blocks=16)  # so many picks that the run cannot end by itself in time
-    arguments = [*tiny_arguments, "--model", str(deep), "--backend", "hqq", "-o", "permutations=20000"]
+    arguments = [*tiny_arguments, "--model", str(deep), "--backend", "quanto", "-o", "permutations=20000"]
     empty_store(tmp_path / "mlflow.db")
     # A job in the background of a script inherits an ignored SIGINT; the run under test must not.
     process = subprocess.Popen([sys.executable, "-m", "impq_core.cli", *arguments], cwd=tmp_path,

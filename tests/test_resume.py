@@ -104,6 +104,7 @@ def test_a_run_that_was_cut_anywhere_ends_as_if_it_had_not_been(case: str, tiny_
     assert outcome(folder) == whole and again.plan is not None
 
 
+@pytest.mark.usefixtures("variants")
 def test_the_mlflow_run_goes_on_too(tiny_config: RunConfig) -> None:
     from mlflow import MlflowClient
 
@@ -119,6 +120,7 @@ def test_the_mlflow_run_goes_on_too(tiny_config: RunConfig) -> None:
     assert sorted(steps) == list(range(4 * 5 + 1))
 
 
+@pytest.mark.usefixtures("variants")
 def test_an_estimate_is_gone_on_with_to_the_end(tiny_config: RunConfig) -> None:
     whole = outcome(run(tiny_config).folder)
     estimated = run(tiny_config, only_estimate=True)
@@ -174,6 +176,7 @@ def test_what_has_changed_is_refused(change: object, message: str, tiny_config: 
     assert outcome(folder) == before
 
 
+@pytest.mark.usefixtures("variants")
 def test_two_processes_do_not_work_in_one_run(tiny_config: RunConfig) -> None:
     folder = cut(tiny_config, "estimate", 3)
     with RunFolder(folder).locked(), pytest.raises(ImpqError, match="another process"):
@@ -181,6 +184,7 @@ def test_two_processes_do_not_work_in_one_run(tiny_config: RunConfig) -> None:
     resume(folder)
 
 
+@pytest.mark.usefixtures("variants")
 def test_a_torn_line_is_taken_out_and_said(tiny_config: RunConfig) -> None:
     whole = outcome(run(tiny_config).folder)
     folder = cut(tiny_config, "estimate", 6)
@@ -308,6 +312,7 @@ def test_the_same_numbers_with_the_cache_and_without(tiny_config: RunConfig) -> 
     assert not np.array_equal(results[0].evaluation.plan.window_nll, results[3].evaluation.plan.window_nll)
 
 
+@pytest.mark.usefixtures("variants")
 def test_a_run_exists_only_with_what_it_is_resumed_from(tiny_config: RunConfig,
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, text: str) -> None:
@@ -320,6 +325,7 @@ def test_a_run_exists_only_with_what_it_is_resumed_from(tiny_config: RunConfig,
 
 
 @pytest.mark.builds_store
+@pytest.mark.usefixtures("variants")
 def test_a_store_whose_maker_died_is_no_store(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow import MlflowClient
 

@@ -191,7 +191,7 @@ def test_other_budgets_from_an_estimate(tiny_config: RunConfig) -> None:
     # Narrower widths always cost divergence, but may lower the loss of a random model.
     config = replace(tiny_config, backend="hqq", value="kl", options={"estimator": {"permutations": 4}})
     folder = run(config, only_estimate=True).folder
-    made = allocate_run(str(folder), ["2.5bits", "70%"], None, None, {}, Plugins())
+    made = allocate_run(str(folder), ["2.5bits", "90%"], None, None, {}, Plugins())
     assert made[0].plan.nbytes < made[1].plan.nbytes
     for one in made:
         whole = run(replace(config, budget=one.budget))
