@@ -188,9 +188,9 @@ def main() -> None:
     lines += [f"The budget is midway between all-low and all-high. `qp` has a work limit of {args.limit:g} for "
               "its proof, in counted units. HiGHS on the whole program, in the paper's linearisation and in Glover's "
               f"compact one, has {args.losers:g} s after a local search, and so has SCIP on the quadratic program as "
-              "it stands. Gaps are the value of qp's plan minus the proven bound, in % of that value; at 0.0001 a plan "
-              "counts as proven. *Worse by* is in % of it too, *exhaustive* is the plan's value minus the least of all "
-              f"plans. The paper's form is left out above {MOST_PRODUCTS:,} products.", ""]
+              "it is. Gaps are the value of qp's plan minus the proven bound, in % of that value; a gap of 0.0001 "
+              "counts as proven. *Worse by* is in % of it too. *Exhaustive* is the plan's value minus the optimum, if "
+              f"the plans can be enumerated. The paper's form is not tried above {MOST_PRODUCTS:,} products.", ""]
     if not args.measured:
         lines += ["Random programs: the mean absolute row sum of the pair terms is 1 (moderate) or 5 (strong) standard "
                   "deviations of the linear terms; pair terms are a Gram matrix (positive semidefinite, but for the "

@@ -163,8 +163,8 @@ class RunConfig:
         if self.refine < 0:
             raise UsageError(f"refine is a number of forwards, not {self.refine}")
         if self.refine and 2 * self.game_windows > self.calibration.windows:
-            raise UsageError("to refine, as many calibration windows are held back as the game has: "
-                             f"{self.game_windows} game_windows need {2 * self.game_windows} of them, not "
+            raise UsageError(f"--refine holds back {self.game_windows} further calibration windows, as many as "
+                             f"game_windows: give at least {2 * self.game_windows} calibration windows, not "
                              f"{self.calibration.windows}")
         if len(set(self.bits)) != len(self.bits):
             raise UsageError("bits names a width twice")

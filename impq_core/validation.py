@@ -163,7 +163,7 @@ class _Design:
 
     @property
     def free(self) -> int:
-        """Degrees of freedom beside those of sizes and steps."""
+        """Number of picks minus the degrees of freedom of sizes and steps."""
         return len(self.picks) - sum(basis.shape[1] for basis in self._bases[True])
 
     def variance(self, values: FloatArray, additive: bool = True, weights: FloatArray | None = None) -> float:

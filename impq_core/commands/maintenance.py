@@ -89,7 +89,7 @@ def prune(older_than: float | None, model: str | None, everything: bool) -> None
     if older_than is not None and not older_than >= 0:  # NaN is refused too
         raise UsageError(f"--older-than takes a number of days, not {older_than:g}")
     if older_than is None and model is None and not everything:
-        raise UsageError("say what to delete: --older-than DAYS, --model NAME or --all")
+        raise UsageError("choose the variants to delete: --older-than DAYS, --model NAME or --all")
     freed = count = 0
     for shelf in shelves():
         unused = older_than is None or shelf.used < time.time() - 86400 * older_than

@@ -22,7 +22,7 @@ Watcher = Callable[[IntArray, FloatArray, float], None]
 
 
 class ModelGame:
-    """Implements ``impq_core.interfaces.Game`` on a model whose variants are in a bank.
+    """Implements ``impq_core.interfaces.Game`` on a model and the bank of its variants.
 
     The inputs of every block are kept for the last evaluated pick, so the next pick runs only the blocks from its first
     difference on. Losses are memoised. Nothing is quantized here.
@@ -69,7 +69,7 @@ class ModelGame:
         self.redraw(0)
 
     def redraw(self, number: int) -> int:
-        """Continue on the set of windows with a number (modulo the number of sets), whose earlier losses are kept.
+        """Continue on the set of windows with a number (modulo the number of sets); earlier losses on it are kept.
         Returns the number of the set."""
         self._number = number % len(self._sets)
         self._ids, self._memo = self._sets[self._number], self._memos[self._number]

@@ -21,7 +21,7 @@ from impq_core.model.text import Windows
 from impq_core.space import Choice, FloatArray, LinearSpec, SearchSpace
 
 BATCH_TOKENS = 1024
-"""Tokens in a backward pass, whose float32 logits exist twice at a time."""
+"""Tokens in a backward pass; two copies of their float32 logits exist at a time."""
 
 STEP = 3e-3
 """Step of a difference of gradients, relative to the root mean square of a linear's own weights. On the tests' tiny

@@ -24,7 +24,7 @@ Assignment = Sequence[Choice | None]
 
 
 _BLENDED = Choice(-1.0, -1)
-"""The current choice of a linear whose weights are blended: it differs from every choice of a menu."""
+"""The current choice of a linear with blended weights: it differs from every choice of a menu."""
 
 
 class Bank:
@@ -117,8 +117,8 @@ def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden | None, menus: 
     The statistics of a block are collected once, with the blocks before it at their widest choices, and are used for
     every width: the Hessian of GPTQ does not depend on the linear's own width. (It does depend on the widths of the
     blocks before; a bank needs one prefix, and the widest is nearest to the plans of interest.) Afterwards every layer
-    of the model is at its widest choice. One warning reports the variants whose record has ``unreached``: no token of
-    the calibration text reached their linear.
+    of the model is at its widest choice. One warning reports the variants with ``unreached`` in their record: no token
+    of the calibration text reached their linear.
 
     Args:
         bank: the bank to fill.

@@ -32,12 +32,12 @@ BATCH_TOKENS = 2048
 """Tokens in a batch."""
 
 HEAD_ROWS = 64
-"""Positions whose logits are computed at a time: few enough for the processor's cache, which is twice as fast."""
+"""Positions in one computation of logits: few enough for the processor's cache, which is twice as fast."""
 
 UNSUPPORTED = "impq cannot run this architecture block by block yet"
 
 CHECKED = 8
-"""Number of last positions of each window whose replayed logits are compared with the model's own."""
+"""Number of last positions of each window at which replayed logits are compared with the model's own."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -175,7 +175,7 @@ class Prepared:
 
     @property
     def spare(self) -> Windows | None:
-        """Calibration windows beside those of the game and of a refinement's referee."""
+        """Calibration windows outside those of the game and of a refinement's referee."""
         used = self.config.game_windows * (2 if self.config.refine else 1)
         return self.calibration.part(used, len(self.calibration.ids)) if self.calibration else None
 

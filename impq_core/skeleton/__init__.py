@@ -48,7 +48,7 @@ def write_plugin(target: str, kinds: Sequence[str], plugins: Plugins) -> list[Pa
         target: a name, for a folder ``impq-NAME`` in the working folder; or a path that ends in ``.py``, for a single
             file.
         kinds: the kinds of its components.
-        plugins: the installed plugins, whose names must not be used again.
+        plugins: the installed plugins; the name must differ from the names of their components of the same kind.
 
     Returns:
         The files.

@@ -23,7 +23,7 @@ HEAVY = ("mlflow", "torch", "transformers")
 
 
 class Suite:
-    """Tests to inherit: derive a class whose name begins with ``Test``, and pytest runs them.
+    """Tests to inherit: pytest runs them in a derived class with a name that begins with ``Test``.
 
     Class attributes:
         expected_failures: reasons by the names of tests that this part fails. Such a test is reported if it passes.
