@@ -14,7 +14,7 @@ import numpy as np
 from common import RESULTS, Bench, heading, plus_minus, table, write
 
 from impq_core.config import RunConfig
-from impq_core.tracking.figures import BLUE, GREY, ORANGE
+from impq_core.compare.drawing import COLOURS, GREY
 from impq_core.types import Measurements
 from impq_core.validation import HigherOrder, higher_order_share
 
@@ -89,9 +89,9 @@ def draw(curves: Sequence[Curve], path: str) -> None:
         places = np.arange(curve.joint.shape[1])
         axes.plot(places, curve.joint.T, color=GREY, linewidth=0.7)
         error = curve.joint.std(axis=0, ddof=1) / np.sqrt(len(curve.joint))
-        axes.errorbar(places, curve.joint.mean(axis=0), yerr=error, color=BLUE, capsize=2,
+        axes.errorbar(places, curve.joint.mean(axis=0), yerr=error, color=COLOURS[0], capsize=2,
                       label="joint: mean of orders ± standard error")
-        axes.plot(places, curve.singles.mean(axis=0), "--", color=ORANGE, label="sum of single damages, same blocks")
+        axes.plot(places, curve.singles.mean(axis=0), "--", color=COLOURS[1], label="sum of single damages, same blocks")
         axes.plot([], [], color=GREY, linewidth=0.7, label="joint: each order")
         axes.set(title=f"{curve.name} bits", xlabel="demoted blocks k", ylabel="loss above all-widest (nats per token)")
         axes.legend(fontsize=8)

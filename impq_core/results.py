@@ -47,8 +47,32 @@ class Difference(NamedTuple):
         return f"{self.mean:+.4f}{self._error}"
 
 
+class WindowLosses:
+    """Losses of an allocation on the windows of a text.
+
+    Derived classes have ``window_nll``: float64 (windows,), the mean nats per token of each window.
+    """
+
+    window_nll: FloatArray
+
+    @property
+    def nll(self) -> float:
+        """Mean negative log-likelihood, nats per token."""
+        return float(self.window_nll.mean())
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of ``nll`` over windows, nats per token."""
+        return standard_error(self.window_nll)
+
+    def minus(self, other: WindowLosses) -> Difference:
+        """This NLL minus another on the same windows, paired."""
+        with np.errstate(invalid="ignore"):  # infinite losses have no difference
+            return Difference(self.nll - other.nll, standard_error(self.window_nll - other.window_nll))
+
+
 @dataclass(frozen=True, eq=False)
-class Score:
+class Score(WindowLosses):
     """Held-out quality of one allocation.
 
     Args:
@@ -60,16 +84,6 @@ class Score:
     window_nll: FloatArray
     kl: float
     top1: float
-
-    @property
-    def nll(self) -> float:
-        """Mean negative log-likelihood, nats per token."""
-        return float(self.window_nll.mean())
-
-    @property
-    def stderr(self) -> float:
-        """Standard error of ``nll`` over windows, nats per token."""
-        return standard_error(self.window_nll)
 
     @property
     def perplexity(self) -> float:
@@ -92,7 +106,7 @@ class Score:
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
+class Row(WindowLosses):
     """Line of an evaluation: an allocation, its size and its loss.
 
     Args:
@@ -112,24 +126,9 @@ class Row:
     score: Score | None = None
 
     @property
-    def nll(self) -> float:
-        """Measured or interpolated mean negative log-likelihood, nats per token."""
-        return float(self.window_nll.mean())
-
-    @property
-    def stderr(self) -> float:
-        """Standard error of ``nll`` over windows, nats per token."""
-        return standard_error(self.window_nll)
-
-    @property
     def kind(self) -> str:
         """First word of the name: plan, unquantized, uniform, line, first/last or random."""
         return self.name.partition(" ")[0]
-
-    def minus(self, other: Row) -> Difference:
-        """This NLL minus another on the same windows."""
-        with np.errstate(invalid="ignore"):  # infinite losses have no difference
-            return Difference(self.nll - other.nll, standard_error(self.window_nll - other.window_nll))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, with derived numbers for other programs."""

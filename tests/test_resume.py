@@ -159,7 +159,7 @@ def change_library(folder: Path, config: RunConfig) -> None:
 
 
 @pytest.mark.parametrize("change, message", [
-    (change_model, "model digest"), (change_text, "game.tokens"), (change_backend, "variants"),
+    (change_model, "model digest"), (change_text, "game.tokens"), (change_backend, "budget bytes"),
     (change_code, "code"), (change_library, "versions.gptqmodel")])
 def test_what_has_changed_is_refused(change: object, message: str, tiny_config: RunConfig, texts: tuple[Path, Path],
                                      tmp_path: Path) -> None:
