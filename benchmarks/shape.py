@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from common import RESULTS, Bench, heading, plus_minus, table, write
 
-from impq_core.config import RunConfig
 from impq_core.compare.drawing import COLOURS, GREY
+from impq_core.config import RunConfig
 from impq_core.types import Measurements
 from impq_core.validation import HigherOrder, higher_order_share
 
