@@ -91,7 +91,8 @@ def draw(curves: Sequence[Curve], path: str) -> None:
         error = curve.joint.std(axis=0, ddof=1) / np.sqrt(len(curve.joint))
         axes.errorbar(places, curve.joint.mean(axis=0), yerr=error, color=COLOURS[0], capsize=2,
                       label="joint: mean of orders ± standard error")
-        axes.plot(places, curve.singles.mean(axis=0), "--", color=COLOURS[1], label="sum of single damages, same blocks")
+        axes.plot(places, curve.singles.mean(axis=0), "--", color=COLOURS[1],
+                  label="sum of single damages, same blocks")
         axes.plot([], [], color=GREY, linewidth=0.7, label="joint: each order")
         axes.set(title=f"{curve.name} bits", xlabel="demoted blocks k", ylabel="loss above all-widest (nats per token)")
         axes.legend(fontsize=8)
