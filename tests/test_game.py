@@ -173,7 +173,7 @@ def test_gradients_come_back_from_their_log(table: Table, tmp_path: Path) -> Non
     found = []
     for log in (None, path, path):
         probe = ModelProbe(table.space, table.bank, table.runner, WINDOWS,
-                           log=Ledger(log, "impq-gradients/1", {}) if log else None)
+                           log=Ledger(log, "impq-gradients/1", TextKey("tiny")) if log else None)
         found.append((probe.slopes(), probe.slopes(at), probe.hessian_traces(np.random.default_rng(0)), probe.forwards))
     assert path.read_text().count("\n") == 4  # a header, two slopes, a draw of traces: nothing twice
     for one in found[1:]:
