@@ -21,16 +21,26 @@ _GROUPS = {part: fused.removesuffix("_proj") for fused, parts in FUSED.items() f
 
 
 def blocks_of(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
-    """The decoder blocks in order, with their module names.
+    """The decoder blocks in order, with their module names: the modules of the list that holds the most weights, lists
+    inside of lists not counted. Whether a forward calls them once each, in order, is seen when there are weights.
+
+    Args:
+        model: with weights or on the meta device.
 
     Raises:
-        ImpqError: the model has no list of as many modules of one class as the configuration has layers.
+        ImpqError: the model has no list of modules.
     """
-    wanted = model.config.get_text_config().num_hidden_layers
+    decoder = model.get_decoder()
+    inside = {id(module) for module in decoder.modules()}
+    lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == wanted and len({type(m) for m in module}) == 1:
-            return [(f"{name}.{i}", block) for i, block in enumerate(module)]
-    raise ImpqError(f"no list of {wanted} blocks found in {type(model).__name__}: its architecture is not supported")
+        if (isinstance(module, nn.ModuleList) and len(module) and id(module) in inside
+                and not any(name.startswith(f"{outer}.") for outer in lists)):
+            lists[name] = module
+    if not lists:
+        raise ImpqError(f"{type(model).__name__} has no list of blocks: its architecture is not supported")
+    name = max(lists, key=lambda name: sum(parameter.numel() for parameter in lists[name].parameters()))
+    return [(f"{name}.{index}", block) for index, block in enumerate(lists[name])]
 
 
 def layers_of(model: PreTrainedModel, granularity: str) -> tuple[LayerSpec, ...]:
