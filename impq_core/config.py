@@ -16,7 +16,7 @@ from impq_core.errors import UsageError, nearest
 from impq_core.trust import without_permissions
 
 DTYPES = ("auto", "float32", "bfloat16")
-GRANULARITIES = ("auto", "block", "group", "linear")
+GRANULARITIES = ("auto", "block", "group", "expert", "linear")
 VALUES = ("nll", "kl")
 
 
@@ -94,8 +94,8 @@ class RunConfig:
         bits: the widths to choose from; empty for the backend's default menu.
         budget: such as ``3.0bits`` (nominal average), ``3.25bpw`` (stored), ``60MB`` or ``60%``; empty for the middle
             of the widths.
-        granularity: ``block``, ``group`` (fused linears) or ``linear``; ``auto`` is groups for an estimator that only
-            looks, and blocks for one that plays, because the cost of a game grows with the number of layers.
+        granularity: ``block``, ``group`` (fused linears), ``expert`` or ``linear``; ``auto`` is groups for an estimator
+            that only looks, and blocks for one that plays, because the cost of a game grows with the number of layers.
         pins: width by pattern of layers that do not play; their bytes count.
         exclude: patterns of layers that stay unquantized; their bytes count too, at 16 bits a weight.
         calibration: text for quantization statistics and the game.

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch.nn import functional
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from impq_core.errors import ImpqError
 from impq_core.interfaces import Backend
 from impq_core.model.bank import Bank, fill_bank
 from impq_core.model.blockwise import BlockwiseModel
-from impq_core.model.layers import coverage, layers_of, search_space
+from impq_core.model.layers import coverage, layers_of, search_space, unstorable
+from impq_core.model.linears import to_linears
 
 BLOCKS = 4
 IDS = np.random.default_rng(0).integers(0, 256, (3, 24))
@@ -56,8 +56,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "chunk_size": 16},
     "falcon": {"alibi": False, "multi_query": True, "new_decoder_architecture": False},
     "granite": {"logits_scaling": 8.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5},
-    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), {
-        "layer_types": ["linear_attention", "full_attention"] * 2}),
+    **{kind: {"num_key_value_heads": 4} for kind in (
+        "axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "youtu",
+        "minicpm3", "longcat_flash", "dots3_note_text", "kimi_linear", "bailing_hybrid", "hy_v4")},
+    **{kind: {"layer_types": ["linear_attention", "full_attention"] * 2} for kind in (
+        "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid")},
 }
 """Further settings, by model type."""
 
@@ -98,15 +101,20 @@ class Row:
 
 
 def survey(model: PreTrainedModel, backend: Backend) -> Row:
-    """Quantize a model and compare its losses with those of the plain forward.
+    """Quantize a model and compare its losses with those of the plain forward. The model's experts are made linears.
 
     Raises:
         ImpqError: impq refuses the architecture.
         AssertionError: the losses differ.
     """
+    ids = torch.from_numpy(IDS)
+    untouched = model(input_ids=ids).logits
+    model = to_linears(model)
+    torch.testing.assert_close(model(input_ids=ids).logits, untouched, rtol=1e-3, atol=1e-3)
     choices = tuple(choice for choice in backend.choices() if choice.bits in (8, 2))
     layers = layers_of(model, "group")
-    space = search_space(layers, backend, choices)
+    dense = unstorable(layers, backend, choices)
+    space = search_space(layers, backend, choices, dense=dense)
     runner = BlockwiseModel(model)
     bank = Bank(model, space.everyone, backend, torch.float32)
     hidden = runner.embed(IDS)
@@ -114,13 +122,12 @@ def survey(model: PreTrainedModel, backend: Backend) -> Row:
               [choices] * len(space) + [()] * len(space.pinned), lambda done, total: None)
     for choice in (None, *choices):
         bank.apply([choice] * len(space) + [None] * len(space.pinned))
-        ids = torch.from_numpy(IDS)
-        logits = model(input_ids=ids).logits[:, :-1]
-        plain = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
-        last = len(runner) // 2
-        for outputs in (runner.run_all(hidden), runner.run_from(last, hidden_at(runner, hidden, last))[-1]):
+        logits, targets = model(input_ids=ids).logits[:, :-1], ids[:, 1:]
+        plain = functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+        middle = len(runner) // 2
+        for outputs in (runner.run_all(hidden), runner.run_from(middle, hidden_at(runner, hidden, middle))[-1]):
             np.testing.assert_allclose(runner.nll(outputs, IDS), plain.numpy(), rtol=1e-3, atol=1e-3)
-    return Row(coverage(model, space.layers).share, runner.partial)
+    return Row(coverage(model, layers, dense).share, runner.partial)
 
 
 def hidden_at(runner: BlockwiseModel, hidden: Any, index: int) -> Any:

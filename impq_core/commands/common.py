@@ -61,8 +61,8 @@ def run_options(several: bool = False) -> Callable[[Command], Command]:
         click.option("--bits", help="Widths to choose from, such as 2,4 [the backend's]."),
         click.option("--budget", help=f"3.0bits (nominal average), 3.25bpw (stored), 60MB, 4GiB or 60%{more} "
                                       "[the middle]."),
-        click.option("--granularity", help="block, group (linears that engines fuse) or linear [group, or block for "
-                                           "estimators that play]."),
+        click.option("--granularity", help="block, group (linears that engines fuse), expert or linear [group, or "
+                                           "block for estimators that play]."),
         click.option("--pin", "pins", multiple=True, metavar="PATTERN=WIDTH",
                      help="Keep the layers that match at a width, such as 'model.layers.0*=4'; their bytes count."),
         click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave the layers that match unquantized."),

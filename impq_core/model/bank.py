@@ -13,7 +13,7 @@ from torch import nn
 
 from impq_core.errors import ImpqError
 from impq_core.files import write_text
-from impq_core.interfaces import Backend, Variant
+from impq_core.interfaces import Backend, Statistics, Variant
 from impq_core.model.blockwise import BlockwiseModel, Hidden
 from impq_core.model.cache import Shelf
 from impq_core.model.calibration import input_statistics
@@ -22,6 +22,9 @@ from impq_core.space import Choice, LayerSpec, LinearSpec
 Assignment = Sequence[Choice | None]
 """A choice for each layer of the bank; None is the unquantized weight."""
 
+
+FEWEST = 32
+"""Tokens that must reach a linear for its statistics to be used; as many as a group has weights if there are groups."""
 
 _BLENDED = Choice(-1.0, -1)
 """The current choice of a linear whose weights are blended: it differs from every choice of a menu."""
@@ -117,8 +120,8 @@ def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden | None, menus: 
     The statistics of a block are collected once, behind a prefix at the widest choice, and serve every width: the
     Hessian of GPTQ does not depend on the width. (Strictly it depends on the widths of the blocks before; a bank has
     to settle on one prefix, and the widest is nearest to the plans of interest.) Afterwards the model stands at the
-    widest choice. Variants whose record says ``unreached`` (no token of the calibration text got to their linear) are
-    reported in one warning.
+    widest choice. A linear that fewer tokens reach than a group has weights, as happens to experts, is quantized as if
+    none did. Variants whose record says ``unreached`` are reported in one warning.
 
     Args:
         bank: to be filled.
@@ -147,9 +150,11 @@ def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden | None, menus: 
         if hidden is not None and modules:
             statistics = input_statistics(runner, index, hidden, modules.values())
         for spec, choice in missing[index]:
-            weight = bank.original(spec)
+            weight, seen = bank.original(spec), statistics.get(modules[spec])
+            if seen and seen.tokens < (choice.group_size or FEWEST):
+                seen = Statistics(torch.zeros_like(seen.gram), 0)
             try:
-                variant = bank.backend.quantize(weight, choice, statistics.get(modules[spec]))
+                variant = bank.backend.quantize(weight, choice, seen)
             except ImpqError as error:
                 raise ImpqError(f"{spec.name}: {error}") from error
             # Laid out as on disk: another layout of the same numbers may be multiplied in another order.
@@ -165,8 +170,8 @@ def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden | None, menus: 
     unreached = [spec.name for layer, menu in zip(bank.layers, menus, strict=True) for spec in layer.linears
                  if any(bank.stored(spec, choice).record.get("unreached") for choice in menu)]
     if unreached:
-        warnings.warn(f"{len(unreached)} linears are rounded plainly, as no token of the calibration text reaches them "
-                      f"(first: {unreached[0]}); more calibration text may", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"{len(unreached)} linears are rounded plainly, as hardly a token of the calibration text "
+                      f"reaches them (first: {unreached[0]}); more calibration text may", RuntimeWarning, stacklevel=2)
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:
