@@ -210,7 +210,7 @@ class ModelProbe:
         if self._value == "kl" and self._unquantized is None:
             self._bank.apply([None] * len(self._bank.layers))
             hidden = self._runner.run_all(self._runner.embed(self._text.ids))
-            self._unquantized = torch.cat([batch.states for batch in hidden], dim=-3)
+            self._unquantized = torch.cat([batch.states for batch in hidden], dim=self._runner.forward.axis)
             self._flops += len(self._text.ids) * self._cost.behind(0)
 
     def _products_of(self, rows: torch.Tensor, changes: Changes, number: int) -> dict[LinearSpec, FloatArray]:
@@ -239,8 +239,9 @@ class ModelProbe:
 
         target = None
         if self._unquantized is not None:
-            states = self._unquantized[..., rows, :-1, :].to(next(model.parameters()).dtype)  # float32 for hawq
-            target = self._runner.forward.logits(ids[:, :-1], states).log_softmax(dim=-1)
+            forward, dtype = self._runner.forward, next(model.parameters()).dtype  # float32 for hawq
+            states = forward.rows(self._unquantized.index_select(forward.axis, rows).to(dtype), ids.shape[1] - 1)
+            target = forward.logits(ids[:, :-1].flatten(), states).log_softmax(dim=-1)
         try:
             handles.append(model.get_input_embeddings().register_forward_hook(start))
             for linear in self._linears:
@@ -249,7 +250,8 @@ class ModelProbe:
             if target is None:
                 loss = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
             else:
-                loss = functional.kl_div(logits.log_softmax(dim=-1), target, reduction="sum", log_target=True)
+                ours = logits.flatten(0, 1).log_softmax(dim=-1)
+                loss = functional.kl_div(ours, target, reduction="sum", log_target=True)
             (loss / (ids.shape[1] - 1)).backward()  # type: ignore[no-untyped-call]
         finally:
             for handle in handles:

@@ -30,7 +30,7 @@ class Batch:
     Args:
         ids: their token ids (windows, length).
         states: the input of the first block, or the output of any (windows, length, width). A few architectures have
-            further dimensions in front.
+            further dimensions in front of those or behind the length.
     """
 
     ids: torch.Tensor
@@ -116,7 +116,7 @@ class BlockwiseModel:
             head = 0
             for sign, stop in ((1, False), (-1, True)):
                 with flop_counter() as counter:
-                    self.forward.logits(batch.ids[:, :-1], states[..., :-1, :], stop)
+                    self.forward.logits(batch.ids[:, :-1].flatten(), self.forward.rows(states, length - 1), stop)
                 head += sign * counter.get_total_flops()
             self._costs[length] = ForwardCost(tuple(blocks), head)
         return self._costs[length]
@@ -161,12 +161,12 @@ class BlockwiseModel:
         at = 0
         for batches in zip(hidden, *more, strict=True):
             tokens, targets = batches[0].ids[:, :-1].flatten(), batches[0].ids[:, 1:].flatten()
-            rows = [batch.states[..., :-1, :].flatten(-3, -2) for batch in batches]
-            for start in range(0, len(tokens), HEAD_ROWS):
-                part = slice(start, start + HEAD_ROWS)
-                logits = [self.forward.logits(tokens[part][None], states[..., None, part, :])[0] for states in rows]
-                yield slice(at, at + len(logits[0])), logits, targets[part]
-                at += len(logits[0])
+            rows = [torch.split(self.forward.rows(batch.states, ids.shape[1] - 1), HEAD_ROWS, dim=self.forward.axis)
+                    for batch in batches]
+            for some, followed, *parts in zip(torch.split(tokens, HEAD_ROWS), torch.split(targets, HEAD_ROWS), *rows,
+                                              strict=True):
+                yield slice(at, at + len(some)), [self.forward.logits(some, part) for part in parts], followed
+                at += len(some)
 
     def compare(self, hidden: Hidden, ids: IntArray, reference: Hidden) -> Comparison:
         """Compare a model's last hidden states with a reference's. The logits of both are made here, a few rows at a

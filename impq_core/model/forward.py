@@ -53,10 +53,12 @@ class OwnForward:
         handed: name of an argument through which blocks hand a state to later blocks (shared keys and values, indices
             of tokens), or ``no argument`` if the state is elsewhere. A forward of such a model cannot begin at a block:
             blocks that answer from memory write no state. Empty if there is none; set by ``learn``.
+        axis: the dimension of hidden states that counts windows; positions are the next. 0 for most models; a few keep
+            several streams (streams, windows, length, width).
     """
 
     def __init__(self, model: PreTrainedModel, blocks: Sequence[nn.Module]) -> None:
-        self.model, self.blocks, self.handed = model, tuple(blocks), ""
+        self.model, self.blocks, self.handed, self.axis = model, tuple(blocks), "", 0
         self._lengths: list[int] = []
         accepted = inspect.signature(model.forward).parameters.values()
         self._accepted = {parameter.name for parameter in accepted}
@@ -102,7 +104,7 @@ class OwnForward:
                 order.append(index)
                 watched.arguments.append(leaves(args, kwargs))
                 output = own(*args, **kwargs)
-                lengths.append(len(output) if isinstance(output, tuple) else 0)
+                lengths.append(len(output) if isinstance(output, (tuple, list)) else 0)
                 watched.states.append(_states(output).clone())
                 return output
             return forward
@@ -115,6 +117,12 @@ class OwnForward:
         if order != list(range(len(self.blocks))):
             raise ImpqError(f"{name} does more than run its blocks in order, once each: {UNSUPPORTED}")
         self._lengths = lengths
+        shape = tuple(watched.states[-1].shape)
+        axes = [axis for axis in range(len(shape) - 1) if shape[axis:axis + 2] == tuple(ids.shape)]
+        if not axes:
+            raise ImpqError(f"the last block of {name} returns hidden states of shape {shape} for a window of "
+                            f"{ids.shape[1]} tokens: {UNSUPPORTED}")
+        self.axis = axes[0]
         return watched
 
     def _handed(self, ids: torch.Tensor, plain: _Watched) -> str:
@@ -142,7 +150,8 @@ class OwnForward:
         """Whether a forward from the middle block on gives the plain forward's logits, to rounding."""
         middle, last = len(self.blocks) // 2, len(self.blocks) - 1
         ours = self.outputs(ids, middle, plain.states[middle - 1] if middle else None, last)[-1]
-        difference = float((self.logits(ids, ours) - plain.logits.float()).abs().max())
+        logits = self.logits(ids.flatten(), self.rows(ours))
+        difference = float((logits - plain.logits[0].float()).abs().max())
         return difference <= max(1e-4, 8 * torch.finfo(ours.dtype).eps) * float(plain.logits.abs().max())
 
     @torch.inference_mode()
@@ -189,26 +198,30 @@ class OwnForward:
         self._run(ids, [*kept, *(running(index) for index in range(len(kept), last + 1))])
         return found
 
+    def rows(self, states: torch.Tensor, count: int | None = None) -> torch.Tensor:
+        """Hidden states of the first ``count`` positions (all by default) of each window in a single row of positions:
+        (windows * count, width), the windows and positions at ``axis``."""
+        count = states.shape[self.axis + 1] if count is None else count
+        return states.narrow(self.axis + 1, 0, count).flatten(self.axis, self.axis + 1)
+
     @torch.inference_mode()
-    def logits(self, ids: torch.Tensor, states: torch.Tensor, stop: bool = False) -> torch.Tensor:
-        """Float32 logits (windows, length, vocabulary) of the last block's output, by whatever the model has behind its
-        last block. All blocks answer from memory, and each position is a window of its own, so the memory that this
-        takes is that of its logits.
+    def logits(self, ids: torch.Tensor, rows: torch.Tensor, stop: bool = False) -> torch.Tensor:
+        """Float32 logits (positions, vocabulary) of the last block's output, by whatever the model has behind its last
+        block. All blocks answer from memory, and each position is a window of its own, so the memory that this takes is
+        that of its logits.
 
         Args:
-            ids: token ids (windows, length).
-            states: output (..., windows, length, width) of the last block for those ids.
+            ids: token ids (positions,).
+            rows: output (positions, width) of the last block for them, as ``rows`` returns it.
             stop: end the forward at the last block, without logits (for counting what the rest takes).
         """
-        windows, length = ids.shape
-        rows = states.flatten(-3, -2).unsqueeze(-2)
-        forwards = self._memory(len(self.blocks), rows)
+        forwards = self._memory(len(self.blocks), rows.unsqueeze(self.axis + 1))
         if stop:
             def end(*args: Any, **kwargs: Any) -> Any:
                 raise _Stop
             forwards[-1] = end
-        logits = self._run(ids.reshape(-1, 1), forwards)
-        return logits.float().view(windows, length, -1) if not stop else logits
+        logits = self._run(ids[:, None], forwards)
+        return logits.flatten(0, 1).float() if not stop else logits
 
     def _memory(self, count: int, states: torch.Tensor | None) -> list[Replacement]:
         """Forwards for the first ``count`` blocks: the last of them answers with ``states``, the others with their
@@ -257,7 +270,7 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _states(output: Any) -> torch.Tensor:
-    states = output[0] if isinstance(output, tuple) else output
-    if not isinstance(states, torch.Tensor) or states.dim() < 3:
-        raise TypeError("a block returns no hidden states of windows")
+    states = output[0] if isinstance(output, (tuple, list)) else output
+    if not isinstance(states, torch.Tensor):
+        raise TypeError("a block returns no hidden states")
     return states

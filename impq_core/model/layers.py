@@ -22,7 +22,8 @@ _GROUPS = {part: fused.removesuffix("_proj") for fused, parts in FUSED.items() f
 
 def blocks_of(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     """The decoder blocks in order, with their module names: the modules of the list that holds the most weights, lists
-    inside of lists not counted. Whether a forward calls them once each, in order, is seen when there are weights.
+    inside of lists not counted. In a multimodal model it is a list of the text decoder. Whether a forward calls them
+    once each, in order, is seen when there are weights.
 
     Args:
         model: with weights or on the meta device.
@@ -30,13 +31,13 @@ def blocks_of(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     Raises:
         ImpqError: the model has no list of modules.
     """
-    decoder = model.get_decoder()
-    inside = {id(module) for module in decoder.modules()}
     lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
-        if (isinstance(module, nn.ModuleList) and len(module) and id(module) in inside
+        if (isinstance(module, nn.ModuleList) and len(module)
                 and not any(name.startswith(f"{outer}.") for outer in lists)):
             lists[name] = module
+    inside = set(model.get_decoder().modules())
+    lists = {name: module for name, module in lists.items() if module in inside} or lists
     if not lists:
         raise ImpqError(f"{type(model).__name__} has no list of blocks: its architecture is not supported")
     name = max(lists, key=lambda name: sum(parameter.numel() for parameter in lists[name].parameters()))
