@@ -9,15 +9,21 @@ import numpy as np
 import torch
 from torch.nn import functional
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from impq_core.errors import ImpqError
+from impq_core.errors import ImpqError, one_line
+from impq_core.game.probe import ModelProbe
 from impq_core.interfaces import Backend
 from impq_core.model.bank import Bank, fill_bank
 from impq_core.model.blockwise import BlockwiseModel
+from impq_core.model.forward import OwnForward
 from impq_core.model.layers import coverage, layers_of, search_space, unstorable
 from impq_core.model.linears import to_linears
+from impq_core.model.text import Windows
+from impq_core.space import SearchSpace
 
 BLOCKS = 4
+STEP = 1e-4
 IDS = np.random.default_rng(0).integers(0, 256, (3, 24))
 
 SIZES: dict[str, Any] = {
@@ -52,15 +58,16 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "block_multiple_of": 32},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "falcon_h1": {"mamba_d_ssm": 128},
     "mamba": {"intermediate_size": 128},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "chunk_size": 16},
     "falcon": {"alibi": False, "multi_query": True, "new_decoder_architecture": False},
     "granite": {"logits_scaling": 8.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5},
     **{kind: {"num_key_value_heads": 4} for kind in (
         "axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "youtu",
-        "minicpm3", "longcat_flash", "dots3_note_text", "kimi_linear", "bailing_hybrid", "hy_v4")},
+        "minicpm3", "longcat_flash", "dots3_note_text", "hy_v4")},
     **{kind: {"layer_types": ["linear_attention", "full_attention"] * 2} for kind in (
-        "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid")},
+        "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "bailing_hybrid", "kimi_linear")},
 }
 """Further settings, by model type."""
 
@@ -77,9 +84,15 @@ def config_of(kind: str) -> Any:
 
 
 def tiny(kind: str) -> PreTrainedModel:
-    """A tiny random model of a type; its weights are larger than those of an initialisation."""
+    """A tiny random model of a type; its weights are larger than those of an initialisation. Raises ValueError if it is
+    not tiny."""
+    config = config_of(kind)
+    with torch.device("meta"):
+        size = AutoModelForCausalLM.from_config(config).num_parameters()
+    if size > 5e6:
+        raise ValueError(f"{size} parameters are not tiny")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config_of(kind), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:
@@ -101,55 +114,83 @@ class Row:
 
 
 def survey(model: PreTrainedModel, backend: Backend) -> Row:
-    """Quantize a model and compare its losses with those of the plain forward. The model's experts are made linears.
+    """Quantize a model and compare its losses and slopes with those of the plain forward.
 
     Raises:
         ImpqError: impq refuses the architecture.
-        AssertionError: the losses differ.
+        AssertionError: a loss or a slope differs.
     """
     ids = torch.from_numpy(IDS)
-    untouched = model(input_ids=ids).logits
+    untouched = OwnForward(model, ())(ids)
     model = to_linears(model)
-    torch.testing.assert_close(model(input_ids=ids).logits, untouched, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(OwnForward(model, ())(ids), untouched, rtol=1e-3, atol=1e-3)
     choices = tuple(choice for choice in backend.choices() if choice.bits in (8, 2))
     layers = layers_of(model, "group")
     dense = unstorable(layers, backend, choices)
+    covered = coverage(model, layers, dense)
+    covered.require(type(model).__name__, dense)
     space = search_space(layers, backend, choices, dense=dense)
     runner = BlockwiseModel(model)
     bank = Bank(model, space.everyone, backend, torch.float32)
     hidden = runner.embed(IDS)
     fill_bank(bank, runner, hidden if backend.needs else None,
               [choices] * len(space) + [()] * len(space.pinned), lambda done, total: None)
+    middle = len(runner) // 2
     for choice in (None, *choices):
         bank.apply([choice] * len(space) + [None] * len(space.pinned))
-        logits, targets = model(input_ids=ids).logits[:, :-1], ids[:, 1:]
-        plain = functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-        middle = len(runner) // 2
-        for outputs in (runner.run_all(hidden), runner.run_from(middle, hidden_at(runner, hidden, middle))[-1]):
-            np.testing.assert_allclose(runner.nll(outputs, IDS), plain.numpy(), rtol=1e-3, atol=1e-3)
-    return Row(coverage(model, layers, dense).share, runner.partial)
+        plain = plain_losses(model, ids)
+        for block in range(middle):
+            hidden = runner.run(block, hidden)
+        ends = runner.run_from(middle, hidden)[-1] if middle else runner.run_all(hidden)
+        hidden = runner.embed(IDS)
+        for outputs in (runner.run_all(hidden), ends):
+            np.testing.assert_allclose(runner.nll(outputs, IDS), plain, rtol=1e-3, atol=1e-3)
+    check_slopes(space, bank, runner)
+    return Row(covered.share, runner.partial)
 
 
-def hidden_at(runner: BlockwiseModel, hidden: Any, index: int) -> Any:
-    """The input of a block."""
-    for block in range(index):
-        hidden = runner.run(block, hidden)
-    return hidden
+def plain_losses(model: PreTrainedModel, ids: torch.Tensor) -> np.ndarray:
+    """Negative log-likelihoods (windows, length - 1) by the plain forward, nats."""
+    with torch.no_grad():
+        logits = OwnForward(model, ())(ids)[:, :-1]
+    return functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").numpy()
+
+
+def check_slopes(space: SearchSpace, bank: Bank, runner: BlockwiseModel) -> None:
+    """Compare the slopes along all layers' changes together with a difference of losses, window by window. A window in
+    which the difference changes an expert that a token is routed to is no measure; one at least is."""
+    windows = Windows(IDS, "random", "random bytes")
+    wide, narrow = space.choices
+    at = np.array([0.98, 0.02])
+    slopes = ModelProbe(space, bank, runner, windows).slopes(at)
+    ends = []
+    for share in (0.02 + STEP, 0.02 - STEP):
+        for layer in range(len(space)):
+            bank.blend(layer, {wide: 1 - share, narrow: share})
+        ends.append(plain_losses(runner.model, torch.from_numpy(IDS)).mean(axis=1, dtype=np.float64))
+    moved = (slopes[:, :, 1] - slopes[:, :, 0]).sum(axis=1)
+    differences = (ends[0] - ends[1]) / (2 * STEP)
+    assert np.isclose(moved, differences, rtol=0.1, atol=0.05).any(), (moved, differences)
 
 
 def line_of(kind: str, backend: Backend) -> str:
-    """A line for a table: the share, or why there is none."""
+    """A line for a table: the share of the weights that is quantized, or why there is none."""
     try:
         model = tiny(kind)
+        OwnForward(model, ())(torch.from_numpy(IDS))
     except Exception as error:
-        return f"no tiny model: {type(error).__name__}: {str(error)[:100]}"
+        return f"no tiny model: {one_line(error, 100)}"
     try:
         row = survey(model, backend)
     except ImpqError as error:
         return f"refused: {error}"
-    except Exception as error:
-        return f"FAILED {type(error).__name__}: {str(error)[:200]}"
     return f"{100 * row.share:.0f} %" + ("" if row.partial else ", whole forwards")
 
 
-
+KINDS = tuple(kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind not in {
+    "bart", "bert", "bert-generation", "big_bird", "bigbird_pegasus", "blenderbot", "blenderbot-small", "camembert",
+    "data2vec-text", "electra", "emu3", "ernie", "fuyu", "git", "got_ocr2", "marian", "mbart", "megatron-bert",
+    "mllama", "moshi", "moss_transcribe_diarize", "musicgen", "musicgen_melody", "mvp", "pegasus", "phi4_multimodal",
+    "plbart", "prophetnet", "reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "trocr",
+    "whisper", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod"})
+"""Model types of text decoders."""

@@ -234,8 +234,9 @@ class ModelProbe:
                 output.register_hook(backward)  # type: ignore[no-untyped-call]
             handles.append(self._bank.module(linear).register_forward_hook(forward))
 
-        def start(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            output.requires_grad_(True)  # no parameter asks for a gradient, so the graph has to begin here
+        def start(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            # No parameter asks for a gradient, so the graph begins here; a model may scale its embeddings in place.
+            return output.requires_grad_(True).clone()
 
         target = None
         if self._unquantized is not None:
