@@ -16,7 +16,7 @@ from impq_core.errors import UsageError, nearest
 from impq_core.trust import without_permissions
 
 DTYPES = ("auto", "float32", "bfloat16")
-GRANULARITIES = ("auto", "block", "group", "linear")
+GRANULARITIES = ("auto", "block", "group", "expert", "linear")
 VALUES = ("nll", "kl")
 
 
@@ -94,8 +94,9 @@ class RunConfig:
         bits: the widths of the menu; empty for the backend's default menu.
         budget: such as ``3.0bits`` (nominal average), ``3.25bpw`` (stored), ``60MB`` or ``60%``; empty for the middle
             of the menu.
-        granularity: ``block``, ``group`` (fused linears) or ``linear``; ``auto`` is ``block`` for an estimator that
-            plays the game, because its cost grows with the number of layers, and ``group`` for any other.
+        granularity: ``block``, ``group`` (fused linears), ``expert`` or ``linear``; ``auto`` is ``block`` for an
+            estimator that plays the game, because its cost grows with the number of layers, and ``group`` for any
+            other.
         pins: width by pattern of layers with a fixed width; their bytes count.
         exclude: patterns of layers that stay unquantized; their bytes count at 16 bits a weight.
         calibration: text for quantization statistics and the game.

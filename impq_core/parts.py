@@ -37,7 +37,7 @@ class Parts:
         menu: the widths to choose from, as ``backend`` stores them, widest first.
         game_menu: the same widths as the backend stores them that quantizes for the game.
         budget: None if the configuration has none.
-        granularity: ``block``, ``group`` or ``linear``.
+        granularity: ``block``, ``group``, ``expert`` or ``linear``.
     """
 
     estimator: Estimator

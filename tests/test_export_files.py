@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import tiny
 from safetensors import safe_open
 
 from impq_core.config import RunConfig
+from impq_core.errors import ImpqError
 from impq_core.exports.export import evaluate_folder, export_run
 from impq_core.runs.pipeline import run
 from impq_core.testing import tiny_model
@@ -56,6 +58,14 @@ def mixtral(folder: Path) -> Path:
     return save(MixtralForCausalLM(MixtralConfig(**BASE, num_local_experts=4, num_experts_per_tok=2)), folder)
 
 
+def gpt2(folder: Path) -> Path:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=512, vocab_size=259))
+    model.config.tie_word_embeddings = True
+    return save(model, folder)
+
+
 def wrapper(folder: Path) -> Path:
     """A multimodal model whose text part is the causal language model."""
     from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
@@ -73,8 +83,9 @@ def wrapper(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(("make", "name", "changes"), [
-    (llama, "gptq", {}), (mixtral, "gptq", {"partial": True}),
-    (wrapper, "compressed-tensors", {"granularity": "group", "exclude": ("*in_proj_a", "*in_proj_b")})])
+    (llama, "gptq", {}), (mixtral, "gptq", {"granularity": "expert", "exclude": ("*.experts.1",)}),
+    (gpt2, "gptq", {"granularity": "linear", "exclude": ("*.1.attn.c_proj",)}),
+    (wrapper, "compressed-tensors", {"granularity": "group"})])
 def test_everything_but_the_planned_weights_is_the_models_own(make: Any, name: str, changes: dict[str, Any],
                                                               tiny_config: RunConfig, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -86,7 +97,8 @@ def test_everything_but_the_planned_weights_is_the_models_own(make: Any, name: s
     planned = {key for key, choice in result.plan.widths().items() if choice}
     assert len(replaced) == len(planned) and all(key.endswith(".weight") for key in replaced)
     prefixes = tuple(key.removesuffix("weight") for key in replaced)
-    assert {key for key in after if not key.startswith(prefixes)} == set(before) - replaced
+    assert set(before) - replaced == set(before) & set(after)
+    assert all(key.startswith(prefixes) for key in set(after) - set(before))
     for key in set(before) - replaced:
         assert torch.equal(before[key], after[key]) and before[key].dtype == after[key].dtype
     was, is_now = (json.loads((folder / "config.json").read_text()) for folder in (model, export.folder))
@@ -106,3 +118,12 @@ def test_floats_wider_than_the_run_are_stored_as_they_were_measured(tiny_config:
     source = tensors(Path(tiny_config.model))["model.embed_tokens.weight"]
     assert source.dtype == torch.float32 and torch.equal(stored, source.bfloat16())
     assert json.loads((export.folder / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_experts_that_the_files_hold_fused_are_refused_before_anything_is_quantized(
+        tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save(tiny("gpt_oss"), tmp_path / "model")
+    result = run(replace(tiny_config, model=str(folder), estimator="random", options=OPTIONS))
+    monkeypatch.setattr("impq_core.runs.session.Session.quantize_plan", None)
+    with pytest.raises(ImpqError, match=r"no weight named model\.layers\.0\.mlp\.experts\.0\..* fused experts"):
+        export_run(result.folder, "gptq", tmp_path / "export")

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from architectures import BLOCKS as BLOCKS_OF_TINY
+from architectures import config_of, tiny
 from impq_gptq.backend import Gptq, Options
 from toy import BLOCKS, EXPERTS, Toy
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
+from impq_core.config import GRANULARITIES, RunConfig
 from impq_core.errors import ImpqError, UsageError
 from impq_core.game.probe import ModelProbe
 from impq_core.interfaces import Backend
 from impq_core.model.bank import Bank, fill_bank
 from impq_core.model.blockwise import BlockwiseModel
-from impq_core.model.layers import coverage, layers_of, search_space
+from impq_core.model.layers import coverage, layers_of, search_space, unstorable
+from impq_core.model.linears import to_linears
 from impq_core.model.text import Windows
+from impq_core.plugins import Plugins
+from impq_core.runs.prepare import prepare
 from impq_core.space import SearchSpace
 from impq_core.testing.rounding import Rounding
+from impq_core.testing.tiny import byte_tokenizer
 
 WINDOWS = Windows(np.random.default_rng(0).integers(0, 256, (5, 24)), "test", "random bytes")
 
@@ -35,25 +43,38 @@ def filled(model: Toy, backend: Backend, granularity: str = "linear") -> tuple[S
     return space, bank, runner
 
 
-def mixtral(**more: int) -> torch.nn.Module:
-    config = CONFIG_MAPPING["mixtral"](vocab_size=259, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                                       num_attention_heads=4, num_key_value_heads=2, num_experts_per_tok=2, **more)
+def test_coverage_is_the_share_of_the_blocks_weights_that_can_be_quantized() -> None:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
-
-
-def test_coverage_is_the_share_of_the_blocks_weights_that_layers_hold() -> None:
-    model = mixtral(num_local_experts=4)
+        fused = AutoModelForCausalLM.from_config(config_of("mixtral"))
+        model = to_linears(AutoModelForCausalLM.from_config(config_of("mixtral")))
     attention, experts, router = 64 * (64 + 32 + 32 + 64), 4 * 3 * 64 * 128, 4 * 64
-    for granularity in ("block", "group", "linear"):
-        covered = coverage(model, layers_of(model, granularity))
+    for granularity in GRANULARITIES[1:]:
+        covered = coverage(fused, layers_of(fused, granularity))
         assert covered.share == pytest.approx(attention / (attention + experts + router))
         assert covered.uncovered == "model.layers.0.mlp.experts.gate_up_proj"
-    with pytest.raises(ImpqError, match=r"model moe: only 11% .* model\.layers\.0\.mlp\.experts\.gate.*--partial"):
-        covered.require("moe")
-    dense = Toy()
-    assert coverage(dense, layers_of(dense, "block")).share == 1.0
-    coverage(dense, layers_of(dense, "block")).require("dense")
+        layers = layers_of(model, granularity)
+        assert coverage(model, layers).share == pytest.approx(1 - router / (attention + experts + router))
+        dense = {linear.name: "too odd" for layer in layers for linear in layer.linears if "experts" in linear.name}
+        with pytest.raises(ImpqError, match=r"model moe: only 11% .* model\.layers\.0.* \(too odd\); --partial"):
+            coverage(model, layers, dense).require("moe", dense)
+    toy = Toy()
+    assert coverage(toy, layers_of(toy, "block")).share == 1.0
+    coverage(toy, layers_of(toy, "block")).require("dense")
+
+
+def test_what_a_layer_is_in_a_mixture() -> None:
+    with torch.device("meta"):
+        model = to_linears(AutoModelForCausalLM.from_config(config_of("mixtral")))
+    experts = "model.layers.0.mlp.experts"
+    attention = {f"model.layers.0.self_attn.{part}" for part in ("qkv", "o_proj")}
+    by = {granularity: {layer.name: len(layer.linears) for layer in layers_of(model, granularity) if layer.block == 0}
+          for granularity in GRANULARITIES[1:]}
+    assert by["block"] == {"model.layers.0": 4 + 3 * 4}
+    assert by["group"].items() >= {f"{experts}.gate_up": 8, f"{experts}.down_proj": 4}.items()
+    assert set(by["group"]) - {f"{experts}.gate_up", f"{experts}.down_proj"} == attention
+    assert set(by["expert"]) == {*attention, *(f"{experts}.{number}" for number in range(4))}
+    assert by["expert"][f"{experts}.3"] == 3
+    assert len(by["linear"]) == 4 + 3 * 4
 
 
 def test_a_linear_that_returns_a_tuple_is_no_layer() -> None:
@@ -64,22 +85,42 @@ def test_a_linear_that_returns_a_tuple_is_no_layer() -> None:
     assert 0.9 < covered.share < 1 and covered.uncovered.endswith("router.weight")
 
 
-def test_a_refused_shape_can_be_excluded_at_any_granularity() -> None:
+def test_a_shape_that_a_backend_refuses_stays_at_16_bits_at_any_granularity() -> None:
     model = Toy()
     model.model.layers[1].feed.gate = torch.nn.Linear(64, 1, bias=False)
     backend = Gptq()
     choices = tuple(choice for choice in backend.choices() if choice.bits in (4, 2))
-    for granularity in ("block", "group", "linear"):
+    for granularity in GRANULARITIES[1:]:
         layers = layers_of(model, granularity)
-        with pytest.raises(ImpqError, match=r"layers\.1\.feed\.gate is 1 x 64.*--exclude '\*\.gate'"):
-            search_space(layers, backend, choices)
-        space = search_space(layers, backend, choices, exclude=("*.gate",))
-        assert [(pin.layer.name, pin.choice, pin.nbytes) for pin in space.pinned] == [
-            ("model.layers.1.feed.gate", None, 2 * 64)]
-        assert space.parameters == sum(layer.parameters for layer in layers)
-        assert len(space) == len(layers) - (granularity != "block")
+        dense = unstorable(layers, backend, choices)
+        assert list(dense) == ["model.layers.1.feed.gate"] and "is 1 x 64" in dense["model.layers.1.feed.gate"]
+        by_name = search_space(layers, backend, choices, dense=dense)
+        by_pattern = search_space(layers, backend, choices, exclude=("*.gate",))
+        for space in (by_name, by_pattern):
+            assert [(pin.layer.name, pin.choice, pin.nbytes) for pin in space.pinned] == [
+                ("model.layers.1.feed.gate", None, 2 * 64)]
+            assert space.parameters == sum(layer.parameters for layer in layers)
+            assert len(space) == len(layers) - (granularity != "block")
+        assert by_name.fingerprint == by_pattern.fingerprint
+        for given in ({}, {"pins": {"*.gate": 4.0}, "dense": dense}):
+            with pytest.raises(ImpqError, match=r"layers\.1\.feed\.gate is 1 x 64"):
+                search_space(layers, backend, choices, **given)
     with pytest.raises(UsageError, match="matches no layer"):
         search_space(layers, backend, choices, exclude=("*.gates",))
+
+
+def test_a_run_says_how_many_linears_stay_at_16_bits(tiny_config: RunConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    tiny("qwen2_moe").save_pretrained(folder)  # a gate of one row beside each shared expert
+    byte_tokenizer().save_pretrained(folder)
+    options = {"backend": {"group_size": 32, "clip_search": False}}
+    with pytest.warns(RuntimeWarning, match=rf"^{BLOCKS_OF_TINY} linears stay at 16 bits, 0\.\d% .*shared_expert_gate"):
+        prepared = prepare(replace(tiny_config, model=str(folder), options=options), Plugins())
+    assert {pin.layer.name.rpartition(".")[2] for pin in prepared.space.pinned} == {"shared_expert_gate"}
+    assert 0.9 < prepared.coverage < 1
+    options = {"backend": {"group_size": 128}}
+    with pytest.raises(ImpqError, match=r"only \d+% .*group size 128 does not divide .*-o group_size=64"):
+        prepare(replace(tiny_config, options=options), Plugins())
 
 
 def test_slopes_of_experts_are_those_of_each_window_alone() -> None:
@@ -113,13 +154,15 @@ def test_hessian_traces_of_experts_are_finite_and_zero_where_no_token_comes() ->
     assert unreached and not any(unreached)
 
 
-def test_linears_that_no_token_reaches_are_rounded_plainly_and_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("group", "few"), [(16, {"3"}), (64, {"0", "1", "2", "3"})])
+def test_experts_that_few_tokens_reach_are_rounded_plainly_and_named(group: int, few: set[str], tmp_path: Path) -> None:
     model = Toy(experts=True)
-    with pytest.warns(RuntimeWarning, match=rf"{2 * BLOCKS} linears .*first: model\.layers\.0\.feed\.experts\.3\.up"):
-        space, bank, _ = filled(model, Gptq(Options(clip_search=False)))
+    with pytest.warns(RuntimeWarning, match=rf"{2 * BLOCKS * len(few)} linears .*layers\.0\.feed\.experts\.{min(few)}"):
+        space, bank, _ = filled(model, Gptq(Options(group_size=group, clip_search=False)))
     bank.save_record(tmp_path / "variants.json")
     marked = {row["linear"] for row in json.loads((tmp_path / "variants.json").read_text()) if row.get("unreached")}
-    assert marked == {linear.name for layer in space.layers for linear in layer.linears if ".experts.3." in linear.name}
-    [linear] = [layer.linears[0] for layer in space.layers if layer.name == "model.layers.0.feed.experts.3.up"]
+    linears = [linear for layer in space.layers for linear in layer.linears]
+    assert marked == {linear.name for linear in linears if linear.name.partition(".experts.")[2][:1] in few}
+    [linear] = [linear for linear in linears if linear.name == "model.layers.0.feed.experts.3.up"]
     error = (bank.variant(linear, space.choices[0]) - bank.original(linear)).square().mean().sqrt()
     assert error < 0.15 * bank.original(linear).square().mean().sqrt()

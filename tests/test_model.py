@@ -51,8 +51,7 @@ def test_block_by_block_is_the_model(folder: Path) -> None:
     np.testing.assert_allclose(ours.ravel(), theirs.numpy(), rtol=1e-4, atol=1e-4)
 
 
-def test_a_model_that_does_more_between_its_blocks_is_refused(tmp_path: Path,
-                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_model_does_behind_its_blocks_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = locate_model(str(tiny_model(tmp_path / "m"))).load(torch.float32)
     plain = LlamaForCausalLM.forward
 
@@ -62,8 +61,12 @@ def test_a_model_that_does_more_between_its_blocks_is_refused(tmp_path: Path,
         return out
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", scaled)
-    with pytest.raises(ImpqError, match="does more than run its blocks"):
-        BlockwiseModel(model).embed(IDS)
+    runner = BlockwiseModel(model)
+    ours = runner.nll(runner.run_all(runner.embed(IDS)), IDS)
+    with torch.no_grad():
+        logits = model(input_ids=torch.from_numpy(IDS)).logits
+    theirs = functional.cross_entropy(logits[:, :-1].flatten(0, 1), torch.from_numpy(IDS)[:, 1:].flatten())
+    assert ours.mean() == pytest.approx(float(theirs), abs=1e-4)
 
 
 def test_folders_that_hold_no_usable_model(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Replay of blocks with recorded arguments: architectures that are supported, and those that are refused."""
+"""Forwards that begin at a block: when they may, and that they are the model's own."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional
-from toy import BLOCKS, Toy
+from toy import BLOCKS, WIDTH, Toy
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from impq_core.errors import ImpqError
-from impq_core.model.arguments import Call, unlike
+from impq_core.model.arguments import leaves, unlike
 from impq_core.model.blockwise import BlockwiseModel
 
 IDS = np.random.default_rng(0).integers(0, 256, (7, 40))
@@ -38,33 +38,63 @@ def test_losses_over_several_batches_are_the_models_own(hands: str, per_batch: i
     np.testing.assert_allclose(losses, plainly(model), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("hands", "named"), [
-    ("text", "gain"), ("dict", "shared_states"), ("kept dict", "shared_states"), ("cache", "past"), ("nested", "seen")])
-def test_arguments_that_depend_on_the_text_or_hold_a_state_are_refused(hands: str, named: str) -> None:
-    runner = BlockwiseModel(Toy(hands=hands))
-    for _ in range(2):  # asking again is no way around it
-        with pytest.raises(ImpqError, match=f"Toy gives its blocks '{named}'"):
-            runner.embed(IDS)
+@pytest.mark.parametrize("hands", ["text", "nested", "dict", "kept dict", "cache"])
+def test_blocks_that_hand_a_state_to_each_other_are_run_from_the_first(hands: str) -> None:
+    model = Toy(hands=hands)
+    runner = BlockwiseModel(model)
+    hidden = runner.embed(IDS)
+    assert runner.partial == (hands in ("text", "nested"))  # made by the model in front of its blocks
+    losses = plainly(model)
+    for block in range(BLOCKS):
+        np.testing.assert_allclose(runner.nll(runner.run_from(block, hidden)[-1], IDS), losses, rtol=1e-4, atol=1e-4)
+        hidden = runner.run(block, hidden)
+    np.testing.assert_allclose(runner.nll(hidden, IDS), losses, rtol=1e-4, atol=1e-4)
 
 
-def test_blocks_of_a_released_architecture_that_share_keys_and_values_are_refused() -> None:
+def test_a_state_that_no_argument_shows_is_found_by_its_logits() -> None:
+    model = Toy()
+    first, last = model.model.layers[0], model.model.layers[-1]
+    own = type(first).forward
+
+    def keep(hidden_states: torch.Tensor) -> torch.Tensor:
+        first.seen = own(first, hidden_states)
+        return first.seen
+
+    first.forward = keep
+    last.forward = lambda hidden_states: own(last, hidden_states + first.seen)
+    runner, losses = BlockwiseModel(model), plainly(model)
+    assert runner.nll(runner.run_from(2, runner.embed(IDS))[-1], IDS) == pytest.approx(losses, abs=1e-4)
+    assert not runner.partial
+
+
+def test_logits_that_depend_on_other_positions_are_refused() -> None:
+    model = Toy()
+    own = type(model.model.norm).forward
+    model.model.norm.forward = lambda hidden: own(model.model.norm, hidden).cumsum(dim=1)
+    with pytest.raises(ImpqError, match="logits of Toy depend on more"):
+        BlockwiseModel(model).embed(IDS)
+
+
+def test_released_architectures_that_share_keys_and_values_are_run_from_the_first_block() -> None:
     config = CONFIG_MAPPING["gemma4_unified_text"](
         vocab_size=259, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, global_head_dim=16, num_global_key_value_heads=2, sliding_window=16,
         num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 3, pad_token_id=258)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    with pytest.raises(ImpqError, match="gives its blocks 'shared_kv_states'"):
-        BlockwiseModel(model).embed(IDS)
+    runner = BlockwiseModel(model)
+    losses = runner.nll(runner.run_all(runner.embed(IDS)), IDS)
+    assert runner.forward.handed == "shared_kv_states" and not runner.partial
+    np.testing.assert_allclose(losses, plainly(model), rtol=1e-4, atol=1e-4)
 
 
 def test_what_makes_two_calls_unlike() -> None:
     mask, other = torch.zeros(2, 2), torch.ones(2, 2)
 
-    def differing(a: dict[str, Any], b: dict[str, Any]) -> str | None:
-        return unlike(Call((), a).leaves(), Call((), b).leaves())
+    def differing(a: dict[str, Any], b: dict[str, Any]) -> str:
+        return unlike(leaves((), a), leaves((), b))
 
     alike = {"mask": mask, "pair": (mask, [None, 1.5]), "masks": {"full": mask}, "cached": False}
-    assert differing(alike, {**alike, "mask": mask.clone()}) is None
+    assert differing(alike, {**alike, "mask": mask.clone()}) == ""
     for name, value in (("mask", other), ("mask", mask.double()), ("mask", torch.zeros(2, 3)), ("mask", None),
                         ("pair", (mask, [None, 2.5])), ("pair", (mask,)), ("masks", {"full": other}), ("masks", {}),
                         ("cached", 0)):
@@ -72,17 +102,17 @@ def test_what_makes_two_calls_unlike() -> None:
     holder = object()
     assert differing({"state": holder}, {"state": holder}) == "state"  # it may have changed since
     assert differing({}, {"more": None}) == differing({"more": None}, {}) == "more"
-    assert unlike(Call((mask,), {}).leaves(), Call((other,), {}).leaves()) == "argument 2"
+    assert unlike(leaves((mask,), {}), leaves((other,), {})) == "argument 1"
 
 
-def test_checks_cost_little_and_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("impq_core.model.blockwise.BATCH_TOKENS", 3 * IDS.shape[1])
-    model, windows = Toy(), []
-    model.lm_head.register_forward_pre_hook(lambda module, args: windows.append(len(args[0])))
+def test_checks_are_made_once_and_read_few_tokens() -> None:
+    model, tokens = Toy(), []
+    for block in model.model.layers:
+        block.mix.register_forward_pre_hook(lambda module, args: tokens.append(args[0].numel() // WIDTH))
     runner = BlockwiseModel(model)
     runner.embed(IDS)
-    # Two texts of one window, then the full batch: forward and replay; the last batch is of one window again.
-    assert windows == [1, 1, 1, 3, 3]
-    windows.clear()
+    behind = BLOCKS - BLOCKS // 2
+    assert sum(tokens) <= 2 * (BLOCKS + behind) * IDS.shape[1]  # two texts of one window: plainly, and from the middle
+    tokens.clear()
     runner.embed(IDS[::-1].copy())
-    assert windows == []
+    assert tokens == []

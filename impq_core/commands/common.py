@@ -61,7 +61,7 @@ def run_options(several: bool = False) -> Callable[[Command], Command]:
         click.option("--bits", help="Widths of the menu, such as 2,4 [the backend's default]."),
         click.option("--budget", help=f"Size of the plan: 3.0bits (nominal average), 3.25bpw (stored), 60MB, 4GiB or "
                                       f"60%{more} [the middle of the menu]."),
-        click.option("--granularity", help="Size of a layer: block, group (linears that engines fuse) or linear "
+        click.option("--granularity", help="Size of a layer: block, group (fused linears), expert or linear "
                                            "[group, or block for estimators that play the game]."),
         click.option("--pin", "pins", multiple=True, metavar="PATTERN=WIDTH",
                      help="Fix the width of matching layers, such as 'model.layers.0*=4'; their bytes count."),

@@ -19,6 +19,7 @@ from impq_core.exports.checkpoint import WEIGHTS, read_model, tensor_names
 from impq_core.exports.manifest import FORMAT, MANIFEST, check_target, read_manifest
 from impq_core.files import scratch_folder, write_text
 from impq_core.interfaces import Checkpoint
+from impq_core.model.linears import FromConv1D
 from impq_core.model.names import file_names
 from impq_core.parts import load_exporter
 from impq_core.plugins import Plugins
@@ -56,6 +57,7 @@ def export_run(run: str | Path, name: str, target: Path | None = None, plugins: 
     checkpoint = bare_checkpoint(plan, config.backend, prepared.config.options.get("backend", {}))
     if exporter.backends:
         session = Session(prepared, plugins)
+        _require_names(session, plan)
         evaluator = session.evaluator_of_exports()
         session.quantize_plan(plan)
         score = evaluator.score(prepared.space.assignment(plan.pick))
@@ -106,28 +108,34 @@ def _bare(session: Session, plan: Plan) -> Checkpoint:
     return bare_checkpoint(plan, prepared.config.backend, asdict(prepared.parts.backend.options), _names(session))
 
 
+def _planned(bare: Checkpoint) -> set[str]:
+    return {f"{name}.weight" for name, choice in bare.widths.items() if choice is not None}
+
+
+def _require_names(session: Session, plan: Plan) -> None:
+    """Raises ImpqError if a planned weight is not in the model's files under a name of its own."""
+    source = session.prepared.source
+    if lacking := _planned(_bare(session, plan)) - {name for name, _ in source.tensors()}:
+        raise ImpqError(f"model {source.name} holds no weight named {min(lacking)} in its files: an export replaces "
+                        "weights that have a name of their own there, which fused experts have not")
+
+
 def make_checkpoint(session: Session, plan: Plan) -> Checkpoint:
     """The packed variants of a plan, and every other tensor of the model's files under its own name.
 
     Floats wider than the dtype of the run are stored in that dtype, as they were measured.
-
-    Raises:
-        ImpqError: a planned weight is not in the model's files under a name of its own.
     """
     prepared = session.prepared
     bare = _bare(session, plan)
-    planned = {f"{name}.weight" for name, choice in bare.widths.items() if choice is not None}
+    planned = _planned(bare)
     dense = {}
     for name, tensor in prepared.source.tensors():
         if name in planned:
-            planned.remove(name)
-        elif tensor.is_floating_point() and tensor.dtype.itemsize > session.dtype.itemsize:
+            continue
+        if tensor.is_floating_point() and tensor.dtype.itemsize > session.dtype.itemsize:
             dense[name] = tensor.to(session.dtype)
         else:
             dense[name] = tensor
-    if planned:
-        raise ImpqError(f"model {prepared.source.name} holds no weight named {min(planned)} in its files: an export "
-                        "replaces weights that have a name of their own there")
     config = prepared.source.config()
     stored = {tensor.dtype for tensor in dense.values() if tensor.is_floating_point()}
     if len(stored) == 1:
@@ -173,10 +181,12 @@ def evaluate_folder(path: str | Path, plugins: Plugins | None = None, trust: Tru
 def _load_dense(session: Session, folder: Path) -> None:
     """Give the model the unquantized tensors of an exported folder that it stores one to one."""
     model, names, stored = session.runner.model, _names(session), tensor_names(folder)
+    transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, FromConv1D)}
     with read_model(folder) as tensor:
         try:
-            model.load_state_dict({name: tensor(names[name]) for name in model.state_dict()
-                                   if names.get(name) in stored}, strict=False)
+            model.load_state_dict({
+                name: tensor(names[name]).T if name in transposed else tensor(names[name])
+                for name in model.state_dict() if names.get(name) in stored}, strict=False)
         except RuntimeError as error:  # a tensor of another shape
             raise ImpqError(f"{folder / WEIGHTS} does not fit the model it was made from: {one_line(error)}") from error
 

@@ -131,8 +131,11 @@ class ModelGame:
         return self._windows(self.space.check_pick(pick))
 
     def _first_difference(self, a: IntArray, b: IntArray) -> int:
-        """The first block in which two picks differ; the number of blocks if they are equal."""
+        """The first block in which two picks differ, or 0 if the model has no partial forwards; the number of blocks if
+        the picks are equal."""
         blocks = self._blocks[a != b]
+        if len(blocks) and not self._runner.partial:
+            return 0
         return int(blocks.min()) if len(blocks) else len(self._runner)
 
     def _cheapest_order(self, picks: IntArray) -> IntArray:
@@ -173,10 +176,10 @@ class ModelGame:
         assignment = self.space.assignment(pick)
         for layer in np.flatnonzero(self._all_blocks >= first):
             self._bank.switch(int(layer), assignment[layer])
-        hidden = self._inputs[first]
-        for block in range(first, len(self._runner)):
-            hidden = self._runner.run(block, hidden)
-            self._inputs.append(hidden)
+        outputs = self._runner.run_from(first, self._inputs[first])
+        hidden = outputs[-1]
+        if self._runner.partial:
+            self._inputs += outputs
         tokens = (self._runner.nll(hidden, self._ids) if self._unquantized is None
                   else self._runner.compare(hidden, self._ids, self._unquantized).kl)
         losses: FloatArray = tokens.mean(axis=1)

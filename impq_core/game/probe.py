@@ -94,13 +94,14 @@ class ModelProbe:
 
     def block_states(self) -> Iterator[tuple[int, list[torch.Tensor], list[torch.Tensor]]]:
         """The index of each block of the unquantized model, its input and its output, as batches (windows, length,
-        width); costs the blocks' share of a forward of the windows."""
+        width); costs the blocks' share of a forward of the windows, more if the model has no partial forwards."""
         self._bank.apply([None] * len(self._bank.layers))
         hidden = self._runner.embed(self._text.ids)
         for index in range(len(self._runner)):
             output = self._runner.run(index, hidden)
-            self._flops += len(self._text.ids) * self._cost.blocks[index]
-            yield index, hidden, output
+            first = index if self._runner.partial else 0
+            self._flops += len(self._text.ids) * sum(self._cost.blocks[first:index + 1])
+            yield index, [batch.states for batch in hidden], [batch.states for batch in output]
             hidden = output
 
     def slopes(self, at: FloatArray | None = None) -> FloatArray:
@@ -210,7 +211,8 @@ class ModelProbe:
         of a forward of the windows."""
         if self._value == "kl" and self._unquantized is None:
             self._bank.apply([None] * len(self._bank.layers))
-            self._unquantized = torch.cat(self._runner.run_all(self._runner.embed(self._text.ids)))
+            hidden = self._runner.run_all(self._runner.embed(self._text.ids))
+            self._unquantized = torch.cat([batch.states for batch in hidden], dim=self._runner.forward.axis)
             self._flops += len(self._text.ids) * self._cost.behind(0)
 
     def _products_of(self, rows: torch.Tensor, changes: Changes, number: int) -> dict[LinearSpec, FloatArray]:
@@ -234,21 +236,25 @@ class ModelProbe:
                 output.register_hook(backward)  # type: ignore[no-untyped-call]
             handles.append(self._bank.module(linear).register_forward_hook(forward))
 
-        def start(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            output.requires_grad_(True)  # no parameter requires a gradient, so the graph must start here
+        def start(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            # No parameter requires a gradient, so the graph must start here. A model may scale its embeddings in place.
+            return output.requires_grad_(True).clone()
 
+        target = None
+        if self._unquantized is not None:
+            forward, dtype = self._runner.forward, next(model.parameters()).dtype  # float32 for hawq
+            states = forward.rows(self._unquantized.index_select(forward.axis, rows).to(dtype), ids.shape[1] - 1)
+            target = forward.logits(ids[:, :-1].flatten(), states).log_softmax(dim=-1)
         try:
             handles.append(model.get_input_embeddings().register_forward_hook(start))
             for linear in self._linears:
                 watch(linear)
             logits = self._runner.forward(ids)[:, :-1].float()
-            if self._unquantized is None:
+            if target is None:
                 loss = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
             else:
-                with torch.no_grad():
-                    hidden = self._unquantized[rows].to(next(model.parameters()).dtype, copy=True)  # float32 for hawq
-                    target = self._runner.logits(hidden[:, :-1]).log_softmax(dim=-1)
-                loss = functional.kl_div(logits.log_softmax(dim=-1), target, reduction="sum", log_target=True)
+                ours = logits.flatten(0, 1).log_softmax(dim=-1)
+                loss = functional.kl_div(ours, target, reduction="sum", log_target=True)
             (loss / (ids.shape[1] - 1)).backward()  # type: ignore[no-untyped-call]
         finally:
             for handle in handles:

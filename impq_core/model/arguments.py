@@ -1,9 +1,8 @@
-"""The arguments that a model calls its blocks with beside the hidden states, and whether they may be replayed."""
+"""The arguments that a model calls its blocks with, compared between two forwards."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,24 +11,16 @@ PLAIN = (bool, int, float, str, bytes, torch.dtype, torch.device, type(None))
 """Types of arguments that hold no state."""
 
 
-@dataclass(frozen=True, eq=False)
-class Call:
-    """The arguments of one call of a block, without the hidden states.
+def leaves(positional: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that the arguments of a call hold, by path: ``position_embeddings.0`` is the first item of a tuple. A
+    container is at its own path too, with its type and length.
 
     Args:
-        positional: arguments behind the hidden states.
+        positional: positional arguments, the hidden states included.
         named: keyword arguments.
     """
-
-    positional: tuple[Any, ...]
-    named: Mapping[str, Any]
-
-    def leaves(self) -> dict[str, Any]:
-        """Everything that the arguments hold, by path: ``position_embeddings.0`` is the first item of a tuple. A
-        container is at its own path too, with its type and length."""
-        arguments = {f"argument {place}": value for place, value in enumerate(self.positional, start=2)}
-        return {path: leaf for name, value in {**arguments, **self.named}.items()
-                for path, leaf in _leaves(name, value)}
+    arguments = {f"argument {place}": value for place, value in enumerate(positional, start=1)}
+    return {path: leaf for name, value in {**arguments, **named}.items() for path, leaf in _leaves(name, value)}
 
 
 def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -46,23 +37,18 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield from _leaves(f"{path}.{key}", item)
 
 
-def unlike(first: Mapping[str, Any], second: Mapping[str, Any]) -> str | None:
+def unlike(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
     """The name of the first argument that differs between two calls, or that holds an object which may have a state (a
-    cache); None if there is none.
+    cache); empty if there is none.
 
     Args:
-        first: leaves of one call, as ``Call.leaves`` returns them.
+        first: leaves of one call, as ``leaves`` returns them.
         second: leaves of the other.
     """
     for path in {**first, **second}:
         if path not in first or path not in second or not _alike(first[path], second[path]):
             return path.partition(".")[0]
-    return None
-
-
-def unlike_calls(first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]) -> str | None:
-    """The same over the calls of all blocks."""
-    return next((name for pair in zip(first, second, strict=True) if (name := unlike(*pair))), None)
+    return ""
 
 
 def _alike(a: Any, b: Any) -> bool:

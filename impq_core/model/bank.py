@@ -13,7 +13,7 @@ from torch import nn
 
 from impq_core.errors import ImpqError
 from impq_core.files import write_text
-from impq_core.interfaces import Backend, Variant
+from impq_core.interfaces import Backend, Statistics, Variant
 from impq_core.model.blockwise import BlockwiseModel, Hidden
 from impq_core.model.cache import Shelf
 from impq_core.model.calibration import input_statistics
@@ -22,6 +22,9 @@ from impq_core.space import Choice, LayerSpec, LinearSpec
 Assignment = Sequence[Choice | None]
 """A choice for each layer of the bank; None is the unquantized weight."""
 
+
+FEWEST = 32
+"""Tokens that must reach a linear for its statistics to be used; as many as a group has weights if there are groups."""
 
 _BLENDED = Choice(-1.0, -1)
 """The current choice of a linear with blended weights: it differs from every choice of a menu."""
@@ -117,8 +120,9 @@ def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden | None, menus: 
     The statistics of a block are collected once, with the blocks before it at their widest choices, and are used for
     every width: the Hessian of GPTQ does not depend on the linear's own width. (It does depend on the widths of the
     blocks before; a bank needs one prefix, and the widest is nearest to the plans of interest.) Afterwards every layer
-    of the model is at its widest choice. One warning reports the variants with ``unreached`` in their record: no token
-    of the calibration text reached their linear.
+    of the model is at its widest choice. A linear that fewer tokens reach than a group has weights, such as a rarely
+    used expert, is quantized as if no token reached it. One warning reports the variants with ``unreached`` in their
+    record.
 
     Args:
         bank: the bank to fill.
@@ -147,9 +151,11 @@ def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden | None, menus: 
         if hidden is not None and modules:
             statistics = input_statistics(runner, index, hidden, modules.values())
         for spec, choice in missing[index]:
-            weight = bank.original(spec)
+            weight, seen = bank.original(spec), statistics.get(modules[spec])
+            if seen and seen.tokens < (choice.group_size or FEWEST):
+                seen = Statistics(torch.zeros_like(seen.gram), 0)
             try:
-                variant = bank.backend.quantize(weight, choice, statistics.get(modules[spec]))
+                variant = bank.backend.quantize(weight, choice, seen)
             except ImpqError as error:
                 raise ImpqError(f"{spec.name}: {error}") from error
             # The memory layout of a variant from disk: another layout may be multiplied in another order.
@@ -165,8 +171,8 @@ def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden | None, menus: 
     unreached = [spec.name for layer, menu in zip(bank.layers, menus, strict=True) for spec in layer.linears
                  if any(bank.stored(spec, choice).record.get("unreached") for choice in menu)]
     if unreached:
-        warnings.warn(f"no token of the calibration text reaches {len(unreached)} linears (first: {unreached[0]}), so "
-                      "they are rounded to nearest; more calibration text may reach them", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"{len(unreached)} linears (first: {unreached[0]}) are rounded to nearest: hardly a token "
+                      "of the calibration text reaches them; more calibration text may", RuntimeWarning, stacklevel=2)
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

@@ -1,14 +1,12 @@
 """A causal language model run block by block, so that a forward can start at any block.
 
-It supports every architecture that calls its blocks one after the other on the hidden states. The other arguments of a
-block (rotary embeddings, masks) are recorded in one ordinary forward for each shape of a batch, and replayed for every
-batch of that shape. This is correct only if they do not depend on the text. Therefore the arguments are compared
-between two texts, and replayed logits with the model's own; an architecture that fails either check is refused.
+Every evaluation is the model's own forward (``OwnForward``). It starts at a block if the blocks in front of it answer
+from memory. Models whose blocks hand a state to each other have no partial forwards: each evaluation of theirs runs all
+blocks in front, too.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,25 +17,34 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from impq_core.errors import ImpqError
-from impq_core.model.arguments import Call, unlike_calls
 from impq_core.model.cost import ForwardCost, flop_counter
+from impq_core.model.forward import OwnForward
 from impq_core.model.layers import blocks_of
 from impq_core.space import FloatArray, IntArray
 
-Hidden = list[torch.Tensor]
-"""Hidden states of all windows: a tensor (windows in the batch, length, width) for each batch."""
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Hidden states of some windows.
+
+    Args:
+        ids: their token ids (windows, length).
+        states: the input of the first block, or the output of any (windows, length, width). A few architectures have
+            further dimensions in front of those or behind the length.
+    """
+
+    ids: torch.Tensor
+    states: torch.Tensor
+
+
+Hidden = list[Batch]
+"""Hidden states of all windows."""
 
 BATCH_TOKENS = 2048
 """Tokens in a batch."""
 
 HEAD_ROWS = 64
 """Positions in one computation of logits: few enough for the processor's cache, which is twice as fast."""
-
-UNSUPPORTED = "impq cannot run this architecture block by block yet"
-
-CHECKED = 8
-"""Number of last positions of each window at which replayed logits are compared with the model's own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,192 +62,94 @@ class Comparison:
     agree: FloatArray
 
 
-@dataclass(frozen=True, eq=False)
-class _Observed:
-    """Record of one ordinary forward of a batch.
-
-    Args:
-        first: the first block's input.
-        calls: the arguments of each block.
-        leaves: their leaves after the forward.
-        logits: the logits of the last positions.
-    """
-
-    first: torch.Tensor
-    calls: list[Call]
-    leaves: list[dict[str, Any]]
-    logits: torch.Tensor
-
-
-class _Stop(Exception):
-    """Ends a forward at the first block."""
-
-
 class BlockwiseModel:
-    """Runs a model's blocks one at a time. All windows given to one object must have the same length.
+    """Runs a model's blocks one at a time.
 
     Args:
         model: the model, on the CPU and in evaluation mode.
 
     Raises:
-        ImpqError: the model has no list of blocks, no final norm beside it, or no head.
+        ImpqError: the model has no list of blocks.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        named = blocks_of(model)
-        self.blocks: list[nn.Module] = [block for _, block in named]
-        parent = model.get_submodule(named[0][0].rsplit(".", 2)[0])
-        norm = getattr(parent, "norm", None)
-        head = model.get_output_embeddings()
-        if not isinstance(norm, nn.Module) or head is None:
-            part = "output head" if isinstance(norm, nn.Module) else "final norm called 'norm' beside its blocks"
-            raise ImpqError(f"{self._name} has no {part}: {UNSUPPORTED}")
-        self._norm, self._head = norm, head
-        self._softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        self._calls: dict[tuple[int, int], list[Call]] = {}
+        self.blocks: list[nn.Module] = [block for _, block in blocks_of(model)]
+        self.forward = OwnForward(model, self.blocks)
+        self._learnt = False
         self._costs: dict[int, ForwardCost] = {}
-        accepted = inspect.signature(model.forward).parameters.values()
-        self._accepted = {parameter.name for parameter in accepted}
-        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted):
-            self._accepted.add("use_cache")
 
     def __len__(self) -> int:
         return len(self.blocks)
 
-    def forward(self, ids: torch.Tensor, keep: int = 0) -> torch.Tensor:
-        """Logits (windows, ``keep``, vocabulary) of the last positions by the model's own forward; all positions if
-        ``keep`` is 0. ``logits_to_keep`` and ``use_cache`` are passed only if the forward accepts them."""
-        given = {"use_cache": False, "logits_to_keep": keep}
-        output = self.model(input_ids=ids, **{name: value for name, value in given.items() if name in self._accepted})
-        logits: torch.Tensor = output.logits[:, -keep:]
-        return logits
+    @property
+    def partial(self) -> bool:
+        """Whether a forward can begin at a block; known once windows were embedded."""
+        return not self.forward.handed
 
     def embed(self, ids: IntArray) -> Hidden:
         """The first block's input for windows of token ids (windows, length).
 
         Raises:
-            ImpqError: the blocks cannot be run one by one, which is checked on the first batch of each shape.
+            ImpqError: the blocks cannot be run one by one; found the first time.
         """
         per_batch = max(1, BATCH_TOKENS // ids.shape[1])
-        return [self._embed_batch(batch) for batch in torch.split(torch.from_numpy(np.asarray(ids)), per_batch)]
-
-    @torch.inference_mode()
-    def _embed_batch(self, ids: torch.Tensor) -> torch.Tensor:
-        if (ids.shape[0], ids.shape[1]) not in self._calls:
-            self._record(ids)
-        inputs: list[torch.Tensor] = []
-
-        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs.append(args[0] if args else kwargs["hidden_states"])
-            raise _Stop
-
-        hook = self.blocks[0].register_forward_pre_hook(record, with_kwargs=True)
-        try:
-            self.forward(ids, keep=CHECKED)
-        except _Stop:
-            pass
-        finally:
-            hook.remove()
-        return inputs[0]
-
-    def _record(self, ids: torch.Tensor) -> None:
-        """Record the blocks' arguments for batches of the shape of ``ids``.
-
-        For the first batch of a length, the arguments must be equal for a window and for its tokens in reverse, and the
-        reversed window must have the model's own logits if it is replayed with the arguments of the window.
-        """
-        windows, length = ids.shape
-        if (1, length) not in self._calls:
-            window, reverse = self._observe(ids[:1]), self._observe(ids[:1].flip(1))
-            if name := unlike_calls(window.leaves, reverse.leaves):
-                raise ImpqError(f"{self._name} gives its blocks '{name}', which depends on the text or holds a state: "
-                                f"{UNSUPPORTED}")
-            self._check(reverse, window.calls)
-            self._calls[1, length] = window.calls
-        if windows > 1:
-            batch = self._observe(ids)
-            self._check(batch, batch.calls)
-            self._calls[windows, length] = batch.calls
-
-    def _observe(self, ids: torch.Tensor) -> _Observed:
-        hidden: list[Any] = []
-        calls: list[Call] = []
-        before: list[dict[str, Any]] = []
-        order: list[nn.Module] = []
-
-        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            named = {name: value for name, value in kwargs.items() if args or name != "hidden_states"}
-            order.append(module)
-            hidden.append(args[0] if args else kwargs.get("hidden_states"))
-            calls.append(Call(args[1:], named))
-            before.append(calls[-1].leaves())
-
-        hooks = [block.register_forward_pre_hook(record, with_kwargs=True) for block in self.blocks]
-        try:
-            logits = self.forward(ids, keep=CHECKED)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if order != self.blocks or not all(isinstance(states, torch.Tensor) for states in hidden):
-            raise ImpqError(f"{self._name} does more than run its blocks in order, once each, on hidden states: "
-                            f"{UNSUPPORTED}")
-        after = [call.leaves() for call in calls]
-        if name := unlike_calls(before, after):
-            raise ImpqError(f"{self._name} gives its blocks '{name}', which is a cache or is changed by them: "
-                            f"{UNSUPPORTED}")
-        return _Observed(hidden[0], calls, after, logits.float())
-
-    def _check(self, observed: _Observed, calls: list[Call]) -> None:
-        """Raises ImpqError if a replay with ``calls`` gives other logits than the observed forward."""
-        states = observed.first
-        for block, call in zip(self.blocks, calls, strict=True):
-            states = _run(block, states, call)
-        replayed = self.logits(states[:, -CHECKED:])
-        if not (replayed - observed.logits).abs().max() <= 0.05 * observed.logits.std():
-            raise ImpqError(f"{self._name} does more than run its blocks in order between embeddings and logits (such "
-                            f"as scaling them): {UNSUPPORTED}")
-
-    @property
-    def _name(self) -> str:
-        return type(self.model).__name__
+        batches = torch.split(torch.from_numpy(np.asarray(ids)), per_batch)
+        if not self._learnt:
+            self.forward.learn(batches[0][:1])
+            self._learnt = True
+        return [Batch(batch, self.forward.first_input(batch)) for batch in batches]
 
     def cost(self, ids: IntArray) -> ForwardCost:
         """The cost of a forward over one window of the length of ``ids`` (windows, length), counted once on the first
         window."""
         length = ids.shape[1]
         if length not in self._costs:
-            [hidden] = self.embed(ids[:1])
-            counts = []
-            for index in range(len(self)):
+            blocks: list[int] = []
+
+            def count(index: int, run: Callable[[], Any]) -> Any:
                 with flop_counter() as counter:
-                    hidden = self.run_batch(index, hidden)
-                counts.append(counter.get_total_flops())
-            with flop_counter() as counter:
-                self.nll([hidden], ids[:1])
-            self._costs[length] = ForwardCost(tuple(counts), counter.get_total_flops())
+                    output = run()
+                blocks.append(counter.get_total_flops())
+                return output
+
+            [batch] = self.embed(ids[:1])
+            states = self.forward.outputs(batch.ids, 0, None, len(self) - 1, count)[-1]
+            head = 0
+            for sign, stop in ((1, False), (-1, True)):
+                with flop_counter() as counter:
+                    self.forward.logits(batch.ids[:, :-1].flatten(), self.forward.rows(states, length - 1), stop)
+                head += sign * counter.get_total_flops()
+            self._costs[length] = ForwardCost(tuple(blocks), head)
         return self._costs[length]
 
-    @torch.inference_mode()
-    def run_batch(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+    def run_batch(self, index: int, batch: Batch) -> Batch:
         """Output of block ``index`` for one batch of its input."""
-        return _run(self.blocks[index], hidden, self._calls[hidden.shape[0], hidden.shape[1]][index])
+        return self._outputs(batch, index, index)[0]
 
     def run(self, index: int, hidden: Hidden) -> Hidden:
         """Output of block ``index`` for its input."""
         return [self.run_batch(index, batch) for batch in hidden]
 
+    def run_from(self, first: int, hidden: Hidden) -> list[Hidden]:
+        """Outputs of block ``first`` and of each block behind it, for the input of block ``first``."""
+        batches = [self._outputs(batch, first, len(self) - 1) for batch in hidden]
+        return [list(outputs) for outputs in zip(*batches, strict=True)]
+
     def run_all(self, hidden: Hidden, switch: Callable[[int], None] = lambda index: None) -> Hidden:
-        """The last block's output for the first block's input; ``switch`` is called before each block."""
+        """The last block's output for the first block's input; ``switch`` is called for each block before it runs."""
+        if not self.partial:
+            for index in range(len(self)):
+                switch(index)
+            return self.run(len(self) - 1, hidden)
         for index in range(len(self)):
             switch(index)
             hidden = self.run(index, hidden)
         return hidden
 
-    def logits(self, rows: torch.Tensor) -> torch.Tensor:
-        """Float32 logits (..., vocabulary) of the last block's output (..., width)."""
-        logits = self._head(self._norm(rows)).float()
-        return torch.tanh(logits / self._softcap) * self._softcap if self._softcap else logits
+    def _outputs(self, batch: Batch, first: int, last: int) -> list[Batch]:
+        return [Batch(batch.ids, states)
+                for states in self.forward.outputs(batch.ids, first, batch.states if first else None, last)]
 
     @torch.inference_mode()
     def scored(self, hidden: Hidden, ids: IntArray, *more: Hidden) -> Iterator[tuple[slice, list[torch.Tensor],
@@ -251,16 +160,15 @@ class BlockwiseModel:
             The slice of the rows among the ``windows * (length - 1)`` scored positions; their float32 logits (rows,
             vocabulary) for ``hidden`` and each of ``more``; and the tokens (rows,) that follow them in the text.
         """
-        length = ids.shape[1]
-        targets = torch.from_numpy(np.asarray(ids))[:, 1:].flatten()
-        first = 0
+        at = 0
         for batches in zip(hidden, *more, strict=True):
-            states = [batch[:, :length - 1].flatten(0, 1) for batch in batches]
-            for start in range(0, len(states[0]), HEAD_ROWS):
-                logits = [self.logits(state[start:start + HEAD_ROWS]) for state in states]
-                rows = slice(first, first + len(logits[0]))
-                yield rows, logits, targets[rows]
-                first += len(logits[0])
+            tokens, targets = batches[0].ids[:, :-1].flatten(), batches[0].ids[:, 1:].flatten()
+            rows = [torch.split(self.forward.rows(batch.states, ids.shape[1] - 1), HEAD_ROWS, dim=self.forward.axis)
+                    for batch in batches]
+            for some, followed, *parts in zip(torch.split(tokens, HEAD_ROWS), torch.split(targets, HEAD_ROWS), *rows,
+                                              strict=True):
+                yield slice(at, at + len(some)), [self.forward.logits(some, part) for part in parts], followed
+                at += len(some)
 
     def compare(self, hidden: Hidden, ids: IntArray, reference: Hidden) -> Comparison:
         """Compare a model's last hidden states with a reference's. The logits of both are computed a few rows at a
@@ -277,13 +185,7 @@ class BlockwiseModel:
 
     def nll(self, hidden: Hidden, ids: IntArray) -> FloatArray:
         """Negative log-likelihood (windows, length - 1) of each token after the first, in nats."""
-        nll = np.empty(ids.shape[0] * (ids.shape[1] - 1))
-        for rows, (logits,), targets in self.scored(hidden, ids):
-            nll[rows] = functional.cross_entropy(logits, targets, reduction="none").double().numpy()
-        return nll.reshape(ids.shape[0], -1)
-
-
-def _run(block: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tensor:
-    output = block(hidden, *call.positional, **call.named)
-    states: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return states
+        out = np.empty(ids.shape[0] * (ids.shape[1] - 1))
+        for where, (logits,), targets in self.scored(hidden, ids):
+            out[where] = functional.cross_entropy(logits, targets, reduction="none").double().numpy()
+        return out.reshape(ids.shape[0], -1)

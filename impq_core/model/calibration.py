@@ -21,7 +21,7 @@ def input_statistics(runner: BlockwiseModel, index: int, hidden: Hidden,
     Args:
         runner: the model.
         index: number of the block.
-        hidden: the block's input, as batches (windows, length, width).
+        hidden: the block's input.
         linears: modules of the block.
 
     Returns:

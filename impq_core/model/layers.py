@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from types import MappingProxyType
@@ -21,45 +21,71 @@ _GROUPS = {part: fused.removesuffix("_proj") for fused, parts in FUSED.items() f
 
 
 def blocks_of(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
-    """The decoder blocks in order, with their module names.
+    """The decoder blocks in order, with their module names: the modules of the list that holds the most weights, lists
+    inside of lists not counted. In a multimodal model it is a list of the text decoder. Whether a forward calls them
+    once each, in order, is seen when there are weights.
+
+    Args:
+        model: with weights or on the meta device.
 
     Raises:
-        ImpqError: no list of modules of one class has the length ``num_hidden_layers`` of the configuration.
+        ImpqError: the model has no list of modules.
     """
-    count = model.config.get_text_config().num_hidden_layers
+    lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count and len({type(m) for m in module}) == 1:
-            return [(f"{name}.{i}", block) for i, block in enumerate(module)]
-    raise ImpqError(f"no list of {count} blocks found in {type(model).__name__}: its architecture is not supported")
+        if (isinstance(module, nn.ModuleList) and len(module)
+                and not any(name.startswith(f"{outer}.") for outer in lists)):
+            lists[name] = module
+    inside = set(model.get_decoder().modules())
+    lists = {name: module for name, module in lists.items() if module in inside} or lists
+    if not lists:
+        raise ImpqError(f"{type(model).__name__} has no list of blocks: its architecture is not supported")
+    name = max(lists, key=lambda name: sum(parameter.numel() for parameter in lists[name].parameters()))
+    return [(f"{name}.{index}", block) for index, block in enumerate(lists[name])]
 
 
 def layers_of(model: PreTrainedModel, granularity: str) -> tuple[LayerSpec, ...]:
-    """The layers at a granularity: whole blocks, groups of linears that engines fuse, or single linears.
+    """The layers at a granularity: whole blocks, groups of linears that engines fuse, experts, or single linears.
+
+    Linears of the same name in numbered modules of a block are those of experts. Engines fuse all gates and ups of a
+    block's experts, and all their downs, so these are groups. At ``expert``, all linears of an expert are a layer, and
+    other linears are in their groups.
 
     Embeddings, the head and all else outside the blocks are never quantized, nor are linears that do not return one
     tensor (the routers of some mixtures of experts).
 
     Args:
-        model: the model, with weights or on the meta device.
-        granularity: ``block``, ``group`` or ``linear``.
+        model: the model, with weights or on the meta device, after ``to_linears``.
+        granularity: ``block``, ``group``, ``expert`` or ``linear``.
 
     Raises:
-        ImpqError: no blocks are found, or a block has no linears.
+        ImpqError: no blocks are found, or none of them has linears.
     """
-    layers = []
+    layers, seen = [], set()
     for index, (block_name, block) in enumerate(blocks_of(model)):
         groups: dict[str, list[LinearSpec]] = {}
         for name, module in block.named_modules():
-            if isinstance(module, nn.Linear) and _returns_a_tensor(module):
-                parent, _, leaf = name.rpartition(".")
-                key = {"block": "", "group": f"{parent}.{_GROUPS.get(leaf, leaf)}", "linear": name}[granularity]
-                groups.setdefault(key, []).append(
+            if isinstance(module, nn.Linear) and module not in seen and _returns_a_tensor(module):
+                seen.add(module)  # a linear that several blocks share belongs to the first of them
+                groups.setdefault(_layer(name, granularity), []).append(
                     LinearSpec(f"{block_name}.{name}", module.out_features, module.in_features))
-        if not groups:
-            raise ImpqError(f"block {block_name} has no linears to quantize")
         layers += [LayerSpec(f"{block_name}.{key}".rstrip("."), index, tuple(linears))
                    for key, linears in groups.items()]
+    if not layers:
+        raise ImpqError(f"the blocks of {type(model).__name__} have no linears to quantize")
     return tuple(layers)
+
+
+def _layer(name: str, granularity: str) -> str:
+    """The name, within its block, of the layer that a linear belongs to."""
+    if granularity in ("block", "linear"):
+        return "" if granularity == "block" else name
+    parent, _, leaf = name.rpartition(".")
+    parts = parent.split(".") if parent else []
+    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
+    if numbers and granularity == "expert":
+        return ".".join(parts[:numbers[0] + 1])
+    return ".".join([*(part for part in parts if not part.isdigit()), _GROUPS.get(leaf, leaf)])
 
 
 def _returns_a_tensor(linear: nn.Linear) -> bool:
@@ -77,38 +103,59 @@ def _returns_a_tensor(linear: nn.Linear) -> bool:
 
 @dataclass(frozen=True)
 class Coverage:
-    """The share of the weights in a model's blocks that are in layers. Weights are parameters of two or more
+    """The share of the weights in a model's blocks that can be quantized. Weights are parameters of two or more
     dimensions; biases and norms do not count.
 
     Args:
         share: from 0 to 1.
-        uncovered: name of the largest weight that is in no layer; empty if there is none.
+        uncovered: name of the largest parameter that cannot be quantized; empty if there is none.
     """
 
     share: float
     uncovered: str
 
-    def require(self, model: str) -> None:
-        """Raises ImpqError if less than half of the weights can be quantized."""
+    def require(self, model: str, reasons: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Raises ImpqError if less than half of the weights can be quantized.
+
+        Args:
+            model: the model's name.
+            reasons: as ``unstorable`` returns them.
+        """
         if self.share < 0.5:
-            raise ImpqError(f"model {model}: only {100 * self.share:.0f}% of the weights in its blocks are in linears, "
-                            f"which can be quantized; the rest, such as {self.uncovered}, would stay at 16 bits; "
-                            "--partial continues anyway")
+            reason = reasons.get(self.uncovered.removesuffix(".weight"))
+            why = f" ({reason})" if reason else ""
+            raise ImpqError(f"model {model}: only {100 * self.share:.0f}% of the weights in its blocks can be "
+                            f"quantized; the rest, such as {self.uncovered}, would stay at 16 bits{why}; --partial "
+                            "continues anyway")
 
 
-def coverage(model: PreTrainedModel, layers: Sequence[LayerSpec]) -> Coverage:
-    """The share of the weights in a model's blocks that are in layers.
+def coverage(model: PreTrainedModel, layers: Sequence[LayerSpec], dense: Collection[str] = ()) -> Coverage:
+    """The share of the weights in a model's blocks that can be quantized.
 
     Args:
         model: the model, with weights or on the meta device.
         layers: its layers at any granularity.
+        dense: names of linears in them that stay unquantized.
     """
-    covered = {f"{linear.name}.weight" for layer in layers for linear in layer.linears}
+    covered = {f"{linear.name}.weight" for layer in layers for linear in layer.linears if linear.name not in dense}
     sizes = {f"{block}.{name}": parameter.numel() for block, module in blocks_of(model)
              for name, parameter in module.named_parameters() if parameter.dim() >= 2}
     uncovered = {name: size for name, size in sizes.items() if name not in covered}
     return Coverage(1.0 - sum(uncovered.values()) / max(1, sum(sizes.values())),
                     max(uncovered, key=uncovered.__getitem__, default=""))
+
+
+def unstorable(layers: Sequence[LayerSpec], backend: Backend, choices: Sequence[Choice]) -> dict[str, str]:
+    """Why a backend cannot store a linear, by the linear's name, for each linear that it cannot store at one of the
+    choices or more: odd shapes, such as gates of one row."""
+    reasons: dict[str, str] = {}
+    for linear in (linear for layer in layers for linear in layer.linears):
+        try:
+            for choice in choices:
+                backend.check(linear, choice)
+        except ImpqError as error:
+            reasons[linear.name] = str(error)
+    return reasons
 
 
 def rest_parameters(model: PreTrainedModel, layers: Sequence[LayerSpec]) -> int:
@@ -117,7 +164,8 @@ def rest_parameters(model: PreTrainedModel, layers: Sequence[LayerSpec]) -> int:
 
 
 def search_space(layers: tuple[LayerSpec, ...], backend: Backend, choices: tuple[Choice, ...],
-                 pins: Mapping[str, float] = MappingProxyType({}), exclude: Sequence[str] = ()) -> SearchSpace:
+                 pins: Mapping[str, float] = MappingProxyType({}), exclude: Sequence[str] = (),
+                 dense: Collection[str] = ()) -> SearchSpace:
     """The space of a backend's choices over layers.
 
     Args:
@@ -127,13 +175,14 @@ def search_space(layers: tuple[LayerSpec, ...], backend: Backend, choices: tuple
         pins: width by pattern; a pattern matches layers or all linears of a layer, with ``*`` and ``?``.
         exclude: patterns of layers or linears that stay unquantized; they count 16 bits a weight. If only some linears
             of a layer are excluded, these become layers of their own.
+        dense: names of linears that also stay unquantized, unless a pin gives them a width.
 
     Raises:
         ImpqError: the backend refuses a linear's shape (the message names the linear and how to exclude it).
         UsageError: a pattern matches no layer, a pin matches only part of a layer, or every layer is pinned or
             excluded.
     """
-    layers = tuple(part for layer in layers for part in _apart(layer, exclude))
+    layers = tuple(part for layer in layers for part in _apart(layer, exclude, dense))
     offered = {choice.bits: choice for choice in backend.choices()}
     fixed: dict[str, Choice | None] = {}
     for pattern, bits in [*pins.items(), *((pattern, None) for pattern in exclude)]:
@@ -146,6 +195,7 @@ def search_space(layers: tuple[LayerSpec, ...], backend: Backend, choices: tuple
             if fixed.get(name, offered[bits] if bits else None) != (offered[bits] if bits else None):
                 raise UsageError(f"layer {name} is pinned or excluded in two ways")
             fixed[name] = offered[bits] if bits else None
+    fixed = {**{layer.name: None for layer in layers if all(linear.name in dense for linear in layer.linears)}, **fixed}
 
     def size(layer: LayerSpec, choice: Choice) -> int:
         for linear in layer.linears:
@@ -172,13 +222,14 @@ def search_space(layers: tuple[LayerSpec, ...], backend: Backend, choices: tuple
     return SearchSpace(free, choices, nbytes, tuple(pinned))
 
 
-def _apart(layer: LayerSpec, exclude: Sequence[str]) -> Iterator[LayerSpec]:
+def _apart(layer: LayerSpec, exclude: Sequence[str], dense: Collection[str]) -> Iterator[LayerSpec]:
     """The layer, or, if only some of its linears are excluded, the layer without them and each of them alone."""
     def excluded(name: str) -> bool:
-        return any(fnmatchcase(name, pattern) for pattern in exclude)
+        return name in dense or any(fnmatchcase(name, pattern) for pattern in exclude)
 
     kept = tuple(linear for linear in layer.linears if not excluded(linear.name))
-    if excluded(layer.name) or len(kept) in (0, len(layer.linears)):
+    whole = any(fnmatchcase(layer.name, pattern) for pattern in exclude)
+    if whole or len(kept) in (0, len(layer.linears)):
         yield layer
         return
     yield replace(layer, linears=kept)

@@ -96,7 +96,7 @@ class ModelSource:
         return AutoConfig.from_pretrained(self._files, trust_remote_code=self.trust_remote_code)
 
     def skeleton(self) -> PreTrainedModel:
-        """The model on the meta device: shapes and names, no weights.
+        """The model on the meta device, as ``load`` returns it: shapes and names, no weights.
 
         Raises:
             ImpqError: transformers does not know the architecture or cannot read the configuration, or the
@@ -105,12 +105,15 @@ class ModelSource:
         import torch
         from transformers import AutoModelForCausalLM
 
+        from impq_core.model.linears import to_linears
+
         try:
             config = self._config()
             method = _quantized(config)
             if not method:
                 with torch.device("meta"):
-                    return AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
+                    return to_linears(AutoModelForCausalLM.from_config(
+                        config, trust_remote_code=self.trust_remote_code))
         except ImpqError:  # of the folder that the demo model is unpacked into
             raise
         except Exception as error:  # a configuration can be wrong in any way
@@ -135,19 +138,22 @@ class ModelSource:
             self._from_files(device_map="meta")
 
     def load(self, dtype: torch.dtype) -> PreTrainedModel:
-        """The model with its weights, on the CPU, ready for inference.
+        """The model with its weights, on the CPU, ready for inference; all that holds a weight matrix in it is a linear
+        (``to_linears``).
 
         Raises:
             ImpqError: the weights cannot be read, or they are not those of the configuration: some are missing, left
                 over or of another shape.
         """
+        from impq_core.model.linears import to_linears
+
         model = self._from_files(dtype=dtype)
         head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
         if (head is not None and getattr(model.config.get_text_config(), "tie_word_embeddings", False)
                 and head.weight is not embeddings.weight):
             raise ImpqError(f"model {self.name}: config.json ties the head to the embeddings, but the file holds "
                             "another tensor for it; set tie_word_embeddings to false, or save the model again")
-        return model.eval().requires_grad_(False)
+        return to_linears(model.eval().requires_grad_(False))
 
     def _from_files(self, **options: Any) -> PreTrainedModel:
         from transformers import AutoModelForCausalLM

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -26,7 +27,7 @@ from impq_core.keys import (
     part_facts,
     versions,
 )
-from impq_core.model.layers import coverage, layers_of, resolve_dtype, rest_parameters, search_space
+from impq_core.model.layers import coverage, layers_of, resolve_dtype, rest_parameters, search_space, unstorable
 from impq_core.model.source import ModelSource, locate_model
 from impq_core.model.text import Windows, check_source, draw_windows, refuse_overlap
 from impq_core.parts import Parts, slots_of
@@ -54,7 +55,7 @@ class Prepared:
         calibration: None if no part reads calibration text.
         evaluation: the held-out windows.
         libraries: import names of the backends' libraries.
-        coverage: share of the weights in the model's blocks that the layers hold.
+        coverage: share of the weights in the model's blocks that can be quantized.
     """
 
     config: RunConfig
@@ -222,20 +223,28 @@ def prepare(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
     source = source or locate_model(config.model, trust.remote_code)
     skeleton = source.skeleton()
     layers = layers_of(skeleton, parts.granularity)
-    covered = coverage(skeleton, layers)
+    measured = parts.estimate_with if not config.plan else None  # a given plan is measured as it will be deployed
+    dense = unstorable(layers, parts.backend, parts.menu)
+    if measured:
+        dense = unstorable(layers, measured, parts.game_menu) | dense
+    covered = coverage(skeleton, layers, dense)
     if not config.partial:
-        covered.require(config.model)
-    space = search_space(layers, parts.backend, parts.menu, config.pins, config.exclude)
-    game_space = space
-    if parts.estimate_with and not config.plan:  # the variants of a given plan are the deployed ones
-        game_space = search_space(layers, parts.estimate_with, parts.game_menu, config.pins, config.exclude)
+        covered.require(config.model, dense)
+    space = search_space(layers, parts.backend, parts.menu, config.pins, config.exclude, dense)
+    game_space = (search_space(layers, measured, parts.game_menu, config.pins, config.exclude, dense) if measured
+                  else space)
+    if dense:
+        warnings.warn(f"{len(dense)} linears stay at 16 bits, {100 * (1 - covered.share):.1f}% of the weights in the "
+                      f"blocks (first: {next(iter(dense.values()))})", RuntimeWarning, stacklevel=2)
     for part in (parts.estimator, parts.surrogate, parts.allocator):
         part.check_space(game_space)
     inside = [choice for choice in parts.backend.choices()
               if parts.menu[-1] < choice < parts.menu[0] and choice not in parts.menu]
     between = []
     for choice in inside:
-        alone = search_space(layers, parts.backend, (choice,), config.pins, config.exclude)
+        if unstorable(space.layers, parts.backend, (choice,)):
+            continue
+        alone = search_space(layers, parts.backend, (choice,), config.pins, config.exclude, dense)
         between.append((choice, alone.high_bytes))
     budget, budget_bytes = str(parts.wanted), parts.wanted.resolve(space)
     plan = Plan.load(Path(config.plan), space) if config.plan else None

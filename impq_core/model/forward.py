@@ -1,0 +1,276 @@
+"""A model's own forward, with its blocks watched, answering from memory, or ending it.
+
+Whatever a model does before, between and after its blocks (scales, norms, caps, multipliers, inputs for each layer) is
+the model's own code at work. A block answers from memory if its forward is replaced by one that returns an output kept
+from an earlier forward.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from impq_core.errors import ImpqError, one_line
+from impq_core.model.arguments import leaves, unlike
+
+UNSUPPORTED = "impq cannot run this architecture block by block yet"
+
+CHECKED = 64
+"""Tokens of a window that the check of a partial forward reads."""
+
+Replacement = Callable[..., Any]
+"""The forward of a block for as long as it is replaced."""
+
+
+class _Stop(Exception):
+    """Ends a forward when all that was asked for has been computed."""
+
+
+@dataclass(eq=False)
+class _Watched:
+    """One plain forward: the leaves of each block's arguments, each block's states, and the logits."""
+
+    arguments: list[dict[str, Any]] = field(default_factory=list)
+    states: list[torch.Tensor] = field(default_factory=list)
+    logits: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+class OwnForward:
+    """Whole and partial forwards of a model.
+
+    Args:
+        model: ready for inference.
+        blocks: its blocks, in order.
+
+    Attributes:
+        handed: name of an argument through which blocks hand a state to later blocks (shared keys and values, indices
+            of tokens), or ``no argument`` if the state is elsewhere. A forward of such a model cannot begin at a block:
+            blocks that answer from memory write no state. Empty if there is none; set by ``learn``.
+        axis: the dimension of hidden states that counts windows; positions are the next. 0 for most models; a few keep
+            several streams (streams, windows, length, width).
+    """
+
+    def __init__(self, model: PreTrainedModel, blocks: Sequence[nn.Module]) -> None:
+        self.model, self.blocks, self.handed, self.axis = model, tuple(blocks), "", 0
+        self._lengths: list[int] = []
+        accepted = inspect.signature(model.forward).parameters.values()
+        self._accepted = {parameter.name for parameter in accepted}
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted):
+            self._accepted.add("use_cache")
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits (windows, length, vocabulary) of token ids (windows, length) by the plain forward. A forward that has
+        no ``use_cache`` is not given it."""
+        logits: torch.Tensor = self.model(
+            input_ids=ids, **({"use_cache": False} if "use_cache" in self._accepted else {})).logits
+        return logits
+
+    def learn(self, ids: torch.Tensor) -> None:
+        """Find out what the blocks return, whether they hand a state to each other, and whether partial forwards agree
+        with the plain one on a window and on the same window backwards. Costs about three forwards of ``CHECKED``
+        tokens (five if blocks hand on a state).
+
+        Args:
+            ids: one window (1, length).
+
+        Raises:
+            ImpqError: the blocks are not called once each, in order, or a partial forward gives other logits.
+        """
+        texts = [ids[:, :CHECKED], ids[:, :CHECKED].flip(1)]
+        plains = [self._watch(text) for text in texts]  # all in front of the checks: a state in a module is then stale
+        self.handed = next(filter(None, map(self._handed, texts, plains)), "")
+        agreed = all(map(self._agrees, texts, plains))
+        if not agreed and not self.handed:
+            self.handed = "no argument"
+            agreed = all(map(self._agrees, texts, plains))
+        if not agreed:
+            raise ImpqError(f"the logits of {type(self.model).__name__} depend on more than the output of its last "
+                            f"block at the same position: {UNSUPPORTED}")
+
+    def _watch(self, ids: torch.Tensor) -> _Watched:
+        watched, order, lengths = _Watched(), [], []
+
+        def watching(index: int) -> Replacement:
+            own = self.blocks[index].forward
+
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                order.append(index)
+                watched.arguments.append(leaves(args, kwargs))
+                output = own(*args, **kwargs)
+                lengths.append(len(output) if isinstance(output, (tuple, list)) else 0)
+                watched.states.append(_states(output).clone())
+                return output
+            return forward
+
+        name = type(self.model).__name__
+        try:
+            watched.logits = self._run(ids, [watching(index) for index in range(len(self.blocks))])
+        except TypeError as error:
+            raise ImpqError(f"{name}: {one_line(error)}: {UNSUPPORTED}") from error
+        if order != list(range(len(self.blocks))):
+            raise ImpqError(f"{name} does more than run its blocks in order, once each: {UNSUPPORTED}")
+        self._lengths = lengths
+        shape = tuple(watched.states[-1].shape)
+        axes = [axis for axis in range(len(shape) - 1) if shape[axis:axis + 2] == tuple(ids.shape)]
+        if not axes:
+            raise ImpqError(f"the last block of {name} returns hidden states of shape {shape} for a window of "
+                            f"{ids.shape[1]} tokens: {UNSUPPORTED}")
+        self.axis = axes[0]
+        return watched
+
+    def _handed(self, ids: torch.Tensor, plain: _Watched) -> str:
+        """The first argument of a block that is another if the blocks in front answer from memory."""
+        for first in range(1, len(self.blocks)):
+            seen: list[dict[str, Any]] = []
+
+            def answering(index: int, first: int = first, seen: list[dict[str, Any]] = seen) -> Replacement:
+                def forward(*args: Any, **kwargs: Any) -> Any:
+                    seen.append(leaves(args, kwargs))
+                    return self._answer(index, _hidden(args, kwargs) if index < first - 1
+                                        else plain.states[index].clone())
+                return forward
+
+            try:
+                self._run(ids, [answering(index) for index in range(len(self.blocks))])
+            except Exception as error:  # the model's code, given None for what a block returns beside its states
+                return f"a value ({one_line(error, 80)})"
+            for ours, theirs in zip(seen[first:], plain.arguments[first:], strict=True):
+                if name := unlike(ours, theirs):
+                    return name
+        return ""
+
+    def _agrees(self, ids: torch.Tensor, plain: _Watched) -> bool:
+        """Whether a forward from the middle block on gives the plain forward's logits, to rounding."""
+        middle, last = len(self.blocks) // 2, len(self.blocks) - 1
+        ours = self.outputs(ids, middle, plain.states[middle - 1] if middle else None, last)[-1]
+        logits = self.logits(ids.flatten(), self.rows(ours))
+        difference = float((logits - plain.logits[0].float()).abs().max())
+        return difference <= max(1e-4, 8 * torch.finfo(ours.dtype).eps) * float(plain.logits.abs().max())
+
+    @torch.inference_mode()
+    def first_input(self, ids: torch.Tensor) -> torch.Tensor:
+        """The hidden states (windows, length, width) in front of the first block for token ids (windows, length)."""
+        found: list[torch.Tensor] = []
+
+        def catch(*args: Any, **kwargs: Any) -> Any:
+            found.append(_hidden(args, kwargs))
+            raise _Stop
+
+        self._run(ids, [catch])
+        return found[0]
+
+    @torch.inference_mode()
+    def outputs(self, ids: torch.Tensor, first: int, states: torch.Tensor | None, last: int,
+                around: Callable[[int, Callable[[], Any]], Any] = lambda index, run: run()) -> list[torch.Tensor]:
+        """The states behind each of the blocks ``first`` to ``last``.
+
+        Args:
+            ids: token ids (windows, length).
+            first: the first block that runs; those in front answer from memory, unless blocks hand a state to each
+                other: then all run.
+            states: output of block ``first - 1`` for those ids; None if ``first`` is 0.
+            last: the forward ends behind this block.
+            around: called with the index of each block that runs and the call that runs it, whose result it returns.
+        """
+        found: list[torch.Tensor] = []
+
+        def running(index: int) -> Replacement:
+            own = self.blocks[index].forward
+
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                output = around(index, lambda: own(*args, **kwargs))
+                if index == last:
+                    found.append(_states(output))
+                    raise _Stop
+                if index >= first:
+                    found.append(_states(output).clone())  # the code behind may write to it
+                return output
+            return forward
+
+        kept = [] if self.handed else self._memory(first, states)
+        self._run(ids, [*kept, *(running(index) for index in range(len(kept), last + 1))])
+        return found
+
+    def rows(self, states: torch.Tensor, count: int | None = None) -> torch.Tensor:
+        """Hidden states of the first ``count`` positions (all by default) of each window in a single row of positions:
+        (windows * count, width), the windows and positions at ``axis``."""
+        count = states.shape[self.axis + 1] if count is None else count
+        return states.narrow(self.axis + 1, 0, count).flatten(self.axis, self.axis + 1)
+
+    @torch.inference_mode()
+    def logits(self, ids: torch.Tensor, rows: torch.Tensor, stop: bool = False) -> torch.Tensor:
+        """Float32 logits (positions, vocabulary) of the last block's output, by whatever the model has behind its last
+        block. All blocks answer from memory, and each position is a window of its own, so the memory that this takes is
+        that of its logits.
+
+        Args:
+            ids: token ids (positions,).
+            rows: output (positions, width) of the last block for them, as ``rows`` returns it.
+            stop: end the forward at the last block, without logits (for counting what the rest takes).
+        """
+        forwards = self._memory(len(self.blocks), rows.unsqueeze(self.axis + 1))
+        if stop:
+            def end(*args: Any, **kwargs: Any) -> Any:
+                raise _Stop
+            forwards[-1] = end
+        logits = self._run(ids[:, None], forwards)
+        return logits.flatten(0, 1).float() if not stop else logits
+
+    def _memory(self, count: int, states: torch.Tensor | None) -> list[Replacement]:
+        """Forwards for the first ``count`` blocks: the last of them answers with ``states``, the others with their
+        input, which nothing reads."""
+        def answering(index: int) -> Replacement:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                if index < count - 1:
+                    return self._answer(index, _hidden(args, kwargs))
+                assert states is not None
+                return self._answer(index, states.clone())  # the code behind may write to it
+            return forward
+        return [answering(index) for index in range(count)]
+
+    def _answer(self, index: int, states: torch.Tensor) -> Any:
+        """What block ``index`` returns: states, alone or at the head of a tuple."""
+        length = self._lengths[index]
+        return (states, *[None] * (length - 1)) if length else states
+
+    @torch.inference_mode()
+    def _run(self, ids: torch.Tensor, forwards: Sequence[Replacement]) -> torch.Tensor:
+        """Logits of a forward with the first blocks' forwards replaced; empty if one of those ended it."""
+        with _replaced(self.blocks[:len(forwards)], forwards):
+            try:
+                return self(ids)
+            except _Stop:
+                return torch.empty(0)
+
+
+@contextmanager
+def _replaced(blocks: Sequence[nn.Module], forwards: Sequence[Replacement]) -> Iterator[None]:
+    kept = [vars(block).get("forward") for block in blocks]
+    try:
+        for block, forward in zip(blocks, forwards, strict=True):
+            vars(block)["forward"] = forward
+        yield
+    finally:
+        for block, own in zip(blocks, kept, strict=True):
+            if own is None:
+                vars(block).pop("forward", None)
+            else:
+                vars(block)["forward"] = own
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0] if args else kwargs.get("hidden_states")
+
+
+def _states(output: Any) -> torch.Tensor:
+    states = output[0] if isinstance(output, (tuple, list)) else output
+    if not isinstance(states, torch.Tensor):
+        raise TypeError("a block returns no hidden states")
+    return states

@@ -1,0 +1,71 @@
+"""Architectures of transformers: what impq makes of each, from its experts to its heads."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from architectures import KINDS, line_of, survey, tiny
+from impq_hqq.backend import Hqq, Options
+from impq_quanto.backend import Quanto
+
+PAGE = Path(__file__).parent.parent / "docs" / "models.md"
+
+TEXT = """# Models
+
+What impq makes of the causal language models of transformers {version}, tried on tiny random models of {count}
+configurations (`tox -e models` writes this page). **Share** is the share of the weights in a model's blocks that are
+quantized, by `hqq` with groups of 16; the rest stays at 16 bits: routers, gates, convolutions, and what is too small in
+a tiny model for a group of weights. For each model, losses with all layers at 8 and at 2 bits, and of forwards that
+begin in the middle, were those of the plain forward, and slopes were those of the loss.
+
+**Forwards** are `partial` if a forward can begin at a block, so that two plans that differ behind it cost less. They
+are `whole` if the blocks hand a state to each other (shared keys and values, indices of tokens): such a model is
+measured as well, but every evaluation runs all its blocks, and calibration runs the blocks in front of each block once
+more.
+
+Not in the table are encoders, encoder-decoder models, and models of images or audio. A multimodal model whose language
+model has a type of its own is tried by that type.
+
+| model type | share | forwards |
+|---|---|---|
+{rows}
+
+## Models that do not run
+
+| model type | why |
+|---|---|
+{refused}
+
+For these no tiny configuration was found, so they were not tried: {untried}.
+"""
+
+SOME = ("ctrl", "gpt2", "gpt_neox", "falcon", "bloom", "phi", "granite", "cohere2", "mixtral", "qwen3_moe", "gpt_oss",
+        "lfm2", "qwen3_5_text", "gemma3", "gemma3n_text", "glm_moe_dsa")
+
+
+@pytest.mark.parametrize("kind", SOME)
+def test_an_architecture_is_quantized_and_measured(kind: str) -> None:
+    row = survey(tiny(kind), Hqq(Options(group_size=16)))
+    assert row.share > 0.98
+    assert row.partial == (kind != "glm_moe_dsa")
+
+
+def test_experts_are_quantized_by_a_backend_that_stores_most_shapes() -> None:
+    assert survey(tiny("mixtral"), Quanto()).share > 0.99
+
+
+@pytest.mark.models
+def test_every_architecture() -> None:
+    lines = {kind: line_of(kind, Hqq(Options(group_size=16))) for kind in KINDS}
+    ran = {kind: line for kind, line in lines.items() if line[0].isdigit()}
+    refused = {kind: line.partition(": ")[2] for kind, line in lines.items() if line.startswith("refused")}
+    untried = [kind for kind, line in lines.items() if line.startswith("no tiny model")]
+    rows = [f"| {kind} | {line.partition(',')[0]} | {'whole' if 'whole' in line else 'partial'} |"
+            for kind, line in ran.items()]
+    PAGE.write_text(TEXT.format(
+        version=version("transformers"), count=len(ran) + len(refused), rows="\n".join(rows),
+        refused="\n".join(f"| {kind} | {line} |" for kind, line in refused.items()), untried=", ".join(untried)))
+    assert set(ran) | set(refused) | set(untried) == set(lines)
+    assert len(ran) >= 100 and not set(refused) & set(SOME)
