@@ -1,17 +1,15 @@
-"""The checks and decisions of a run that need no weights."""
+"""A run that is ready to load its model: the layout of its layers, the texts, and its identity."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
 from impq_core.config import RunConfig
-from impq_core.errors import ImpqError, UsageError
+from impq_core.errors import ImpqError
 from impq_core.interfaces import Backend
 from impq_core.keys import (
     MAKES_VARIANTS,
@@ -26,71 +24,26 @@ from impq_core.keys import (
     part_facts,
     versions,
 )
-from impq_core.model.layers import coverage, layers_of, resolve_dtype, rest_parameters, search_space
-from impq_core.model.source import ModelSource, locate_model
-from impq_core.model.text import Windows, check_source, draw_windows, refuse_overlap
-from impq_core.parts import Parts, slots_of
+from impq_core.model.source import ModelSource
+from impq_core.model.text import Windows, draw_windows, refuse_overlap
+from impq_core.parts import slots_of
 from impq_core.plugins import Plugins
+from impq_core.runs.layout import Layout, lay_out
 from impq_core.space import Choice, SearchSpace
 from impq_core.trust import NO_TRUST, Trust
-from impq_core.types import Plan
 
 
 @dataclass(frozen=True, eq=False)
-class Prepared:
-    """A run whose configuration, model, texts and budget have been checked.
+class Prepared(Layout):
+    """A run whose configuration, model, weights, texts and budget have been checked.
 
     Args:
-        config: resolved: paths are absolute, and no value is left to a default.
-        parts: of the run.
-        source: of the model.
-        space: layers and choices with the deployed backend's sizes.
-        played: the same layers and choices with the sizes of the backend whose variants are measured.
-        between: choices of the deployed backend between those of the menu, for uniform references, each with the bytes
-            of a model that is uniformly so.
-        budget_bytes: of the plan.
-        rest_bytes: of embeddings, head and all else that is never quantized, at 16 bits a weight.
-        plan: the plan of ``--plan``.
         calibration: None if no part reads calibration text.
         evaluation: the held-out windows.
-        libraries: import names of the backends' libraries.
-        coverage: share of the weights in the model's blocks that the layers hold.
     """
 
-    config: RunConfig
-    parts: Parts
-    source: ModelSource
-    space: SearchSpace
-    played: SearchSpace
-    between: tuple[tuple[Choice, int], ...]
-    budget_bytes: int
-    rest_bytes: int
-    plan: Plan | None
     calibration: Windows | None
     evaluation: Windows
-    libraries: tuple[str, ...]
-    coverage: float
-
-    @property
-    def measures_another_backend(self) -> bool:
-        """Whether the measured variants are not the deployed ones (``--estimate-with``)."""
-        return self.parts.estimate_with is not None and self.plan is None
-
-    @property
-    def deployed_menus(self) -> list[list[Choice]]:
-        """The choices of each layer that the deployed backend makes, widest first: the menu and those between."""
-        return _menus(self.space, [choice for choice, _ in self.between])
-
-    @property
-    def played_menus(self) -> list[list[Choice]]:
-        """The choices of each layer that are measured, widest first."""
-        return _menus(self.played) if self.measures_another_backend else self.deployed_menus
-
-    @property
-    def played_backend(self) -> Backend:
-        """The backend whose variants are measured."""
-        return self.parts.estimate_with if self.measures_another_backend and self.parts.estimate_with else (
-            self.parts.backend)
 
     def variants_key(self, backend: Backend, menus: Sequence[Sequence[Choice]]) -> VariantsKey:
         """The identity of a backend's variants; if it reads activations, they were collected behind layers at the
@@ -154,25 +107,6 @@ class Prepared:
                       code_digest(*slots.values()), self.config.seed, self.config.refine,
                       digest_of(self.plan.pick.tolist()) if self.plan else "")
 
-    def planned(self, config: RunConfig, plugins: Plugins) -> Prepared:
-        """The same model, layers, estimator and texts with a configuration's surrogate, allocator and budget.
-
-        Raises:
-            ImpqError: the budget is out of reach, or a name or option is wrong.
-        """
-        parts = Parts.build(config, plugins)
-        for part in (parts.surrogate, parts.allocator):
-            part.check_space(self.played)
-        budget = parts.wanted
-        resolved = replace(self.config, surrogate=config.surrogate, allocator=config.allocator, budget=str(budget),
-                           options=parts.options())
-        return replace(self, config=resolved, parts=parts, budget_bytes=budget.resolve(self.space))
-
-    @property
-    def played_budget(self) -> int:
-        """The budget in the space the estimator sees: the same place between all-narrowest and all-widest."""
-        return self.space.carry_over(self.budget_bytes, self.played)
-
     @property
     def spare(self) -> Windows | None:
         """Calibration windows that neither the game nor a refinement's referee takes."""
@@ -189,11 +123,6 @@ class Prepared:
         ids = self.calibration.ids
         kept = np.concatenate([ids[:played], ids[played * (2 if config.refine else 1):]])
         return replace(self.calibration, ids=kept[:config.probe_windows or len(kept)])
-
-
-def _menus(space: SearchSpace, between: Sequence[Choice] = ()) -> list[list[Choice]]:
-    menu = sorted([*space.choices, *between], reverse=True)
-    return [menu] * len(space) + [[pin.choice] if pin.choice else [] for pin in space.pinned]
 
 
 def _text_key(windows: Windows | None) -> TextKey | None:
@@ -214,57 +143,12 @@ def prepare(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
     Raises:
         ImpqError: a value is wrong, or a file is missing or damaged.
     """
-    parts = Parts.build(config, plugins)
-    calibrate = calibrate and parts.needs_calibration
-    if calibrate:
-        check_source(config.calibration.source, "calibration")
-    check_source(config.evaluation.source, "evaluation")
-    source = source or locate_model(config.model, trust.remote_code)
-    skeleton = source.skeleton()
-    layers = layers_of(skeleton, parts.granularity)
-    covered = coverage(skeleton, layers)
-    if not config.partial:
-        covered.require(config.model)
-    space = search_space(layers, parts.backend, parts.menu, config.pins, config.exclude)
-    played = space
-    if parts.estimate_with and not config.plan:  # a plan that is given is measured as it will be deployed
-        played = search_space(layers, parts.estimate_with, parts.played, config.pins, config.exclude)
-    for part in (parts.estimator, parts.surrogate, parts.allocator):
-        part.check_space(played)
-    inside = [choice for choice in parts.backend.choices()
-              if parts.menu[-1] < choice < parts.menu[0] and choice not in parts.menu]
-    between = []
-    for choice in inside:
-        alone = search_space(layers, parts.backend, (choice,), config.pins, config.exclude)
-        between.append((choice, alone.high_bytes))
-    budget, budget_bytes = str(parts.wanted), parts.wanted.resolve(space)
-    plan = Plan.load(Path(config.plan), space) if config.plan else None
-    if plan and parts.budget and plan.nbytes > budget_bytes:
-        raise UsageError(f"plan {config.plan} takes {plan.nbytes} bytes, more than the {budget_bytes} of --budget "
-                         f"{config.budget}: leave out --budget, or give a smaller plan")
-    if plan and not parts.budget:  # the plan is its own budget
-        budget, budget_bytes = f"{plan.nbytes}B", plan.nbytes
-    tokenizer, vocabulary = source.tokenizer(), skeleton.get_input_embeddings().num_embeddings
-    evaluation = draw_windows(config.evaluation, "evaluation", tokenizer, vocabulary)
+    layout = lay_out(config, plugins, trust, calibrate, source)
+    tokenizer = layout.source.tokenizer()
+    evaluation = draw_windows(config.evaluation, "evaluation", tokenizer, layout.vocabulary)
     calibration = None
-    if calibrate:
-        calibration = draw_windows(config.calibration, "calibration", tokenizer, vocabulary)
+    if calibrate and layout.parts.needs_calibration:
+        calibration = draw_windows(config.calibration, "calibration", tokenizer, layout.vocabulary)
         refuse_overlap(calibration, evaluation)
-    source.check_weights()
-    dtype = str(resolve_dtype(config.dtype)).removeprefix("torch.")
-    resolved = replace(
-        config, model=_absolute(config.model), plan=_absolute(config.plan),
-        calibration=replace(config.calibration, source=_absolute(config.calibration.source)),
-        evaluation=replace(config.evaluation, source=_absolute(config.evaluation.source)),
-        bits=tuple(choice.bits for choice in parts.menu), budget=budget, dtype=dtype,
-        options=parts.options(), granularity=parts.granularity)
-    return Prepared(resolved, parts, source, space, played, tuple(between), budget_bytes,
-                    2 * rest_parameters(skeleton, layers), plan, calibration, evaluation,
-                    tuple(sorted({library for name in {config.backend, config.estimate_with} - {""}
-                                  for library in plugins.find("backend", name).needs})), covered.share)
-
-
-def _absolute(name: str) -> str:
-    """A file's path made absolute, so that the resolved configuration runs from anywhere; other names as they are."""
-    path = os.path.expanduser(name)
-    return str(Path(path).absolute()) if name not in ("", "demo") and os.path.exists(path) else name
+    layout.source.check_weights()
+    return Prepared(**vars(layout), calibration=calibration, evaluation=evaluation)
