@@ -12,6 +12,7 @@ from impq_core.config import RunConfig
 from impq_core.errors import UsageError
 from impq_core.interfaces import Backend
 from impq_core.model.layers import coverage, layers_of, resolve_dtype, rest_parameters, search_space
+from impq_core.model.shapes import Shapes
 from impq_core.model.source import ModelSource, locate_model
 from impq_core.model.text import check_source
 from impq_core.parts import Parts
@@ -38,7 +39,7 @@ class Layout:
         plan: the plan of ``--plan``.
         libraries: import names of the backends' libraries.
         coverage: share of the weights in the model's blocks that the layers hold.
-        vocabulary: rows of the model's embedding.
+        shapes: of the model.
     """
 
     config: RunConfig
@@ -52,7 +53,7 @@ class Layout:
     plan: Plan | None
     libraries: tuple[str, ...]
     coverage: float
-    vocabulary: int
+    shapes: Shapes
 
     @property
     def measures_another_backend(self) -> bool:
@@ -155,7 +156,7 @@ def lay_out(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
                   2 * rest_parameters(skeleton, layers), plan,
                   tuple(sorted({library for name in {config.backend, config.estimate_with} - {""}
                                 for library in plugins.find("backend", name).needs})), covered.share,
-                  skeleton.get_input_embeddings().num_embeddings)
+                  Shapes.of(skeleton, layers))
 
 
 def _absolute(name: str) -> str:

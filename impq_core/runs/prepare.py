@@ -145,10 +145,10 @@ def prepare(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
     """
     layout = lay_out(config, plugins, trust, calibrate, source)
     tokenizer = layout.source.tokenizer()
-    evaluation = draw_windows(config.evaluation, "evaluation", tokenizer, layout.vocabulary)
+    evaluation = draw_windows(config.evaluation, "evaluation", tokenizer, layout.shapes.vocabulary)
     calibration = None
     if calibrate and layout.parts.needs_calibration:
-        calibration = draw_windows(config.calibration, "calibration", tokenizer, layout.vocabulary)
+        calibration = draw_windows(config.calibration, "calibration", tokenizer, layout.shapes.vocabulary)
         refuse_overlap(calibration, evaluation)
     layout.source.check_weights()
     return Prepared(**vars(layout), calibration=calibration, evaluation=evaluation)

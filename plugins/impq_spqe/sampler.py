@@ -12,6 +12,7 @@ from impq_core.interfaces import Drift, Game, Sampler, unknown_drift
 from impq_core.space import FloatArray, IntArray, SearchSpace
 from impq_core.statistics import standard_error
 from impq_core.types import Measurements
+from impq_core.workload import Workload, losses_by_block
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,37 @@ class Spqe(Sampler):
 
     Options = Options
 
+    def workload(self, space: SearchSpace, sets: int) -> Workload:
+        """The losses of all orders if none ends early, and the reference on each set of windows.
+
+        The ends of an order are measured once on a set of windows. The part of an order near ``around`` begins with a
+        loss that shares no block with the one before, unless it begins at an end that was measured.
+        """
+        options, orders, demoted = self.options, self.options.permutations, len(space) * (len(space.choices) - 1)
+        draws = orders // 2 if options.antithetic else orders
+        used = min(draws, sets) if options.fresh else 1
+        widest = not options.around or options.around + options.span >= space.choices[0].bits
+        narrowest = not options.around or options.around - options.span <= space.choices[-1].bits
+        moves, whole = orders * demoted * self._share(space), used
+        if widest and narrowest:
+            moves -= orders - used  # all-narrowest, which the first order on a set has measured
+        elif narrowest:
+            whole += used
+        elif not widest:
+            moves, whole = moves - orders, whole + orders
+        return Workload(losses_by_block(space, [moves / len(space)] * len(space), whole), sets=used)
+
+    def _share(self, space: SearchSpace) -> float:
+        """Share of an order that is measured."""
+        around, span, low, high = self.options.around, self.options.span, space.choices[-1].bits, space.choices[0].bits
+        if not around or high == low:
+            return 1.0
+        return (min(high, around + span) - max(low, around - span)) / (high - low)
+
     def sample(self, game: Game, rng: np.random.Generator, drift: Drift = unknown_drift) -> Measurements:
         """Play up to ``permutations`` orders; losses are on disk after each."""
         space, options = game.space, self.options
-        share = min(1.0, 2 * options.span / (space.choices[0].bits - space.choices[-1].bits)) if options.around else 1.0
-        game.expect(1 + round(options.permutations * share * len(space) * (len(space.choices) - 1)))
+        game.expect(1 + round(options.permutations * self._share(space) * len(space) * (len(space.choices) - 1)))
         orders: list[_Played] = []
         windows = drawn = stable = 0  # set of windows, replicate that it belongs to, draws in a row without a new plan
         for order, replicate in self._orders(space, rng):
