@@ -16,8 +16,8 @@ EXPERTS_CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "num_exper
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """Names of a configuration's fields for the experts that a token is routed to, and for all experts of a block."""
 
-ATTENTION_BACKWARD = 2.5
-"""FLOPs of the backward of fused attention over those of its forward: it makes the scores once more."""
+BACKWARD, FUSED_BACKWARD = 2.0, 2.5
+"""FLOPs of the backward of attention over those of its forward: a fused implementation makes the scores once more."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Shapes:
         blocks: of each block.
         hidden: width of the hidden states.
         attention: width of all attention heads together.
+        attention_backward: FLOPs of the backward of attention over those of its forward.
         intermediate: width inside a feed-forward, as far as a token sees it.
         vocabulary: rows of the embeddings.
         loose: name of the largest weight in a block that no layer holds; empty if there is none.
@@ -57,6 +58,7 @@ class Shapes:
     blocks: tuple[BlockShape, ...]
     hidden: int
     attention: int
+    attention_backward: float
     intermediate: int
     vocabulary: int
     loose: str
@@ -91,6 +93,7 @@ class Shapes:
         inner = chosen * _first(config, EXPERTS_CHOSEN, 1) if chosen else getattr(config, "intermediate_size", None)
         return cls(type(model).__name__, sum(p.numel() for p in parameters.values()), sum(ends.values()),
                    tuple(blocks), width, heads * (getattr(config, "head_dim", None) or width // max(1, heads)),
+                   BACKWARD if getattr(config, "_attn_implementation", None) == "eager" else FUSED_BACKWARD,
                    inner or 4 * width, embeddings.num_embeddings, max(loose, key=loose.__getitem__, default=""))
 
     def cost(self, length: int) -> ForwardCost:
@@ -111,7 +114,7 @@ class Shapes:
         active, held = sum(block.active for block in self.blocks), sum(block.held for block in self.blocks)
         products = 2 * length * active
         gradients = products * weights_on_play / max(1, sum(block.weights for block in self.blocks), held)
-        attention = len(self.blocks) * self._pairs(length) * (1 + ATTENTION_BACKWARD)
+        attention = len(self.blocks) * self._pairs(length) * (1 + self.attention_backward)
         head = 2 * self.hidden * self.vocabulary * (2 * length + (length - 1) * (value == "kl"))
         return round(2 * products + gradients + attention + head)
 

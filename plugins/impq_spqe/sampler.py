@@ -14,6 +14,9 @@ from impq_core.statistics import standard_error
 from impq_core.types import Measurements
 from impq_core.workload import Workload, losses_by_block
 
+DRAWS = 16
+"""Random orders that the number of losses near a width is forecast from."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -75,34 +78,30 @@ class Spqe(Sampler):
     def workload(self, space: SearchSpace, sets: int) -> Workload:
         """The losses of all orders if none ends early, and the reference on each set of windows.
 
-        The ends of an order are measured once on a set of windows. The part of an order near ``around`` begins with a
-        loss that shares no block with the one before, unless it begins at an end that was measured.
+        An order that begins at an end which was measured on its windows (the reference, or all-narrowest after an
+        earlier order) shares blocks with it; the first loss of any other order shares none. Ends are measured once.
         """
-        options, orders, demoted = self.options, self.options.permutations, len(space) * (len(space.choices) - 1)
-        draws = orders // 2 if options.antithetic else orders
-        used = min(draws, sets) if options.fresh else 1
-        widest = not options.around or options.around + options.span >= space.choices[0].bits
-        narrowest = not options.around or options.around - options.span <= space.choices[-1].bits
-        moves, whole = orders * demoted * self._share(space), used
-        if widest and narrowest:
-            moves -= orders - used  # all-narrowest, which the first order on a set has measured
-        elif narrowest:
-            whole += used
-        elif not widest:
-            moves, whole = moves - orders, whole + orders
-        return Workload(losses_by_block(space, [moves / len(space)] * len(space), whole), sets=used)
+        options, narrowest = self.options, space.uniform(len(space.choices) - 1)
+        draws = options.permutations // 2 if options.antithetic else options.permutations
+        first = min(draws, sets) if options.fresh else 1  # orders that are the first on their windows
+        later = options.permutations - first
+        paths = [self._near(space, demotions(space, order)) for order in self._draws(space, np.random.default_rng(0))]
+        picks = float(np.mean([len(path) for path in paths]))
+        begins, ends = bool((paths[0][0] == 0).all()), bool((paths[0][-1] == narrowest).all())
+        measured = first * (picks - begins) + later * (picks - begins - ends)
+        whole = first * (not begins) + later * (not ends)
+        moves = (measured - whole) / len(space)
+        return Workload(losses_by_block(space, [moves] * len(space), first + whole), sets=first)
 
-    def _share(self, space: SearchSpace) -> float:
-        """Share of an order that is measured."""
-        around, span, low, high = self.options.around, self.options.span, space.choices[-1].bits, space.choices[0].bits
-        if not around or high == low:
-            return 1.0
-        return (min(high, around + span) - max(low, around - span)) / (high - low)
+    def _draws(self, space: SearchSpace, rng: np.random.Generator) -> list[IntArray]:
+        """Random orders that the mean length of a measured path is taken over; one, if orders are measured whole."""
+        tickets = np.repeat(np.arange(len(space)), len(space.choices) - 1)
+        return [rng.permutation(tickets) for _ in range(DRAWS if self.options.around else 1)]
 
     def sample(self, game: Game, rng: np.random.Generator, drift: Drift = unknown_drift) -> Measurements:
         """Play up to ``permutations`` orders; losses are on disk after each."""
         space, options = game.space, self.options
-        game.expect(1 + round(options.permutations * self._share(space) * len(space) * (len(space.choices) - 1)))
+        game.expect(round(float(self.workload(space, options.permutations).losses.sum())))
         orders: list[_Played] = []
         windows = drawn = stable = 0  # set of windows, replicate that it belongs to, draws in a row without a new plan
         for order, replicate in self._orders(space, rng):
