@@ -215,7 +215,7 @@ def evaluation_table(evaluation: Evaluation) -> Table:
 
 
 def forecast_lines(forecast: Forecast) -> list[str]:
-    """A forecast in lines: model, and for each search layers, what stays at 16 bits, sizes, forwards; memory, disk."""
+    """A forecast in lines: the model; layers, fixed parts, sizes and forwards of each search; memory; disk."""
     config = forecast.config
     lines = [f"{config.model}: {forecast.architecture}, {forecast.blocks} blocks, {forecast.parameters / 1e6:.1f} M "
              f"parameters, {config.dtype}"]
@@ -225,14 +225,14 @@ def forecast_lines(forecast: Forecast) -> list[str]:
                  f"{forecast.flops / 1e12:.3g} TFLOP")
     stage, peak = forecast.peak
     held = next(search.memory[stage] for search in forecast.searches if search.peak == (stage, peak))
-    parts = ", ".join(f"{what.replace('_', ' ')} {size / 1e9:.2f}"
-                      for what, size in sorted(held.items(), key=lambda item: -item[1]))
+    parts = ", ".join(f"{name.replace('_', ' ')} {size / 1e9:.2f}"
+                      for name, size in sorted(held.items(), key=lambda item: -item[1]))
     free = "" if forecast.free_memory is None else f"; {forecast.free_memory / 1e9:.1f} GB are free"
     lines.append(f"memory: about {peak / 1e9:.1f} GB at the peak, in {stage} ({parts}){free}")
     takes, room = forecast.disk, forecast.free_disk
-    exports = f", exports {_megabytes(takes['export_bytes'])}" if takes["export_bytes"] else ""
-    lines.append(f"disk: about {_megabytes(takes['cache_bytes'])} in the cache ({room['cache_bytes'] / 1e9:.1f} GB are "
-                 f"free), {_megabytes(takes['run_bytes'])}{exports} in {config.output} "
+    exports = f", exports {_size(takes['export_bytes'])}" if takes["export_bytes"] else ""
+    lines.append(f"disk: about {_size(takes['cache_bytes'])} in the cache ({room['cache_bytes'] / 1e9:.1f} GB are "
+                 f"free), {_size(takes['run_bytes'])}{exports} in {config.output} "
                  f"({room['run_bytes'] / 1e9:.1f} GB are free)")
     lines.append("no weight and no text was read; what is in the cache already is not taken off")
     return lines
@@ -253,7 +253,7 @@ def _search_lines(search: SearchForecast, before: SearchForecast | None) -> list
 
 
 def _size_lines(search: SearchForecast) -> list[str]:
-    """What stays at a width and why, the budgets, and the reachable sizes."""
+    """The parts at a fixed width with the reason, the budgets, and the reachable sizes."""
     lines = []
     kinds: dict[tuple[float, str], list[Fixed]] = {}
     for part in search.fixed:
@@ -261,18 +261,18 @@ def _size_lines(search: SearchForecast) -> list[str]:
     for (bits, reason), parts in kinds.items():
         names = "; ".join(part.name for part in parts) if len(parts) < 3 else (
             f"{len(parts)} layers, the first {parts[0].name}")
-        lines.append(f"  at {bits:g} bits: {names}, {_megabytes(sum(part.bytes for part in parts))} ({reason})")
+        lines.append(f"  at {bits:g} bits: {names}, {_size(sum(part.bytes for part in parts))} ({reason})")
     low, high = search.smallest, search.largest
     for size in search.budgets:
-        lines.append(f"  budget {size.budget}: {_megabytes(size.bytes)}, {size.bits_nominal:.3f} bits nominal, "
+        lines.append(f"  budget {size.budget}: {_size(size.bytes)}, {size.bits_nominal:.3f} bits nominal, "
                      f"{size.bits_stored:.3f} stored")
-    lines.append(f"  reachable: {_megabytes(low.bytes)} to {_megabytes(high.bytes)}, {low.bits_nominal:.3f} to "
+    lines.append(f"  reachable: {_size(low.bytes)} to {_size(high.bytes)}, {low.bits_nominal:.3f} to "
                  f"{high.bits_nominal:.3f} bits nominal, {low.bits_stored:.3f} to {high.bits_stored:.3f} stored")
     return lines
 
 
-def _megabytes(nbytes: int) -> str:
-    return f"{nbytes / 1e6:.2f} MB"
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
 
 
 def fit_table(fits: Fits) -> Table:

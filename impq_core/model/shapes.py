@@ -37,7 +37,7 @@ class BlockShape:
 
 @dataclass(frozen=True)
 class Shapes:
-    """The sizes that decide what a run takes.
+    """The sizes that decide the cost of a forward and the memory of a run.
 
     Args:
         architecture: class of the model.

@@ -42,18 +42,17 @@ NUMBER = 22
 """Bytes of a float64 as text."""
 
 Bytes = Mapping[str, int]
-"""Bytes by what they hold."""
+"""Bytes by content."""
 
 _ENGINES = {part: fused for fused, parts in FUSED.items() for part in parts}
 
 
 def memory(layout: Layout, work: Workload | None) -> dict[str, Bytes]:
-    """Resident bytes at the peak of each stage, by what they hold.
+    """Resident bytes at the peak of each stage, by content.
 
-    Counted are the libraries, the model, its file as far as it is mapped while it is read, the variants packed, the
-    unpacked copies that stand in the model, memory between them that was given back and is not used again, hidden
-    states, statistics, gradients and logits. Not counted are the
-    texts and the arrays of surrogates and allocators.
+    Counted are the libraries, the model, its file while it is mapped to be read, the packed variants, the unpacked
+    copies that stand in the model, memory between them that was given back and is not used again, hidden states,
+    statistics, gradients and logits. Not counted are the texts and the arrays of surrogates and allocators.
 
     Args:
         layout: of the run.
@@ -72,9 +71,8 @@ def memory(layout: Layout, work: Workload | None) -> dict[str, Bytes]:
     largest = max(linears, key=lambda linear: linear.parameters)
     stages: dict[str, Bytes] = {"check": {"libraries": LIBRARIES, "weights_file": file},
                                 "load": {**model, "weights_file": file}}
-    backends = [(layout.played_backend, layout.played_menus)] if layout.measures_another_backend else []
     variants = []
-    for backend, menus in [*backends, (layout.parts.backend, layout.deployed_menus)]:
+    for backend, menus in _made(layout):
         variants.append(_packed(layout, backend, menus))
         reads = bool(backend.needs)
         stages["quantize" if len(variants) == 1 else "quantize_deployed"] = {
@@ -94,7 +92,7 @@ def memory(layout: Layout, work: Workload | None) -> dict[str, Bytes]:
     if config.refine:  # two games
         stages["refine"] = {**standing, "hidden_states": 2 * (1 + len(shapes.blocks)) * played * token}
     stages["evaluate"] = {**standing, "hidden_states": 4 * config.evaluation.windows * config.evaluation.length * token}
-    return {stage: {what: size for what, size in sizes.items() if size} for stage, sizes in stages.items()}
+    return {stage: {name: size for name, size in sizes.items() if size} for stage, sizes in stages.items()}
 
 
 def disk(layout: Layout, work: Workload | None, runs: int, scores: int, exports: int = 0) -> Bytes:
@@ -111,8 +109,7 @@ def disk(layout: Layout, work: Workload | None, runs: int, scores: int, exports:
     """
     n, m = layout.space.nbytes.shape
     config = layout.config
-    backends = [(layout.played_backend, layout.played_menus)] if layout.measures_another_backend else []
-    backends.append((layout.parts.backend, layout.deployed_menus))
+    backends = _made(layout)
     count = sum(len(menu) * len(layer.linears) for _, menus in backends
                 for layer, menu in zip(layout.space.everyone, menus, strict=True))
     packed = sum(_packed(layout, backend, menus) for backend, menus in backends)
@@ -126,7 +123,16 @@ def disk(layout: Layout, work: Workload | None, runs: int, scores: int, exports:
 
 def windows_probed(config: RunConfig) -> int:
     """Number of calibration windows that gradients and activations are read on."""
-    return config.probe_windows or config.calibration.windows - (config.game_windows if config.refine else 0)
+    every = config.calibration.windows - (config.game_windows if config.refine else 0)
+    return min(config.probe_windows or every, every)
+
+
+def _made(layout: Layout) -> list[tuple[Backend, Sequence[Sequence[Choice]]]]:
+    """The backends that make variants, with the choices of each layer; the deployed backend is the last."""
+    played: list[tuple[Backend, Sequence[Sequence[Choice]]]] = []
+    if layout.measures_another_backend:
+        played.append((layout.played_backend, layout.played_menus))
+    return [*played, (layout.parts.backend, layout.deployed_menus)]
 
 
 def _packed(layout: Layout, backend: Backend, menus: Sequence[Sequence[Choice]]) -> int:
@@ -157,7 +163,7 @@ def _solver(linear: LinearSpec, reads: bool) -> int:
 
 
 def _gradients(layout: Layout, work: Workload | None, largest: LinearSpec) -> dict[str, int]:
-    """Bytes of what an estimator reads of the model: the graph of a batch, its logits, weights in float32."""
+    """Bytes that an estimator with gradients takes: the graph of a batch, its logits, and weights in float32."""
     config, shapes = layout.config, layout.shapes
     if work and not work.slopes and not work.traces:
         return {}

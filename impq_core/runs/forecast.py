@@ -1,6 +1,6 @@
 """The forecast of a run or a sweep: layers, sizes, forwards, memory and disk, from the shapes of the model alone.
 
-No weight and no text is read, and nothing is written: the answer comes in seconds for a model of any size.
+No weight and no text is read, and nothing is written. It takes seconds for a model of any size.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class SearchForecast:
         losses: number of losses that the estimator measures; None if that is unknown.
         forwards: full-model forwards of the game's windows by stage (``STAGES``); None if unknown. ``refine`` is the
             limit that the user gave.
-        memory: resident bytes by stage, and in each stage by what they hold.
+        memory: resident bytes by stage, and in each stage by content.
         disk: ``cache_bytes``, ``run_bytes`` and ``export_bytes``.
     """
 
@@ -154,12 +154,12 @@ class Forecast:
 
     @property
     def warnings(self) -> list[str]:
-        """A line for each thing that this machine has too little of."""
+        """A line for memory, the cache's disk and the output's disk each, if less is free than needed."""
         lines = []
         stage, needed = self.peak
         if self.free_memory is not None and needed > self.free_memory:
             lines.append(f"about {needed / 1e9:.1f} GB of memory are needed ({stage}), {self.free_memory / 1e9:.1f} GB "
-                         "are free: fewer --calibration-windows, a shorter --calibration-length or another machine")
+                         "are free: take a machine with more, or a smaller model")
         takes = self.disk
         for name, where, size in (("cache_bytes", "the cache", takes["cache_bytes"]),
                                   ("run_bytes", f"--output {self.config.output}",
