@@ -1,7 +1,7 @@
-"""How far programs scale: the allocator ``qp`` beside local search alone, HiGHS on the whole program, and SCIP.
+"""Scaling of the quadratic program: the allocator ``qp``, local search alone, HiGHS on the whole program, and SCIP.
 
-Random programs by default; with ``--measured`` the interaction matrices of ``fisher`` at three points of the real
-model, over single linears at 2, 3 and 4 bits, whole and cut to their first layers.
+The programs are random by default. With ``--measured`` they are the interaction matrices of ``fisher`` at three points
+of the real model, over single linears at 2, 3 and 4 bits, for all layers and for the first layers only.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from impq_core.types import Plan, SensitivityEstimate
 
 WORK = Path(__file__).parent / "kept" / "allocation"
 POINTS = (0.25, 0.5, 1.0)
-"""Of the path from all-widest to all-narrowest, where ``fisher`` reads its gradients."""
+"""Points of the path from all-widest to all-narrowest at which ``fisher`` takes gradients."""
 SIZES = (16, 32, 64, 100, 224)
 MENUS = ((4.0, 2.0), (4.0, 3.0, 2.0))
 COUPLINGS = {"moderate": 1.0, "strong": 5.0}
@@ -38,9 +38,9 @@ HEADER = ("pairs", "coupling", "layers", "widths", "qp s", "qp gap %", "exhausti
 
 
 def random_estimate(seed: int, n: int, bits: tuple[float, ...], gram: bool, coupling: float) -> SensitivityEstimate:
-    """Narrower choices cost more, by exponential steps; pair terms are a Gram matrix of normal vectors without its
-    blocks within a layer, or normal and of either sign. The mean absolute row sum of the pair terms is ``coupling``
-    standard deviations of the linear ones."""
+    """A random estimate with exponential cost steps. With ``gram``, the pair terms are a Gram matrix of normal vectors,
+    otherwise a symmetric normal matrix; terms within a layer are 0. The mean absolute row sum of the pair terms is
+    ``coupling`` times the standard deviation of the linear terms."""
     rng = np.random.default_rng(seed)
     m, size = len(bits), n * (len(bits) - 1)
     linear = np.pad(rng.exponential(0.5, (n, m - 1)).cumsum(axis=1), ((0, 0), (1, 0)))
@@ -54,7 +54,7 @@ def random_estimate(seed: int, n: int, bits: tuple[float, ...], gram: bool, coup
 
 
 def planted_covariance(seed: int, n: int, permutations: int) -> SensitivityEstimate:
-    """SPQE and the paper's covariance on a saturating game with noise, a stand-in for a measured estimate."""
+    """The estimate of SPQE and the paper's covariance for a saturating game with noise, similar to a measured one."""
     rng = np.random.default_rng(seed)
     costs = np.pad(0.02 * rng.exponential(1.0, (n, 2)).cumsum(axis=1), ((0, 0), (1, 0)))
     directions = 0.02 * rng.normal(size=(n, 8))
@@ -67,7 +67,7 @@ def planted_covariance(seed: int, n: int, permutations: int) -> SensitivityEstim
 
 
 def first(estimate: SensitivityEstimate, n: int) -> SensitivityEstimate:
-    """The estimate of the first n layers, the others at their widest."""
+    """The estimate of the first n layers, with the other layers at their widest choices."""
     space = replace(estimate.space, layers=estimate.space.layers[:n], nbytes=estimate.space.nbytes[:n], pinned=())
     pairs = None if estimate.pairwise is None else estimate.pairwise[:n, :, :n]
     return SensitivityEstimate(space, estimate.linear[:n], pairs, link=estimate.link)
@@ -83,7 +83,7 @@ def random_instances() -> Iterator[tuple[str, str, SensitivityEstimate]]:
 
 
 def measured_estimates(work: Path) -> dict[str, SensitivityEstimate]:
-    """Made once, on all calibration windows, and kept in a folder."""
+    """The estimates of ``fisher`` at ``POINTS``, made once on all calibration windows and kept in a folder."""
     files = {f"fisher at {at:g}": work / f"fisher-{at:g}.npz" for at in POINTS}
     if not all(file.exists() for file in files.values()):
         config = RunConfig(tracking_uri="none", backend="gptq", bits=(2.0, 3.0, 4.0), granularity="linear")
@@ -137,14 +137,14 @@ def row(kind: str, coupling: str, estimate: SensitivityEstimate, limit: float, l
     space = estimate.space
     n, m = space.nbytes.shape
     budget = (space.low_bytes + space.high_bytes) // 2
-    estimate = replace(estimate, link=None)  # gaps are of the score, which is what a program is about
+    estimate = replace(estimate, link=None)  # gaps are of the score, the objective of the program
 
     def plan(options: Options) -> Plan:
         return QuadraticProgram(options).allocate(estimate, budget)
 
-    began = time.perf_counter()
+    start = time.perf_counter()
     best = plan(Options(work_limit=limit))
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     value = best.predicted_loss
     assert value is not None
 
@@ -153,30 +153,30 @@ def row(kind: str, coupling: str, estimate: SensitivityEstimate, limit: float, l
             return "none"
         return f"{round(100 * difference / abs(value), 4) + 0.0:.3g}"
 
-    began = time.perf_counter()
-    local = float(estimate.score(search(estimate, budget, Options().starts, np.random.default_rng(0)))[0])
-    alone = time.perf_counter() - began
-    old = []
+    start = time.perf_counter()
+    local_score = float(estimate.score(search(estimate, budget, Options().starts, np.random.default_rng(0)))[0])
+    local_seconds = time.perf_counter() - start
+    highs_gaps = []
     for form in ("paper", "compact"):
         if form == "paper" and (n * (m - 1)) ** 2 / 2 > MOST_PRODUCTS:
-            old.append("too large")
+            highs_gaps.append("too large")
             continue
-        whole = plan(Options(time_limit=losers, linearization=form, starts=1)).bound
-        old.append(share(None if whole is None else value - whole))
+        bound = plan(Options(time_limit=losers, linearization=form, starts=1)).bound
+        highs_gaps.append(share(None if bound is None else value - bound))
     try:
-        found, bound = scip(estimate, budget, losers)
-        others = [share(value - bound), share(None if found is None else found - value)]
+        scip_score, scip_bound = scip(estimate, budget, losers)
+        scip_cells = [share(value - scip_bound), share(None if scip_score is None else scip_score - value)]
     except ImportError:
-        others = ["not installed", ""]
-    checked = share(value - least_loss(estimate, budget)) if m**n <= 100_000 else ""
-    return [kind, coupling, str(n), str(m), f"{seconds:.1f}", share(best.gap), checked, f"{alone:.1f}",
-            share(local - value), *old, *others]
+        scip_cells = ["not installed", ""]
+    excess = share(value - least_loss(estimate, budget)) if m**n <= 100_000 else ""
+    return [kind, coupling, str(n), str(m), f"{seconds:.1f}", share(best.gap), excess, f"{local_seconds:.1f}",
+            share(local_score - value), *highs_gaps, *scip_cells]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measured", action="store_true", help="matrices of the real model, in place of random ones")
-    parser.add_argument("--work", type=Path, default=WORK, help="where those are kept")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder of the measured matrices")
     parser.add_argument("--limit", type=float, default=60.0, help="qp's work_limit [60]")
     parser.add_argument("--losers", type=float, default=60.0, help="seconds for each of the others [60]")
     args = parser.parse_args()
@@ -188,9 +188,9 @@ def main() -> None:
     lines += [f"The budget is midway between all-low and all-high. `qp` has a work limit of {args.limit:g} for "
               "its proof, in counted units. HiGHS on the whole program, in the paper's linearisation and in Glover's "
               f"compact one, has {args.losers:g} s after a local search, and so has SCIP on the quadratic program as "
-              "it stands. Gaps are the value of qp's plan minus the proven bound, in % of that value; at 0.0001 a plan "
-              "counts as proven. *Worse by* is in % of it too, *exhaustive* is the plan's value minus the least of all "
-              f"plans. The paper's form is left out above {MOST_PRODUCTS:,} products.", ""]
+              "it is. Gaps are the value of qp's plan minus the proven bound, in % of that value; a gap of 0.0001 "
+              "counts as proven. *Worse by* is in % of it too. *Exhaustive* is the plan's value minus the optimum, if "
+              f"the plans can be enumerated. The paper's form is not tried above {MOST_PRODUCTS:,} products.", ""]
     if not args.measured:
         lines += ["Random programs: the mean absolute row sum of the pair terms is 1 (moderate) or 5 (strong) standard "
                   "deviations of the linear terms; pair terms are a Gram matrix (positive semidefinite, but for the "

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the real model ready to play, a heading that says what was measured on what, tables."""
+"""Shared code of the benchmarks: the real model with all its variants, and the heading and tables of a report."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PACKAGES = ("impq", "torch", "transformers", "gptqmodel", "hqq", "optimum-quanto
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """A session with every variant made, for many estimates, plans and scores."""
+    """A session with all variants, for many estimates, plans and scores."""
 
     session: Session
     evaluator: Evaluator
@@ -53,31 +53,31 @@ class Bench:
 
     @property
     def windows(self) -> Windows:
-        """The first calibration windows, which games are played on."""
+        """The calibration windows of the game."""
         windows = self.prepared.game_windows
         assert windows is not None
         return windows
 
     def at(self, config: RunConfig) -> Bench:
-        """The same model and variants under another configuration: other layers or another menu."""
-        session = self.session.at(prepare(config, self.session.plugins))
+        """The same model and variants with other layers or another menu."""
+        session = self.session.for_space(prepare(config, self.session.plugins))
         return Bench(session, session.evaluator_of_exports())
 
     def game(self, config: RunConfig, budget_bytes: int | None = None, text: Windows | None = None) -> ModelGame:
-        """The game and the probe of a configuration on this model; on other text than calibration's if given."""
-        seen = self.session.seen_by(replace(self.prepared, config=replace(
+        """The game and the probe of a configuration on this model, on the calibration text unless ``text`` is given."""
+        session = self.session.with_prepared(replace(self.prepared, config=replace(
             self.prepared.config, game_windows=config.game_windows, probe_windows=config.probe_windows,
             value=config.value, refine=0)))
         calibration = text or self.prepared.calibration
         assert calibration is not None
-        probe = seen.probe(text=calibration.first(config.probe_windows or config.game_windows))
-        game = seen.game(probe=probe, text=calibration)
+        probe = session.probe(text=calibration.first(config.probe_windows or config.game_windows))
+        game = session.game(probe=probe, text=calibration)
         game.budget_bytes = budget_bytes
         return game
 
     def estimate(self, config: RunConfig,
                  budget_bytes: int | None = None) -> tuple[SensitivityEstimate, Measurements | None]:
-        """The estimate of a configuration's estimator, and the measurements that a surrogate fitted."""
+        """The estimate of a configuration's estimator, and the measurements if a surrogate was fitted to them."""
         game = self.game(config, budget_bytes)
         parts = Parts.build(config, self.session.plugins)
         return parts.estimate(game, game.probe, np.random.default_rng(config.seed))
@@ -91,7 +91,7 @@ class Bench:
         return self.evaluator.score(self.prepared.space.assignment(plan.pick))
 
     def uniforms(self) -> list[tuple[str, int, Score]]:
-        """Every width of the menu and between: name, bytes, score; from small to large."""
+        """Name, bytes and score of the uniform model at every width of the menu and between, from small to large."""
         space = self.prepared.space
         sizes = [(choice, space.bytes_of(space.uniform(k))) for k, choice in enumerate(space.choices)]
         return [(f"uniform {choice}", nbytes, self.evaluator.score([choice] * len(space)))

@@ -1,6 +1,6 @@
 """Every estimator with both allocators on the real model, for four menus of three backends and three budgets each.
 
-Variants are quantized once a menu; every estimator looks or plays once a menu and is asked for all plans.
+Variants are quantized once for each menu, and every estimator measures once for each menu.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What does a plan cost, and what is it worth? Every estimator, surrogate and refiner on the real model: held-out NLL
-on two texts against full-model forwards spent, beside the paper's protocol and the line of uniforms.
+"""Cost and held-out loss of plans: every estimator, surrogate and refiner on the real model.
 
-What was measured is kept in ``--work`` and never measured again, so a run that was cut short goes on where it was, and
-a method that is added later costs only itself.
+The held-out NLL on two texts is reported against the full-model forwards of the search, with the paper's protocol and
+the line of uniforms. Measurements are kept in ``--work`` and never repeated: an interrupted benchmark continues, and a
+method that is added later costs only its own measurements.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ GAME_WINDOWS = 4
 
 @dataclass(frozen=True)
 class Method:
-    """A way to a plan.
+    """A method that makes plans.
 
     Args:
-        estimator: its name; with ``options``, ``value`` and the seed it decides what is measured.
-        surrogates: those fitted to what was measured, for nothing; the first is the one refined.
-        seeds: how many draws are made.
-        value: of the game.
-        parts: instead of more seeds, this many plans, each from so many of the permutations.
-        refine: refiner and forwards, from the estimate's plan.
-        budgets: those it is asked for; all of the setting's where empty.
-        aimed: whether it is measured, not only fitted, for one budget at a time.
-        game: windows that a loss is measured on; a forward over more than the setting's counts as so many more.
-        text: windows that gradients are read on, counted likewise.
-        drawn: whether every seed has a text of its own; the first is the calibration text, as for all others.
+        estimator: name of the estimator; with ``options``, ``value`` and the seed it determines the measurements.
+        surrogates: surrogates that are fitted to the measurements.
+        seeds: number of seeds.
+        value: loss of the game.
+        parts: number of plans and permutations for each: plans from parts of one measurement, in place of more seeds.
+        refine: refiner and its limit in forwards, starting from the estimate's plan; empty for no refinement.
+        budgets: budgets in nominal bits; empty for all budgets of the setting.
+        aimed: whether every budget has its own measurement.
+        game: number of windows of the game; forwards are counted over ``GAME_WINDOWS`` windows.
+        text: number of windows of gradients.
+        drawn: whether every seed has its own text; the first seed has the calibration text.
     """
 
     estimator: str
@@ -69,7 +69,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Setting:
-    """A backend, its menu and the size of a layer, with the methods tried there."""
+    """A backend, a menu and a granularity, with the methods for them."""
 
     backend: str
     bits: tuple[float, ...]
@@ -105,7 +105,7 @@ def chance(aim: tuple[float, ...]) -> tuple[Method, ...]:
 
 
 def games(aim: tuple[float, float]) -> tuple[Method, ...]:
-    """What plays at length with the paper's players and menu."""
+    """Methods with many measured losses, for the paper's players and menu."""
     top = aim[1:]
     return (Method("clado", budgets=aim),
             Method("spqe", {**TEN, "antithetic": True, "around": top[0]}, ("additive", "regression"), seeds=3,
@@ -116,13 +116,13 @@ def games(aim: tuple[float, float]) -> tuple[Method, ...]:
 
 
 def long(aim: tuple[float, float]) -> tuple[Method, ...]:
-    """Hundreds of forwards for each plan."""
+    """Methods that need hundreds of forwards for each plan."""
     return (Method("spqe", {**PAPER, "settle": 0.02}, ("covariance",), budgets=aim[1:], aimed=True),
             Method("spqe", PAPER, ("covariance",), seeds=3, budgets=aim))
 
 
 def papers(aim: tuple[float, float]) -> tuple[Method, ...]:
-    """The paper's protocol, other fits of the same losses, and plans from thirds of them."""
+    """The paper's protocol, other surrogates for its losses, and plans from parts of its losses."""
     return (Method("spqe", PAPER, ("covariance", "additive")),
             Method("spqe", PAPER, ("regression", "coverage"), budgets=aim),
             Method("spqe", PAPER, ("auto",), budgets=aim),
@@ -130,7 +130,7 @@ def papers(aim: tuple[float, float]) -> tuple[Method, ...]:
 
 
 def drawn(aim: tuple[float, float], *methods: Method) -> tuple[Method, ...]:
-    """The same on three texts."""
+    """Methods on three texts."""
     return tuple(replace(method, seeds=3, drawn=True, budgets=aim) for method in methods)
 
 
@@ -138,7 +138,7 @@ FITS = "covariance", "regression", "auto"
 FINE = Method("coarse-to-fine", budgets=(3.0,), aimed=True)
 FEW = (ISOLATED, ONE, WIDE)
 GPTQ, HQQ = AIMS["gptq"], AIMS["hqq"]
-SETTINGS = (  # the dear ones last: a run that is cut short has the others
+SETTINGS = (  # the expensive ones last
     Setting("gptq", ALL, "group", LOW, (
         *FEW, *slopes(GPTQ), WIDEST, FINE, replace(WIDE, refine=("swaps", 60), budgets=(3.0,)),
         replace(WIDE, refine=("evolve", 60), budgets=(3.0,)))),
@@ -168,47 +168,50 @@ LONG = (
     Setting("hqq", (3.0, 8.0), "block", HIGH, drawn(HQQ, *FEW, TWO)),
 )
 MENUS = {"gptq": ALL, "hqq": (3.0, 4.0, 8.0)}
-"""The widths that a backend's settings and uniform references are made of."""
+"""Widths of a backend's settings and uniform references."""
 
 
 class Store:
-    """What was measured, on disk before anything else is.
+    """Measurements on disk. Every score is written before the next one is measured.
 
     Args:
-        folder: where; made where it is missing.
+        folder: the folder; created if it is missing.
     """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._scores = folder / "scores.jsonl"
-        self._known: dict[tuple[str, str], list[float]] = {}
+        self._windows: dict[tuple[str, str], list[float]] = {}
         if self._scores.exists():
             for line in self._scores.read_text().splitlines():
                 row = json.loads(line)
-                self._known[row["backend"], row["pick"]] = row["windows"]
+                self._windows[row["backend"], row["pick"]] = row["windows"]
 
     def path(self, *key: Any) -> Path:
+        """The path, without suffix, of a result with a key."""
         return self.folder / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
 
     def score(self, backend: str, pick: str, measure: Callable[[], FloatArray]) -> FloatArray:
-        if (backend, pick) not in self._known:
+        """Held-out NLL (windows,) of a pick; measured if it is not stored."""
+        if (backend, pick) not in self._windows:
             windows = measure().tolist()
             with self._scores.open("a") as file:
                 file.write(json.dumps({"backend": backend, "pick": pick, "windows": windows}) + "\n")
-            self._known[backend, pick] = windows
-        return np.array(self._known[backend, pick])
+            self._windows[backend, pick] = windows
+        return np.array(self._windows[backend, pick])
 
 
 @dataclass(frozen=True, eq=False)
 class Workshop:
-    """A backend's model with its variants over single linears, the finest there is: every plan is scored there."""
+    """A backend's model with its variants over single linears. Plans of every granularity are scored on it."""
 
     whole: Bench
     judge: ModelGame
     store: Store
     texts: tuple[Windows, ...]
-    """Of one kind, disjoint and unseen by the judge: the calibration text, and others for other seeds."""
+    """The calibration text, and texts of the same source for other seeds; disjoint, and disjoint from the held-out
+    windows."""
 
     @classmethod
     def build(cls, backend: str, bits: tuple[float, ...], store: Store) -> Workshop:
@@ -221,12 +224,12 @@ class Workshop:
         # Windows of one text lie on a grid: those of another draw are the same or disjoint.
         other = draw_windows(TextConfig(windows=256, seed=1), "calibration", model.tokenizer(),
                              model.skeleton().get_input_embeddings().num_embeddings)
-        known = {row.tobytes() for row in prepared.calibration.ids}
-        fresh = np.stack([row for row in other.ids if row.tobytes() not in known])
-        held = Windows(np.concatenate([prepared.evaluation.ids, fresh[:TEXT_WINDOWS]]), "two texts", "two texts")
-        spare, size = fresh[TEXT_WINDOWS:], len(known)
-        others = [replace(other, ids=spare[at:at + size]) for at in range(0, len(spare) - size + 1, size)]
-        return cls(whole, ModelGame(prepared.space, whole.session.bank, whole.session.runner, held), store,
+        calibration = {row.tobytes() for row in prepared.calibration.ids}
+        fresh = np.stack([row for row in other.ids if row.tobytes() not in calibration])
+        held_out = Windows(np.concatenate([prepared.evaluation.ids, fresh[:TEXT_WINDOWS]]), "two texts", "two texts")
+        spare, size = fresh[TEXT_WINDOWS:], len(calibration)
+        others = [replace(other, ids=spare[first:first + size]) for first in range(0, len(spare) - size + 1, size)]
+        return cls(whole, ModelGame(prepared.space, whole.session.bank, whole.session.runner, held_out), store,
                    (prepared.calibration, *others))
 
     def score(self, plan: Plan) -> FloatArray:
@@ -237,45 +240,46 @@ class Workshop:
         return self.score_pick(pick)
 
     def score_pick(self, pick: Any) -> FloatArray:
+        """Held-out NLL (windows,) of a pick over single linears."""
         name = "".join(map(str, pick))
-        return self.store.score(self.whole.prepared.config.backend, name, lambda: self._fresh(pick))
+        return self.store.score(self.whole.prepared.config.backend, name, lambda: self._measure(pick))
 
-    def _fresh(self, pick: Any) -> FloatArray:
+    def _measure(self, pick: Any) -> FloatArray:
         losses = self.judge.window_losses(pick)
         put_back(self.whole)
         return losses
 
 
 def put_back(bench: Bench) -> None:
-    """Benches share the model, and each believes that its weights stand as it left them."""
+    """Restore the unquantized weights: benches share the model, and each assumes its own last weights otherwise."""
     bench.session.bank.apply([None] * len(bench.session.bank.layers))
 
 
 def measured(bench: Bench, config: RunConfig, store: Store, budget: int | None,
              text: Windows) -> tuple[SensitivityEstimate | None, Measurements | None]:
-    """What a configuration's estimator made of the model, or measured, on a text, now or earlier."""
-    usual = bench.prepared.calibration
-    others = [text.digest] if usual is None or text.digest != usual.digest else []
+    """The estimate or the measurements of a configuration's estimator on a text, from the store or made now."""
+    calibration = bench.prepared.calibration
+    others = [text.digest] if calibration is None or text.digest != calibration.digest else []
     path = store.path(config.backend, config.bits, config.granularity, config.estimator,
                       dict(config.options.get("estimator", {})), config.value, config.seed, budget,
                       config.game_windows, config.probe_windows, *others)
     kinds = ((SensitivityEstimate, path.with_suffix(".estimate.npz")), (Measurements, path.with_suffix(".losses.npz")))
-    found = [kind.load(file) if file.exists() else None for kind, file in kinds]
-    if not any(found):
+    results = [kind.load(file) if file.exists() else None for kind, file in kinds]
+    if not any(results):
         game = bench.game(config, budget, text)
-        made = Parts.build(replace(config, surrogate="additive"), bench.session.plugins).measure(
+        result = Parts.build(replace(config, surrogate="additive"), bench.session.plugins).measure(
             game, game.probe, np.random.default_rng(config.seed))
         put_back(bench)
-        found = [made, None] if isinstance(made, SensitivityEstimate) else [None, made]
-        for thing, (_, file) in zip(found, kinds, strict=True):
-            if thing is not None:
-                thing.save(file)
-    return found[0], found[1]
+        results = [result, None] if isinstance(result, SensitivityEstimate) else [None, result]
+        for item, (_, file) in zip(results, kinds, strict=True):
+            if item is not None:
+                item.save(file)
+    return results[0], results[1]
 
 
 def estimates(bench: Bench, base: RunConfig, method: Method, shop: Workshop,
               budget: int | None) -> Iterator[tuple[str, int, RunConfig, SensitivityEstimate]]:
-    """Name, seed, configuration and estimate of everything that a method's measurements are good for."""
+    """Name, seed, configuration and estimate for every seed, part and surrogate of a method."""
     for seed in range(method.seeds):
         options = {"estimator": dict(method.options)}
         config = replace(base, estimator=method.estimator, options=options, value=method.value, seed=seed,
@@ -303,12 +307,12 @@ def estimates(bench: Bench, base: RunConfig, method: Method, shop: Workshop,
                 except ImpqError as error:
                     print(f"{name}, {surrogate}: {error}", flush=True)
                     continue
-                told = name.replace("permutations=", f"permutations={size} of ") if count else name
-                yield f"{told}: {surrogate}", part or seed, config, fitted
+                label = name.replace("permutations=", f"permutations={size} of ") if count else name
+                yield f"{label}: {surrogate}", part or seed, config, fitted
 
 
 def rows_of(shop: Workshop, setting: Setting) -> Iterator[Row]:
-    """Every method of a setting at every budget, one after another."""
+    """The rows of a setting: every method at every budget."""
     base = RunConfig(tracking_uri="none", backend=setting.backend, bits=setting.bits, granularity=setting.granularity,
                      game_windows=GAME_WINDOWS, evaluation=TextConfig(windows=TEXT_WINDOWS))
     bench = shop.whole.at(base)
@@ -326,13 +330,13 @@ def rows_of(shop: Workshop, setting: Setting) -> Iterator[Row]:
                     plan = stored_plan(shop.store, key, bench,
                                        lambda a=allocator, e=estimate, b=sizes[budget]: a.allocate(e, b))
                     unit = method.game / GAME_WINDOWS
-                    told, forwards = name, estimate.forwards * unit
+                    label, forwards = name, estimate.forwards * unit
                     if method.refine[0]:
-                        plan, spent = refined(bench, config, plan, estimate, method, shop.store,
-                                              [*key, method.refine, method.game])
-                        told, forwards = f"{name} + {method.refine[0]}", forwards + spent * unit
-                        told += f" on {method.game} windows" if unit != 1 else ""
-                    yield Row(setting.name, told, seed, budget, plan.nbytes, forwards, shop.score(plan).tolist())
+                        plan, refine_forwards = refined(bench, config, plan, estimate, method, shop.store,
+                                                        [*key, method.refine, method.game])
+                        label, forwards = f"{name} + {method.refine[0]}", forwards + refine_forwards * unit
+                        label += f" on {method.game} windows" if unit != 1 else ""
+                    yield Row(setting.name, label, seed, budget, plan.nbytes, forwards, shop.score(plan).tolist())
 
 
 def stored_plan(store: Store, key: Sequence[Any], bench: Bench, make: Callable[[], Plan]) -> Plan:
@@ -344,16 +348,16 @@ def stored_plan(store: Store, key: Sequence[Any], bench: Bench, make: Callable[[
 
 def refined(bench: Bench, config: RunConfig, plan: Plan, estimate: SensitivityEstimate, method: Method, store: Store,
             key: Sequence[Any]) -> tuple[Plan, float]:
-    """The plan improved by measuring others, and what that cost in forwards."""
+    """The refined plan, and the forwards of the refinement."""
     path = store.path("refined", *key).with_suffix(".json")
     cost = path.with_suffix(".cost")
     if not cost.exists():
         name, forwards = method.refine
         refiner = Parts.build(replace(config, refiner=name, refine=forwards, options={}), bench.session.plugins).refiner
-        calibration, seen = bench.prepared.calibration, max(method.text, method.game)
+        calibration, first = bench.prepared.calibration, max(method.text, method.game)
         assert refiner is not None and calibration is not None
         games = [ModelGame(bench.prepared.space, bench.session.bank, bench.session.runner, windows)
-                 for windows in (calibration.first(method.game), calibration.part(seen, seen + method.game))]
+                 for windows in (calibration.first(method.game), calibration.part(first, first + method.game))]
         rng = np.random.default_rng([config.seed, *REFINE_STREAM])
         better = refiner.refine(plan, estimate, *games, float(forwards), rng)
         put_back(bench)
@@ -364,24 +368,25 @@ def refined(bench: Bench, config: RunConfig, plan: Plan, estimate: SensitivityEs
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="settings whose name contains this")
-    parser.add_argument("--work", type=Path, default=WORK)
-    parser.add_argument("--name", default="frontier", help="of the report in results/, of all rows that are in --work")
-    parser.add_argument("--long", action="store_true", help="also what takes hundreds of forwards for each plan")
+    parser.add_argument("--only", default="", help="only settings with this text in their names")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder of the measurements")
+    parser.add_argument("--name", default="frontier", help="name of the report in results/, of all rows in --work")
+    parser.add_argument("--long", action="store_true", help="also methods that need hundreds of forwards for each plan")
     given = parser.parse_args()
     store = Store(given.work)
-    wanted = [setting for setting in (*SETTINGS, *(LONG if given.long else ())) if given.only in setting.name]
-    for backend, settings in groupby(wanted, key=lambda setting: setting.backend):
+    chosen = [setting for setting in (*SETTINGS, *(LONG if given.long else ())) if given.only in setting.name]
+    for backend, settings in groupby(chosen, key=lambda setting: setting.backend):
         file = given.work / f"{backend}.rows.json"
-        found = {key(row): row for row in (Row(**one) for one in json.loads(file.read_text()))} if file.exists() else {}
+        stored = [Row(**data) for data in json.loads(file.read_text())] if file.exists() else []
+        rows = {key(row): row for row in stored}
         for row in measure(Workshop.build(backend, MENUS[backend], store), list(settings)):
-            found[key(row)] = row
-            file.write_text(json.dumps([vars(one) for one in found.values()]))
+            rows[key(row)] = row
+            file.write_text(json.dumps([vars(row) for row in rows.values()]))
     write_report(given.work, TEXT_WINDOWS, given.name, given.long)
 
 
 def measure(shop: Workshop, settings: Sequence[Setting]) -> Iterator[Row]:
-    """The uniform models of a backend, then the plans of one setting after another."""
+    """The rows of a backend: its uniform models, then the plans of each setting."""
     space = shop.whole.prepared.space
     for k, choice in enumerate(space.choices):
         yield Row("uniform", f"uniform {choice}", 0, choice.bits, space.bytes_of(space.uniform(k)), 0.0,
@@ -394,7 +399,7 @@ def measure(shop: Workshop, settings: Sequence[Setting]) -> Iterator[Row]:
 
 
 def key(row: Row) -> tuple[str, str, int, float]:
-    """What a row is of."""
+    """The identity of a row."""
     return row.setting, row.method, row.seed, row.budget
 
 

@@ -1,4 +1,4 @@
-"""The tables and pictures of benchmarks/frontier.py, from the rows it measured."""
+"""The tables and figures of benchmarks/frontier.py, from its measured rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PAPER = "spqe permutations=50 antithetic=False fresh=False: covariance"
 """The paper's method."""
 
 AIMS = {"gptq": (2.5, 3.0), "hqq": (4.0, 5.5)}
-"""The two budgets, nominal bits, at which everything is tried, by backend."""
+"""The two budgets, in nominal bits, at which every method is tried, by backend."""
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GREY = "#777777"
@@ -27,7 +27,7 @@ GREY = "#777777"
 
 @dataclass(frozen=True)
 class Row:
-    """A plan and what it is worth: held-out NLL of each window, nats per token, one text after the other."""
+    """A plan and its held-out NLL of each window, nats per token, one text after the other."""
 
     setting: str
     method: str
@@ -46,7 +46,7 @@ class Board:
     rows: list[Row]
 
     def paper(self, budget: float) -> list[Row]:
-        """The plan of the paper's protocol, where it was made."""
+        """The plans of the paper's protocol at a budget; empty if there are none."""
         return self.plans(PAPERS[self.backend], PAPER, budget)
 
     @cached_property
@@ -58,53 +58,53 @@ class Board:
         return list(dict.fromkeys(row.setting for row in self.rows if row.setting != "uniform"))
 
     def methods(self, setting: str) -> list[str]:
-        """By what they cost."""
-        spent = {row.method: row.forwards for row in self.rows if row.setting == setting}
-        return sorted(spent, key=lambda method: spent[method])
+        """Methods of a setting, the cheapest first."""
+        forwards = {row.method: row.forwards for row in self.rows if row.setting == setting}
+        return sorted(forwards, key=lambda method: forwards[method])
 
     def budgets(self, setting: str) -> list[float]:
         return sorted({row.budget for row in self.rows if row.setting == setting})
 
     def plans(self, setting: str, method: str, budget: float) -> list[Row]:
-        return [r for r in self.rows if (r.setting, r.method, r.budget) == (setting, method, budget)]
+        """The plans of a method, one for each seed."""
+        return [row for row in self.rows if (row.setting, row.method, row.budget) == (setting, method, budget)]
 
     def windows(self, setting: str, method: str, budget: float) -> FloatArray | None:
-        """Mean over seeds (windows,); None where it was not tried."""
+        """Mean NLL over seeds (windows,); None if the method was not tried."""
         plans = self.plans(setting, method, budget)
         return np.mean([row.windows for row in plans], axis=0) if plans else None
 
     def line(self, nbytes: float) -> FloatArray:
-        """The line through the uniform models (windows,) at a size."""
+        """NLL (windows,) of the line through the uniform models at a size."""
         sizes = [row.nbytes for row in self.uniforms]
         return np.array([np.interp(nbytes, sizes, losses)
                          for losses in zip(*(row.windows for row in self.uniforms), strict=True)])
 
     def best(self, budget: float) -> float:
-        """Least NLL of any plan at a budget, the line of uniforms included."""
+        """Smallest NLL of any plan at a budget, the line of uniforms included."""
         rows = [row for row in self.rows if row.budget == budget and row.setting != "uniform"]
         return min([float(np.mean(row.windows)) for row in rows] + [float(self.line(rows[0].nbytes).mean())])
 
 
 def write_report(work: Path, text_windows: int, name: str, long: bool) -> None:
-    """results/NAME.md and NAME-*.png from the rows in a folder."""
+    """Write results/NAME.md and NAME-*.png from the rows in a folder."""
     command = "python benchmarks/frontier.py" + " --long" * long + (f" --name {name}" if name != "frontier" else "")
-    lines = heading("What a plan costs and what it is worth, SmolLM2-135M", command)
+    lines = heading("Cost and held-out loss of plans, SmolLM2-135M", command)
     lines += [f"Held-out NLL, nats per token, mean over {text_windows} windows of 256 tokens of Wikipedia and as many "
               f"of C4 ({2 * text_windows * 255} scored tokens; no window is among those of calibration or game); "
               "differences are paired over windows, ± their standard error. Losses of the game are measured on 1,020 "
-              "tokens of C4, and a forward is one of the whole model over these (a backward counts two). *Regret* is "
-              "the NLL above the best plan that anything here found at the budget, mean over budgets. Methods with "
-              "several seeds (some of them at two budgets only): mean, and *sd* their standard deviation, mean over "
-              "budgets. Plans are made by `qp`, with `work_limit=10`. `permutations=10 of 50`: plans from parts of one "
-              "run.", ""]
+              "tokens of C4, and a forward is one of the whole model over these. *Regret* is the NLL above that of the "
+              "best plan in this report at the budget, mean over budgets. For methods with several seeds (some at two "
+              "budgets only) the NLL is the mean over seeds, and *sd* the standard deviation, mean over budgets. Plans "
+              "are made by `qp` with `work_limit=10`. `permutations=10 of 50`: plans from parts of one run.", ""]
     for file in sorted(work.glob("*.rows.json")):
         backend = file.name.split(".")[0]
         board = Board(backend, [Row(**row) for row in json.loads(file.read_text())])
         lines += [f"## {backend}", "", *uniform_lines(board, text_windows)]
         for setting in board.settings:
             lines += [f"### {setting}", "", *setting_table(board, setting)]
-        lines += ["### Against the line of uniforms, and the paper's protocol where it was played", "",
-                  "Bold: better by more than three standard errors.", ""]
+        lines += ["### Against the line of uniforms and the paper's protocol", "",
+                  "Bold: better by more than three standard errors. Empty: no plan of the paper's protocol.", ""]
         for text, part in (("Both texts", slice(None)), ("Wikipedia", slice(text_windows)),
                            ("C4", slice(text_windows, None))):
             lines += [f"{text}:", "", *against(board, part)]
@@ -148,7 +148,7 @@ def setting_table(board: Board, setting: str) -> list[str]:
 
 
 def against(board: Board, part: slice) -> list[str]:
-    """Differences over a part of the windows."""
+    """Table of the differences to the paper's protocol and to the line of uniforms, over a part of the windows."""
     rows = []
     for setting in board.settings:
         for method in board.methods(setting):
@@ -163,13 +163,14 @@ def against(board: Board, part: slice) -> list[str]:
             if len(cells) == 4:
                 forwards = next(r.forwards for r in board.rows if (r.setting, r.method) == (setting, method))
                 rows.append([setting, method, f"{forwards:.1f}", *cells])
-    header = [told for budget in AIMS[board.backend] for told in (f"{budget:g} bits, minus paper", "minus line")]
+    header = [title for budget in AIMS[board.backend] for title in (f"{budget:g} bits, minus paper", "minus line")]
     return table(["setting", "method", "forwards", *header], rows)
 
 
 def starred(difference: FloatArray) -> str:
-    told = plus_minus(float(difference.mean()), stderr(difference), sign=True)
-    return f"**{told}**" if difference.mean() < -3 * stderr(difference) else told
+    """A mean difference, bold if it is below zero by more than three standard errors."""
+    text = plus_minus(float(difference.mean()), stderr(difference), sign=True)
+    return f"**{text}**" if difference.mean() < -3 * stderr(difference) else text
 
 
 def stderr(values: FloatArray) -> float:
@@ -177,12 +178,12 @@ def stderr(values: FloatArray) -> float:
 
 
 def family(method: str) -> str:
-    """Who made a plan: the refiner where there was one, or else the estimator."""
+    """The refiner of a method, or its estimator if there is no refiner."""
     return method.split(" + ")[-1].split(" ")[0].strip(",:")
 
 
 def draw(board: Board, path: Path) -> None:
-    """NLL against forwards: a panel for each of two budgets, a colour for each setting, a sign for each estimator."""
+    """Draw NLL against forwards: a panel for each budget, a colour for each setting, a marker for each family."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 

@@ -1,7 +1,7 @@
-"""What an evaluation of the game costs: in forwards, and in time beside the naive way, run in turns in one process.
+"""Cost of an evaluation of the game in forwards, and its time relative to naive evaluation, in one process in turns.
 
-Naive: quantize the block that changed and run the whole model. Both ways see the same picks, the demotions of one
-random permutation, and must find the same losses.
+Naive evaluation quantizes the block that changed and runs the whole model. Both evaluate the same picks, the demotions
+of one random permutation, and must measure the same losses.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main() -> None:
     session.quantize_deployed()
     runner, bank = session.runner, session.bank
     hidden, statistics = runner.embed(prepared.calibration.ids), {}
-    for block, layer in enumerate(space.layers):  # as the bank collected them: each block behind the widest prefix
+    for block, layer in enumerate(space.layers):  # as in the bank: each block behind the widest prefix
         bank.switch(block, None)
         statistics |= input_statistics(runner, block, hidden, [bank.module(spec) for spec in layer.linears])
         bank.switch(block, space.choices[0])
@@ -46,17 +46,17 @@ def main() -> None:
     reference = fresh.reference_loss
     times: dict[str, list[float]] = {"game": [], "naive": []}
     for step in range(1, STEPS + 1):
-        began = time.perf_counter()
+        start = time.perf_counter()
         loss = fresh.loss(path[step])
-        times["game"].append(time.perf_counter() - began)
-        began = time.perf_counter()
+        times["game"].append(time.perf_counter() - start)
+        start = time.perf_counter()
         choice = space.choices[1]
         for spec in space.layers[order[step - 1]].linears:
             variant = backend.quantize(bank.original(spec), choice, statistics[bank.module(spec)])
             bank.module(spec).weight.data = backend.dequantize(variant, spec).to(bank.module(spec).weight.dtype)
         losses = runner.nll(runner.run_all(runner.embed(windows.ids)), windows.ids)
         naive = float(losses.mean(axis=1).mean()) - reference
-        times["naive"].append(time.perf_counter() - began)
+        times["naive"].append(time.perf_counter() - start)
         assert naive == loss, (naive, loss)
     ratios = np.array(times["naive"]) / np.array(times["game"])
     lines = heading("Cost of the game", "python benchmarks/game_cost.py")

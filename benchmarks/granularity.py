@@ -1,6 +1,6 @@
-"""How fine should a layer be? GPTQ with 2,3,4 bits at block, group and linear level, against uniform 3 bits.
+"""Granularities: plans of GPTQ with 2, 3 and 4 bits at block, group and linear level, against uniform 3 bits.
 
-Every linear is quantized once; the three levels share the variants.
+Every linear is quantized once; the three levels have the same variants.
 """
 
 from __future__ import annotations

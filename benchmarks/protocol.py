@@ -1,7 +1,7 @@
-"""Is it enough to measure with a quick backend? SPQE played on Quanto, GPTQ and HQQ; plans deployed with GPTQ and HQQ.
+"""Measurement with another backend than the deployed one: SPQE with Quanto, GPTQ and HQQ, plans for GPTQ and HQQ.
 
-The paper measures with Quanto and deploys with others: ``impq run --estimate-with quanto --backend gptq``. Here every
-backend's estimate is planned for and scored on the two deployed ones, beside the one measured there.
+The paper measures with Quanto and deploys other backends: ``impq run --estimate-with quanto --backend gptq``. This
+benchmark makes plans for each deployed backend from the estimates of all backends, and compares their scores.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Every weight format on the real model: exported, measured again by a fresh impq, loaded by its own software alone.
+"""Round trips of every weight format on the real model: export, ``impq evaluate``, and the format's own software.
 
-The plan mixes all widths of the menu over single linears. The stock software runs in a process that never imports impq.
+The plan mixes all widths of the menu over single linears. The software of the format runs in a process without impq.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from impq_core.types import Plan
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 LOGITS = 2
-"""Windows whose logits are compared."""
+"""Number of windows for the comparison of logits."""
 
 STOCK = """
 import json, sys
@@ -116,7 +116,7 @@ def logits_of(model: Any, ids: np.ndarray) -> np.ndarray:
 
 
 def apart(a: np.ndarray, b: np.ndarray) -> float:
-    """Root mean square of a difference, relative to the first."""
+    """Root mean square of ``a - b``, relative to that of ``a``."""
     return float(np.sqrt(((a - b) ** 2).mean() / (a**2).mean()))
 
 
@@ -127,9 +127,9 @@ def main() -> None:
         "A plan that mixes all widths over the 210 linears, requantized in sequence and exported. NLL in nats",
         "per token on 16 windows of 256 tokens of the demo's Wikipedia text: of the model in memory at export",
         "(bfloat16 forwards), by `impq evaluate` in a fresh process, and by the stock software in a process",
-        "without impq, in the type it computes in. Logits: root mean square difference, relative, between the",
-        "stock software's and those of a plain model with the dequantized weights in the same type; beside it",
-        "that to the unquantized model.",
+        "without impq, in the type it computes in. *Logits apart*: relative root mean square difference between",
+        "the stock software's logits and those of a plain model with the dequantized weights in the same type.",
+        "*From unquantized*: the same difference to the unquantized model.",
     ]), ""]
     header = ["format", "linears", "plan bytes", "bytes in file", "file MB", "NLL at export", "`impq evaluate`",
               "stock", "stock type", "logits apart", "from unquantized"]

@@ -1,7 +1,7 @@
-"""The shape of the game on the real model: what k demoted blocks cost together, beside the sum of what each costs.
+"""The shape of the game on the real model: joint damage of k demoted blocks against the sum of their single damages.
 
-The joint damage is measured along SPQE's random orders, the single damages are of one block among widest ones. A ratio
-above 1 means that damages compound, below 1 that they saturate.
+Joint damages are measured along SPQE's random orders, single damages with all other blocks at the widest choice. Joint
+damages above the sum compound, damages below it saturate.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MENUS = (("gptq", (2.0, 4.0)), ("hqq", (3.0, 8.0)), ("quanto", (4.0, 8.0)))
 BASE = RunConfig(tracking_uri="none", estimator="spqe", granularity="block", game_windows=2,
                  options={"estimator": {"permutations": 4, "fresh": False}})
 EVERY = 5
-"""Numbers of demoted blocks in the table."""
+"""Step of the numbers of demoted blocks in the table."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +38,7 @@ class Curve:
     text: str
 
     def at(self, k: int) -> list[str]:
-        """A row of the table; over a mean of orders, which are not quite independent, as half are others reversed."""
+        """A row of the table. Half of the orders are reverses of the others, so they are not quite independent."""
         joint, singles = self.joint[:, k], self.singles[:, k]
         error = joint.std(ddof=1) / np.sqrt(len(joint))
         return [self.name, str(k), plus_minus(joint.mean(), error), f"{singles.mean():.3f}",
@@ -46,7 +46,7 @@ class Curve:
 
 
 def measure(config: RunConfig) -> Curve:
-    """Play a configuration of two widths: its SPQE orders, and each layer alone."""
+    """Measure a configuration of two widths: its SPQE orders, and each layer alone."""
     bench = Bench.build(config)
     space = bench.prepared.space
     single, _ = bench.estimate(replace(config, estimator="isolated", options={}))
@@ -59,10 +59,10 @@ def measure(config: RunConfig) -> Curve:
 
 
 def by_size(measured: Measurements, values: np.ndarray) -> np.ndarray:
-    """(permutations, n + 1): what was said of each permutation's pick after 0 to n demotions."""
-    out = np.full((len(np.unique(measured.path)), len(measured.space) + 1), np.nan)
-    out[measured.path, measured.picks.sum(axis=1)] = values
-    return out
+    """Values (N,) of the measured picks, as (permutations, n + 1) by permutation and number of demotions."""
+    table = np.full((len(np.unique(measured.path)), len(measured.space) + 1), np.nan)
+    table[measured.path, measured.picks.sum(axis=1)] = values
+    return table
 
 
 def report(curves: Sequence[Curve]) -> list[str]:
@@ -75,9 +75,9 @@ def report(curves: Sequence[Curve]) -> list[str]:
             "error, and the mean sum of the same blocks' single damages. On " + curves[0].text + ".", "",
             *table(["menu", "k", "joint", "sum of singles", "ratio"], rows),
             "Of the variance of the loss among picks of equally many demotions, the share of order two and above, "
-            "which no additive model explains; and what of it is left behind the best saturating or growing curve of "
-            "an additive model (a curve changes no plan):", "",
-            *table(["menu", "all-widest NLL", "order two and above", "behind a curve", "forwards"], shares),
+            "which no additive model explains, and the same share after the best saturating or growing curve of an "
+            "additive model (a curve changes no plan):", "",
+            *table(["menu", "all-widest NLL", "order two and above", "after a curve", "forwards"], shares),
             "![The same for every k](shape.png)", ""]
 
 

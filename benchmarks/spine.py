@@ -1,6 +1,6 @@
-"""The plan beside its references on the real model, for two menus, budget in the middle, three seeds of the orders.
+"""Plans and their references on the real model, for two menus, the middle budget and three seeds of the orders.
 
-Variants are quantized once a menu; every seed plays its own permutations and makes its own plan.
+Variants are quantized once for each menu; every seed has its own permutations and its own plan.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How long impq takes to say something, and what it has imported by then: medians of ten, beside bare Python."""
+"""Time to the first line of output, and the modules imported by then: medians of ten starts, with bare Python."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ HEAVY = ("torch", "transformers", "mlflow", "gptqmodel", "pyomo", "datasets", "m
 
 def first_line(command: list[str], folder: str) -> float:
     """Seconds from start to the first line on either stream."""
-    began = time.monotonic()
+    start = time.monotonic()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=folder, text=True) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        seconds = time.monotonic() - began
+        seconds = time.monotonic() - start
         process.kill()
     return seconds
 
 
 def imported(arguments: list[str], folder: str) -> tuple[int, list[str]]:
-    """How many modules a command imports, and which of the heavy ones are among them."""
+    """The number of modules that a command imports, and the heavy ones among them."""
     script = ("import sys\nfrom impq_core.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
               "print(chr(10) + 'MODULES ' + ' '.join(sys.modules))")
     done = subprocess.run([sys.executable, "-c", script, *arguments], cwd=folder, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Brings measurements and examples into the site: documents link to them as files of the repository."""
+"""MkDocs hooks that publish measurements and examples, to which documents link as files of the repository."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 OUTSIDE = {"benchmarks/results": ("*.md", "*.png"), "examples": ("*.md", "*.toml", "*.py")}
-"""Folders beside docs/ whose files are published under the same names, and which of them."""
+"""Folders beside docs/ with published files, and the patterns of the files. They keep their paths."""
 
 
 def _files() -> list[str]:
@@ -19,19 +19,19 @@ def _files() -> list[str]:
 
 
 def on_config(config: Any) -> Any:
-    """List the measurements last."""
+    """Add the measurements at the end of the navigation."""
     config.nav.append({"Measurements": [name for name in _files() if "results" in name and name.endswith(".md")]})
     return config
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the files from outside."""
+    """Add the files of the folders outside docs/."""
     for name in _files():
         files.append(File(name, str(ROOT), config.site_dir, config.use_directory_urls))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, **rest: Any) -> str:
-    """Point links that leave docs/ for one of those folders to where its files are in the site."""
+    """Rewrite links from docs/ to the folders outside, which are inside the site."""
     up = "../" * page.file.src_uri.count("/")
     return re.sub(rf"\]\((?:\.\./)+({'|'.join(OUTSIDE)})/", rf"]({up}\1/", markdown)

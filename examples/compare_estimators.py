@@ -1,16 +1,16 @@
-"""Which estimator is worth its forwards? Several of them plan the same model for the same budget.
+"""Compare estimators: their plans for one model and budget, against their cost in forwards.
 
     python examples/compare_estimators.py
     python examples/compare_estimators.py --model ./my-model --estimators isolated,spqe --budget 2.5bits
 
-A sweep quantizes the model once, lets every estimator plan from the same variants, and scores each plan on the same
-held-out windows. Printed is a line for each estimator, the cheapest first: full-model forwards, held-out NLL in nats
-per token with its standard error over windows, and the difference to the cheapest plan, paired over windows (below
-zero is better). Then whether plain references of the same size beat the best plan, and where the page of
-``impq compare`` is.
+A sweep quantizes the model once, makes a plan with every estimator from the same variants, and scores each plan on the
+same held-out windows. The script prints a line for each estimator, the cheapest first: full-model forwards, held-out
+NLL in nats per token with its standard error over windows, and the difference to the cheapest estimator's plan, paired
+over windows (below zero is better). Then it prints whether references of the same size are better than the best plan,
+and the path of the page of ``impq compare``.
 
-On the demo model the default estimators spend 180 forwards over its 30 blocks: zscore none, fisher 24, isolated 32 and
-spqe 124. Some 12 minutes on two cores with matrix tiles, of which a third goes into quantizing.
+On the demo model with its 30 blocks the default estimators cost 180 forwards: zscore 0, fisher 24, isolated 32 and spqe
+124. This takes about 12 minutes on two cores with matrix tiles (AMX), a third of it for quantization.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from impq_core import RunConfig, Sweep, TextConfig
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Sweep, read the runs back, print them."""
+    """Run the sweep, read its runs, and print the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="demo, a folder, or a hub name")
     parser.add_argument("--estimators", default="zscore,fisher,isolated,spqe", help="names, with commas")
@@ -35,15 +35,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("impq-runs"))
     given = parser.parse_args(arguments)
 
-    plugins = impq_core.console(brief=True)  # the installed plugins, with the terminal watching
+    plugins = impq_core.console(brief=True)  # the installed plugins and a printer of the progress
     base = RunConfig(
         model=given.model, budget=given.budget, bits=(2, 3, 4),
-        granularity="block",  # the same layers for all: an estimator that plays pays for each of them
+        granularity="block",  # the same layers for all estimators; a game costs forwards for each layer
         calibration=TextConfig(given.calibration, given.windows, given.length), game_windows=min(8, given.windows),
         evaluation=TextConfig(given.evaluation, given.windows, given.length), output=given.output)
     folder = impq_core.run_sweep(Sweep(base, {"estimator": given.estimators.split(",")}), plugins)
 
-    # Runs that were scored on the same windows make a contest; here that is all of them.
+    # A contest holds the runs that were scored on the same windows: here all of them.
     contests, _ = impq_core.gather([folder])
     [contest] = contests
     runs = sorted(contest.contestants, key=lambda run: run.forwards)

@@ -1,8 +1,8 @@
-"""Load a checkpoint that ``impq export`` wrote with nothing but the software it is written for, and go on with a text.
+"""Load a checkpoint of ``impq export`` without impq, by the software of its format, and continue a text.
 
     python examples/load_exported.py gptq impq-runs/20260101-120000-ab12/gptq "The capital of France is"
 
-Each function is all that its format needs; impq itself is not imported.
+Each function shows all that its format needs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 
 def gptq(folder: str) -> Any:
-    """GPTQModel, computing in bfloat16."""
+    """Load with GPTQModel, which computes in bfloat16."""
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, os.cpu_count() or 2)))
     from gptqmodel import BACKEND, GPTQModel
 
@@ -23,21 +23,21 @@ def gptq(folder: str) -> Any:
 
 
 def compressed_tensors(folder: str) -> Any:
-    """transformers alone."""
+    """Load with transformers alone."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def quanto(folder: str) -> Any:
-    """optimum-quanto, computing in float16, the type of its scales."""
+    """Load with optimum-quanto, which computes in float16, the type of its scales."""
     from optimum.quanto import QuantizedModelForCausalLM
 
     return QuantizedModelForCausalLM.from_pretrained(folder)
 
 
 def hqq(folder: str) -> Any:
-    """hqq's linears in a transformers model; the file tells each linear its width."""
+    """Load with hqq's linears in a transformers model; the width of each linear is in the file."""
     from hqq.core.quantize import HQQLinear
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -55,7 +55,7 @@ FORMATS = {"gptq": gptq, "compressed-tensors": compressed_tensors, "quanto": qua
 
 
 def main() -> None:
-    """The twenty likeliest next tokens, one after the other."""
+    """Print the text with twenty more tokens, each the most likely one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("format", choices=FORMATS)
     parser.add_argument("folder")

@@ -1,25 +1,25 @@
-"""A plan for llama.cpp: widths for single tensors, as a file that llama-quantize reads.
+"""A plan for llama.cpp: widths for single tensors, as a file for llama-quantize.
 
     python examples/plan_for_llama_cpp.py --model ./my-model --budget 3.5bits
 
-llama.cpp quantizes by itself, so what it takes is a recipe: a type for every tensor. Each tensor has its own, so layers
-are single linears (``granularity="linear"``). Its k-quants have 2 to 6 bits, and q8_0 has 8; impq's backends share 2,
-3, 4 and 8 with them.
+llama.cpp quantizes by itself, so impq writes a recipe: a type for every tensor. Each tensor has its own type, so layers
+are single linears (``granularity="linear"``). The k-quants have 2 to 6 bits, and q8_0 has 8; impq's backends have 2, 3,
+4 and 8 of these.
 
-No k-quants can be made from Python, so the plan is measured with something else, and rankings of layers depend on the
-quantizer (docs/method.md). Of what there is, HQQ's losses are nearest: like k-quants it fits scales and zeros of small
-groups, here of 32 weights, and shifts no error to other columns. GPTQ's sizes are nearest, where 3 bits lie in the
-middle between 2 and 4. So layers are measured with HQQ (``estimate_with``), and the plan is made for and scored with
-GPTQ: what holds from one quantizer to another may well hold for the third. It is a guess all the same, until
-llama-perplexity has measured it beside a plain Q3_K_M; and on the demo model it did not hold even from HQQ to GPTQ: at
-3 bits the plan lost to plain 3 bits by 0.29 ± 0.05 nats per token and was no better than random (2,032 tokens).
+Python cannot make k-quants, so the plan is measured with another quantizer, although rankings of layers depend on the
+quantizer (docs/method.md). HQQ's losses are the nearest: like k-quants, HQQ fits scales and zeros of small groups, here
+of 32 weights, and moves no error to other columns. GPTQ's sizes are the nearest, because its 3 bits are midway between
+2 and 4. So the layers are measured with HQQ (``estimate_with``), and the plan is made for GPTQ and scored with it: a
+plan that holds for two quantizers may hold for a third. Measure the result with llama-perplexity against a plain
+Q3_K_M before you rely on it. On the demo model the plan did not hold even from HQQ to GPTQ: at 3 bits it was worse than
+uniform 3 bits by 0.29 ± 0.05 nats per token, and no better than a random plan (2,032 tokens).
 
-Rows of a k-quant are made of 256 weights. Where a tensor's are no multiple of that, llama-quantize does not follow the
-recipe and takes a type of 4 bits or more; impq warns of it. In the demo model only the down projections fit: there the
-recipe shows the way and is worth nothing.
+Rows of a k-quant consist of blocks of 256 weights. If the rows of a tensor are no multiple of 256, llama-quantize
+ignores the recipe and takes a type of 4 bits or more; impq prints a warning. In the demo model only the down
+projections fit, so its recipe is of no use beyond the demonstration.
 
-Printed are the evaluation, the recipe's types and what they take, and the commands. On the demo model: 96 forwards,
-some 12 minutes on two cores with matrix tiles.
+The script prints the evaluation, the types of the recipe with their size, and the commands. On the demo model it takes
+96 forwards, about 12 minutes on two cores with matrix tiles (AMX).
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from pathlib import Path
 import impq_core
 from impq_core import RunConfig, TextConfig
 
-STORED = {"2": 2.625, "3": 3.4375, "4": 4.5}  # bits a weight of q2_k, q3_k and q4_k, scales and all
+STORED = {"2": 2.625, "3": 3.4375, "4": 4.5}  # bits per weight of q2_k, q3_k and q4_k, scales included
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Plan, write the recipe, say how to use it."""
+    """Plan, write the recipe, and print the commands that use it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="demo, a folder, or a hub name")
     parser.add_argument("--budget", default="3bits")
@@ -65,7 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
 in a clone of llama.cpp, with the model as a folder:
   python convert_hf_to_gguf.py MODEL --outtype f16 --outfile model-f16.gguf
   llama-quantize --tensor-type-file {recipe} --token-embedding-type f16 model-f16.gguf model-impq.gguf Q4_K_M
-what the recipe does not name follows Q4_K_M; --imatrix helps at 2 and 3 bits; llama-perplexity measures the result""")
+tensors that the recipe does not name follow Q4_K_M; --imatrix helps at 2 and 3 bits; llama-perplexity measures the \
+result""")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""How much does a better allocator gain, and what does a byte buy? A sweep over budgets and allocators.
+"""A sweep over budgets and allocators, from one measurement.
 
     python examples/sweep_from_python.py
     python examples/sweep_from_python.py --model ./my-model --budgets 2.5bits,60MB --allocators qp,greedy,exhaustive
 
-One measurement serves every run of the sweep; what differs is the plan made from it. Printed is a line for each run:
-stored MB of the quantized weights, the plan's predicted loss above the all-widest model and, where the allocator
-proves one, how far at most it is from the best prediction that any plan has; the held-out NLL with its standard error
-over windows; and the difference to the best run of the budget, paired over windows. Losses are nats per token.
+All runs of the sweep have the same measurement and differ in their plans. The script prints a line for each run: stored
+MB of the quantized weights; the plan's predicted loss above the all-widest model; the proven gap to the best prediction
+of any plan, if the allocator proves one; the held-out NLL with its standard error over windows; and the difference to
+the best run of the budget, paired over windows. Losses are in nats per token.
 
-The same sweep as ``impq sweep --budget ... --allocator ...``. On the demo model it costs 96 forwards, however many
-budgets and allocators there are, and some 12 minutes on two cores with matrix tiles: each distinct plan or reference is
+This is the sweep of ``impq sweep --budget ... --allocator ...``. On the demo model it costs 96 forwards for any number
+of budgets and allocators, and about 12 minutes on two cores with matrix tiles (AMX): each distinct plan or reference is
 scored once.
 """
 
@@ -24,7 +24,7 @@ from impq_core import RunConfig, Sweep, TextConfig
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Sweep, read the runs back, print them."""
+    """Run the sweep, read its runs, and print the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="demo, a folder, or a hub name")
     parser.add_argument("--budgets", default="2.25bits,2.5bits,3bits", help="with commas")
@@ -36,9 +36,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("impq-runs"))
     given = parser.parse_args(arguments)
 
-    plugins = impq_core.console(brief=True)  # the installed plugins, with the terminal watching
-    # What all runs have in common, and then the lists of what they differ in: any of backend, estimator, surrogate,
-    # allocator and budget.
+    plugins = impq_core.console(brief=True)  # the installed plugins and a printer of the progress
+    # The common configuration of all runs, and the lists of values that are combined: any of backend, estimator,
+    # surrogate, allocator and budget.
     base = RunConfig(
         model=given.model, bits=(2, 3, 4), output=given.output,
         calibration=TextConfig(given.calibration, given.windows, given.length), game_windows=min(8, given.windows),
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
     sweep = Sweep(base, {"budget": given.budgets.split(","), "allocator": given.allocators.split(",")})
     folder = impq_core.run_sweep(sweep, plugins)
 
-    # Every run left a folder like any other; one that could not be made was told of, and is not among them.
+    # Every run has its own run folder. A run that failed was reported above and has none.
     [contest], _ = impq_core.gather([folder])
     print(f"\n{contest.text}; {contest.tokens} scored tokens; "
           f"{contest.contestants[0].forwards:.1f} forwards in all")

@@ -20,8 +20,8 @@ GRANULARITIES = ("auto", "block", "group", "linear")
 VALUES = ("nll", "kl")
 
 
-def _settle(config: TextConfig | RunConfig) -> None:
-    """Make paths text, as configuration files hold them, and numbers of widths floats.
+def _normalize(config: TextConfig | RunConfig) -> None:
+    """Convert paths to text, as configuration files hold them.
 
     Raises:
         UsageError: a text cannot be written to a UTF-8 file.
@@ -60,9 +60,9 @@ class TextConfig:
 
     Args:
         source: ``demo``, a .txt/.jsonl/.parquet file, or a ``datasets`` name ``path[:config[:split]]``.
-        windows: how many.
-        length: tokens in each, a beginning-of-sequence token included where the model wants one.
-        seed: of the draw.
+        windows: number of windows.
+        length: tokens in each window, with a beginning-of-sequence token if the model needs one.
+        seed: seed of the draw.
     """
 
     source: str = "demo"
@@ -71,9 +71,9 @@ class TextConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _settle(self)
+        _normalize(self)
         if not self.source:
-            raise UsageError("a text has no name: give demo, a file, or a datasets name")
+            raise UsageError("the name of a text is empty: give demo, a file, or a datasets name")
         if self.seed < 0:
             raise UsageError(f"a seed must not be negative, as {self.seed} is")
         if self.windows < 1 or self.length < 2:
@@ -82,35 +82,35 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides a run's outcome, and where it is kept.
+    """The configuration of a run: everything that decides its result, and the places of its files and its tracking.
 
     Args:
         model: ``demo``, a folder, or a hub name.
         backend, estimator, surrogate, allocator: names of parts, as ``impq plugins`` lists them.
-        estimate_with: backend whose variants the estimator measures, where that is not the one deployed; empty for
-            the same.
-        refiner: name of the part that improves the plan by measuring others near it.
-        refine: full-model forwards it may spend; 0 leaves the plan as it is.
-        bits: the widths to choose from; empty for the backend's default menu.
+        estimate_with: backend of the variants that the estimator measures, if it is not the deployed one; empty for
+            ``backend``.
+        refiner: name of the part that improves the plan by measuring plans near it.
+        refine: limit of the refiner in full-model forwards; 0 for no refinement.
+        bits: the widths of the menu; empty for the backend's default menu.
         budget: such as ``3.0bits`` (nominal average), ``3.25bpw`` (stored), ``60MB`` or ``60%``; empty for the middle
-            of the widths.
-        granularity: ``block``, ``group`` (fused linears) or ``linear``; ``auto`` is groups for an estimator that only
-            looks, and blocks for one that plays, because the cost of a game grows with the number of layers.
-        pins: width by pattern of layers that do not play; their bytes count.
-        exclude: patterns of layers that stay unquantized; their bytes count too, at 16 bits a weight.
+            of the menu.
+        granularity: ``block``, ``group`` (fused linears) or ``linear``; ``auto`` is ``block`` for an estimator that
+            plays the game, because its cost grows with the number of layers, and ``group`` for any other.
+        pins: width by pattern of layers with a fixed width; their bytes count.
+        exclude: patterns of layers that stay unquantized; their bytes count at 16 bits a weight.
         calibration: text for quantization statistics and the game.
-        game_windows: how many of the calibration windows the game is played on.
-        probe_windows: how many of them gradients and activations are read on; 0 is all (but a referee's).
-        value: what the game's loss is: ``nll``, or ``kl`` to the unquantized model.
+        game_windows: number of calibration windows of the game.
+        probe_windows: number of calibration windows for gradients and activations; 0 for all but the referee's.
+        value: loss of the game: ``nll``, or ``kl`` to the unquantized model.
         evaluation: held-out text.
-        dtype: of the forwards; ``auto`` is bfloat16 where the processor is fast at it.
-        seed: of every random draw but those of the texts.
+        dtype: type of the forwards; ``auto`` is bfloat16 if the processor multiplies it fast.
+        seed: seed of all random draws but those of the texts.
         plan: a plan file to apply instead of estimating and allocating.
-        output: folder that run folders are made in.
+        output: folder for run folders.
         tracking_uri: MLflow store; empty for ``MLFLOW_TRACKING_URI``, or for ``mlflow.db`` in the working folder if
             that is not set; ``none`` for no tracking.
         experiment: MLflow experiment; empty for ``MLFLOW_EXPERIMENT_NAME``, or for ``impq`` if that is not set.
-        cache: keep variants in the user's cache, and take those that are there.
+        cache: read variants from the user's cache, and keep new ones there.
         partial: continue even if less than half of the weights in the model's blocks can be quantized, as in many
             mixtures of experts; the others stay at 16 bits.
         options: options of parts, by role.
@@ -145,7 +145,7 @@ class RunConfig:
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _settle(self)
+        _normalize(self)
         for name in ("model", "output"):
             if not getattr(self, name):
                 raise UsageError(f"{name} is empty: leave it out or give it a name")
@@ -163,8 +163,8 @@ class RunConfig:
         if self.refine < 0:
             raise UsageError(f"refine is a number of forwards, not {self.refine}")
         if self.refine and 2 * self.game_windows > self.calibration.windows:
-            raise UsageError("to refine, as many calibration windows are held back as the game has: "
-                             f"{self.game_windows} game_windows need {2 * self.game_windows} of them, not "
+            raise UsageError(f"--refine holds back {self.game_windows} further calibration windows, as many as "
+                             f"game_windows: give at least {2 * self.game_windows} calibration windows, not "
                              f"{self.calibration.windows}")
         if len(set(self.bits)) != len(self.bits):
             raise UsageError("bits names a width twice")
@@ -173,7 +173,7 @@ class RunConfig:
                 raise UsageError(f"a width is a positive number of bits, not {bits:g}")
 
     def to_toml(self) -> str:
-        """The configuration as an impq.toml that makes the same run."""
+        """The configuration as the text of an impq.toml."""
         return tomli_w.dumps(asdict(self))
 
 
@@ -192,14 +192,14 @@ def read_toml(path: Path) -> RunConfig:
 
 
 def from_data(data: Mapping[str, Any], where: str) -> RunConfig:
-    """A configuration from plain data, as TOML or JSON holds it; raises UsageError that names ``where``."""
+    """A configuration from plain data, as TOML or JSON holds it; raises UsageError, naming ``where``."""
     config: RunConfig = _build(RunConfig, without_permissions(data, where), where)
     return config
 
 
 def override(config: RunConfig, **given: Any) -> RunConfig:
-    """A configuration with the command line's values over it; None means not given. Texts take their own names:
-    ``calibration_windows=8`` sets ``calibration.windows``."""
+    """A configuration with the given values of the command line; None means not given. Values of a text have its role
+    as a prefix: ``calibration_windows=8`` sets ``calibration.windows``."""
     given = {key: value for key, value in given.items() if value is not None}
     for role in ("calibration", "evaluation"):
         text = {f.name: given.pop(key) for f in fields(TextConfig)
@@ -229,14 +229,14 @@ def _value(expected: Any, value: Any, key: str, where: str) -> Any:
         if isinstance(value, str):
             return TextConfig(source=value)
     elif expected in (str, int, bool):
-        if type(value) is expected and "\0" not in str(value):  # no name of a file or part holds one
+        if type(value) is expected and "\0" not in str(value):  # no name of a file or part may contain it
             return value
     else:
         item = typing.get_args(expected)[-2 if typing.get_origin(expected) is tuple else -1]
         items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [None]
         fits = (dict,) if typing.get_origin(item) else (int, float) if item is float else (item,)
         if isinstance(value, dict if typing.get_origin(expected) is Mapping else list) and all(
-                type(one) in fits for one in items):
+                type(entry) in fits for entry in items):
             return value if isinstance(value, dict) else tuple(map(item, value))
     shown = {"bits": "a list of numbers", "exclude": "a list of patterns", "pins": "a table of widths",
              "options": "a table for each role", "calibration": "a text name or table",

@@ -1,7 +1,7 @@
-"""Files and folders that appear whole or not at all, and the temporary ones that are left if a process dies.
+"""Atomic writing of files and folders, and the temporary ones of processes that died.
 
-Everything is written under a temporary name first and renamed. Temporary names are hidden and end in ``UNFINISHED``;
-temporary folders also hold a marker file and a lock, so that ``abandoned`` can tell them from anything else.
+Everything is written under a temporary name first and then renamed. Temporary names are hidden and end in
+``UNFINISHED``. Temporary folders also have a marker file and a lock, by which ``abandoned`` recognises them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ UNFINISHED = ".impq-unfinished"
 """Suffix of every temporary file and folder, and name of the marker file in a temporary folder."""
 
 ABANDONED_SECONDS = 3600.0
-"""A temporary file that was not written to for so long belongs to a process that died."""
+"""Seconds without a write after which a temporary file counts as abandoned."""
 
 _LOCK = ".lock"
 _MADE_BY = "impq"
@@ -32,7 +32,7 @@ _MADE_BY = "impq"
 def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
     try:
         _write(path, write)
-    except OSError as error:  # the user knows the file by its final name
+    except OSError as error:  # name the final file, not the temporary one
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
@@ -43,7 +43,7 @@ def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
+        umask = os.umask(0)  # the umask can only be read by setting it
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
@@ -53,7 +53,7 @@ def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def _prefix(name: str) -> str:
-    """Beginning of a temporary name, short enough for any file system."""
+    """Prefix of a temporary name, short enough for any file system."""
     return f".{name.encode()[:100].decode(errors='ignore')}."
 
 
@@ -79,12 +79,13 @@ def write_npz(path: Path, arrays: Mapping[str, Any]) -> None:
 def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
     """A hidden temporary folder in ``parent``, deleted at the end of the context.
 
-    Whatever is to stay is made inside it and renamed to its place. The folder holds a marker file, and a lock on it is
-    held as long as the process lives: a folder with the marker whose lock is free is ``abandoned``.
+    Results are made inside it and then renamed to their final places. The folder has a marker file and a lock, which is
+    held until the context ends. If the process is killed, the system frees the lock: a folder with the marker and a
+    free lock is ``abandoned``.
 
     Args:
-        parent: an existing folder, on the disk where the result is to be.
-        name: what is being made, for readers of the folder's name and marker.
+        parent: an existing folder, on the same disk as the result.
+        name: name of the result, for the folder's name and marker.
     """
     folder = Path(tempfile.mkdtemp(dir=parent, prefix=_prefix(name), suffix=UNFINISHED))
     try:
@@ -96,10 +97,10 @@ def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
 
 
 def abandoned(folder: Path) -> list[Path]:
-    """Temporary files and folders directly in ``folder`` that dead processes of impq left, sorted by name.
+    """Temporary files and folders of dead impq processes directly in ``folder``, sorted by name.
 
-    Only regular files with the suffix ``UNFINISHED`` that were not written to for ``ABANDONED_SECONDS``, and folders
-    with impq's marker whose lock is free. Symbolic links are not followed. Empty if the folder cannot be read.
+    These are regular files with the suffix ``UNFINISHED`` without a write for ``ABANDONED_SECONDS``, and folders with
+    impq's marker and a free lock. Symbolic links are not followed. Empty if the folder cannot be read.
     """
     try:
         return sorted(path for path in folder.glob(".*") if _is_abandoned(path))
@@ -108,7 +109,7 @@ def abandoned(folder: Path) -> list[Path]:
 
 
 def discard(path: Path) -> None:
-    """Delete a path that ``abandoned`` named, if it is still abandoned.
+    """Delete a path of ``abandoned``, if it is still abandoned.
 
     Raises:
         OSError: it cannot be deleted.
@@ -133,5 +134,5 @@ def _is_abandoned(path: Path) -> bool:
             return False
         with FileLock(path / _LOCK, timeout=0):
             return True
-    except (OSError, ValueError, AttributeError, RecursionError, Timeout):  # unreadable, no marker of impq's, or in use
+    except (OSError, ValueError, AttributeError, RecursionError, Timeout):  # unreadable, without marker, or in use
         return False

@@ -1,5 +1,8 @@
 """The base classes of parts: estimator, surrogate, allocator, refiner, backend, exporter. Imports no torch.
 
+A search space has n layers and m choices; a *pick* (n,) has the number of a choice for each layer, 0 being the widest.
+Costs are counted in *forwards*: one forward is the whole model over the windows of the game (``model/cost.py``).
+
 A plugin's class derives from one of these. Its options are a frozen dataclass named ``Options``: each field is an
 option ``-o name=value``, and ``__post_init__`` raises ValueError if a value is invalid. Heavy libraries are imported
 inside the methods, so that a typo on the command line is reported before they load.
@@ -44,7 +47,8 @@ NO_FILE = InputFile()
 
 
 def _checked(method: Callable[..., Any], returns: tuple[type, ...]) -> Callable[..., Any]:
-    """The method, which raises ImpqError if it returns another type, or if it builds arrays of a wrong shape."""
+    """A wrapper of a method that raises ImpqError if the result is of none of the types, or if the method raises
+    InvalidArrays."""
     name = f"{method.__module__}.{method.__qualname__}"
 
     @functools.wraps(method)
@@ -87,9 +91,9 @@ class Part:
 
 
 Drift = Callable[[Measurements], float]
-"""How much the plan still changes. Each call takes all measurements so far, makes a plan from them, and returns the
-predicted loss of the previous call's plan minus that of the new plan, both by the new estimate, in nats per token;
-infinite at the first call, and if no plan can be made."""
+"""The predicted loss of the previous plan minus that of the new plan, in nats per token. Each call takes all
+measurements so far and makes a plan from them; both plans are scored with the new estimate. Infinite at the first call,
+and if no plan can be made."""
 
 
 def unknown_drift(measurements: Measurements) -> float:
@@ -131,7 +135,7 @@ class Game(Protocol):
         """Loss of one pick (n,), nats per token above the reference."""
 
     def losses(self, picks: IntArray) -> FloatArray:
-        """Losses (N,) of picks (N, n), nats per token above the reference. They are on disk when it returns."""
+        """Losses (N,) of N picks (N, n), nats per token above the reference; returns when the losses are on disk."""
 
     def window_losses(self, pick: IntArray) -> FloatArray:
         """Absolute losses (windows,) of one pick, nats per token, for differences paired over windows."""
@@ -152,8 +156,8 @@ class Probe(Protocol):
 
     @property
     def forwards(self) -> float:
-        """Cost so far, in full-model forwards of the game's windows, however many are looked at; a backward counts
-        two."""
+        """Cost so far, in forwards of the game's windows, even if the probe reads more or fewer windows. Slopes cost
+        about three forwards of the windows that they are read on: forward, backward, and gradients of the weights."""
 
     def weight(self, linear: LinearSpec) -> torch.Tensor:
         """The unquantized weight (rows, columns), float32."""
@@ -165,20 +169,21 @@ class Probe(Protocol):
         """Each block's index, inputs and outputs, as batches (windows, length, width). Needs ``activations``."""
 
     def slopes(self, at: FloatArray | None = None) -> FloatArray:
-        """First-order change of each window's loss when one layer moves. Needs ``gradients``.
+        """First-order change of each window's loss if one layer changes. Needs ``gradients``.
 
         Args:
-            at: where the model stands: shares (m,) of the choices, which every layer's weights are blended from; None
-                is the unquantized model.
+            at: blend weights (m,) of the choices: each layer's weights are set to this weighted sum of its variants.
+                None is the unquantized model.
 
         Returns:
             float64 (windows, n, m), nats per token: ``[s, i, k]`` is the inner product of the gradient of window s's
-            mean loss, in layer i's weights, and the way from where they stand to choice k.
+            mean loss with respect to layer i's weights, and the weights at choice k minus the current weights.
         """
 
     def hessian_traces(self, rng: np.random.Generator) -> Mapping[LinearSpec, float]:
-        """One random draw, right on average, of the trace of the Hessian of the mean loss in each linear's weight, at
-        the unquantized weights: nats per token and squared unit of weight. Costs six forwards. Needs ``gradients``.
+        """An unbiased random estimate (Hutchinson) of the trace of the Hessian of the mean loss with respect to each
+        linear's weight, at the unquantized weights: nats per token and squared unit of weight. Costs about six forwards
+        of the windows that it reads. Needs ``gradients``.
         """
 
 
@@ -187,7 +192,7 @@ _WORKLOAD = {"workload": (Workload, type(None))}
 
 
 class Estimator(Part, ABC):
-    """Estimates what each choice of each layer costs. Derive from ``Inspector``, ``Player`` or ``Sampler``.
+    """Estimates what each choice of each layer costs. Derive from ``Inspector``, ``GameEstimator`` or ``Sampler``.
 
     Class attributes:
         default_granularity: the size of a layer under ``--granularity auto``.
@@ -253,7 +258,7 @@ class Inspector(Estimator):
         return self.inspect(probe, rng)
 
 
-class Player(Estimator):
+class GameEstimator(Estimator):
     """Plays the game and makes its own estimate from the losses."""
 
     returns = MappingProxyType({"estimate": (SensitivityEstimate,), **_WORKLOAD})
@@ -277,8 +282,9 @@ class Sampler(Estimator):
 
     @abstractmethod
     def sample(self, game: Game, rng: np.random.Generator, drift: Drift = unknown_drift) -> Measurements:
-        """The losses of the picks that the sampler chose; every random draw comes from ``rng``, and ``drift`` says when
-        enough was measured."""
+        """The losses of the picks that the sampler chose.
+
+        Every random draw comes from ``rng``; ``drift`` can be used to stop early."""
 
     def measure(self, game: Game | None, probe: Probe, rng: np.random.Generator,
                 drift: Drift = unknown_drift) -> SensitivityEstimate | Measurements:
@@ -348,15 +354,15 @@ class Variant:
 class Checkpoint:
     """A quantized model for an exporter.
 
-    Linears are named as in the model's files, which is the name of their weight there without ``.weight``; for most
-    architectures that is the name of the module in the model.
+    The keys of ``widths``, ``specs`` and ``variants`` are the names of weights in the model's files without
+    ``.weight``. ``plan`` has the names of modules in the model; for most architectures the two are the same.
 
     Args:
-        plan: the plan, with the names of the model.
+        plan: the plan.
         widths: the choice of every linear; None for those that stay unquantized.
         specs: name in the model and shape of every linear.
-        variants: the packed form of every quantized linear. Like ``dense`` and ``config`` it is empty for an exporter
-            without ``backends``, for which nothing is quantized, and in ``restore``.
+        variants: the packed form of every quantized linear. ``variants``, ``dense`` and ``config`` are empty in two
+            cases: the exporter has no ``backends`` (a recipe), or the checkpoint is passed to ``restore``.
         dense: every other tensor of the model's files, by its name there.
         config: the model's configuration, as its config.json has it.
         backend: name of the backend that made the variants.
@@ -407,13 +413,13 @@ class Refiner(Part, ABC):
     @abstractmethod
     def refine(self, plan: Plan, estimate: SensitivityEstimate | None, game: Game, referee: Game, forwards: float,
                rng: np.random.Generator) -> Plan:
-        """A plan within the same budget that is no worse.
+        """The start, or a plan within its budget that ``referee`` accepted.
 
         Args:
             plan: the start.
-            estimate: costs of the layers; None if the plan was given.
+            estimate: costs of the layers; None if the user gave the plan (``--plan``).
             game: proposals are measured on it.
-            referee: the same model on windows from which no proposal was made. A plan is accepted only if its loss
+            referee: the same model on windows that no proposal was chosen by. A plan is accepted only if its loss
                 there is below the current plan's by more than the standard error of the difference, paired over
                 windows.
             forwards: the limit for both games together, in full-model forwards of the game's windows.

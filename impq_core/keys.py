@@ -1,7 +1,7 @@
-"""Identity: the facts that decide a variant, a loss, a slope, a held-out score or a run, one dataclass each.
+"""Keys: the facts that decide a variant, a loss, a slope, an evaluation score or a run, one dataclass each.
 
-Two results may be compared, reused or continued only if their keys are equal. A key is written as JSON at the head of
-what it identifies; ``diff`` names the facts that changed since.
+Two results may be compared, reused or continued only if their keys are equal. A key is stored as JSON with its result;
+``diff`` names the facts that have changed since.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,12 +25,11 @@ LIBRARIES = ("torch", "transformers", "numpy")
 MAKES_VARIANTS = ("interfaces.py", "space.py", "model")
 """Modules and packages of ``impq_core`` whose source decides a variant, beside the backend's own package."""
 
-
 LABEL = "label"
-"""The field that names a key to a reader and decides nothing: no part of digest and diff."""
+"""The field that describes a key to a reader; it is no part of digest and diff."""
 
 OPAQUE = ("options", "parts")
-"""Fields with names that plugins chose; a label in there is an option."""
+"""Fields whose inner names are chosen by plugins: there, a field named ``LABEL`` is an option and is compared."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,11 @@ class Change:
     name: str
     before: str
     now: str
+
+    @property
+    def is_digest(self) -> bool:
+        """Whether the values are hex digests."""
+        return bool(re.fullmatch('"[0-9a-f]{16,}"', self.now))
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class Key:
 
     def require(self, stored: Mapping[str, Any], where: str) -> None:
         """Raises ImpqError, which names the first fact that changed, if a stored key differs from this one."""
-        if changes := self.diff(stored):
+        if changes := sorted(self.diff(stored), key=lambda change: change.is_digest):  # readable facts first
             first, more = changes[0], f" (and {len(changes) - 1} more)" if len(changes) > 1 else ""
             raise ImpqError(f"{where} cannot be continued: {first.name} was {first.before[:80]} and is now "
                             f"{first.now[:80]}{more}; start a new run, or restore the earlier state")
@@ -93,8 +98,8 @@ class VariantsKey(Key):
         options: of the backend.
         versions: of impq and of the libraries that the variants depend on.
         code: digest of the source that makes variants.
-        calibration: text of the statistics; None for a backend that reads no activations.
-        prefix: digest of the choice of every linear in front of which statistics are collected; empty likewise.
+        calibration: text of the statistics; None for a backend that needs none.
+        prefix: digest of the choices of all linears with which statistics are collected; empty for such a backend.
         label: the model's name.
     """
 
@@ -132,7 +137,7 @@ class LossesKey(Key):
 
 @dataclass(frozen=True)
 class SlopesKey(Key):
-    """Gradients of a game's loss: ``losses`` as in the game, and ``probe``, the windows that gradients are read on."""
+    """Gradients of a game's loss: ``losses`` as in the game, and ``probe``, the windows on which gradients are read."""
 
     losses: LossesKey
     probe: TextKey | None = None
@@ -140,8 +145,8 @@ class SlopesKey(Key):
 
 @dataclass(frozen=True)
 class ScoresKey(Key):
-    """Held-out scores of allocations: the deployed ``variants``, the ``evaluation`` windows, and the names of the
-    ``layers`` that an allocation lists choices for."""
+    """Evaluation scores of allocations: the deployed ``variants``, the ``evaluation`` windows, and the names of the
+    ``layers``, in the order of an allocation's choices."""
 
     variants: VariantsKey
     evaluation: TextKey
@@ -154,8 +159,8 @@ class RunKey(Key):
 
     Args:
         losses: of the game that the estimator plays.
-        deployed: variants that the plan is made of.
-        evaluation: the held-out windows.
+        deployed: variants of which the plan is made.
+        evaluation: the evaluation windows.
         space: fingerprint of the deployed search space.
         budget_bytes: of the plan.
         parts: name, options and digests of the input files of each part, by slot.

@@ -1,4 +1,4 @@
-"""Append-only files of measured facts, one JSON line each."""
+"""Append-only files of measurements, one JSON object per line."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from impq_core.space import FloatArray, IntArray
 
 
 class Ledger:
-    """A file of rows; its first line, the header, holds the format and the key of what was measured.
+    """A file of rows. Its first line, the header, holds the format and the key of the measurements.
 
-    An existing file is continued. A last line that a dying process left incomplete is removed.
+    An existing file is continued. If its last line is incomplete because a process died, the line is removed.
 
     Args:
         path: the file.
         format: name and version of the format.
-        key: identity of what was measured.
+        key: identity of the measurements.
 
     Attributes:
-        rows: the rows that were in the file.
+        rows: the rows of an existing file.
 
     Raises:
         ImpqError: the file has another format or key, or is damaged before its last line.
@@ -41,8 +41,8 @@ class Ledger:
             if lines:
                 header, *self.rows = lines
                 if header.get("format") != format:
-                    raise ImpqError(f"{path} is of format {header.get('format')}; this impq continues {format}: start "
-                                    "a new run")
+                    raise ImpqError(f"{path} is of format {header.get('format')}; this impq continues {format}: "
+                                    "start a new run")
                 key.require({name: value for name, value in header.items() if name != "format"}, str(path))
             if size < path.stat().st_size:
                 warnings.warn(f"{path}: the last line is incomplete and is removed", RuntimeWarning, stacklevel=2)
@@ -53,7 +53,7 @@ class Ledger:
             self.sync()
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add a row. It survives the end of the process at once, and a power failure after ``sync``."""
+        """Add a row. It is safe from the end of the process at once, and from a power failure after ``sync``."""
         try:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
@@ -61,7 +61,7 @@ class Ledger:
             raise OSError(error.errno, error.strerror, self._file.name) from error
 
     def sync(self) -> None:
-        """Return when every row is on the disk."""
+        """Write every row to the disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -74,8 +74,8 @@ class MeasurementLog(Ledger):
     """Measured losses.
 
     Attributes:
-        losses: absolute losses (windows,) that an earlier process measured, nats per token, by the number of the set of
-            windows and the bytes of the pick.
+        losses: absolute losses (windows,) of an earlier process, nats per token, by the number of the set of windows
+            and the bytes of the pick.
     """
 
     FORMAT = "impq-measurements/2"
@@ -88,16 +88,17 @@ class MeasurementLog(Ledger):
                 for row in self.rows}
         except (KeyError, TypeError, ValueError) as error:
             self.close()
-            raise ImpqError(f"{path} holds a line that is no measurement ({type(error).__name__}: {error})") from error
+            raise ImpqError(f"{path} has a line that is no measurement ({type(error).__name__}: {error}): start a new "
+                            "run") from error
 
     def add(self, pick: IntArray, windows: FloatArray, number: int = 0) -> None:
         """Add the absolute losses (windows,) of a pick on the set of windows of that number, nats per token."""
-        more = {"set": number} if number else {}
-        self.append({"pick": pick.tolist(), "loss": float(windows.mean()), "windows": windows.tolist(), **more})
+        set_number = {"set": number} if number else {}
+        self.append({"pick": pick.tolist(), "loss": float(windows.mean()), "windows": windows.tolist(), **set_number})
 
     @classmethod
     def read(cls, path: Path) -> tuple[dict[str, Any], list[tuple[tuple[int, ...], float]]]:
-        """Header and (pick, absolute loss) rows, without writing; a torn last line is left out.
+        """Header and (pick, absolute loss) rows, without writing to the file; an incomplete last line is skipped.
 
         Raises:
             ImpqError: the file is no measurement log, or is damaged before its last line.
@@ -109,19 +110,19 @@ class MeasurementLog(Ledger):
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Whole lines, and how many bytes they take.
+    """The complete lines, and their size in bytes.
 
     Raises:
         ImpqError: a line before the last is no JSON object.
     """
     data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
+    size = data.rfind(b"\n") + 1
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(data[:whole].splitlines(), start=1):
+    for number, line in enumerate(data[:size].splitlines(), start=1):
         try:
             rows.append(json.loads(line))
             if not isinstance(rows[-1], dict):
                 raise ValueError("not an object")
         except (ValueError, RecursionError) as error:
-            raise ImpqError(f"{path}, line {number}: not a fact that impq wrote") from error
-    return rows, whole
+            raise ImpqError(f"{path}, line {number} is damaged: start a new run") from error
+    return rows, size

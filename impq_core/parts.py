@@ -35,7 +35,7 @@ class Parts:
         estimate_with: the backend whose variants are measured; None if it is ``backend``.
         refiner: None if the plan is not refined.
         menu: the widths to choose from, as ``backend`` stores them, widest first.
-        played: the same widths as the measured backend stores them.
+        game_menu: the same widths as the backend stores them that quantizes for the game.
         budget: None if the configuration has none.
         granularity: ``block``, ``group`` or ``linear``.
     """
@@ -47,7 +47,7 @@ class Parts:
     estimate_with: Backend | None
     refiner: Refiner | None
     menu: tuple[Choice, ...]
-    played: tuple[Choice, ...]
+    game_menu: tuple[Choice, ...]
     budget: Budget | None
     granularity: str
 
@@ -64,14 +64,14 @@ class Parts:
             if slot not in slots:
                 raise UsageError(f"options are given for '{slot}', which this run does not have{nearest(slot, slots)}")
         built = {ESTIMATE_WITH: None, "refiner": None, **{slot: build_part(config, plugins, slot) for slot in slots}}
-        menu, played = _menus(config, built["backend"], built["estimate_with"])
+        menu, game_menu = _menus(config, built["backend"], built["estimate_with"])
         budget = Budget.parse(config.budget) if config.budget else None
         if budget and not config.pins:  # a pin may lie outside the menu
             budget.check_menu([choice.bits for choice in menu])
         granularity = config.granularity
         if granularity == "auto":
             granularity = built["estimator"].default_granularity
-        return cls(**built, menu=menu, played=played, budget=budget, granularity=granularity)
+        return cls(**built, menu=menu, game_menu=game_menu, budget=budget, granularity=granularity)
 
     def options(self) -> dict[str, dict[str, Any]]:
         """Every option of every part, defaults included, by slot."""
@@ -184,8 +184,8 @@ def _menus(config: RunConfig, backend: Backend,
                                  f"{', '.join(f'{b:g}' for b in sorted(offered))})")
     if len(wanted) < 2:
         raise UsageError("--bits needs at least two widths to choose between")
-    menu, played = (tuple(offered[bits] for bits in sorted(wanted, reverse=True)) for offered in offers)
-    return menu, played
+    menu, game_menu = (tuple(offered[bits] for bits in sorted(wanted, reverse=True)) for offered in offers)
+    return menu, game_menu
 
 
 def load_exporter(name: str, backend: str, options: Mapping[str, Any], plugins: Plugins) -> Exporter:

@@ -287,6 +287,6 @@ def _load_file(path: Path) -> Any:
     if spec is None or spec.loader is None:
         raise ImpqError("not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # so that "impq_file_mine:Class" targets resolve
+    sys.modules[name] = module  # so that a target names its class by the module
     spec.loader.exec_module(module)
     return module

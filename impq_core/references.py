@@ -1,4 +1,4 @@
-"""Allocations that use no measurement of the layers: what any plan has to beat at the same bytes."""
+"""Reference allocations, which use no measurement: a plan has to be better at the same bytes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from impq_core.space import IntArray, SearchSpace
 
 
 def first_last_high(space: SearchSpace, budget: int) -> IntArray:
-    """The first and last blocks at the widest choice, moving inwards while the budget lasts.
+    """Promote blocks to the widest choice from both ends inwards, as far as the budget allows.
 
     Raises:
         ImpqError: the budget is below the smallest plan.
@@ -20,7 +20,7 @@ def first_last_high(space: SearchSpace, budget: int) -> IntArray:
 
 
 def random_plan(space: SearchSpace, budget: int, rng: np.random.Generator) -> IntArray:
-    """Layers promoted one step at a time in random order while the budget lasts.
+    """Promote layers one step at a time in random order, as far as the budget allows.
 
     Raises:
         ImpqError: the budget is below the smallest plan.

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, kept out of what must not be torn."""
+"""Protection of critical sections against Ctrl-C and SIGTERM."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ _STOPS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Let a signal to stop wait until the block is done; a second one does not wait.
+    """Delay the first SIGINT and the first SIGTERM until the ``with`` block ends; a second one acts at once.
 
-    A database session that an exception leaves half-way keeps its lock, and the run could not be marked as stopped.
-    Signals reach the main thread only; elsewhere nothing is changed.
+    An exception in the middle of a database session would leave the database locked, so that the run could not be
+    marked as stopped. Signals reach the main thread only; in another thread this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before: dict[int, Any] = {}
-    held: list[tuple[int, FrameType | None]] = []
+    handlers: dict[int, Any] = {}
+    delayed: list[tuple[int, FrameType | None]] = []
 
-    def hold(number: int, frame: FrameType | None) -> None:
-        held.append((number, frame))
-        signal.signal(number, before[number])
+    def delay(number: int, frame: FrameType | None) -> None:
+        delayed.append((number, frame))
+        signal.signal(number, handlers[number])
 
     for number in _STOPS:
-        before[number] = signal.getsignal(number)
-        if callable(before[number]):
-            signal.signal(number, hold)
+        handlers[number] = signal.getsignal(number)
+        if callable(handlers[number]):
+            signal.signal(number, delay)
     try:
         yield
     finally:
         for number in _STOPS:
-            signal.signal(number, before[number])
-        for stop, frame in held:
-            before[stop](stop, frame)
+            signal.signal(number, handlers[number])
+        for delayed_number, frame in delayed:
+            handlers[delayed_number](delayed_number, frame)

@@ -1,4 +1,4 @@
-"""What a run says in the terminal."""
+"""Progress and results in the terminal."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ PLAIN_SECONDS = 15.0
 
 
 class ConsoleReporter:
-    """Progress and results on a console: bars on a terminal, plain lines elsewhere.
+    """Observer that prints progress and results: bars on a terminal, plain lines elsewhere.
 
     Args:
-        console: where to.
-        brief: a line for a finished run, where there are many.
+        console: the console to print on.
+        brief: print one line for each finished run, as a sweep does.
     """
 
     def __init__(self, console: Console, brief: bool = False) -> None:
         self._console, self._brief = console, brief
         self._bars: Progress | None = None
         self._tasks: dict[str, Any] = {}
-        self._began: dict[str, tuple[float, int]] = {}
+        self._starts: dict[str, tuple[float, int]] = {}  # of a stage: time, and units done then
         self._last = 0.0
 
     @hookimpl
     def impq_run_started(self, config: RunConfig, space: SearchSpace, folder: Path, coverage: float) -> None:
-        """Print what the run is about to do."""
+        """Print the model, the layers, the menu and the budget of the run."""
         if self._brief:
             return
         menu = "/".join(map(str, space.choices))
@@ -64,13 +64,13 @@ class ConsoleReporter:
 
     @hookimpl
     def impq_sweep_started(self, config: RunConfig, folder: Path, varied: Mapping[str, Sequence[str]]) -> None:
-        """Say what is about to happen."""
+        """Print the combinations of the sweep."""
         self._say(f"{config.model}: " + "; ".join(f"{name} {', '.join(values)}" for name, values in varied.items()))
         self._say(f"sweep folder {folder}")
 
     @hookimpl
     def impq_progress(self, stage: str, done: int, total: int) -> None:
-        """Move the bar of a stage, or write a line now and then."""
+        """Move the bar of a stage; without a terminal, print a line every ``PLAIN_SECONDS``."""
         if self._console.is_terminal:
             if self._bars is None:
                 self._bars = Progress(TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(),
@@ -82,28 +82,28 @@ class ConsoleReporter:
             self._bars.update(self._tasks[stage], completed=done, total=total)
             return
         now = time.monotonic()
-        if stage not in self._began or done < self._began[stage][1]:
-            self._began[stage] = (now, done)
+        if stage not in self._starts or done < self._starts[stage][1]:
+            self._starts[stage] = (now, done)
         if now - self._last >= PLAIN_SECONDS or (done in (0, total) and not self._brief):
-            began, first = self._began[stage]
-            left = (now - began) / (done - first) * (total - done) if done > first else math.nan
-            tail = "" if math.isnan(left) or done == total else f", about {left:.0f} s left"
+            started, first = self._starts[stage]
+            remaining = (now - started) / (done - first) * (total - done) if done > first else math.nan
+            tail = "" if math.isnan(remaining) or done == total else f", about {remaining:.0f} s left"
             self._say(f"{stage}: {done} of {total}{tail}")
             self._last = now
 
     @hookimpl
     def impq_plan_ready(self, plan: Plan) -> None:
-        """Say how good the program thinks its plan is."""
+        """Print the plan's predicted cost and its gap to the proven bound."""
         if self._brief:
             return
         gap = "" if plan.gap is None or plan.predicted_loss is None else f", proven within {plan.gap:.2g}"
         if plan.predicted_loss is not None:
-            unit = "nats per token" if plan.is_loss else "in no unit, of an estimate that only ranks"
+            unit = "nats per token" if plan.is_loss else "without unit (the estimate only ranks)"
             self._say(f"plan by {plan.method}: predicted cost {plan.predicted_loss:.4f} {unit}{gap}")
 
     @hookimpl
     def impq_run_finished(self, result: RunResult) -> None:
-        """Print the table."""
+        """Print the summary and the evaluation."""
         if self._brief:
             score = result.evaluation.plan if result.evaluation else None
             self._say(f"{result.folder.name}: {score_line(score)}" if score else result.folder.name)
@@ -116,7 +116,7 @@ class ConsoleReporter:
 
     @hookimpl
     def impq_run_failed(self, error: BaseException) -> None:
-        """Leave the terminal as it was; in a sweep that goes on, say what could not be made."""
+        """Remove the bars; in a sweep, which continues, print the error."""
         if self._brief and isinstance(error, ImpqError):
             self._say(f"not made: {error}")
             return
@@ -124,7 +124,7 @@ class ConsoleReporter:
 
     @hookimpl
     def impq_sweep_finished(self, folder: Path) -> None:
-        """Leave the terminal as it was."""
+        """Remove the bars."""
         self._stop()
 
     def _say(self, text: str) -> None:
@@ -137,15 +137,15 @@ class ConsoleReporter:
 
 
 def summary(result: RunResult) -> list[str]:
-    """The run in a few lines: the plan, the cost of the search, the texts."""
+    """Lines about the plan, the cost of the search, the stages and the held-out text."""
     lines = plan_lines(result) if result.plan else []
     if result.measurements is None and result.estimate is not None:
         lines.append(f"search: {result.forwards:.1f} full-model forwards (of {result.config.game_windows} windows of "
                      f"{result.config.calibration.source} calibration text)")
     if result.measurements is not None:
-        m = result.measurements
-        lines.append(f"search: {len(m)} losses on {m.tokens} tokens of {result.config.calibration.source} calibration "
-                     f"text, {result.forwards:.1f} full-model forwards")
+        measured = result.measurements
+        lines.append(f"search: {len(measured)} losses on {measured.tokens} tokens of "
+                     f"{result.config.calibration.source} calibration text, {result.forwards:.1f} full-model forwards")
     if result.estimate is not None and result.estimate.stderr is not None:
         error = result.estimate.stderr[:, 1:].mean()
         spread = result.estimate.linear[:, -1].std()
@@ -160,7 +160,7 @@ def summary(result: RunResult) -> list[str]:
 
 
 def plan_lines(result: RunResult) -> list[str]:
-    """The plan's widths and bytes."""
+    """Lines about the plan's widths and bytes."""
     plan = result.plan
     assert plan is not None
     alike = f" (this is uniform {plan.space.choices[plan.pick[0]]})" if (plan.pick == plan.pick[0]).all() else ""
@@ -172,18 +172,18 @@ def plan_lines(result: RunResult) -> list[str]:
 
 
 def width_counts(plan: Plan) -> str:
-    """How many layers have which width: ``6 at 4, 18 at 3``."""
+    """The number of layers at each width: ``6 at 4, 18 at 3``."""
     return ", ".join(f"{int((plan.pick == k).sum())} at {choice}" for k, choice in enumerate(plan.space.choices))
 
 
 def score_line(score: Score) -> str:
-    """A score in a line."""
+    """A score as one line."""
     return (f"NLL {score.nll:.4f} ± {score.stderr:.4f}, perplexity {score.perplexity:.4g} ± "
             f"{score.perplexity_stderr:.2g}, KL {score.kl:.4f}, top-1 agreement {100 * score.top1:.1f}%")
 
 
 def evaluation_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of the evaluation table, for the terminal and for Markdown alike."""
+    """Header and cells of the evaluation table, for the terminal and for Markdown."""
     header = ["allocation", "bits", "stored", "MB", "NLL", "minus plan", "perplexity", "KL", "top-1"]
     cells = []
     for row in evaluation.rows:
@@ -197,14 +197,15 @@ def evaluation_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]
         if row.score is None:
             cells.append([row.name, *sizes, f"{row.nll:.3f}", minus, f"{math.exp(row.nll):.4g}", "", ""])
         else:
-            s = row.score
-            cells.append([row.name, *sizes, f"{s.nll:.3f} ± {s.stderr:.3f}", minus,
-                          f"{s.perplexity:.4g} ± {s.perplexity_stderr:.2g}", f"{s.kl:.3f}", f"{100 * s.top1:.1f}%"])
+            score = row.score
+            cells.append([row.name, *sizes, f"{score.nll:.3f} ± {score.stderr:.3f}", minus,
+                          f"{score.perplexity:.4g} ± {score.perplexity_stderr:.2g}", f"{score.kl:.3f}",
+                          f"{100 * score.top1:.1f}%"])
     return header, cells
 
 
 def evaluation_table(evaluation: Evaluation) -> Table:
-    """The table of a run for the terminal."""
+    """The evaluation of a run as a table."""
     header, cells = evaluation_rows(evaluation)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for number, name in enumerate(header):
@@ -276,49 +277,51 @@ def _size(nbytes: int) -> str:
 
 
 def fit_table(fits: Fits) -> Table:
-    """What ``impq fit`` prints."""
+    """The table of ``impq fit``."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("surrogate", "error", "misordered", "explained", "file"):
         table.add_column(name, justify="left" if name in ("surrogate", "file") else "right", overflow="fold")
-    for one in fits.surrogates:
-        if one.validation is None:
-            table.add_row(one.surrogate, "", "", "", one.problem)
+    for fit in fits.surrogates:
+        if fit.validation is None:
+            table.add_row(fit.surrogate, "", "", "", fit.problem)
         else:
-            v, told = one.validation, one.estimate is None or one.estimate.is_loss
-            table.add_row(one.surrogate, f"{v.error:.4f}" if told else "", f"{100 * v.misordered:.1f}%",
-                          f"{100 * v.explained:.1f}%" if told else "", str(one.file))
+            validation, is_loss = fit.validation, fit.estimate is None or fit.estimate.is_loss
+            table.add_row(fit.surrogate, f"{validation.error:.4f}" if is_loss else "",
+                          f"{100 * validation.misordered:.1f}%",
+                          f"{100 * validation.explained:.1f}%" if is_loss else "", str(fit.file))
     if math.isnan(fits.game.loss):
-        table.title = "how far the game is from additive: too few measurements to tell"
+        table.title = "share of interactions in the game: unknown, too few measurements"
     else:
         table.title = (f"of the variance among equally many demotions, {100 * fits.game.loss:.1f}% is of order two and "
-                       f"above, {100 * fits.game.linked:.1f}% behind the best saturating or growing curve")
-    table.caption = ("of permutations left out: root mean square error in nats per token; pairs of equally many "
-                     "demotions in the wrong order (50% is a guess); variance among such explained; empty where a "
-                     "surrogate forecasts no loss")
+                       f"above, {100 * fits.game.linked:.1f}% after the best saturating or growing curve")
+    table.caption = ("cross-validated over permutations: root mean square error in nats per token; pairs of equally "
+                     "many demotions in the wrong order (50% is random); explained variance among equally many "
+                     "demotions; empty if the surrogate predicts no loss")
     return table
 
 
-def plans_table(made: Sequence[Planned]) -> Table:
-    """What ``impq allocate`` prints."""
+def plans_table(plans: Sequence[Planned]) -> Table:
+    """The table of ``impq allocate``."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("budget", "bits", "stored", "MB", "predicted cost", "proven within", "layers", "file"):
         table.add_column(name, justify="left" if name in ("budget", "layers", "file") else "right", no_wrap=True)
-    for one in made:
-        plan, space = one.plan, one.plan.space
-        table.add_row(one.budget, f"{space.nominal_bits(plan.nbytes):.3f}", f"{space.bits_per_weight(plan.nbytes):.3f}",
-                      f"{plan.nbytes / 1e6:.2f}", "" if plan.predicted_loss is None else f"{plan.predicted_loss:.4f}",
-                      "" if plan.gap is None else f"{plan.gap:.2g}", width_counts(plan), one.file.name)
-    unit = "in nats per token above the widest model" if made[0].plan.is_loss else "of an estimate that only ranks"
-    table.caption = f"files in {made[0].file.parent}; predicted cost {unit}, not measured"
+    for planned in plans:
+        plan, space = planned.plan, planned.plan.space
+        table.add_row(planned.budget, f"{space.nominal_bits(plan.nbytes):.3f}",
+                      f"{space.bits_per_weight(plan.nbytes):.3f}", f"{plan.nbytes / 1e6:.2f}",
+                      "" if plan.predicted_loss is None else f"{plan.predicted_loss:.4f}",
+                      "" if plan.gap is None else f"{plan.gap:.2g}", width_counts(plan), planned.file.name)
+    unit = "in nats per token above the widest model" if plans[0].plan.is_loss else "of an estimate that only ranks"
+    table.caption = f"files in {plans[0].file.parent}; predicted cost {unit}, not measured"
     return table
 
 
-def shelves_table(found: Sequence[Shelf]) -> Table:
-    """What ``impq cache`` prints."""
+def shelves_table(shelves: Sequence[Shelf]) -> Table:
+    """The table of ``impq cache``."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("model", "backend", "options", "variants", "scores", "MB", "last used", "folder"):
         table.add_column(name, justify="right" if name in ("variants", "scores", "MB") else "left", overflow="fold")
-    for shelf in found:
+    for shelf in shelves:
         options = ", ".join(f"{key}={value}" for key, value in shelf.about.get("options", {}).items())
         table.add_row(shelf.model, str(shelf.about.get("backend")).split(".")[0], options,
                       str(shelf.count), str(shelf.facts), f"{shelf.nbytes / 1e6:.1f}",
@@ -327,16 +330,17 @@ def shelves_table(found: Sequence[Shelf]) -> Table:
 
 
 def make_console() -> Console:
-    """Standard output; wide enough for the table where it is not a terminal."""
+    """Standard output, 130 columns wide if it is not a terminal."""
     return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 130)
 
 
 def console(brief: bool = False) -> Plugins:
-    """The installed plugins with the terminal watching, for a script that is to talk as the command line does. To be
-    called before anything heavy is imported, because what it quiets is said then.
+    """The installed plugins with a ``ConsoleReporter``, for a script that prints what the command line prints.
+
+    Call it before torch or transformers are imported: it silences what they print at their import.
 
     Args:
-        brief: a line for a finished run, where there are many.
+        brief: print one line for each finished run, as a sweep does.
     """
     quiet_libraries()
     plugins = Plugins()
@@ -345,7 +349,7 @@ def console(brief: bool = False) -> Plugins:
 
 
 def quiet_libraries() -> None:
-    """Keep other libraries' banners and bars out of our output; their errors still come through."""
+    """Silence banners and bars of other libraries; their errors are still printed."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")

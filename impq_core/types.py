@@ -282,9 +282,9 @@ class Plan:
         pick: int64 (n,).
         budget_bytes: what it had to fit in.
         predicted_loss: the estimate's prediction (its objective), nats per token above the reference.
-        bound: proven lower bound of that prediction over all picks in the budget; None where nothing was proven.
-        method: who made it, such as ``qp``.
-        provenance: names and digests that tell where it came from.
+        bound: proven lower bound of that prediction over all picks in the budget; None if nothing was proven.
+        method: name of the allocator or refiner that made it, such as ``qp``.
+        provenance: names and digests of its run, model, text and versions.
         is_loss: whether the prediction is a loss; false if it is the score of an estimate that only ranks.
     """
 

@@ -1,23 +1,42 @@
-"""Tiny models and texts that every test shares, and caches that keep a user's own clean."""
+"""Fixtures: tiny models and texts, and caches and stores apart from the user's own."""
 
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from impq_core.config import RunConfig, TextConfig
+from impq_core.runs.pipeline import run
 from impq_core.testing import made_text, tiny_model
+from impq_core.tracking.store import create_store, sqlite_file
 
 if TYPE_CHECKING:
     from scenes import World
 
-torch.set_num_threads(1)  # tiny matrices; more threads only wait for each other on a busy machine
+# The matrices are tiny: more threads only wait for each other. Commands that the tests start inherit the variables.
+torch.set_num_threads(1)
+for library in ("OMP", "MKL", "OPENBLAS"):
+    os.environ[f"{library}_NUM_THREADS"] = "1"
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+# How long an example takes depends on what else the machine does.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
+
+
+@pytest.fixture(autouse=True)
+def plain_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dtype ``auto`` is float32, whatever the processor can do."""
+    monkeypatch.setattr("torch.cpu.get_capabilities", dict)
 
 
 @pytest.fixture(autouse=True)
@@ -34,8 +53,34 @@ def own_store(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("MLFLOW_") and name != "MLFLOW_DISABLE_TELEMETRY"]:
         monkeypatch.delenv(name)
     for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
-        monkeypatch.setenv(name, "")  # so that it is taken out again, whoever sets it
+        monkeypatch.setenv(name, "")  # so that the variable is removed again, if a test sets it
         monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], None]:
+    """A function that writes an empty MLflow store, which is built once: MLflow's migrations take seconds."""
+    built = tmp_path_factory.mktemp("store") / "mlflow.db"
+
+    def write(path: Path) -> None:
+        if not built.exists():
+            create_store(f"sqlite:///{built}")
+        shutil.copy(built, path)
+
+    return write
+
+
+@pytest.fixture(autouse=True)
+def copied_store(request: pytest.FixtureRequest, empty_store: Callable[[Path], None],
+                 monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trackers copy the empty store instead of building one, except in tests marked ``builds_store``."""
+    def create(uri: str) -> None:
+        path = sqlite_file(uri)
+        if path is not None and not path.exists():
+            empty_store(path)
+
+    if request.node.get_closest_marker("builds_store") is None:
+        monkeypatch.setattr("impq_core.tracking.tracker.create_store", create)
 
 
 @pytest.fixture(scope="session")
@@ -56,11 +101,32 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_config(tiny_llama: Path, texts: tuple[Path, Path], tmp_path: Path) -> RunConfig:
     """A whole run that takes seconds."""
-    return RunConfig(model=str(tiny_llama), bits=(2, 4), estimator="spqe", granularity="block",
+    return _tiny_config(tiny_llama, texts, tmp_path)
+
+
+def _tiny_config(model: Path, texts: tuple[Path, Path], folder: Path) -> RunConfig:
+    return RunConfig(model=str(model), bits=(2, 4), estimator="spqe", granularity="block",
                      calibration=TextConfig(str(texts[0]), 8, 48), game_windows=4,
-                     evaluation=TextConfig(str(texts[1]), 6, 48), dtype="float32", output=str(tmp_path / "runs"),
-                     tracking_uri=f"sqlite:///{tmp_path}/mlflow.db",
+                     evaluation=TextConfig(str(texts[1]), 6, 48), dtype="float32", output=str(folder / "runs"),
+                     tracking_uri=f"sqlite:///{folder}/mlflow.db",
                      options={"estimator": {"permutations": 4}, "backend": {"clip_search": False}})
+
+
+@pytest.fixture(scope="session")
+def tiny_variants(tiny_llama: Path, texts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that holds the variants of ``tiny_config``."""
+    folder = tmp_path_factory.mktemp("variants")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IMPQ_CACHE", str(folder / "cache"))
+        run(replace(_tiny_config(tiny_llama, texts, folder), estimator="random", allocator="greedy",
+                    options={"backend": {"clip_search": False}}))
+    return folder / "cache"
+
+
+@pytest.fixture
+def variants(cache: Path, tiny_variants: Path) -> None:
+    """The variants of ``tiny_config`` are in the test's cache, for tests that are not about quantizing."""
+    shutil.copytree(tiny_variants, cache, ignore=shutil.ignore_patterns("score-*"))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The pages of docs/reference, written from what the code says of itself."""
+"""The pages of docs/reference, generated from help texts, docstrings and defaults."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from impq_core.parts import describe_options, described_arguments
 from impq_core.plugins import OFFERED, Plugins
 
 WIDTH = 100
-"""Columns of a help text: the same on every terminal."""
+"""Width of a help text in columns, the same on every terminal."""
 
 WRITTEN = "Written by `IMPQ_WRITE_DOCS=1 pytest tests/test_docs.py` from the code; the tests compare it.\n"
 
@@ -54,9 +54,9 @@ def options() -> str:
 
 
 def _split(line: str) -> tuple[str, str, str]:
-    setting, _, told = line.partition("  ")
+    setting, _, described = line.partition("  ")
     name, _, default = setting.partition("=")
-    return f"`{name}`", f"`{default}`" if default else "", told
+    return f"`{name}`", f"`{default}`" if default else "", described
 
 
 def configuration() -> str:
@@ -67,15 +67,15 @@ def configuration() -> str:
              "| key | default | what it is |", "|---|---|---|"]
     texts = ("calibration", "evaluation")
     parts += map(_row, _keys(RunConfig, skip=texts))
-    told = described_arguments(RunConfig.__doc__ or "")
-    parts += ["", *(f"- `[{name}]`: {_code(told[name])}" for name in texts), "",
+    described = described_arguments(RunConfig.__doc__ or "")
+    parts += ["", *(f"- `[{name}]`: {_code(described[name])}" for name in texts), "",
               "## `[calibration]` and `[evaluation]`\n", "A name alone is short for a table with that `source`.\n",
               "| key | default | what it is |", "|---|---|---|", *map(_row, _keys(TextConfig))]
     return "\n".join(parts) + "\n"
 
 
 def _keys(kind: type, skip: tuple[str, ...] = ()) -> Iterator[tuple[str, str, str]]:
-    told: Mapping[str, str] = described_arguments(kind.__doc__ or "")
+    described: Mapping[str, str] = described_arguments(kind.__doc__ or "")
     for one in fields(kind):
         if one.name in skip:
             continue
@@ -83,7 +83,7 @@ def _keys(kind: type, skip: tuple[str, ...] = ()) -> Iterator[tuple[str, str, st
         shown = str(default).lower() if isinstance(default, bool) else (
             "[]" if default == () else "{}" if default == {} else f'"{default}"' if isinstance(default, str)
             else str(default))
-        yield f"`{one.name}`", f"`{shown}`", told[one.name]
+        yield f"`{one.name}`", f"`{shown}`", described[one.name]
 
 
 def _row(cells: tuple[str, ...]) -> str:

@@ -1,4 +1,4 @@
-"""The code blocks of the documents, and a folder in which they can be run as printed."""
+"""The code blocks of the documents, and a folder in which they run unchanged."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from impq_core.testing import tiny_model
 
 ROOT = Path(__file__).parents[1]
 RUN, SWEEP = "impq-runs/20260101-120000-ab12", "impq-runs/20260101-130000-cd34"
-"""What the documents call a finished run and a sweep."""
+"""Names of a finished run and of a sweep in the documents."""
 
 _BLOCK = re.compile(r"(?:^<!-- not run: (?P<skip>.+?) -->\n)?(?:^<!-- [\w ]+ -->\n)?"
                     r"^```(?P<language>\w+)(?: title=\"(?P<title>[^\"]+)\")?\n(?P<text>.*?)^```$", re.M | re.S)
@@ -36,12 +36,12 @@ class Block:
     """A fenced block of code.
 
     Args:
-        page: the document, from the repository's root.
-        line: where its fence is.
-        language: what the fence says.
-        text: what is in it.
-        title: the file it is the content of; empty for what is to be run.
-        skip: why it cannot be run; empty where it can.
+        page: path of the document from the repository's root.
+        line: line of its fence.
+        language: language of the fence.
+        text: content of the block.
+        title: file with this content; empty if the block is to be run.
+        skip: why it cannot be run; empty if it can.
     """
 
     page: str
@@ -53,7 +53,7 @@ class Block:
 
     @property
     def commands(self) -> list[str]:
-        """What is typed: the lines of a shell block, or those behind the prompts of a console."""
+        """The commands: the lines of a shell block, or the lines after the prompts of a console."""
         lines = self.text.replace("\\\n", " ").splitlines()
         if self.language == "console":
             lines = [line[2:] for line in lines if line.startswith("$ ")]
@@ -62,7 +62,7 @@ class Block:
 
 
 def blocks_of(page: str) -> list[Block]:
-    """Every block of a document that is to be run, or is a file of what is run, in its order."""
+    """The blocks of a document in order: those to be run, and the files that they need."""
     text = (ROOT / page).read_text()
     return [Block(page, text[:found.start("language")].count("\n") + 1, found["language"], found["text"],
                   found["title"] or "", found["skip"] or "")
@@ -71,11 +71,11 @@ def blocks_of(page: str) -> list[Block]:
 
 @dataclass
 class Page:
-    """A document at work in a folder of its own: blocks build on those in front of them.
+    """A document in its own folder; a block needs the blocks before it.
 
     Args:
-        world: where.
-        blocks: what is there to run.
+        world: the folder.
+        blocks: the blocks of the document.
     """
 
     world: World
@@ -84,7 +84,7 @@ class Page:
     _done: list[Exception | None] = field(default_factory=list)
 
     def run(self, block: Block) -> None:
-        """Run a block, after those in front of it; raises what went wrong with it."""
+        """Run a block after the blocks before it; raises the block's exception."""
         number = self.blocks.index(block)
         for one in self.blocks[len(self._done):number + 1]:
             try:
@@ -92,7 +92,7 @@ class Page:
                     if not one.skip:
                         self._carry_out(one)
                 self._done.append(None)
-            except Exception as error:  # told of where it is asked for; those behind may fail by it
+            except Exception as error:  # raised for this block below; later blocks may fail because of it
                 self._done.append(error)
         if error := self._done[number]:
             raise error
@@ -112,17 +112,17 @@ class Page:
         words = shlex.split(command, comments=True)
         if words[0] == "impq":
             answer = self.world.ask(shlex.join(words[1:]))
-            told = answer.code, answer.out + answer.err
+            result = answer.code, answer.out + answer.err
         else:
             ours = {"python": [sys.executable], "pytest": [sys.executable, "-m", "pytest"]}
             done = subprocess.run([*ours.get(words[0], words[:1]), *words[1:]], capture_output=True, text=True,
                                   timeout=300)
-            told = done.returncode, done.stdout + done.stderr
-        assert told[0] == 0, f"{command}\n{told[1]}"
+            result = done.returncode, done.stdout + done.stderr
+        assert result[0] == 0, f"{command}\n{result[1]}"
 
 
 def make_world(folder: Path) -> World:
-    """What pages find in their folders: a tiny model, texts, settings that name them, a finished run and a sweep."""
+    """The folder of a document: a tiny model, texts, settings that name them, a finished run and a sweep."""
     world = World(folder / "here", folder / "kept")
     world.here.mkdir()
     for number, name in enumerate(("calibration.txt", "evaluation.txt", "train.jsonl", "test.jsonl")):

@@ -22,7 +22,7 @@ from impq_core.types import SensitivityEstimate
 
 @contextmanager
 def ends_within(seconds: float) -> Iterator[None]:
-    """Fails in place of going on for ever."""
+    """Fails a test that does not end in time."""
     def stop(*_: object) -> None:
         raise AssertionError(f"it had not ended after {seconds} seconds")
 
@@ -86,7 +86,7 @@ def test_plans_do_not_depend_on_the_scale_of_the_scores(estimate: SensitivityEst
 
 @pytest.mark.parametrize("scale", [1e-12, 1e-6, 1e-3, 1.0, 1e3, 1e6, 1e12])
 def test_the_local_search_ends_with_equal_layers_at_any_scale(scale: float) -> None:
-    """Four layers of each of three kinds, whose exchanges gain nothing but rounding."""
+    """Four layers of each of three kinds; exchanges of equal layers change the score by rounding only."""
     space = planted_space(12, (4, 3, 2))
     for seed in range(10):
         rng = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""Groups that do not divide a linear's inputs; the rest of what backends must do is in test_conformance.py."""
+"""Backends, beyond their contract (test_conformance.py): groups that do not divide a linear's inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Model folders whose weights are not what their configuration says, or are no weights."""
+"""Model folders with weights that contradict their configuration, or that are no weights."""
 
 from __future__ import annotations
 

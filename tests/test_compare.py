@@ -1,4 +1,4 @@
-"""Finished runs beside each other, from folders made up here and from one real tiny run."""
+"""Comparison of finished runs, from synthetic folders and from one real tiny run."""
 
 from __future__ import annotations
 
@@ -162,8 +162,8 @@ def test_a_broken_file_is_one_line(name: str, content: str, tmp_path: Path, conf
     (folder / name).write_text(content)
     with pytest.raises(SystemExit):
         main(["compare", str(tmp_path), "--no-html"])
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1 and str(folder / name) in told and "bug of impq" not in told
+    error_output = capsys.readouterr().err
+    assert error_output.count("\n") == 1 and str(folder / name) in error_output and "bug of impq" not in error_output
 
 
 BROKEN = {"evaluation.json": '{"text": "t", "tokens": 1, "rows": []}', "plan.json": "{", "cost.json": "{}",

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from impq_core.config import RunConfig
 
-PROCESSES = 6
+PROCESSES = 3
 
 
-def test_six_runs_started_at_once_are_all_kept(tiny_config: RunConfig, tmp_path: Path, cache: Path) -> None:
-    (tmp_path / "impq.toml").write_text(tiny_config.to_toml())
+def test_runs_started_at_once_are_all_kept(tiny_config: RunConfig, tmp_path: Path, cache: Path) -> None:
+    config = replace(tiny_config, backend="quanto", options={"estimator": {"permutations": 2}})
+    (tmp_path / "impq.toml").write_text(config.to_toml())
     processes = [subprocess.Popen([sys.executable, "-m", "impq_core.cli", "run"], cwd=tmp_path, text=True,
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                  env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(PROCESSES)]
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(PROCESSES)]
     said = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * PROCESSES, said
     with sqlite3.connect(tmp_path / "mlflow.db") as store:
@@ -30,7 +30,7 @@ def test_six_runs_started_at_once_are_all_kept(tiny_config: RunConfig, tmp_path:
     for name in ("estimate.npz", "plan.json", "evaluation.json", "measurements.jsonl"):
         assert len({(folder / name).read_bytes() for folder in folders}) == 1
     [shelf] = (cache / "variants").iterdir()
-    assert len(list(shelf.glob("*.safetensors"))) == 4 * 7 * 3 and not list(shelf.glob(".*"))
+    assert len(list(shelf.glob("*.safetensors"))) == 4 * 7 * 2 and not list(shelf.glob(".*"))
     assert not [text for text in said if "damaged" in text]
     done = subprocess.run([sys.executable, "-m", "impq_core.cli", "doctor"], cwd=tmp_path, text=True,
                           capture_output=True)

@@ -1,4 +1,4 @@
-"""Every part that impq brings, held to what any plugin's parts are held to; nothing here is private to impq."""
+"""Every part of impq passes the public suites of ``impq_core.testing``, as any plugin's parts must."""
 
 from __future__ import annotations
 

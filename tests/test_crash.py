@@ -23,19 +23,19 @@ ARGUMENTS = ["run", "--estimator", "spqe", "--granularity", "block", "--bits", "
              "--evaluation-windows", "2", "--evaluation-length", "64", "-o", "clip_search=false", "-o",
              "permutations=2", "--surrogate", "covariance", "--refine", "3",
              "--exclude", "model.layers.[4-9]", "--exclude", "model.layers.1?", "--exclude", "model.layers.2?"]
-"""Four of the thirty blocks play, so that a run takes half a minute."""
+"""The game has four of the thirty blocks as layers, so that a run takes half a minute."""
 
 RESULTS = ("estimate.npz", "plan.json", "measurements.npz", "measurements.jsonl", "evaluation.json")
 
 
 @pytest.fixture(autouse=True)
 def cache() -> None:
-    """The user's own, where model and texts are fetched to once; variants go elsewhere."""
+    """The user's cache, with the model and the texts; variants are kept in another cache."""
 
 
 @pytest.fixture
 def start(tmp_path: Path):
-    """Start impq in a folder whose cache has the model and the texts, and nothing else."""
+    """Start impq in a folder with a cache that has only the model and the texts."""
     demo_model(), demo_text("calibration"), demo_text("evaluation")
     home = cache_folder()
 
@@ -52,7 +52,7 @@ def start(tmp_path: Path):
 
 
 def run_folder(process: subprocess.Popen[str]) -> tuple[str, float]:
-    """The run's folder, as soon as it is told, and when that was."""
+    """The run's folder from the first line that names it, and the time of that line."""
     assert process.stdout is not None
     for line in process.stdout:
         if match := re.match(r"run folder (.*)", line):
@@ -72,7 +72,7 @@ def test_whatever_moment_a_run_is_killed_at_it_ends_the_same(start, tmp_path: Pa
     assert whole.wait() == 0, rest
     expected = files(folder)
     rng = random.Random(0)
-    passed, told = 0, []
+    passed, report = 0, []
     for number in range(KILLS):
         name = f"kill{number}"
         process = start(name, *ARGUMENTS)
@@ -86,9 +86,9 @@ def test_whatever_moment_a_run_is_killed_at_it_ends_the_same(start, tmp_path: Pa
         rest = again.stdout.read()
         same = again.wait() == 0 and files(folder) == expected
         passed += same
-        told.append(f"killed after {moment:.1f} of {seconds:.1f} s in {stages[-1] if stages else 'loading'}: "
+        report.append(f"killed after {moment:.1f} of {seconds:.1f} s in {stages[-1] if stages else 'loading'}: "
                     + ("the same" if same else f"NOT the same {rest[-300:]}"))
-        print(told[-1], flush=True)
+        print(report[-1], flush=True)
         with sqlite3.connect(tmp_path / name / "mlflow.db") as store:
             assert store.execute("select status from runs").fetchall() == [("FINISHED",)]
-    assert passed == KILLS, "\n".join(told)
+    assert passed == KILLS, "\n".join(report)

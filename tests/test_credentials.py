@@ -1,4 +1,4 @@
-"""Passwords in addresses, and the variables that say where and how MLflow is reached."""
+"""Passwords in addresses, and the environment variables of MLflow's store and credentials."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of a run that were damaged at random: a command does its work or says in one line why not."""
+"""Randomly damaged files of a run: a command succeeds or reports the reason in one line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import tomli_w
 from scenes import World
 
 ROUNDS = int(os.environ.get("IMPQ_ROUNDS", "6"))
-"""Damages tried of each kind for each file."""
+"""Number of damages of each kind for each file."""
 
 FILES = {
     "impq.toml": "run --tracking-uri none",
@@ -38,7 +38,7 @@ FILES = {
 
 
 def damaged(data: bytes, rng: random.Random) -> bytes:
-    """A byte flipped, or a few deleted, repeated or put in; most near the start, where a file says what it is."""
+    """The data with a byte flipped, or a few bytes deleted, repeated or inserted; mostly near the start, in headers."""
     place = min(rng.randrange(len(data)), rng.randrange(len(data)))
     few = data[place:place + rng.randint(1, 8)]
     before, after = data[:place], data[place:]
@@ -47,7 +47,7 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
 
 
 def distorted(data: Any, rng: random.Random) -> Any:
-    """Plain data of which one value, at any depth, is another, or missing."""
+    """Plain data with one value, at any depth, changed or removed."""
     if isinstance(data, dict | list) and data and rng.random() < 0.8:
         places = list(data) if isinstance(data, dict) else list(range(len(data)))
         place, copy = rng.choice(places), data.copy()

@@ -1,38 +1,37 @@
-"""One run on the real small model and real text: the promise of the README, at a size for tests."""
+"""One run on the real small model and real text: the claims of the README, at a size for tests."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-import torch
 
 from impq_core.config import RunConfig, TextConfig
 from impq_core.errors import ImpqError
 from impq_core.model.demo import Packaged, _fetch
 from impq_core.runs.pipeline import run
 
+UNPLANNED = ("model.layers.?", "model.layers.1?", "model.layers.2[0-7]")
+"""All blocks of the demo model except the last two."""
+
 
 @pytest.fixture(autouse=True)
 def cache() -> None:
-    """The user's own cache, to which model and texts are fetched once."""
+    """The user's cache, with the demo model and texts."""
 
 
 def test_the_real_model_end_to_end(tmp_path: Path) -> None:
-    torch.set_num_threads(2)
-    try:
-        result = run(RunConfig(
-            estimator="spqe", granularity="block", bits=(3, 4), budget="3.5bits",
-            calibration=TextConfig(windows=8, length=128), game_windows=2,
-            evaluation=TextConfig(windows=6, length=128), output=str(tmp_path), tracking_uri="none",
-            options={"estimator": {"permutations": 2}, "backend": {"clip_search": False}}))
-    finally:
-        torch.set_num_threads(1)
-    assert len(result.plan.space) == 30 and result.plan.space.parameters == 106_168_320
-    nll = {row.name: row.nll for row in result.evaluation.rows}
-    assert 2.5 < nll["unquantized"] < 4.0  # a language model on prose, not noise (log of the vocabulary is 10.8)
-    assert nll["unquantized"] < nll["uniform 4"] < nll["plan"] < nll["uniform 3"]
-    assert result.forwards / len(result.measurements or ()) < 0.6
+    result = run(RunConfig(
+        estimator="spqe", granularity="block", bits=(2, 4), budget="3bits", exclude=UNPLANNED,
+        calibration=TextConfig(windows=4, length=128), game_windows=2, evaluation=TextConfig(windows=4, length=64),
+        dtype="float32", cache=False, output=str(tmp_path), tracking_uri="none",
+        options={"estimator": {"permutations": 2}, "backend": {"clip_search": False}}))
+    assert len(result.plan.space) == 2 and result.plan.space.parameters == 106_168_320
+    scores = {row.name: row.score for row in result.evaluation.rows if row.score is not None}
+    assert 2.0 < scores["unquantized"].nll < 5.0  # a language model on prose; the log of the vocabulary is 10.8
+    # Divergences from the unquantized model differ by factors here; differences of losses this small would be noise.
+    assert 0 < 2 * scores["uniform 4"].kl < scores["plan"].kl < scores["uniform 2"].kl
+    assert result.forwards < len(result.measurements or ())
 
 
 def test_a_file_with_another_digest_is_refused(tmp_path: Path) -> None:

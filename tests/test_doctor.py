@@ -1,4 +1,4 @@
-"""What the doctor finds, and what it mends."""
+"""Findings of ``impq doctor``, and its repairs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_an_orphan_is_found_and_closed(finished: Path, tiny_config: RunConfig) -
     with sqlite3.connect(path) as store:
         store.execute("update runs set status = 'RUNNING'")
     with RunFolder(finished).locked():
-        assert not findings(tiny_config)["wrong"]  # somebody is at work
+        assert not findings(tiny_config)["wrong"]  # another process works in it
     [wrong] = findings(tiny_config)["wrong"]
     assert "is RUNNING" in wrong
     [fixed] = findings(tiny_config, fix=True)["fixed"]
@@ -76,7 +76,7 @@ files._replace(where / name, lambda file: os.kill(os.getpid(), 9))
 
 
 def kill_in(folder: Path, name: str, kind: str) -> Path:
-    """What a process leaves that is killed while it writes into a folder."""
+    """A temporary folder of a process that was killed while it wrote into it."""
     before = set(folder.iterdir())
     assert subprocess.run([sys.executable, "-c", KILLED, str(folder), name, kind]).returncode == -9
     [path] = set(folder.iterdir()) - before

@@ -1,4 +1,4 @@
-"""Text files as people have them: each is read, or refused in one line with file, place and cure."""
+"""Text files of users: each is read, or refused in one line with file, place and cure."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ CHAT = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "
     ("a.txt", "hello".encode("utf-16-be"), "line 1", "NUL", "iconv -f UTF-16BE"),
     ("a.txt", b"one\ntwo\r\ncaf\xe9", "line 3", "byte 0xe9 is not UTF-8", "iconv -f LATIN1 -t UTF-8"),
     ("a.txt", "cut in a character: é".encode()[:-1], "line 1", "byte 0xc3", "iconv"),
-    ("a.txt", gzip.compress(b"hello"), "", "is compressed with gzip", "zcat"),
+    ("a.txt", gzip.compress(b"hello", mtime=0), "", "is compressed with gzip", "zcat"),
     ("a.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', "line 2", "byte 0xe9", "iconv"),
     ("a.jsonl", '{"text": "a"}\n{"id": 3}\n', "line 2", "no field 'text', only 'id'", "add a field 'text'"),
     ("a.jsonl", "{}", "line 1", "no field 'text', and no other", "add a field 'text'"),
@@ -152,7 +152,7 @@ def test_the_command_in_a_message_cures_the_file(content: str, text: str, tmp_pa
 
 @pytest.mark.parametrize(("name", "content", "text"), [
     ("a.txt", "café 中".encode("utf-16"), "café 中"), ("a.txt", "café 1".encode("utf-16-le"), "café 1"),
-    ("a.txt", "café".encode("latin-1"), "café"), ("a.txt", gzip.compress(b"hello"), "hello"),
+    ("a.txt", "café".encode("latin-1"), "café"), ("a.txt", gzip.compress(b"hello", mtime=0), "hello"),
     ("a.jsonl", '{"text": "café"}'.encode("utf-16"), "café"),
 ])
 def test_the_command_for_another_encoding_cures_the_file(name: str, content: bytes, text: str, tmp_path: Path,

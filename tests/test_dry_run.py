@@ -67,14 +67,14 @@ def base(tmp_path_factory: pytest.TempPathFactory, texts: tuple[Path, Path]) -> 
 def session(base: RunConfig) -> Session:
     """The model with its variants."""
     session = Session(prepare(base, Plugins()), Plugins())
-    session.quantize_played()
+    session.quantize_for_game()
     return session
 
 
 def measured(session: Session, config: RunConfig) -> float:
     """Forwards that the configuration's estimator is charged."""
     prepared = prepare(config, Plugins())
-    seen = session.at(prepared)
+    seen = session.for_space(prepared)
     game = seen.game() if prepared.calibration else None
     probe = game.probe if game else seen.probe()
     return prepared.parts.measure(game, probe, np.random.default_rng(0)).forwards
@@ -103,7 +103,7 @@ def test_forwards_of_every_architecture_are_exact(base: RunConfig, tmp_path: Pat
         config = replace(base, model=str(tiny_model(tmp_path / architecture, architecture, blocks=2)),
                          estimator="aumann-shapley", granularity="block")
         session = Session(prepare(config, Plugins()), Plugins())
-        session.quantize_played()
+        session.quantize_for_game()
         forecast = forecast_run(config)
         assert forecast.flops == 4 * session.runner.cost(session.prepared.evaluation.ids[:, :1].repeat(48, 1)).total
         assert forecast.searches[0].forwards["estimate"] == pytest.approx(measured(session, config), rel=1e-6)
@@ -189,7 +189,7 @@ def test_statistics_plans_and_scores_cost_what_was_forecast(base: RunConfig, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(BlockwiseModel, "run_batch", counted)
-        session.quantize_played()
+        session.quantize_for_game()
     assert forwards["quantize"] == pytest.approx(done[0] / unit)
     space = prepared.space
     with flop_counter() as counter:

@@ -1,4 +1,4 @@
-"""The examples, on a tiny model: they leave the files they tell of, and their tables hold what the runs measured."""
+"""The examples, on a tiny model: they write the files that they describe, and print the numbers that were measured."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def load(name: str) -> ModuleType:
 @pytest.fixture
 def example(tiny_llama: Path, texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
             capsys: pytest.CaptureFixture[str]) -> Example:
-    """Runs one by its name, from a folder of its own; what it has printed."""
+    """A function that runs an example by its name, in its own folder, and returns its output."""
     monkeypatch.chdir(tmp_path)
 
     def call(name: str, *more: str, text: str = "--calibration") -> str:
@@ -53,7 +53,7 @@ def rows(out: str, *first: str) -> list[list[float]]:
 
 
 def run_folder() -> Path:
-    """The only run there is."""
+    """The only run."""
     [file] = Path("out").glob("*/evaluation.json")
     return file.parent
 
@@ -64,12 +64,12 @@ def test_estimators_are_compared(example: Example) -> None:
     assert str(page.absolute()) in out
     [contest], _ = gather(["out"])
     assert contest.tokens == 4 * 31
-    told = {run.config.estimator: run for run in contest.contestants}
-    assert told.keys() == {"isolated", "zscore"}
+    contestants = {run.config.estimator: run for run in contest.contestants}
+    assert contestants.keys() == {"isolated", "zscore"}
     [[free, *_]], [[forwards, nll, _, difference, _]] = rows(out, "zscore"), rows(out, "isolated")
     assert free == 0 < forwards
-    assert nll == pytest.approx(told["isolated"].plan.nll, abs=1e-4)
-    assert difference == pytest.approx(nll - told["zscore"].plan.nll, abs=2e-4)
+    assert nll == pytest.approx(contestants["isolated"].plan.nll, abs=1e-4)
+    assert difference == pytest.approx(nll - contestants["zscore"].plan.nll, abs=2e-4)
 
 
 def test_a_sweep_is_read_back(example: Example) -> None:
@@ -90,7 +90,7 @@ def test_a_checkpoint_for_vllm_is_what_was_measured(example: Example, form: str)
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in folder.iterdir()}
     assert all(f"{file.stat().st_size:,}" in out for file in folder.iterdir())
     assert f"vllm serve {folder.absolute()}" in out
-    [[written, _]], [[again, _]] = rows(out, "NLL", "as", "written"), rows(out, "NLL", "read", "back")
+    [[written, _]], [[again, _]] = rows(out, "NLL", "at", "export"), rows(out, "NLL", "from", "files")
     assert written == pytest.approx(again, abs=1e-4)
     layers = json.loads((folder / "plan.json").read_text())["layers"]
     assert len(layers) == 4 * 4  # fused groups

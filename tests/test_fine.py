@@ -22,7 +22,7 @@ BUDGET = int(0.5 * (SPACE.low_bytes + SPACE.high_bytes))
 
 
 class Slopes:
-    """A probe whose gradients are the truth's costs, to another scale and with an error that does not average out."""
+    """A probe with the true costs as gradients, at another scale and with a systematic error."""
 
     def __init__(self, error: float) -> None:
         wrong = np.random.default_rng(0).normal(1.0, error, TRUTH.linear.shape)

@@ -1,4 +1,4 @@
-"""The game on a tiny model: the same losses as the plain way, at the price of the blocks behind a difference."""
+"""The game on a tiny model: its losses are those of whole forwards, at the cost of the blocks from a difference on."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_gradients_come_back_from_their_log(table: Table, tmp_path: Path) -> Non
     found = []
     for log in (None, path, path):
         probe = ModelProbe(table.space, table.bank, table.runner, WINDOWS,
-                           log=Ledger(log, "impq-gradients/1", {}) if log else None)
+                           log=Ledger(log, "impq-gradients/2", TextKey("tiny")) if log else None)
         found.append((probe.slopes(), probe.slopes(at), probe.hessian_traces(np.random.default_rng(0)), probe.forwards))
     assert path.read_text().count("\n") == 4  # a header, two slopes, a draw of traces: nothing twice
     for one in found[1:]:

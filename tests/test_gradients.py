@@ -1,4 +1,4 @@
-"""Slopes of the loss on a tiny model, and the estimates made of them."""
+"""Slopes of the loss on a tiny model, and the estimates from them."""
 
 from __future__ import annotations
 

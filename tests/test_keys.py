@@ -1,4 +1,4 @@
-"""Identity: equal facts, equal digest; a fact that changed is named; a label decides nothing."""
+"""Identity: equal keys have equal digests, a difference is named, and a label is not part of the identity."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of facts that are only ever appended to."""
+"""Append-only files of measurements."""
 
 from __future__ import annotations
 
@@ -55,17 +55,17 @@ def test_a_file_that_is_cut_anywhere_is_gone_on_with(cut: int, rows: int,
     assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize(("key", "told"), [
+@pytest.mark.parametrize(("key", "message"), [
     (replace(KEY, model="other"), 'model was "tiny" and is now "other"'),
     (replace(KEY, versions={"torch": "3", "numpy": "2"}), 'versions.torch was "2" and is now "3"'),
     (replace(KEY, text="more"), 'text was null and is now "more"'),
     (replace(KEY, model="other", versions={"torch": "2"}), "(and 1 more)")])
-def test_rows_of_another_key_are_refused(key: AKey, told: str, tmp_path: Path) -> None:
+def test_rows_of_another_key_are_refused(key: AKey, message: str, tmp_path: Path) -> None:
     ledger(tmp_path / "facts.jsonl").close()
     before = (tmp_path / "facts.jsonl").read_bytes()
     with pytest.raises(ImpqError) as error:
         ledger(tmp_path / "facts.jsonl", key)
-    assert told in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
     assert (tmp_path / "facts.jsonl").read_bytes() == before
 
 

@@ -1,4 +1,4 @@
-"""Architectures: what is found in them, and that running block by block is running the model."""
+"""Architectures: their blocks and linears, and equality of a forward block by block with the model's own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each refiner does besides what every one must (test_conformance.py)."""
+"""Refiners, beyond their contract (test_conformance.py)."""
 
 from __future__ import annotations
 

@@ -147,10 +147,10 @@ def test_what_orderings_differ_by_has_a_standard_error_over_draws() -> None:
     draws = np.repeat(np.arange(12), 30)[:, None].repeat(2, axis=1)
     one, other = (Ordering(part.ravel(), draws) for part in wrong)
     difference = (wrong[0] - wrong[1]).mean(axis=1)  # of each draw, as its pairs are with itself
-    assert one.beyond(other) == pytest.approx((difference.mean(), difference.std(ddof=1) / np.sqrt(12)))
-    assert one.beyond(one) == (0.0, 0.0)
+    assert one.minus(other) == pytest.approx((difference.mean(), difference.std(ddof=1) / np.sqrt(12)))
+    assert one.minus(one) == (0.0, 0.0)
     few = [Ordering(part[:4].ravel(), draws[:120]) for part in wrong]
-    assert few[0].beyond(few[1])[1] == np.inf
+    assert few[0].minus(few[1])[1] == np.inf
 
 
 def test_one_permutation_cannot_be_validated() -> None:

@@ -1,4 +1,4 @@
-"""Blocks are run with arguments caught from another text: what may be replayed, and what is refused."""
+"""Replay of blocks with recorded arguments: architectures that are supported, and those that are refused."""
 
 from __future__ import annotations
 

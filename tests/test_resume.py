@@ -1,4 +1,4 @@
-"""Runs that are cut short and gone on with, and the cache of variants they share."""
+"""Interrupted and resumed runs, and the cache of variants."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ from impq_core.runs.folder import RunFolder
 from impq_core.runs.pipeline import resume, run
 from impq_core.space import Choice, LinearSpec
 from impq_core.testing import tiny_model
+from impq_core.tracking.store import experiments
 from impq_core.tracking.tracker import Tracker
 
 
 class Stop:
-    """Somebody stops the run when a stage has come so far."""
+    """Stops the run at a step of a stage, as Ctrl-C does."""
 
     def __init__(self, stage: str, done: int) -> None:
         self._at = stage, done
@@ -41,38 +42,40 @@ class Stop:
             raise KeyboardInterrupt
 
 
-def plugins(config: RunConfig, *observers: object) -> Plugins:
+def tracked(config: RunConfig) -> Plugins:
     found = Plugins()
-    for observer in (Tracker(config.tracking_uri, config.experiment), *observers):
-        found.watch(observer)
+    found.watch(Tracker(config.tracking_uri, config.experiment))
     return found
 
 
 def outcome(folder: Path) -> dict[str, bytes]:
-    """What has to be the same, bit for bit."""
+    """The results that must be equal bit for bit."""
     names = ("measurements.jsonl", "measurements.npz", "gradients.jsonl", "estimate.npz", "plan.json", "scores.jsonl",
              "evaluation.json", "variants.json", "refinement.jsonl", "referee.jsonl")
     return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
 
 
-def cut(config: RunConfig, stage: str, done: int) -> Path:
-    """Start a run and stop it there."""
+def cut(config: RunConfig, stage: str, done: int, *observers: object) -> Path:
+    """The folder of a run that was stopped after ``done`` steps of ``stage``."""
     before = set(Path(config.output).glob("*"))
+    found = Plugins()
+    for observer in (*observers, Stop(stage, done)):
+        found.watch(observer)
     with pytest.raises(KeyboardInterrupt):
-        run(config, plugins(config, Stop(stage, done)))
+        run(config, found)
     [folder] = set(Path(config.output).glob("*")) - before
     return folder
 
 
-PLAIN = {"backend": {"clip_search": False}}
+SPQE = {"estimator": {"permutations": 4}}
 CASES = {
-    "spqe": {},
-    "fresh": {"options": {**PLAIN, "estimator": {"permutations": 4}}, "game_windows": 2, "value": "kl",
-              "surrogate": "covariance"},
-    "gradients": {"estimator": "aumann-shapley", "granularity": "group", "options": PLAIN},
-    "traces": {"estimator": "hawq", "options": PLAIN},
-    "refined": {"estimator": "isolated", "refine": 6, "granularity": "group", "options": PLAIN},
-    "another's": {"estimate_with": "quanto", "options": {**PLAIN, "estimate_with": {"group_size": 32}},
+    "spqe": {"options": SPQE},
+    "fresh": {"options": SPQE, "game_windows": 2, "value": "kl", "surrogate": "covariance"},
+    "gradients": {"estimator": "aumann-shapley", "granularity": "group", "backend": "gptq",
+                  "options": {"backend": {"clip_search": False}}},
+    "traces": {"estimator": "hawq", "options": {}},
+    "refined": {"estimator": "isolated", "refine": 6, "granularity": "group", "options": {}},
+    "another's": {"estimate_with": "quanto", "options": {"estimate_with": {"group_size": 32}},
                   "estimator": "isolated"},
 }
 
@@ -80,7 +83,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_that_was_cut_anywhere_ends_as_if_it_had_not_been(case: str, tiny_config: RunConfig,
                                                                 cache: Path) -> None:
-    config = replace(tiny_config, cache=case != "spqe", **CASES[case])
+    config = replace(tiny_config, cache=case != "spqe", **{"backend": "hqq", **CASES[case]})
     uncut = run(config)
     whole = outcome(uncut.folder)
     stages = [("quantize", 2), ("estimate", 3), ("evaluate", 3)]
@@ -93,29 +96,31 @@ def test_a_run_that_was_cut_anywhere_ends_as_if_it_had_not_been(case: str, tiny_
             score.unlink()
         folder = cut(config, stage, done)
         assert (folder / "error.txt").exists()
-        result = resume(folder, plugins(config))
+        result = resume(folder)
         assert outcome(folder) == whole, stage
         assert result.forwards == uncut.forwards == json.loads((folder / "cost.json").read_text())["forwards"]
         assert not (folder / "error.txt").exists()
-    again = resume(folder, plugins(config))  # what is finished comes out once more
+    again = resume(folder)  # a finished run gives its result once more
     assert outcome(folder) == whole and again.plan is not None
 
 
+@pytest.mark.usefixtures("variants")
 def test_the_mlflow_run_goes_on_too(tiny_config: RunConfig) -> None:
     from mlflow import MlflowClient
 
-    folder = cut(tiny_config, "estimate", 9)
+    folder = cut(tiny_config, "estimate", 9, Tracker(tiny_config.tracking_uri, tiny_config.experiment))
     client = MlflowClient(tiny_config.tracking_uri)
-    [experiment] = [e.experiment_id for e in client.search_experiments() if e.name == tiny_config.experiment]
+    [experiment] = experiments(tiny_config.tracking_uri).values()
     [killed] = client.search_runs([experiment])
     assert killed.info.status == "KILLED"
-    resume(folder, plugins(tiny_config))
+    resume(folder, tracked(tiny_config))
     [kept] = client.search_runs([experiment])
     assert kept.info.status == "FINISHED" and kept.info.run_id == killed.info.run_id
     steps = [point.step for point in client.get_metric_history(kept.info.run_id, "measured_loss")]
     assert sorted(steps) == list(range(4 * 5 + 1))
 
 
+@pytest.mark.usefixtures("variants")
 def test_an_estimate_is_gone_on_with_to_the_end(tiny_config: RunConfig) -> None:
     whole = outcome(run(tiny_config).folder)
     estimated = run(tiny_config, only_estimate=True)
@@ -153,11 +158,10 @@ def change_library(folder: Path, config: RunConfig) -> None:
     write_text(folder / "provenance.json", json.dumps(facts))
 
 
-@pytest.mark.parametrize("change, told", [
-    (change_model, "model digest was"), (change_text, "calibration.tokens was"),
-    (change_backend, "options.group size was 64"),
-    (change_code, "code was"), (change_library, 'versions.gptqmodel was "1.0" and is now')])
-def test_what_has_changed_is_refused(change: object, told: str, tiny_config: RunConfig, texts: tuple[Path, Path],
+@pytest.mark.parametrize("change, message", [
+    (change_model, "model digest"), (change_text, "game.tokens"), (change_backend, "variants"),
+    (change_code, "code"), (change_library, "versions.gptqmodel")])
+def test_what_has_changed_is_refused(change: object, message: str, tiny_config: RunConfig, texts: tuple[Path, Path],
                                      tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "model", "llama", blocks=2)
     text = tmp_path / "calibration.txt"
@@ -168,17 +172,19 @@ def test_what_has_changed_is_refused(change: object, told: str, tiny_config: Run
     change(folder, config)  # type: ignore[operator]
     with pytest.raises(ImpqError) as error:
         resume(folder)
-    assert told in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
     assert outcome(folder) == before
 
 
+@pytest.mark.usefixtures("variants")
 def test_two_processes_do_not_work_in_one_run(tiny_config: RunConfig) -> None:
     folder = cut(tiny_config, "estimate", 3)
-    with RunFolder(folder).locked(), pytest.raises(ImpqError, match="another process is at work"):
+    with RunFolder(folder).locked(), pytest.raises(ImpqError, match="another process"):
         resume(folder)
     resume(folder)
 
 
+@pytest.mark.usefixtures("variants")
 def test_a_torn_line_is_taken_out_and_said(tiny_config: RunConfig) -> None:
     whole = outcome(run(tiny_config).folder)
     folder = cut(tiny_config, "estimate", 6)
@@ -306,6 +312,7 @@ def test_the_same_numbers_with_the_cache_and_without(tiny_config: RunConfig) -> 
     assert not np.array_equal(results[0].evaluation.plan.window_nll, results[3].evaluation.plan.window_nll)
 
 
+@pytest.mark.usefixtures("variants")
 def test_a_run_exists_only_with_what_it_is_resumed_from(tiny_config: RunConfig,
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, text: str) -> None:
@@ -317,6 +324,8 @@ def test_a_run_exists_only_with_what_it_is_resumed_from(tiny_config: RunConfig,
     assert list(Path(tiny_config.output).iterdir()) == []
 
 
+@pytest.mark.builds_store
+@pytest.mark.usefixtures("variants")
 def test_a_store_whose_maker_died_is_no_store(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow import MlflowClient
 
@@ -325,9 +334,9 @@ def test_a_store_whose_maker_died_is_no_store(tiny_config: RunConfig, monkeypatc
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(MlflowClient, "search_experiments", die)
-        run(tiny_config, plugins(tiny_config))
+        run(tiny_config, tracked(tiny_config))
     assert not Path(tiny_config.tracking_uri.removeprefix("sqlite:///")).exists()
-    assert run(tiny_config, plugins(tiny_config)).evaluation is not None
+    assert run(tiny_config, tracked(tiny_config)).evaluation is not None
     Path(tiny_config.tracking_uri.removeprefix("sqlite:///")).write_text("no database")
     with pytest.raises(ImpqError, match="no SQLite database"):
-        run(tiny_config, plugins(tiny_config))
+        run(tiny_config, tracked(tiny_config))

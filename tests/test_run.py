@@ -23,6 +23,8 @@ from impq_core.terminal import console
 from impq_core.tracking.tracker import Tracker
 from impq_core.types import Measurements, Plan, SensitivityEstimate
 
+pytestmark = pytest.mark.usefixtures("variants")
+
 
 @pytest.fixture
 def result(tiny_config: RunConfig) -> RunResult:
@@ -101,7 +103,7 @@ def test_other_surrogates_are_fitted_without_the_model(result: RunResult, capsys
     main(["fit", str(result.folder), "--surrogate", "regression"])
     assert "regression" in capsys.readouterr().out
     (result.folder / "measurements.npz").unlink()
-    with pytest.raises(ImpqError, match="no run whose losses can be fitted"):
+    with pytest.raises(ImpqError, match="no losses to fit"):
         fit_run(str(result.folder), names, {}, Plugins())
 
 
@@ -121,8 +123,8 @@ def test_other_menus_and_granularities(change: dict[str, object], tiny_config: R
 
 BASELINES = {"isolated": 5, "coarse-to-fine": 17, "llm-mq": 6, "fisher": 6, "aumann-shapley": 24, "hawq": 24, "lim": 2,
              "activation": 2, "zscore": 0, "first-last": 0, "random": 0}
-"""What they cost in forwards with 4 layers and 3 widths, looking at twice as many windows as the game has; played ones
-about so."""
+"""Cost of estimators in forwards, for 4 layers, 3 widths and twice as many probe windows as game windows; of a game
+approximately."""
 
 
 @pytest.mark.parametrize("changes", [{"estimator": "zscore"}, {"surrogate": "covariance"}])
@@ -134,12 +136,12 @@ def test_a_score_is_not_called_a_loss(changes: dict[str, str], tiny_config: RunC
     plugins = console()
     plugins.watch(Tracker(config.tracking_uri, config.experiment))
     result = run(config, plugins)
-    told = capsys.readouterr().out
-    assert "in no unit, of an estimate that only ranks" in told and "nats per token, proven" not in told
+    output = capsys.readouterr().out
+    assert "without unit (the estimate only ranks)" in output and "nats per token, proven" not in output
     assert not result.plan.is_loss and json.loads((result.folder / "plan.json").read_text())["is_loss"] is False
     assert not SensitivityEstimate.load(result.folder / "estimate.npz").is_loss
     client = MlflowClient(config.tracking_uri)
-    [kept] = client.search_runs([client.get_experiment_by_name(config.experiment).experiment_id])
+    [kept] = client.search_runs([client.get_experiment_by_name(config.experiment or "impq").experiment_id])
     assert kept.data.metrics["predicted_score"] == result.plan.predicted_loss
     assert not {"predicted_loss", "surrogate_error"} & set(kept.data.metrics)
 
@@ -317,13 +319,13 @@ def test_nothing_is_left_behind_by_what_is_refused(tiny_config: RunConfig, texts
 
 
 def test_a_script_plays_the_game_of_a_run(tiny_config: RunConfig, result: RunResult) -> None:
-    game, told = play(tiny_config), result.measurements
-    assert game.reference_loss == told.reference_loss
+    game, measurements = play(tiny_config), result.measurements
+    assert game.reference_loss == measurements.reference_loss
     for number in range(4):
-        rows = told.path == number
-        assert (told.windows[rows] == game.redraw(number // 2)).all()  # every pair of orders has windows of its own
-        assert np.array_equal(game.losses(told.picks[rows]), told.losses[rows])
-    assert game.budget_bytes == told.budget_bytes and len(list(Path(tiny_config.output).iterdir())) == 1
+        rows = measurements.path == number
+        assert (measurements.windows[rows] == game.redraw(number // 2)).all()  # each pair has its own set
+        assert np.array_equal(game.losses(measurements.picks[rows]), measurements.losses[rows])
+    assert game.budget_bytes == measurements.budget_bytes and len(list(Path(tiny_config.output).iterdir())) == 1
     blind = replace(tiny_config, estimator="random", backend="hqq", options={})
-    with pytest.raises(ImpqError, match="'random' reads no text to play on"):
+    with pytest.raises(ImpqError, match="'random' reads no calibration text"):
         play(blind)

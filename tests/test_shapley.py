@@ -1,4 +1,4 @@
-"""SPQE and the surrogates made of its marginals, on games with known answers."""
+"""SPQE and the surrogates from its marginals, on games with known answers."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ def test_additive_games_are_recovered_from_one_permutation() -> None:
 
 
 def test_the_plan_settles_before_the_permutations_end() -> None:
-    told = []
+    draws = []
 
     def drift(measurements: Measurements) -> float:
-        told.append(len(np.unique(measurements.replicate)))
-        return (np.inf, 0.3, 0.001, 0.2, 0.004, 0.003)[len(told) - 1]
+        draws.append(len(np.unique(measurements.replicate)))
+        return (np.inf, 0.3, 0.001, 0.2, 0.004, 0.003)[len(draws) - 1]
 
     game = PlantedGame(planted_space(5), lambda pick: float(pick.sum()))
     m = Spqe(Options(40, settle=0.005)).sample(game, np.random.default_rng(0), drift)
-    assert told == [1, 2, 3, 4, 5, 6] == [*np.unique(m.replicate + 1)]
+    assert draws == [1, 2, 3, 4, 5, 6] == [*np.unique(m.replicate + 1)]
     assert len(np.unique(Spqe(Options(6, settle=0.005)).sample(game, np.random.default_rng(0)).replicate)) == 3
 
 

@@ -1,4 +1,4 @@
-"""A signal to stop waits for what must not be torn."""
+"""Signals are delayed in critical sections."""
 
 from __future__ import annotations
 

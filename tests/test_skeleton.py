@@ -1,4 +1,4 @@
-"""What ``impq plugins new`` writes works as it stands, and the example plugin is what it writes."""
+"""``impq plugins new`` writes working plugins, and the example plugin is one of them."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def test_nothing_is_written_where_something_is_wrong(tmp_path: Path, monkeypatch
     (tmp_path / "there.py").touch()
     for target, kinds, reason in (
             ("Mine", ["estimator"], "no name"), ("spqe", ["estimator"], "already, from impq:spqe"),
-            ("mine", ["estimatr"], "did you mean 'estimator'"), ("there", ["backend"], "is there already"),
-            ("there.py", ["backend"], "is there already"), ("mine.py", ["backend", "refiner"], "holds one part"),
+            ("mine", ["estimatr"], "did you mean 'estimator'"), ("there", ["backend"], "exists already"),
+            ("there.py", ["backend"], "exists already"), ("mine.py", ["backend", "refiner"], "holds one part"),
             ("nowhere/mine.py", ["backend"], "no folder nowhere")):
         with pytest.raises(UsageError, match=reason):
             write_plugin(target, kinds, Plugins())

@@ -1,4 +1,4 @@
-"""impq and a stranger's plugin as installed wheels: `tox -e thirdparty` builds and installs both, then runs this."""
+"""impq and the example plugin as installed wheels: `tox -e thirdparty` builds and installs both, then runs this."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def test_its_parts_are_listed_and_none_is_dropped(here: Path) -> None:
 
 
 def test_a_run_with_all_three(here: Path) -> None:
-    told = impq(here, "run", "--model", "model", "--estimator", "example", "--allocator", "example", "--backend",
+    output = impq(here, "run", "--model", "model", "--estimator", "example", "--allocator", "example", "--backend",
                 "example", "-o", "group_size=16", *SMALL)
-    assert "bits with example" in told and "uniform 4" in told
+    assert "bits with example" in output and "uniform 4" in output
     [folder] = (here / "impq-runs").iterdir()
     assert 'estimator = "example"' in (folder / "impq.toml").read_text()
 

@@ -1,4 +1,4 @@
-"""What MLflow keeps of runs, sweeps and exports for its pages."""
+"""Records of runs, sweeps and exports in MLflow."""
 
 from __future__ import annotations
 

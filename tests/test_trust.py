@@ -1,4 +1,4 @@
-"""Files that travel may not permit code to run."""
+"""No file can permit a model's code to run; only the command line can."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def test_code_of_a_model_runs_only_if_this_command_permits_it(
                     lambda: evaluate_folder(exported.folder)):
         with pytest.raises(ImpqError, match="--trust-remote-code"):
             attempt()
-    told = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps({**told, "run": {**told["run"], "trust_remote_code": True}}))
+    data = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**data, "run": {**data["run"], "trust_remote_code": True}}))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "impq.toml").write_text(config.to_toml() + "\n")
     (tmp_path / "impq.toml").write_text("trust_remote_code = true\n" + config.to_toml())
@@ -70,7 +70,7 @@ def test_code_of_a_model_runs_only_if_this_command_permits_it(
             main(command)
         assert stop.value.code in (1, 2) and "--trust-remote-code" in capsys.readouterr().err
     assert not ran.exists()
-    manifest.write_text(json.dumps(told))
+    manifest.write_text(json.dumps(data))
     again = evaluate_folder(exported.folder, trust=trusted)
     assert again.score is not None and exported.score is not None and again.score.nll == exported.score.nll
 

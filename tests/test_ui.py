@@ -36,7 +36,7 @@ FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "-
          "--disable-background-networking", "--disable-component-update", "--window-size=1900,1400")
 FIRST, SECOND = "spqe auto qp gptq 3bits", "hawq qp gptq 2.5bits"
 SECONDS = 60.0
-"""How long a page may take on a busy machine."""
+"""Time limit of a page in seconds, for a busy machine."""
 
 
 def link(text: str) -> str:

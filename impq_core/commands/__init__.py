@@ -1,1 +1,1 @@
-"""The commands of ``impq``; each imports what it needs when it runs."""
+"""The commands of ``impq``. Heavy libraries are imported inside the commands that need them."""

@@ -1,4 +1,4 @@
-"""What commands share: the options of a run, their reading, and who watches."""
+"""Shared code of the commands: the options of a run, the configuration they make, and the observers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Command = Callable[..., Any]
 def _text_options(role: str, default: str) -> Callable[[Command], Command]:
     def add(command: Command) -> Command:
         for suffix, kind, text in (("-seed", int, "Seed of the draw."), ("-length", int, "Tokens in a window [256]."),
-                                   ("-windows", int, "Windows drawn [64]."),
+                                   ("-windows", int, "Number of windows drawn [64]."),
                                    ("", str, f"{default} text: demo, a .txt/.jsonl/.parquet file, or a datasets name "
                                              "such as wikitext:wikitext-2-raw-v1:test [demo].")):
             command = click.option(f"--{role}{suffix}", type=kind, default=None, help=text)(command)
@@ -40,7 +40,7 @@ plugin_option = click.option("--plugin", "plugin_files", multiple=True, type=cli
                              help="Python file to load as a plugin.")
 
 trust_option = click.option("--trust-remote-code", "trust", is_flag=True,
-                            help="Permit the code that comes with the model to run, in this command.")
+                            help="Permit this command to run code from the model's folder.")
 
 tracking_option = click.option("--tracking-uri",
                                help="MLflow store; 'none' for no tracking [MLFLOW_TRACKING_URI, or sqlite:///mlflow.db].")
@@ -55,44 +55,44 @@ def dry_run_options(command: Command) -> Command:
 
 
 def run_options(several: bool = False) -> Callable[[Command], Command]:
-    """The options that decide a run. With ``several``, parts and budget take lists."""
-    more = " (or several, with commas)" if several else ""
+    """The options of a run's configuration. With ``several``, parts and budget take lists."""
+    more = " (several, separated by commas)" if several else ""
     options: list[Callable[[Command], Command]] = [
         click.option("--config", "config_file", type=click.Path(path_type=Path), default=None,
-                     help="Configuration file [impq.toml, where there is one]."),
-        click.option("--model", help="demo, a folder, or a hub name [demo]."),
-        click.option("--backend", help=f"Who quantizes{more} [gptq]."),
+                     help="Configuration file [impq.toml, if it exists]."),
+        click.option("--model", help="Model: demo, a folder, or a hub name [demo]."),
+        click.option("--backend", help=f"Backend: the quantizer{more} [gptq]."),
         click.option("--estimate-with", metavar="BACKEND",
-                     help="Let the estimator measure another backend's variants."),
-        click.option("--estimator", help=f"Who measures or scores the layers{more} [aumann-shapley]."),
-        click.option("--surrogate", help=f"What is fitted to the measurements{more} [auto]."),
-        click.option("--allocator", help=f"Who makes the plan{more} [qp]."),
+                     help="Backend for the estimator's measurements, if it differs from the deployed one."),
+        click.option("--estimator", help=f"Estimator: measures or scores the layers{more} [aumann-shapley]."),
+        click.option("--surrogate", help=f"Surrogate: the model fitted to measured losses{more} [auto]."),
+        click.option("--allocator", help=f"Allocator: makes the plan from the estimate{more} [qp]."),
         click.option("--refine", type=int, metavar="FORWARDS",
-                     help="Improve the plan by measuring others near it [0: no]."),
-        click.option("--refiner", help="Who improves it [swaps]."),
-        click.option("--bits", help="Widths to choose from, such as 2,4 [the backend's]."),
-        click.option("--budget", help=f"3.0bits (nominal average), 3.25bpw (stored), 60MB, 4GiB or 60%{more} "
-                                      "[the middle]."),
-        click.option("--granularity", help="block, group (linears that engines fuse) or linear [group, or block for "
-                                           "estimators that play]."),
+                     help="Improve the plan by measuring plans near it, for at most this many forwards [0: no]."),
+        click.option("--refiner", help="Refiner: improves the plan if --refine is given [swaps]."),
+        click.option("--bits", help="Widths of the menu, such as 2,4 [the backend's default]."),
+        click.option("--budget", help=f"Size of the plan: 3.0bits (nominal average), 3.25bpw (stored), 60MB, 4GiB or "
+                                      f"60%{more} [the middle of the menu]."),
+        click.option("--granularity", help="Size of a layer: block, group (linears that engines fuse) or linear "
+                                           "[group, or block for estimators that play the game]."),
         click.option("--pin", "pins", multiple=True, metavar="PATTERN=WIDTH",
-                     help="Keep the layers that match at a width, such as 'model.layers.0*=4'; their bytes count."),
-        click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave the layers that match unquantized."),
+                     help="Fix the width of matching layers, such as 'model.layers.0*=4'; their bytes count."),
+        click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave matching layers unquantized."),
         _text_options("calibration", "Calibration"),
-        click.option("--game-windows", type=int, help="Calibration windows the game is played on [8]."),
-        click.option("--probe-windows", type=int, help="Calibration windows that gradients are taken on [all]."),
-        click.option("--value", help="What the game measures: nll, or kl to the unquantized model [nll]."),
+        click.option("--game-windows", type=int, help="Number of calibration windows of the game [8]."),
+        click.option("--probe-windows", type=int, help="Number of calibration windows for gradients [all]."),
+        click.option("--value", help="Loss of the game: nll, or kl to the unquantized model [nll]."),
         _text_options("evaluation", "Held-out"),
-        click.option("--dtype", help="auto, float32 or bfloat16 [auto]."),
-        click.option("--seed", type=int, help="Seed of every other random draw [0]."),
-        click.option("--time-limit", type=float, help="Seconds the allocator may take (its option time_limit), at "
-                                                          "the price of plans that depend on the machine."),
+        click.option("--dtype", help="Type of the forwards: auto, float32 or bfloat16 [auto]."),
+        click.option("--seed", type=int, help="Seed of all random draws but those of the texts [0]."),
+        click.option("--time-limit", type=float, help="Time limit of the allocator in seconds (its option time_limit); "
+                                                      "plans then depend on the speed of the machine."),
         click.option("--plan", help="Apply this plan.json instead of estimating and allocating."),
-        click.option("--output", help="Folder that run folders are made in [impq-runs]."),
+        click.option("--output", help="Folder for run folders [impq-runs]."),
         tracking_option,
         click.option("--experiment", help="MLflow experiment [MLFLOW_EXPERIMENT_NAME, or impq]."),
-        click.option("--cache/--no-cache", default=None, help="Keep variants and scores in the cache for another "
-                                                               "time [yes]."),
+        click.option("--cache/--no-cache", default=None, help="Keep variants and scores in the cache for later runs "
+                                                               "[yes]."),
         click.option("--partial", is_flag=True, default=None,
                      help="Continue even if less than half of the weights in the blocks can be quantized."),
         trust_option, part_options, plugin_option]
@@ -106,7 +106,7 @@ def run_options(several: bool = False) -> Callable[[Command], Command]:
 
 def read_config(config_file: Path | None, bits: str | None, pins: tuple[str, ...], exclude: tuple[str, ...],
                 given: Mapping[str, Any]) -> RunConfig:
-    """The configuration file with the command line over it, without the options of parts; raises UsageError."""
+    """The configuration file overridden by the command line, without the options of parts; raises UsageError."""
     config = read_toml(config_file) if config_file else RunConfig()
     if config_file is None and Path("impq.toml").is_file():
         config = read_toml(Path("impq.toml"))
@@ -120,7 +120,7 @@ def read_pairs(options: tuple[str, ...], time_limit: float | None = None) -> dic
 
 
 def check(config: RunConfig, plugins: Plugins) -> None:
-    """Check everything that needs no heavy import; raises ImpqError."""
+    """Check names, options, files and texts without a heavy import; raises ImpqError."""
     from impq_core.model.source import locate_model
     from impq_core.model.text import check_source
     from impq_core.parts import Parts
@@ -133,7 +133,7 @@ def check(config: RunConfig, plugins: Plugins) -> None:
 
 
 def warn(config: RunConfig, plugins: Plugins) -> None:
-    """Say which plugins are not used, and what the chosen parts want to be known."""
+    """Print the plugins that are not used, and the notices of the chosen parts."""
     from impq_core.parts import slots_of
 
     for dropped in plugins.dropped:
@@ -144,7 +144,14 @@ def warn(config: RunConfig, plugins: Plugins) -> None:
 
 
 def watched(config: RunConfig, plugins: Plugins, brief: bool = False) -> RunConfig:
-    """Let MLflow and the terminal watch, and settle which store is meant; raises ImpqError where it does not answer."""
+    """Register the observers of a run (MLflow and the terminal).
+
+    Returns:
+        The configuration with the resolved tracking store and experiment.
+
+    Raises:
+        ImpqError: the store does not answer.
+    """
     from dataclasses import replace
 
     from impq_core.terminal import ConsoleReporter, make_console, quiet_libraries
@@ -162,7 +169,7 @@ def watched(config: RunConfig, plugins: Plugins, brief: bool = False) -> RunConf
     quiet_libraries()
     plugins.watch(ConsoleReporter(make_console(), brief))
     click.echo(f"{config.model}: reading its configuration and the texts")
-    sys.stdout.flush()  # what follows imports for seconds
+    sys.stdout.flush()  # the imports that follow take seconds
     return config
 
 

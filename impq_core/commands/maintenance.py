@@ -1,4 +1,4 @@
-"""Commands for the installation and what runs have left: plugins, cache, doctor, ui."""
+"""Commands for the installation, the cache and the tracking store: plugins, cache, doctor, ui."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def plugins(context: click.Context, show_options: bool, plugin_files: tuple[Path
 @plugins.command()
 @click.argument("name")
 @click.option("--kind", "kinds", multiple=True, default=["estimator"], show_default=True,
-              help="estimator, surrogate, allocator, refiner or backend; repeat it for several components.")
+              help="estimator, surrogate, allocator, refiner or backend; repeat the option for several components.")
 def new(name: str, kinds: tuple[str, ...]) -> None:
-    """Write a working plugin to start from: a folder impq-NAME, or a single file if NAME ends in .py."""
+    """Write a working plugin as a start: a folder impq-NAME, or a single file if NAME ends in .py."""
     from impq_core.skeleton import write_plugin
 
     written = write_plugin(name, kinds, Plugins())
@@ -77,11 +77,11 @@ def cache(context: click.Context) -> None:
 
 
 @cache.command()
-@click.option("--older-than", type=float, metavar="DAYS", help="Only variants that were not used for this many days.")
+@click.option("--older-than", type=float, metavar="DAYS", help="Only variants not used for this many days.")
 @click.option("--model", help="Only variants of this model.")
-@click.option("--all", "everything", is_flag=True, help="Delete without naming a model or a number of days.")
+@click.option("--all", "everything", is_flag=True, help="Delete without --model and --older-than.")
 def prune(older_than: float | None, model: str | None, everything: bool) -> None:
-    """Delete variants and their scores from the cache; conditions combine."""
+    """Delete variants and their scores from the cache; they must meet every given condition."""
     import time
 
     from impq_core.model.cache import shelves
@@ -89,7 +89,7 @@ def prune(older_than: float | None, model: str | None, everything: bool) -> None
     if older_than is not None and not older_than >= 0:  # NaN is refused too
         raise UsageError(f"--older-than takes a number of days, not {older_than:g}")
     if older_than is None and model is None and not everything:
-        raise UsageError("say what to delete: --older-than DAYS, --model NAME or --all")
+        raise UsageError("choose the variants to delete: --older-than DAYS, --model NAME or --all")
     freed = count = 0
     for shelf in shelves():
         unused = older_than is None or shelf.used < time.time() - 86400 * older_than
@@ -102,7 +102,7 @@ def prune(older_than: float | None, model: str | None, everything: bool) -> None
 @click.command()
 @click.option("--tracking-uri", default="", help="MLflow store [MLFLOW_TRACKING_URI, or sqlite:///mlflow.db].")
 @click.option("--runs", "output", default="impq-runs", help="Folder of run folders [impq-runs].")
-@click.option("--fix", is_flag=True, help="Close orphaned MLflow runs; delete temporary files of processes that died.")
+@click.option("--fix", is_flag=True, help="Close orphaned MLflow runs; delete temporary files of dead processes.")
 @plugin_option
 def doctor(tracking_uri: str, output: str, fix: bool, plugin_files: tuple[Path, ...]) -> None:
     """Check plugins, libraries, the tracking store, run folders and the cache. Exit code 1 if something is wrong."""
@@ -125,13 +125,13 @@ def ui(tracking_uri: str, port: int, host: str) -> None:
     from impq_core.tracking.store import check_store, experiments, sqlite_file, store_uri
 
     if tracking_uri == "none":
-        raise UsageError("without a store there is nothing to show: --tracking-uri takes sqlite:///FILE or http(s)://HOST")
+        raise UsageError("there are no pages without a store: --tracking-uri takes sqlite:///FILE or http(s)://HOST")
     uri = store_uri(tracking_uri)
     check_store(uri)
     if (file := sqlite_file(uri)) and not file.exists():
         raise ImpqError(f"there is no store {uri} yet: 'impq run' makes one")
-    # One worker and no job runner are enough for one user, and start in a third of the time. The address is no
-    # argument, because arguments are visible to all users of a machine and the address may hold a password.
+    # One worker and no job runner suffice for one user, and start in a third of the time. The address is in the
+    # environment because all users of a machine can see arguments, and the address may hold a password.
     environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
                    "MLFLOW_BACKEND_STORE_URI": uri}
     click.echo(f"serving {without_secret(uri)} on http://{host}:{port} (Ctrl-C stops)")

@@ -32,14 +32,14 @@ from impq_core.trust import Trust
 if TYPE_CHECKING:
     from impq_core.results import Exported
 
-RESUME = click.option("--resume", metavar="FOLDER", help="Continue the run in this folder, as it was configured; "
-                                                         "beside it only --plugin, --export, --trust-remote-code.")
+RESUME = click.option("--resume", metavar="FOLDER", help="Continue the run in this folder with its configuration; "
+                                                         "only --plugin, --export, --trust-remote-code may be added.")
 
 
 @click.command()
 @RESUME
 @click.option("--export", "exports", multiple=True, metavar="FORMAT",
-              help="Write the plan in this format too; see 'impq plugins'.")
+              help="Also export the plan in this format; see 'impq plugins'.")
 @dry_run_options
 @run_options()
 @click.pass_context
@@ -77,10 +77,10 @@ def run(context: click.Context, /, resume: str | None, exports: tuple[str, ...],
 @run_options()
 @click.pass_context
 def estimate(context: click.Context, /, trust: bool, **given: Any) -> None:
-    """Only estimate; 'impq allocate' makes plans from it, 'impq run --resume' goes on to the end."""
+    """Only estimate; 'impq allocate' makes plans from the estimate, 'impq run --resume' finishes the run."""
     plugins, config = _configure(context, None, given)
     if config.plan or config.refine:
-        raise UsageError("an estimate is made without a plan: leave --plan and --refine to 'impq run'")
+        raise UsageError("'impq estimate' makes no plan: use --plan and --refine with 'impq run'")
     warn(config, plugins)
     config = watched(config, plugins)
     from impq_core.runs import pipeline
@@ -91,7 +91,7 @@ def estimate(context: click.Context, /, trust: bool, **given: Any) -> None:
 
 
 def _configure(context: click.Context, resume: str | None, given: dict[str, Any]) -> tuple[Plugins, RunConfig]:
-    """Plugins and configuration, checked as far as that goes without heavy imports."""
+    """Plugins and configuration, checked without heavy imports."""
     from impq_core.parts import assign_options
     from impq_core.runs.folder import RunFolder
 
@@ -109,12 +109,12 @@ def _configure(context: click.Context, resume: str | None, given: dict[str, Any]
 
 
 def refuse_others(context: click.Context) -> None:
-    """Raises UsageError where anything but the plugins was given beside --resume."""
+    """Raises UsageError if an option was given that --resume does not allow."""
     for parameter in context.command.params:
         name = parameter.name or ""
         if (name not in ("resume", "plugin_files", "exports", "trust")
                 and context.get_parameter_source(name) is ParameterSource.COMMANDLINE):
-            raise UsageError(f"--resume goes on with the run as it was configured: leave out {parameter.opts[-1]}")
+            raise UsageError(f"--resume continues a run with its own configuration: leave out {parameter.opts[-1]}")
 
 
 @click.command()
@@ -124,7 +124,7 @@ def refuse_others(context: click.Context) -> None:
 @click.pass_context
 def sweep(context: click.Context, /, resume: str | None, dry_run: bool, as_json: bool, trust: bool,
           **given: Any) -> None:
-    """Every combination of the given estimators, surrogates, allocators, backends and budgets, with one measurement
+    """Run every combination of the given estimators, surrogates, allocators, backends and budgets, with one measurement
     for each estimator and backend."""
     from impq_core.runs.grid import Sweep
 
@@ -154,11 +154,10 @@ def sweep(context: click.Context, /, resume: str | None, dry_run: bool, as_json:
         return
     from impq_core.runs.sweep import run_sweep
 
-    settled = watched(plan.base, plugins, brief=True)
-    folder = run_sweep(replace(plan, base=settled), plugins, Path(resume) if resume else None,
-                       Trust(trust))
+    base = watched(plan.base, plugins, brief=True)
+    folder = run_sweep(replace(plan, base=base), plugins, Path(resume) if resume else None, Trust(trust))
     show([folder], folder / "compare.html")
-    look_at(settled)
+    look_at(base)
 
 
 @click.command()
@@ -202,13 +201,13 @@ def _on(exported: Exported) -> str:
 
 @click.command()
 @click.argument("path")
-@click.option("--evaluation", help="Another held-out text than the run's.")
-@click.option("--evaluation-windows", type=int, help="Windows drawn from it.")
+@click.option("--evaluation", help="Held-out text [the run's].")
+@click.option("--evaluation-windows", type=int, help="Number of windows drawn from it.")
 @click.option("--evaluation-length", type=int, help="Tokens in a window.")
 @trust_option
 @plugin_option
 def evaluate(path: str, trust: bool, plugin_files: tuple[Path, ...], **text: Any) -> None:
-    """Load a checkpoint that 'impq export' wrote and measure it."""
+    """Load a checkpoint of 'impq export', and measure its loss on held-out text."""
     from impq_core.exports.manifest import read_manifest
 
     read_manifest(Path(path))

@@ -1,1 +1,1 @@
-"""The game on a real model."""
+"""The game and the probe of a real model."""

@@ -1,4 +1,5 @@
-"""The game on a real model: a pick is measured by running only the blocks behind its first difference to the last."""
+"""The game on a real model. A pick is measured by running only the blocks from its first difference to the last pick
+on."""
 
 from __future__ import annotations
 
@@ -17,32 +18,32 @@ from impq_core.model.text import Windows
 from impq_core.space import FloatArray, IntArray, SearchSpace
 
 Watcher = Callable[[IntArray, FloatArray, float], None]
-"""Called with picks, their losses and the cost so far in forwards, when the losses are on disk."""
+"""Called with picks, their losses and the cost so far in forwards, after the losses are on disk."""
 
 
 class ModelGame:
-    """Implements ``impq_core.interfaces.Game`` on a model whose variants are in a bank.
+    """Implements ``impq_core.interfaces.Game`` on a model and the bank of its variants.
 
-    Hidden states in front of every block are kept for the pick evaluated last, so the next pick runs only the blocks
-    behind its first difference. Losses are memoised. Nothing is quantized here.
+    The inputs of every block are kept for the last evaluated pick, so the next pick runs only the blocks from its first
+    difference on. Losses are memoised. Nothing is quantized here.
 
-    The cost of a loss is that of the blocks that it runs and of the head (twice for ``kl``, as the reference's logits
-    are made again). A loss that an earlier process left in the log is not measured again, but charged as if it had
-    been: the cost of a game does not depend on how often it was interrupted.
+    The cost of a loss is that of the blocks that are run and of the head (twice for ``kl``, because the reference's
+    logits are computed again). A loss in the log of an earlier process is not measured again, but charged: the cost of
+    a game does not depend on interruptions.
 
     Args:
-        space: the layers and choices on play.
+        space: the layers and choices of the game.
         bank: the variants; its layers are the space's ``everyone``.
         runner: the model.
-        windows: calibration windows that the loss is the mean over.
+        windows: calibration windows; a loss is the mean over them.
         log: measured losses are written to it before they are returned, and those of an earlier process are read from
             it.
-        watch: called with new losses when they are on disk.
+        watch: called with new losses after they are on disk.
         progress: called after each evaluation with the number of evaluations so far and the number expected.
         value: the loss: ``nll``, the negative log-likelihood, or ``kl``, the divergence from the unquantized model's
-            distribution, which is less noisy and rewards no luck.
-        budget_bytes: the budget of the plans that the losses are for; None if there is none.
-        spare: windows of the same length for further sets of as many.
+            distribution, which is less noisy and never improves by quantization errors that happen to suit the text.
+        budget_bytes: the budget of the plans; None if there is none.
+        spare: windows of the same length, for further sets of the same size.
         probe: the probe of the same model; one over the game's windows by default.
     """
 
@@ -55,8 +56,9 @@ class ModelGame:
         self.probe = probe or ModelProbe(space, bank, runner, windows, value)
         self._bank, self._runner, self._value = bank, runner, value
         count = len(windows.ids)
-        more = windows.ids[:0] if spare is None else spare.ids
-        self._sets = [windows.ids, *(more[at:at + count] for at in range(0, len(more) - count + 1, count))]
+        spare_ids = windows.ids[:0] if spare is None else spare.ids
+        self._sets = [windows.ids, *(spare_ids[first:first + count]
+                                     for first in range(0, len(spare_ids) - count + 1, count))]
         self._log, self._watch, self._progress = log, watch, progress
         self._expected = 0
         self._blocks = np.array([layer.block for layer in space.layers])
@@ -67,12 +69,12 @@ class ModelGame:
         self.redraw(0)
 
     def redraw(self, number: int) -> int:
-        """Continue on the set of windows of that number (modulo the number of sets) and return the set's number; its
-        earlier losses are kept."""
+        """Continue on the set of windows with a number (modulo the number of sets); earlier losses on it are kept.
+        Returns the number of the set."""
         self._number = number % len(self._sets)
         self._ids, self._memo = self._sets[self._number], self._memos[self._number]
-        self._inputs: list[Hidden] = [self._runner.embed(self._ids)]
-        self._standing: IntArray | None = None
+        self._inputs: list[Hidden] = [self._runner.embed(self._ids)]  # of each block, for the current pick
+        self._current: IntArray | None = None
         self._unquantized: Hidden | None = None
         if self._value == "kl":
             self._bank.apply([None] * len(self._bank.layers))
@@ -87,7 +89,7 @@ class ModelGame:
 
     @property
     def evaluations(self) -> int:
-        """Distinct picks measured, the reference included."""
+        """Number of distinct measured picks, the reference included."""
         return sum(map(len, self._memos))
 
     @property
@@ -103,25 +105,25 @@ class ModelGame:
         return loss
 
     def expect(self, evaluations: int) -> None:
-        """Report how many evaluations there will be in all."""
+        """Set the expected number of all evaluations, for the progress."""
         self._expected = evaluations
         self._progress(self.evaluations, evaluations)
 
     def loss(self, pick: IntArray) -> float:
-        """Nats per token above the reference."""
+        """Loss of a pick above the reference, nats per token."""
         return float(self.losses(np.asarray(pick)[None])[0])
 
     def losses(self, picks: IntArray) -> FloatArray:
         """Losses (N,) of picks (N, n), nats per token above the reference, measured in the cheapest of three orders."""
         picks = np.stack([self.space.check_pick(pick) for pick in picks])
         reference = self.reference_loss
-        out = np.empty(len(picks))
-        for row in self._cheaper_order(picks):
-            out[row] = float(self._windows(picks[row]).mean()) - reference
+        losses = np.empty(len(picks))
+        for row in self._cheapest_order(picks):
+            losses[row] = float(self._windows(picks[row]).mean()) - reference
         if self._log:
             self._log.sync()
-        self._watch(picks, out, self.forwards)
-        return out
+        self._watch(picks, losses, self.forwards)
+        return losses
 
     def window_losses(self, pick: IntArray) -> FloatArray:
         """Absolute losses (windows,) of one pick, nats per token."""
@@ -129,17 +131,17 @@ class ModelGame:
         return self._windows(self.space.check_pick(pick))
 
     def _first_difference(self, a: IntArray, b: IntArray) -> int:
-        """The first block in which two picks differ; the number of blocks if there is none."""
-        where = self._blocks[a != b]
-        return int(where.min()) if len(where) else len(self._runner)
+        """The first block in which two picks differ; the number of blocks if they are equal."""
+        blocks = self._blocks[a != b]
+        return int(blocks.min()) if len(blocks) else len(self._runner)
 
-    def _cheaper_order(self, picks: IntArray) -> IntArray:
-        """The order as given, or sorted block by block (either way) so that neighbours share prefixes: the one whose
-        blocks cost least."""
+    def _cheapest_order(self, picks: IntArray) -> IntArray:
+        """The cheapest of three orders of row numbers (N,): as given, or sorted block by block in either direction, so
+        that neighbours share prefixes."""
         by_block = np.lexsort(picks[:, np.argsort(self._blocks, kind="stable")].T[::-1])
 
         def price(order: IntArray) -> int:
-            chain = [self._standing, *picks[order]] if self._standing is not None else list(picks[order])
+            chain = [self._current, *picks[order]] if self._current is not None else list(picks[order])
             return sum(self._cost.behind(self._first_difference(a, b))
                        for a, b in pairwise(chain) if b.tobytes() not in self._memo)
 
@@ -149,7 +151,7 @@ class ModelGame:
     def _windows(self, pick: IntArray) -> FloatArray:
         key = pick.tobytes()
         if key not in self._memo:
-            first = 0 if self._standing is None else self._first_difference(self._standing, pick)
+            first = 0 if self._current is None else self._first_difference(self._current, pick)
             losses = self._log.losses.get((self._number, key)) if self._log else None
             if losses is None:
                 losses = self._measure(pick, first)
@@ -158,15 +160,15 @@ class ModelGame:
             else:
                 del self._inputs[first + 1:]
             self._flops += self._cost.behind(first) + self._cost.head * (1 if self._unquantized is None else 2)
-            self._standing = pick.copy()
+            self._current = pick.copy()
             self._memo[key] = losses
             self._progress(self.evaluations, max(self._expected, self.evaluations))
         return self._memo[key]
 
     def _measure(self, pick: IntArray, first: int) -> FloatArray:
-        """Losses (windows,) of a pick that agrees with the one evaluated last before block ``first``."""
-        first = min(first, len(self._inputs) - 1)  # losses from the log have left no hidden states
-        self._standing = None  # an interruption below must not leave a pick that the model does not stand at
+        """Losses (windows,) of a pick that equals the current one in all blocks before ``first``."""
+        first = min(first, len(self._inputs) - 1)  # losses from the log leave no inputs of later blocks
+        self._current = None  # after an interruption below, the model has the weights of no whole pick
         del self._inputs[first + 1:]
         assignment = self.space.assignment(pick)
         for layer in np.flatnonzero(self._all_blocks >= first):

@@ -21,32 +21,32 @@ from impq_core.model.text import Windows
 from impq_core.space import Choice, FloatArray, LinearSpec, SearchSpace
 
 BATCH_TOKENS = 1024
-"""Tokens of a backward pass: its logits are float32, and two copies of them exist at once."""
+"""Tokens in a backward pass; two copies of their float32 logits exist at a time."""
 
 STEP = 3e-3
-"""Step of a difference of gradients, relative to the root mean square of a linear's own weights. On the tiny models of
-the tests it comes within 0.001 of second derivatives, and steps from 0.0001 to 0.01 within 0.01; in bfloat16 none comes
-within 0.08."""
+"""Step of a difference of gradients, relative to the root mean square of a linear's own weights. On the tests' tiny
+models its relative error is 0.001; it is up to 0.01 for steps from 0.0001 to 0.01, and at least 0.08 for any step in
+bfloat16."""
 
 Changes = Callable[[LinearSpec], Sequence[torch.Tensor]]
-"""Returns changes (rows, columns) of a linear's weight, float32: as many for every linear."""
+"""Returns changes (rows, columns) of a linear's weight, float32; the same number for every linear."""
 
 
 class _Mixed(Exception):
-    """A linear is given some tokens of several windows, and does not say which."""
+    """A linear's input holds tokens of several windows, without their windows."""
 
 
 class ModelProbe:
     """Implements ``impq_core.interfaces.Probe``.
 
     Args:
-        space: the layers and choices on play.
+        space: the layers and choices of the game.
         bank: the variants and the unquantized weights.
         runner: the model.
         windows: calibration windows; None for an inspector that reads no text.
-        value: the loss that slopes are of: ``nll``, or ``kl`` to the unquantized model. The slopes of ``kl`` are zero
-            at the unquantized weights, so they hold nothing of the chance that a text likes an error.
-        game_windows: the number of windows that a forward is counted over; 0 is the number of ``windows``.
+        value: the loss: ``nll``, or ``kl`` to the unquantized model. The slopes of ``kl`` are zero at the unquantized
+            weights, so they hold no first-order effect of errors that happen to suit the text.
+        game_windows: the number of windows of a forward, the unit of cost; 0 is the number of ``windows``.
         log: slopes and traces are written to it before they are returned, and those of an earlier process are read
             from it; they cost the same either way.
     """
@@ -73,8 +73,8 @@ class ModelProbe:
     @cached_property
     def _pass_flops(self) -> int:
         """FLOPs of the slopes of one window's loss, counted on the first window: forward, backward, and the gradient of
-        every weight. The inner products with the changes (under 1 % with windows of 256 tokens) are left out, so it
-        does not depend on the number of choices."""
+        every weight, without the inner products with the changes (under 1 % with windows of 256 tokens). It does not
+        depend on the number of choices."""
         with flop_counter() as counter:
             self._products_of(torch.arange(1), lambda linear: (), 0)
         return int(counter.get_total_flops())
@@ -123,20 +123,20 @@ class ModelProbe:
                 else:
                     self._bank.switch(layer, pinned[layer - len(self.space)])
 
-        def ways(linear: LinearSpec) -> list[torch.Tensor]:
+        def changes(linear: LinearSpec) -> list[torch.Tensor]:
             weight = self._bank.module(linear).weight.float()
             return [self._bank.variant(linear, choice) - weight for choice in self.space.choices]
 
-        products = self._products(ways, len(self.space.choices))
+        products = self._products(changes, len(self.space.choices))  # (windows, m) by linear
         return np.stack([np.sum([products[linear] for linear in layer.linears], axis=0) for layer in self.space.layers],
                         axis=1)
 
     def hessian_traces(self, rng: np.random.Generator) -> dict[LinearSpec, float]:
         """One draw of the trace of the loss's Hessian in each linear's weight; costs about six forwards of the windows.
-        The signs come from a seed that ``rng`` gives.
 
-        ``v' H v`` for one random sign vector v over all linears at once (Hutchinson; terms between linears have mean
-        zero), with ``H v`` from slopes on either side of the weights, as attention may have no second derivative.
+        The draw is ``v' H v`` for one random sign vector v over all linears at once (Hutchinson; terms between linears
+        have mean zero). ``H v`` is the difference of gradients on either side of the weights, because attention kernels
+        may have no second derivative. The seed of v comes from ``rng``.
         """
         self._remember()
         draw = int(rng.integers(2**63))
@@ -148,34 +148,34 @@ class ModelProbe:
         signs = {linear: torch.from_numpy(2 * rng.integers(0, 2, (linear.rows, linear.columns), dtype=np.int8) - 1)
                  for linear in linears}
         sizes = {linear: float(self._bank.original(linear).square().mean().sqrt()) or 1.0 for linear in linears}
-        ends = []
+        products = []
         with self._in_float32():
             for step in (STEP, -STEP):
                 for linear in linears:
                     moved = self._bank.original(linear) + step * sizes[linear] * signs[linear]
                     self._bank.module(linear).weight.data = moved
-                ends.append(self._products(lambda linear: (signs[linear].float(),), 1))
-        ahead, behind = ends
-        # A linear's own step undone: its rms came in once, with v, while the gradient's v was taken as it is.
-        return [float((ahead[linear] - behind[linear]).mean()) / (2 * STEP * sizes[linear]) for linear in linears]
+                products.append(self._products(lambda linear: (signs[linear].float(),), 1))  # (windows, 1) by linear
+        above, below = products
+        # The step of a linear's weight is STEP times its root mean square, which divides the difference once.
+        return [float((above[linear] - below[linear]).mean()) / (2 * STEP * sizes[linear]) for linear in linears]
 
-    def _logged(self, name: str, key: Any, passes: int, find: Callable[[], Any]) -> Any:
-        """Plain data that an earlier process logged under a name and key, or else ``find()``, which is logged. Charges
-        so many passes over the windows in both cases."""
+    def _logged(self, name: str, key: Any, passes: int, compute: Callable[[], Any]) -> Any:
+        """A result as plain data: the one that the log holds under a name and key, or that of ``compute``, which is
+        then logged. ``passes`` passes over the windows are charged in both cases."""
         rows = self._log.rows if self._log else []
-        found = next((row["found"] for row in rows if name in row and row[name] == key), None)
-        if found is None:
-            found = find()
+        result = next((row["found"] for row in rows if name in row and row[name] == key), None)
+        if result is None:
+            result = compute()
             if self._log:
-                self._log.append({name: key, "found": found})
+                self._log.append({name: key, "found": result})
                 self._log.sync()
         self._flops += passes * len(self._text.ids) * self._pass_flops
-        return found
+        return result
 
     @contextmanager
     def _in_float32(self) -> Iterator[None]:
-        """The model at its unquantized weights in float32, whatever its dtype: the difference of two bfloat16 gradients
-        at almost the same weights is rounding error. Afterwards the model has the tensors that it had before."""
+        """Convert the model with its unquantized weights to float32, and restore its tensors afterwards. The difference
+        of two bfloat16 gradients at almost equal weights would be rounding error."""
         self._bank.apply([None] * len(self._bank.layers))
         kept = [(parameter, parameter.data) for parameter in self._runner.model.parameters()]
         try:
@@ -188,18 +188,20 @@ class ModelProbe:
 
     def _products(self, changes: Changes, number: int) -> dict[LinearSpec, FloatArray]:
         """Inner products of the gradient of each window's loss, in each linear's weight, with ``number`` changes of
-        that weight, at the model's current weights: (windows, number) by linear, nats per token. A linear that a window
-        does not reach has zeros.
+        that weight, at the model's current weights. They are 0 if a window does not reach the linear.
 
         The gradient of one window is the product of the linear's output gradients and its inputs, in float32. It is
-        multiplied with every change and then dropped, so gradients of several windows are never kept.
+        multiplied with every change and then dropped, so that gradients of several windows never exist at once.
+
+        Returns:
+            (windows, number) by linear, nats per token.
         """
         count, length = self._text.ids.shape
         windows = torch.arange(count)
         try:
             parts = [self._products_of(batch, changes, number)
                      for batch in torch.split(windows, max(1, BATCH_TOKENS // length))]
-        except _Mixed:  # as experts are: then all tokens of a batch have to be of one window
+        except _Mixed:  # the inputs of experts: each batch must be a single window
             parts = [self._products_of(batch, changes, number) for batch in torch.split(windows, 1)]
         return {linear: np.concatenate([part[linear] for part in parts]) for linear in self._linears}
 
@@ -219,21 +221,21 @@ class ModelProbe:
         def watch(linear: LinearSpec) -> None:
             def forward(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
                 if not output.requires_grad:
-                    return  # nothing behind it leads to the loss
+                    return  # the loss does not depend on this output
                 inputs = _by_window(args[0].detach(), ids)
 
                 def backward(grad: torch.Tensor) -> None:
                     outputs = grad.reshape(*inputs.shape[:2], linear.rows)
-                    ways = [change.flatten() for change in changes(linear)]
+                    flat_changes = [change.flatten() for change in changes(linear)]
                     for window in range(len(rows)):
                         gradient = (outputs[window].float().T @ inputs[window].float()).flatten()
-                        products[linear][window] += [float(gradient.dot(way)) for way in ways]
+                        products[linear][window] += [float(gradient.dot(change)) for change in flat_changes]
 
                 output.register_hook(backward)  # type: ignore[no-untyped-call]
             handles.append(self._bank.module(linear).register_forward_hook(forward))
 
         def start(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            output.requires_grad_(True)  # no parameter asks for a gradient, so the graph has to begin here
+            output.requires_grad_(True)  # no parameter requires a gradient, so the graph must start here
 
         try:
             handles.append(model.get_input_embeddings().register_forward_hook(start))
@@ -256,12 +258,13 @@ class ModelProbe:
     @property
     def _text(self) -> Windows:
         if self._windows is None:
-            raise ImpqError("an estimator reads activations or gradients, but its attribute 'needs' names neither")
+            raise ImpqError("bug of the estimator: it reads activations or gradients, but its attribute 'needs' does "
+                            "not name them")
         return self._windows
 
 
 def _by_window(inputs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """A linear's inputs as (windows, tokens, columns); raises _Mixed if they do not show the windows.
+    """A linear's inputs as (windows, tokens, columns); raises _Mixed if their shape does not separate the windows.
 
     Args:
         inputs: (windows, ..., columns), (windows * length, columns), or, for a single window, (..., columns).

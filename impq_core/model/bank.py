@@ -1,4 +1,4 @@
-"""Every linear at every width, quantized once and stored packed; switching a layer is unpacking a weight."""
+"""The bank: every linear is quantized once at every width and stored packed; switching a layer unpacks its weights."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ Assignment = Sequence[Choice | None]
 
 
 _BLENDED = Choice(-1.0, -1)
-"""The current choice of a linear whose weights are blended: it differs from every choice of a menu."""
+"""The current choice of a linear with blended weights: it differs from every choice of a menu."""
 
 
 class Bank:
-    """The variants of a model's layers, and the switch between them.
+    """The variants of a model's layers. It switches the layers of the model between them, in place.
 
     Args:
-        model: the model whose linears are switched in place.
-        layers: in order.
-        backend: makes the variants and unpacks them.
-        dtype: of the weights given to the model.
+        model: the model.
+        layers: its layers in order.
+        backend: quantizes and dequantizes the variants.
+        dtype: type of the weights in the model.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[LayerSpec], backend: Backend, dtype: torch.dtype) -> None:
@@ -70,11 +70,11 @@ class Bank:
         return (linear.name, choice) in self._variants
 
     def add(self, linear: LinearSpec, variant: Variant) -> None:
-        """Keep a variant; raises ImpqError if its size in bytes is not the one that the backend promised."""
-        promised = self.backend.nbytes(linear, variant.choice)
-        if variant.nbytes != promised:
+        """Keep a variant; raises ImpqError if its size in bytes is not that of the backend's ``nbytes``."""
+        expected = self.backend.nbytes(linear, variant.choice)
+        if variant.nbytes != expected:
             raise ImpqError(f"backend bug: {linear.name} at {variant.choice} bits takes {variant.nbytes} bytes, "
-                            f"the backend said {promised}")
+                            f"but the backend's nbytes is {expected}")
         self._variants[linear.name, variant.choice] = variant
 
     @property
@@ -83,7 +83,7 @@ class Bank:
         return sum(variant.nbytes for variant in self._variants.values())
 
     def switch(self, layer: int, choice: Choice | None) -> None:
-        """Give a layer's linears the weights of a choice, or their own back."""
+        """Give a layer's linears the weights of a choice; None restores the unquantized weights."""
         for spec in self.layers[layer].linears:
             if self._current[spec.name] != choice:
                 weight = self.variant(spec, choice).to(self._dtype) if choice else self._originals[spec.name]
@@ -91,7 +91,7 @@ class Bank:
                 self._current[spec.name] = choice
 
     def blend(self, layer: int, shares: Mapping[Choice, float]) -> None:
-        """Give a layer's linears the weighted sum of the weights of several choices, until they are switched again."""
+        """Give a layer's linears the weighted sum of the weights of several choices."""
         for spec in self.layers[layer].linears:
             weight = sum(share * self.variant(spec, choice) for choice, share in shares.items())
             assert isinstance(weight, torch.Tensor)
@@ -99,7 +99,7 @@ class Bank:
             self._current[spec.name] = _BLENDED
 
     def apply(self, assignment: Assignment) -> None:
-        """Switch every layer."""
+        """Switch every layer to its choice in an assignment."""
         for layer, choice in enumerate(assignment):
             self.switch(layer, choice)
 
@@ -114,19 +114,19 @@ def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden | None, menus: 
               progress: Callable[[int, int], None], shelf: Shelf | None = None) -> None:
     """Quantize every linear at every choice of its layer's menu, block after block.
 
-    The statistics of a block are collected once, behind a prefix at the widest choice, and serve every width: the
-    Hessian of GPTQ does not depend on the width. (Strictly it depends on the widths of the blocks before; a bank has
-    to settle on one prefix, and the widest is nearest to the plans of interest.) Afterwards the model stands at the
-    widest choice. Variants whose record says ``unreached`` (no token of the calibration text got to their linear) are
-    reported in one warning.
+    The statistics of a block are collected once, with the blocks before it at their widest choices, and are used for
+    every width: the Hessian of GPTQ does not depend on the linear's own width. (It does depend on the widths of the
+    blocks before; a bank needs one prefix, and the widest is nearest to the plans of interest.) Afterwards every layer
+    of the model is at its widest choice. One warning reports the variants with ``unreached`` in their record: no token
+    of the calibration text reached their linear.
 
     Args:
-        bank: to be filled.
+        bank: the bank to fill.
         runner: the same model, block by block.
         hidden: the first block's input over the calibration windows; None for a backend that needs no activations.
-        menus: choices of each of the bank's layers, widest first; an empty one leaves the layer unquantized.
+        menus: choices of each of the bank's layers, widest first; an empty menu leaves the layer unquantized.
         progress: called with the number of finished blocks and the number of all blocks.
-        shelf: earlier variants are read from it, and new ones are kept in it.
+        shelf: variants of the cache are read from it, and new ones are kept in it.
 
     Raises:
         ImpqError: the backend cannot quantize a linear, which the message names.
@@ -152,7 +152,7 @@ def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden | None, menus: 
                 variant = bank.backend.quantize(weight, choice, statistics.get(modules[spec]))
             except ImpqError as error:
                 raise ImpqError(f"{spec.name}: {error}") from error
-            # Laid out as on disk: another layout of the same numbers may be multiplied in another order.
+            # The memory layout of a variant from disk: another layout may be multiplied in another order.
             variant = replace(variant, tensors={name: t.contiguous() for name, t in variant.tensors.items()})
             bank.add(spec, variant)
             if shelf:
@@ -165,8 +165,8 @@ def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden | None, menus: 
     unreached = [spec.name for layer, menu in zip(bank.layers, menus, strict=True) for spec in layer.linears
                  if any(bank.stored(spec, choice).record.get("unreached") for choice in menu)]
     if unreached:
-        warnings.warn(f"{len(unreached)} linears are rounded plainly, as no token of the calibration text reaches them "
-                      f"(first: {unreached[0]}); more calibration text may", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"no token of the calibration text reaches {len(unreached)} linears (first: {unreached[0]}), so "
+                      "they are rounded to nearest; more calibration text may reach them", RuntimeWarning, stacklevel=2)
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

@@ -1,9 +1,9 @@
 """A causal language model run block by block, so that a forward can start at any block.
 
-Works for any architecture that calls its blocks one after the other on the hidden states. The other arguments of a
-block (rotary embeddings, masks) are caught from one ordinary forward for each shape of a batch and given again for
-every batch of that shape. That is right only if they do not depend on the text, so they are compared between two texts,
-and the replayed logits are compared with the model's own: an architecture that does more is refused, not mismeasured.
+It supports every architecture that calls its blocks one after the other on the hidden states. The other arguments of a
+block (rotary embeddings, masks) are recorded in one ordinary forward for each shape of a batch, and replayed for every
+batch of that shape. This is correct only if they do not depend on the text. Therefore the arguments are compared
+between two texts, and replayed logits with the model's own; an architecture that fails either check is refused.
 """
 
 from __future__ import annotations
@@ -29,23 +29,25 @@ Hidden = list[torch.Tensor]
 """Hidden states of all windows: a tensor (windows in the batch, length, width) for each batch."""
 
 BATCH_TOKENS = 2048
+"""Tokens in a batch."""
+
 HEAD_ROWS = 64
-"""Logits are made for this many positions at a time: so few stay in the processor's cache, which is twice as fast."""
+"""Positions in one computation of logits: few enough for the processor's cache, which is twice as fast."""
 
 UNSUPPORTED = "impq cannot run this architecture block by block yet"
 
 CHECKED = 8
-"""Last positions of each window whose replayed logits are compared with the model's own."""
+"""Number of last positions of each window at which replayed logits are compared with the model's own."""
 
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """A model's predictions against a reference's, for each token after the first of each window.
+    """Comparison of a model's predictions with a reference's, for each token after the first of each window.
 
     Args:
         nll: float64 (windows, length - 1), the model's negative log-likelihood, nats.
         kl: float64 (windows, length - 1), KL divergence of the model's distribution from the reference's, nats.
-        agree: float64 (windows, length - 1), 1 if both hold the same token for the likeliest, else 0.
+        agree: float64 (windows, length - 1), 1 if both predict the same most likely token, else 0.
     """
 
     nll: FloatArray
@@ -55,7 +57,14 @@ class Comparison:
 
 @dataclass(frozen=True, eq=False)
 class _Observed:
-    """One ordinary forward of a batch: the first block's input, each block's call, and the last logits."""
+    """Record of one ordinary forward of a batch.
+
+    Args:
+        first: the first block's input.
+        calls: the arguments of each block.
+        leaves: their leaves after the forward.
+        logits: the logits of the last positions.
+    """
 
     first: torch.Tensor
     calls: list[Call]
@@ -64,14 +73,14 @@ class _Observed:
 
 
 class _Stop(Exception):
-    """Ends a forward as soon as the first block's input is known."""
+    """Ends a forward at the first block."""
 
 
 class BlockwiseModel:
     """Runs a model's blocks one at a time. All windows given to one object must have the same length.
 
     Args:
-        model: on the CPU, ready for inference.
+        model: the model, on the CPU and in evaluation mode.
 
     Raises:
         ImpqError: the model has no list of blocks, no final norm beside it, or no head.
@@ -101,7 +110,7 @@ class BlockwiseModel:
 
     def forward(self, ids: torch.Tensor, keep: int = 0) -> torch.Tensor:
         """Logits (windows, ``keep``, vocabulary) of the last positions by the model's own forward; all positions if
-        ``keep`` is 0. A forward that knows no ``logits_to_keep`` or ``use_cache`` is not given them."""
+        ``keep`` is 0. ``logits_to_keep`` and ``use_cache`` are passed only if the forward accepts them."""
         given = {"use_cache": False, "logits_to_keep": keep}
         output = self.model(input_ids=ids, **{name: value for name, value in given.items() if name in self._accepted})
         logits: torch.Tensor = output.logits[:, -keep:]
@@ -111,7 +120,7 @@ class BlockwiseModel:
         """The first block's input for windows of token ids (windows, length).
 
         Raises:
-            ImpqError: the blocks cannot be run one by one; found on the first batch of each shape.
+            ImpqError: the blocks cannot be run one by one, which is checked on the first batch of each shape.
         """
         per_batch = max(1, BATCH_TOKENS // ids.shape[1])
         return [self._embed_batch(batch) for batch in torch.split(torch.from_numpy(np.asarray(ids)), per_batch)]
@@ -119,33 +128,36 @@ class BlockwiseModel:
     @torch.inference_mode()
     def _embed_batch(self, ids: torch.Tensor) -> torch.Tensor:
         if (ids.shape[0], ids.shape[1]) not in self._calls:
-            self._learn(ids)
-        caught: list[torch.Tensor] = []
+            self._record(ids)
+        inputs: list[torch.Tensor] = []
 
-        def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            caught.append(args[0] if args else kwargs["hidden_states"])
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs.append(args[0] if args else kwargs["hidden_states"])
             raise _Stop
 
-        hook = self.blocks[0].register_forward_pre_hook(catch, with_kwargs=True)
+        hook = self.blocks[0].register_forward_pre_hook(record, with_kwargs=True)
         try:
             self.forward(ids, keep=CHECKED)
         except _Stop:
             pass
         finally:
             hook.remove()
-        return caught[0]
+        return inputs[0]
 
-    def _learn(self, ids: torch.Tensor) -> None:
-        """Catch the blocks' arguments for batches of the shape of ``ids``. For the first batch of a length, one window
-        and the same window backwards must be called with the same arguments, and each replayed with the other's."""
+    def _record(self, ids: torch.Tensor) -> None:
+        """Record the blocks' arguments for batches of the shape of ``ids``.
+
+        For the first batch of a length, the arguments must be equal for a window and for its tokens in reverse, and the
+        reversed window must have the model's own logits if it is replayed with the arguments of the window.
+        """
         windows, length = ids.shape
         if (1, length) not in self._calls:
-            one, other = self._observe(ids[:1]), self._observe(ids[:1].flip(1))
-            if name := unlike_calls(one.leaves, other.leaves):
+            window, reverse = self._observe(ids[:1]), self._observe(ids[:1].flip(1))
+            if name := unlike_calls(window.leaves, reverse.leaves):
                 raise ImpqError(f"{self._name} gives its blocks '{name}', which depends on the text or holds a state: "
                                 f"{UNSUPPORTED}")
-            self._check(other, one.calls)
-            self._calls[1, length] = one.calls
+            self._check(reverse, window.calls)
+            self._calls[1, length] = window.calls
         if windows > 1:
             batch = self._observe(ids)
             self._check(batch, batch.calls)
@@ -157,14 +169,14 @@ class BlockwiseModel:
         before: list[dict[str, Any]] = []
         order: list[nn.Module] = []
 
-        def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             named = {name: value for name, value in kwargs.items() if args or name != "hidden_states"}
             order.append(module)
             hidden.append(args[0] if args else kwargs.get("hidden_states"))
             calls.append(Call(args[1:], named))
             before.append(calls[-1].leaves())
 
-        hooks = [block.register_forward_pre_hook(catch, with_kwargs=True) for block in self.blocks]
+        hooks = [block.register_forward_pre_hook(record, with_kwargs=True) for block in self.blocks]
         try:
             logits = self.forward(ids, keep=CHECKED)
         finally:
@@ -175,12 +187,12 @@ class BlockwiseModel:
                             f"{UNSUPPORTED}")
         after = [call.leaves() for call in calls]
         if name := unlike_calls(before, after):
-            raise ImpqError(f"{self._name} gives its blocks '{name}', which is a cache or is written to by them: "
+            raise ImpqError(f"{self._name} gives its blocks '{name}', which is a cache or is changed by them: "
                             f"{UNSUPPORTED}")
         return _Observed(hidden[0], calls, after, logits.float())
 
     def _check(self, observed: _Observed, calls: list[Call]) -> None:
-        """Raises ImpqError if replaying a forward's first input with ``calls`` gives other logits than the forward."""
+        """Raises ImpqError if a replay with ``calls`` gives other logits than the observed forward."""
         states = observed.first
         for block, call in zip(self.blocks, calls, strict=True):
             states = _run(block, states, call)
@@ -194,8 +206,8 @@ class BlockwiseModel:
         return type(self.model).__name__
 
     def cost(self, ids: IntArray) -> ForwardCost:
-        """The cost of a forward over one window as long as those of ``ids`` (windows, length), counted on the first of
-        them and kept."""
+        """The cost of a forward over one window of the length of ``ids`` (windows, length), counted once on the first
+        window."""
         length = ids.shape[1]
         if length not in self._costs:
             [hidden] = self.embed(ids[:1])
@@ -233,41 +245,42 @@ class BlockwiseModel:
     @torch.inference_mode()
     def scored(self, hidden: Hidden, ids: IntArray, *more: Hidden) -> Iterator[tuple[slice, list[torch.Tensor],
                                                                                      torch.Tensor]]:
-        """Logits of every position that predicts a token, a few rows at a time.
+        """Logits of every position that predicts a token, ``HEAD_ROWS`` rows at a time.
 
         Yields:
-            the slice of the rows among the ``windows * (length - 1)`` scored positions; their float32 logits (rows,
-            vocabulary) for ``hidden`` and each of ``more``; and the tokens (rows,) that followed.
+            The slice of the rows among the ``windows * (length - 1)`` scored positions; their float32 logits (rows,
+            vocabulary) for ``hidden`` and each of ``more``; and the tokens (rows,) that follow them in the text.
         """
         length = ids.shape[1]
         targets = torch.from_numpy(np.asarray(ids))[:, 1:].flatten()
-        at = 0
+        first = 0
         for batches in zip(hidden, *more, strict=True):
-            rows = [batch[:, :length - 1].flatten(0, 1) for batch in batches]
-            for start in range(0, len(rows[0]), HEAD_ROWS):
-                parts = [self.logits(part[start:start + HEAD_ROWS]) for part in rows]
-                where = slice(at, at + len(parts[0]))
-                yield where, parts, targets[where]
-                at += len(parts[0])
+            states = [batch[:, :length - 1].flatten(0, 1) for batch in batches]
+            for start in range(0, len(states[0]), HEAD_ROWS):
+                logits = [self.logits(state[start:start + HEAD_ROWS]) for state in states]
+                rows = slice(first, first + len(logits[0]))
+                yield rows, logits, targets[rows]
+                first += len(logits[0])
 
     def compare(self, hidden: Hidden, ids: IntArray, reference: Hidden) -> Comparison:
-        """Compare a model's last hidden states with a reference's. The logits of both are made here, a few rows at a
-        time: hidden states take thousands of times less memory than logits."""
+        """Compare a model's last hidden states with a reference's. The logits of both are computed a few rows at a
+        time, because hidden states take thousands of times less memory than logits."""
         shape = ids.shape[0], ids.shape[1] - 1
         nll, kl, agree = (np.empty(shape[0] * shape[1]) for _ in range(3))
-        for where, (logits, other), targets in self.scored(hidden, ids, reference):
-            ours, theirs = functional.log_softmax(logits, dim=-1), functional.log_softmax(other, dim=-1)
-            nll[where] = -ours.gather(1, targets[:, None])[:, 0].double().numpy()
-            kl[where] = functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(dim=1).double().numpy()
-            agree[where] = (logits.argmax(dim=1) == other.argmax(dim=1)).double().numpy()
+        for rows, (logits, reference_logits), targets in self.scored(hidden, ids, reference):
+            log_p, log_reference = (functional.log_softmax(part, dim=-1) for part in (logits, reference_logits))
+            nll[rows] = -log_p.gather(1, targets[:, None])[:, 0].double().numpy()
+            divergence = functional.kl_div(log_p, log_reference, reduction="none", log_target=True)
+            kl[rows] = divergence.sum(dim=1).double().numpy()
+            agree[rows] = (logits.argmax(dim=1) == reference_logits.argmax(dim=1)).double().numpy()
         return Comparison(*(values.reshape(shape) for values in (nll, kl, agree)))
 
     def nll(self, hidden: Hidden, ids: IntArray) -> FloatArray:
         """Negative log-likelihood (windows, length - 1) of each token after the first, in nats."""
-        out = np.empty(ids.shape[0] * (ids.shape[1] - 1))
-        for where, (logits,), targets in self.scored(hidden, ids):
-            out[where] = functional.cross_entropy(logits, targets, reduction="none").double().numpy()
-        return out.reshape(ids.shape[0], -1)
+        nll = np.empty(ids.shape[0] * (ids.shape[1] - 1))
+        for rows, (logits,), targets in self.scored(hidden, ids):
+            nll[rows] = functional.cross_entropy(logits, targets, reduction="none").double().numpy()
+        return nll.reshape(ids.shape[0], -1)
 
 
 def _run(block: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Cache of variants and held-out scores on disk, keyed by everything that decides them."""
+"""Cache of variants and held-out scores on disk, keyed by everything that determines them."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 
 ABOUT = "about.json"
-"""The file of a shelf that says what its variants are made of."""
+"""The file of a shelf with the key of its variants."""
 
 FORMAT = "impq-variants/1"
-"""Format mark in it: impq lists and deletes only folders that have it."""
+"""Format in that file. impq lists and deletes only folders with it."""
 
 KEYS_BEFORE_FORMAT = frozenset({"model_digest", "dtype", "backend", "options", "versions", "code"})
-"""Keys in the about.json of version 0.1, which wrote no mark."""
+"""Keys in the about.json of version 0.1, which wrote no format."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Shelf:
 
     Args:
         folder: the folder.
-        about: everything that decides the variants: model, backend, options, calibration, code.
+        about: everything that determines the variants: model, backend, options, calibration, code.
     """
 
     folder: Path
@@ -48,7 +48,7 @@ class Shelf:
     @property
     def model(self) -> str:
         """The model's name."""
-        return str(self.about.get("label") or self.about.get("model", ""))  # version 0.1 called it model
+        return str(self.about.get("label") or self.about.get("model", ""))  # ``model`` in version 0.1
 
     @property
     def nbytes(self) -> int:
@@ -71,7 +71,7 @@ class Shelf:
         return (self.folder / ABOUT).stat().st_mtime
 
     def get(self, linear: LinearSpec, choice: Choice) -> Variant | None:
-        """The variant; None if it is missing, or damaged, which gives a warning."""
+        """The variant; None if it is missing or damaged. A damaged one gives a warning."""
         from safetensors import SafetensorError, safe_open
 
         from impq_core.interfaces import Variant
@@ -81,30 +81,30 @@ class Shelf:
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                facts = json.loads(file.metadata()["impq"])
+                metadata = json.loads(file.metadata()["impq"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if facts["sha256"] != _digest(tensors):
+            if metadata["sha256"] != _digest(tensors):
                 raise ValueError("its digest does not match its content")
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             warnings.warn(f"{path} is damaged and made anew: {one_line(error, 120)}", RuntimeWarning,
                           stacklevel=2)
             return None
-        return Variant(choice, tensors, facts["record"])
+        return Variant(choice, tensors, metadata["record"])
 
     def put(self, linear: LinearSpec, variant: Variant) -> None:
-        """Keep a variant, whole or not at all; a disk that refuses it gives a warning."""
+        """Keep a variant, whole or not at all; a disk error gives a warning."""
         from safetensors.torch import save
 
         tensors = {name: tensor.contiguous() for name, tensor in variant.tensors.items()}
-        facts = json.dumps({"record": dict(variant.record), "sha256": _digest(tensors)})
-        self._write(self._file(linear, variant.choice), save(tensors, metadata={"impq": facts}))
+        metadata = json.dumps({"record": dict(variant.record), "sha256": _digest(tensors)})
+        self._write(self._file(linear, variant.choice), save(tensors, metadata={"impq": metadata}))
 
     def recall(self, name: str) -> dict[str, Any] | None:
-        """The data kept under a name; None if there is none, or it is damaged, which gives a warning."""
+        """The data under a name; None if they are missing or damaged. Damaged data give a warning."""
         path = self.folder / f"{name}.json"
         try:
-            kept = json.loads(path.read_text())
-            if kept["sha256"] != _digest_of(kept["fact"]):
+            stored = json.loads(path.read_text())
+            if stored["sha256"] != _digest_of(stored["fact"]):
                 raise ValueError("its digest does not match its content")
         except FileNotFoundError:
             return None
@@ -112,33 +112,32 @@ class Shelf:
             warnings.warn(f"{path} is damaged and made anew: {one_line(error, 120)}", RuntimeWarning,
                           stacklevel=2)
             return None
-        fact: dict[str, Any] = kept["fact"]
-        return fact
+        data: dict[str, Any] = stored["fact"]
+        return data
 
-    def remember(self, name: str, fact: Mapping[str, Any]) -> None:
-        """Keep plain data about the variants, whole or not at all; a disk that refuses it gives a warning."""
-        self._write(self.folder / f"{name}.json",
-                    json.dumps({"fact": fact, "sha256": _digest_of(fact)}).encode())
+    def remember(self, name: str, data: Mapping[str, Any]) -> None:
+        """Keep plain data about the variants under a name, whole or not at all; a disk error gives a warning."""
+        self._write(self.folder / f"{name}.json", json.dumps({"fact": data, "sha256": _digest_of(data)}).encode())
 
     def _write(self, path: Path, data: bytes) -> None:
         try:
-            if not (self.folder / ABOUT).exists():  # without it the shelf is never listed or deleted
+            if not (self.folder / ABOUT).exists():  # a shelf without it would never be listed or deleted
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_text(self.folder / ABOUT, json.dumps({"format": FORMAT, **self.about}, indent=1) + "\n")
             replace_file(path, data)
         except OSError as error:
-            warnings.warn(f"variants are not kept for another time: {self.folder}: {error.strerror}", RuntimeWarning,
+            warnings.warn(f"variants are not kept for later runs: {self.folder}: {error.strerror}", RuntimeWarning,
                           stacklevel=3)
 
     def touch(self) -> None:
         """Record the time of this use."""
-        with suppress(OSError):  # nothing is kept yet, or the cache is read-only
+        with suppress(OSError):  # the shelf is still empty, or the cache is read-only
             os.utime(self.folder / ABOUT)
 
     def remove(self) -> None:
-        """Delete the folder; raises ImpqError if impq did not make it, or the disk refuses."""
+        """Delete the folder; raises ImpqError if impq did not make it, or if it cannot be deleted."""
         if _read_about(self.folder) is None:
-            raise ImpqError(f"{self.folder} has no {ABOUT} of impq's: it is not deleted")
+            raise ImpqError(f"{self.folder} is not deleted: it has no {ABOUT} of impq")
         try:
             shutil.rmtree(self.folder)
         except OSError as error:
@@ -156,7 +155,7 @@ def shelf_for(key: VariantsKey) -> Shelf:
 def shelves() -> list[Shelf]:
     """All shelves of the user's cache, the last used first; raises ImpqError if the cache folder cannot be made.
 
-    Only folders whose about.json has impq's format mark, or the keys that version 0.1 wrote without a mark.
+    A shelf is a folder with an about.json of impq: with the format, or with the keys of version 0.1.
     """
     shelves = [Shelf(file.parent, about) for file in (cache_folder() / "variants").glob(f"*/{ABOUT}")
                if (about := _read_about(file.parent)) is not None]
@@ -164,17 +163,17 @@ def shelves() -> list[Shelf]:
 
 
 def _read_about(folder: Path) -> dict[str, Any] | None:
-    """Content of a shelf's about.json; None if it is not of impq's."""
+    """Content of a shelf's about.json; None if impq did not write it."""
     try:
         about = json.loads((folder / ABOUT).read_text())
-        mark = about.pop("format", None)
+        format = about.pop("format", None)
     except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         return None
-    return about if mark == FORMAT or (mark is None and about.keys() >= KEYS_BEFORE_FORMAT) else None
+    return about if format == FORMAT or (format is None and about.keys() >= KEYS_BEFORE_FORMAT) else None
 
 
-def _digest_of(fact: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(fact, sort_keys=True).encode()).hexdigest()
+def _digest_of(data: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(tensors: Mapping[str, Any]) -> str:

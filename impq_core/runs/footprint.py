@@ -131,7 +131,7 @@ def _made(layout: Layout) -> list[tuple[Backend, Sequence[Sequence[Choice]]]]:
     """The backends that make variants, with the choices of each layer; the deployed backend is the last."""
     played: list[tuple[Backend, Sequence[Sequence[Choice]]]] = []
     if layout.measures_another_backend:
-        played.append((layout.played_backend, layout.played_menus))
+        played.append((layout.game_backend, layout.game_menus))
     return [*played, (layout.parts.backend, layout.deployed_menus)]
 
 

@@ -243,7 +243,7 @@ def _search(layouts: Sequence[Layout], first: bool = True, exports: int = 0) -> 
     layout = layouts[0]
     config, space = layout.config, layout.space
     spare = config.calibration.windows - config.game_windows * (2 if config.refine else 1)
-    work = None if layout.plan else layout.parts.estimator.workload(layout.played, 1 + spare // config.game_windows)
+    work = None if layout.plan else layout.parts.estimator.workload(layout.game_space, 1 + spare // config.game_windows)
     budgets = {each.config.budget: each.budget_bytes for each in layouts}
     weights = sum(layer.parameters for layer in space.layers)
     scores = len(layouts)
@@ -314,7 +314,7 @@ def _statistics_forwards(layout: Layout) -> float:
     """Forwards in which statistics for quantizing are collected: every block once over the calibration text, and once
     more at the widest width, on the way to the next block."""
     config, cost = layout.config, layout.shapes.cost(layout.config.calibration.length)
-    backends = {layout.played_backend, layout.parts.backend}
+    backends = {layout.game_backend, layout.parts.backend}
     passes = sum(bool(backend.needs) for backend in backends)
     windows = config.calibration.windows / config.game_windows
     return passes * windows * (2 * cost.behind(0) - cost.blocks[-1]) / cost.total

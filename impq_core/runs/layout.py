@@ -1,4 +1,4 @@
-"""The part of a run that is decided without weights and texts: layers, widths, bytes and the budget."""
+"""The layout of a run: layers, widths, bytes and the budget, decided without weights and texts."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ from impq_core.types import Plan
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """A run whose configuration, model architecture and budget have been checked. No weight has been read.
+    """A run with checked configuration, model architecture and budget. No weight has been read.
 
     Args:
-        config: resolved: paths are absolute, and no value is left to a default.
-        parts: of the run.
-        source: of the model.
+        config: the resolved configuration: paths are absolute, and defaults are replaced by their values.
+        parts: the parts of the run.
+        source: the model's files.
         space: layers and choices with the deployed backend's sizes.
-        played: the same layers and choices with the sizes of the backend whose variants are measured.
+        game_space: the same layers and choices with the sizes of the backend of the measured variants.
         between: choices of the deployed backend between those of the menu, for uniform references, each with the bytes
-            of a model that is uniformly so.
-        budget_bytes: of the plan.
-        rest_bytes: of embeddings, head and all else that is never quantized, at 16 bits a weight.
+            of the uniform model at that choice.
+        budget_bytes: budget of the plan.
+        rest_bytes: bytes of embeddings, head and everything else that is never quantized, at 16 bits a weight.
         plan: the plan of ``--plan``.
         libraries: import names of the backends' libraries.
         coverage: share of the weights in the model's blocks that the layers hold.
-        shapes: of the model.
+        shapes: shapes of the model.
     """
 
     config: RunConfig
     parts: Parts
     source: ModelSource
     space: SearchSpace
-    played: SearchSpace
+    game_space: SearchSpace
     between: tuple[tuple[Choice, int], ...]
     budget_bytes: int
     rest_bytes: int
@@ -62,24 +62,24 @@ class Layout:
 
     @property
     def deployed_menus(self) -> list[list[Choice]]:
-        """The choices of each layer that the deployed backend makes, widest first: the menu and those between."""
+        """The choices of each layer that the deployed backend quantizes to, widest first: the menu and ``between``."""
         return _menus(self.space, [choice for choice, _ in self.between])
 
     @property
-    def played_menus(self) -> list[list[Choice]]:
+    def game_menus(self) -> list[list[Choice]]:
         """The choices of each layer that are measured, widest first."""
-        return _menus(self.played) if self.measures_another_backend else self.deployed_menus
+        return _menus(self.game_space) if self.measures_another_backend else self.deployed_menus
 
     @property
-    def played_backend(self) -> Backend:
-        """The backend whose variants are measured."""
+    def game_backend(self) -> Backend:
+        """The backend of the measured variants."""
         return self.parts.estimate_with if self.measures_another_backend and self.parts.estimate_with else (
             self.parts.backend)
 
     @property
-    def played_budget(self) -> int:
-        """The budget in the space the estimator sees: the same place between all-narrowest and all-widest."""
-        return self.space.carry_over(self.budget_bytes, self.played)
+    def game_budget(self) -> int:
+        """The budget in the game's space: at the same share of the way from all-narrowest to all-widest."""
+        return self.space.carry_over(self.budget_bytes, self.game_space)
 
     def planned(self, config: RunConfig, plugins: Plugins) -> Self:
         """The same model, layers, estimator and texts with a configuration's surrogate, allocator and budget.
@@ -89,7 +89,7 @@ class Layout:
         """
         parts = Parts.build(config, plugins)
         for part in (parts.surrogate, parts.allocator):
-            part.check_space(self.played)
+            part.check_space(self.game_space)
         budget = parts.wanted
         resolved = replace(self.config, surrogate=config.surrogate, allocator=config.allocator, budget=str(budget),
                            options=parts.options())
@@ -109,8 +109,8 @@ def lay_out(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
     Args:
         config: the configuration.
         plugins: the source of the parts.
-        trust: what the command line permits.
-        calibrate: whether the file of the calibration text is checked, if a part reads it.
+        trust: the permissions of the command line.
+        calibrate: whether to check the file of the calibration text, if a part reads it.
         source: the model, if it was located before.
 
     Raises:
@@ -127,11 +127,11 @@ def lay_out(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
     if not config.partial:
         covered.require(config.model)
     space = search_space(layers, parts.backend, parts.menu, config.pins, config.exclude)
-    played = space
-    if parts.estimate_with and not config.plan:  # a plan that is given is measured as it will be deployed
-        played = search_space(layers, parts.estimate_with, parts.played, config.pins, config.exclude)
+    game_space = space
+    if parts.estimate_with and not config.plan:  # the variants of a given plan are the deployed ones
+        game_space = search_space(layers, parts.estimate_with, parts.game_menu, config.pins, config.exclude)
     for part in (parts.estimator, parts.surrogate, parts.allocator):
-        part.check_space(played)
+        part.check_space(game_space)
     inside = [choice for choice in parts.backend.choices()
               if parts.menu[-1] < choice < parts.menu[0] and choice not in parts.menu]
     between = []
@@ -143,7 +143,7 @@ def lay_out(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
     if plan and parts.budget and plan.nbytes > budget_bytes:
         raise UsageError(f"plan {config.plan} takes {plan.nbytes} bytes, more than the {budget_bytes} of --budget "
                          f"{config.budget}: leave out --budget, or give a smaller plan")
-    if plan and not parts.budget:  # the plan is its own budget
+    if plan and not parts.budget:  # the plan's size is the budget
         budget, budget_bytes = f"{plan.nbytes}B", plan.nbytes
     dtype = str(resolve_dtype(config.dtype)).removeprefix("torch.")
     resolved = replace(
@@ -152,7 +152,7 @@ def lay_out(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
         evaluation=replace(config.evaluation, source=_absolute(config.evaluation.source)),
         bits=tuple(choice.bits for choice in parts.menu), budget=budget, dtype=dtype,
         options=parts.options(), granularity=parts.granularity)
-    return Layout(resolved, parts, source, space, played, tuple(between), budget_bytes,
+    return Layout(resolved, parts, source, space, game_space, tuple(between), budget_bytes,
                   2 * rest_parameters(skeleton, layers), plan,
                   tuple(sorted({library for name in {config.backend, config.estimate_with} - {""}
                                 for library in plugins.find("backend", name).needs})), covered.share,
@@ -160,6 +160,7 @@ def lay_out(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
 
 
 def _absolute(name: str) -> str:
-    """A file's path made absolute, so that the resolved configuration runs from anywhere; other names as they are."""
+    """An existing file's path made absolute, so that the resolved configuration runs from any folder; any other name
+    unchanged."""
     path = os.path.expanduser(name)
     return str(Path(path).absolute()) if name not in ("", "demo") and os.path.exists(path) else name

@@ -97,7 +97,7 @@ def play(config: RunConfig, plugins: Plugins | None = None, trust: Trust = NO_TR
     prepared = prepare(config, plugins, trust)
     prepared.require_text()
     session = Session(prepared, plugins)
-    session.quantize_played()
+    session.quantize_for_game()
     return session.game()
 
 
@@ -156,7 +156,7 @@ class Search:
 
 def _stages(session: Session, folder: RunFolder, only_estimate: bool) -> RunResult:
     prepared = session.prepared
-    session.quantize_played()
+    session.quantize_for_game()
     if not prepared.measures_another_backend:
         _variants_ready(session, folder)
     search, evaluation = _search(session, folder, only_estimate), None

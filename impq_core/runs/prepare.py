@@ -1,4 +1,4 @@
-"""A run that is ready to load its model: the layout of its layers, the texts, and its identity."""
+"""Preparation of a run: resolves and checks its configuration, model, texts and budget before weights are loaded."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from impq_core.trust import NO_TRUST, Trust
 
 @dataclass(frozen=True, eq=False)
 class Prepared(Layout):
-    """A run whose configuration, model, weights, texts and budget have been checked.
+    """A run with checked configuration, model, weights, texts and budget.
 
     Args:
         calibration: None if no part reads calibration text.
@@ -46,8 +46,8 @@ class Prepared(Layout):
     evaluation: Windows
 
     def variants_key(self, backend: Backend, menus: Sequence[Sequence[Choice]]) -> VariantsKey:
-        """The identity of a backend's variants; if it reads activations, they were collected behind layers at the
-        widest of their ``menus``."""
+        """The identity of a backend's variants. A backend that reads activations gets those behind layers at the widest
+        of their ``menus``."""
         calibration, prefix = None, ""
         if backend.needs:
             calibration = _text_key(self.calibration)
@@ -60,31 +60,31 @@ class Prepared(Layout):
 
     @cached_property
     def deployed_key(self) -> VariantsKey:
-        """The identity of the variants that plans are made of."""
+        """The identity of the deployed variants."""
         return self.variants_key(self.parts.backend, self.deployed_menus)
 
     def losses_key(self, space: SearchSpace, game: Windows | None) -> LossesKey:
         """The identity of losses of picks of a space on calibration windows."""
-        variants = self.variants_key(self.played_backend, self.played_menus) if space is self.played else (
+        variants = self.variants_key(self.game_backend, self.game_menus) if space is self.game_space else (
             self.deployed_key)
         return LossesKey(variants, space.fingerprint, self.config.value, code_digest(), _text_key(self.calibration),
                          _text_key(game))
 
     @property
     def game_windows(self) -> Windows | None:
-        """The first calibration windows, which the game is played on."""
+        """The first calibration windows, on which the game is played."""
         return self.calibration.first(self.config.game_windows) if self.calibration else None
 
     def require_text(self) -> None:
         """Raises ImpqError if the run reads no calibration text, so that there is no game."""
         if self.calibration is None:
-            raise ImpqError(f"estimator '{self.config.estimator}' reads no text to play on: choose one that does, such "
-                            "as spqe")
+            raise ImpqError(f"estimator '{self.config.estimator}' reads no calibration text, so there is no game: "
+                            "choose one that reads it, such as spqe")
 
     @property
     def slopes_key(self) -> SlopesKey:
         """The identity of gradients."""
-        return SlopesKey(self.losses_key(self.played, self.game_windows), _text_key(self.probed))
+        return SlopesKey(self.losses_key(self.game_space, self.game_windows), _text_key(self.probed))
 
     @property
     def scores_key(self) -> ScoresKey:
@@ -101,7 +101,7 @@ class Prepared(Layout):
         """
         parts = self.parts
         slots = {slot: getattr(parts, slot) for slot in slots_of(self.config)}
-        return RunKey(self.losses_key(self.played, self.game_windows), self.deployed_key,
+        return RunKey(self.losses_key(self.game_space, self.game_windows), self.deployed_key,
                       TextKey(self.evaluation.digest, str(self.evaluation)), self.space.fingerprint, self.budget_bytes,
                       {slot: part_facts(getattr(self.config, slot), part) for slot, part in slots.items()},
                       code_digest(*slots.values()), self.config.seed, self.config.refine,
@@ -109,19 +109,19 @@ class Prepared(Layout):
 
     @property
     def spare(self) -> Windows | None:
-        """Calibration windows that neither the game nor a refinement's referee takes."""
-        taken = self.config.game_windows * (2 if self.config.refine else 1)
-        return self.calibration.part(taken, len(self.calibration.ids)) if self.calibration else None
+        """Calibration windows outside those of the game and of a refinement's referee."""
+        used = self.config.game_windows * (2 if self.config.refine else 1)
+        return self.calibration.part(used, len(self.calibration.ids)) if self.calibration else None
 
     @property
     def probed(self) -> Windows | None:
-        """Calibration windows that are looked at from inside: all but a refinement's referee's, or as many of them as
-        asked for."""
+        """Calibration windows of gradients and activations: all but those of a refinement's referee, or the first
+        ``probe_windows`` of them."""
         if self.calibration is None:
             return None
-        played, config = self.config.game_windows, self.config
-        ids = self.calibration.ids
-        kept = np.concatenate([ids[:played], ids[played * (2 if config.refine else 1):]])
+        config, ids = self.config, self.calibration.ids
+        games = 2 if config.refine else 1
+        kept = np.concatenate([ids[:config.game_windows], ids[config.game_windows * games:]])
         return replace(self.calibration, ids=kept[:config.probe_windows or len(kept)])
 
 
@@ -136,9 +136,9 @@ def prepare(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
     Args:
         config: the configuration.
         plugins: the source of the parts.
-        trust: what the command line permits.
-        calibrate: whether the calibration text is read; not needed if nothing is measured or quantized.
-        source: the model, if it was located before; its weights are then not read again.
+        trust: the permissions of the command line.
+        calibrate: whether to read the calibration text; not needed if nothing is measured or quantized.
+        source: the model, if it was located and its weights were checked before.
 
     Raises:
         ImpqError: a value is wrong, or a file is missing or damaged.

@@ -1,4 +1,4 @@
-"""A session: a prepared run with its model in memory, the variants made from it, and what is measured on them."""
+"""A session: a prepared run with its model in memory and the variants of its layers, for games, probes and scores."""
 
 from __future__ import annotations
 
@@ -28,21 +28,23 @@ from impq_core.space import Choice, SearchSpace
 from impq_core.types import Plan
 
 Progress = Callable[[int, int], None]
-"""Called with the units of a stage that are done, and all units."""
+"""Called with the number of finished units of a stage, and the number of all units."""
 
 
 class Session:
-    """The model of a prepared run at work. ``quantize_played`` or ``quantize_deployed`` comes before games and scores.
+    """The model of a prepared run, and the bank of its variants.
+
+    ``quantize_for_game`` or ``quantize_deployed`` must be called before a game or an evaluation.
 
     Args:
         prepared: the run.
-        plugins: observers are told of the progress.
+        plugins: the observers of the progress.
         runner: the model, if another session has loaded it.
 
     Attributes:
         prepared: the run.
         runner: the model, block by block.
-        bank: the variants at hand.
+        bank: the variants in memory.
         clock: seconds by stage.
     """
 
@@ -53,28 +55,29 @@ class Session:
         self.bank = Bank(self.runner.model, prepared.space.everyone, prepared.parts.backend, self.dtype)
 
     def report(self, stage: str) -> Progress:
-        """Tells observers how far a stage is."""
+        """A function that reports the progress of a stage to the observers."""
         return lambda done, total: self.plugins.notify("impq_progress", stage=stage, done=done, total=total)
 
-    def quantize_played(self) -> None:
-        """Make or load every variant that is measured."""
-        self._quantize(self.prepared.played, self.prepared.played_backend, self.prepared.played_menus)
+    def quantize_for_game(self) -> None:
+        """Make or load every variant that the estimator measures."""
+        self._quantize(self.prepared.game_space, self.prepared.game_backend, self.prepared.game_menus)
 
     def quantize_deployed(self) -> None:
-        """Make or load every variant that plans and references are made of."""
+        """Make or load every variant of plans and references."""
         self._quantize(self.prepared.space, self.prepared.parts.backend, self.prepared.deployed_menus)
 
     def _quantize(self, space: SearchSpace, backend: Backend, menus: Sequence[Sequence[Choice]]) -> None:
         with self.clock.stage("quantize"):
-            self.bank.apply([None] * len(self.bank.layers))  # statistics begin at the model's own weights
+            self.bank.apply([None] * len(self.bank.layers))  # statistics need the unquantized weights
             self.bank = Bank(self.runner.model, space.everyone, backend, self.dtype)
             fill_bank(self.bank, self.runner, self._statistics_input(backend), menus, self.report("quantize"),
                       self._shelf(backend, menus))
 
     def quantize_plan(self, plan: Plan) -> None:
-        """Quantize a plan block after block, each behind the quantized ones. The model ends at the plan.
+        """Quantize a plan block after block, each behind the quantized ones. Afterwards the model has the plan's
+        weights.
 
-        The session must not have made variants before: those of a run stand behind another prefix.
+        The session must have no variants yet: those of a run have statistics behind another prefix.
         """
         backend = self.prepared.parts.backend
         menus = [[choice] if choice else [] for choice in self.prepared.space.assignment(plan.pick)]
@@ -92,7 +95,7 @@ class Session:
         try:
             shelf = shelf_for(self.prepared.variants_key(backend, menus))
         except ImpqError as error:
-            warnings.warn(f"variants are not kept for another run: {one_line(error)}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"variants are not kept for later runs: {one_line(error)}", RuntimeWarning, stacklevel=2)
             return None
         shelf.touch()
         return shelf
@@ -101,19 +104,19 @@ class Session:
         """The probe of the estimator.
 
         Args:
-            log: of slopes and traces.
+            log: file of slopes and traces.
             text: windows to read; the run's by default.
         """
         config, prepared = self.prepared.config, self.prepared
-        return ModelProbe(prepared.played, self.bank, self.runner, text or prepared.probed, config.value,
+        return ModelProbe(prepared.game_space, self.bank, self.runner, text or prepared.probed, config.value,
                           config.game_windows, log)
 
     def game(self, log: MeasurementLog | None = None, probe: ModelProbe | None = None,
              text: Windows | None = None) -> ModelGame:
-        """The game of the estimator, on the first calibration windows; those left over are further sets of windows.
+        """The game of the estimator, on the first calibration windows; the spare ones are further sets of windows.
 
         Args:
-            log: of measured losses.
+            log: file of measured losses.
             probe: ``probe()`` by default.
             text: calibration windows; the run's by default.
 
@@ -128,8 +131,8 @@ class Session:
             prepared.require_text()
         assert windows is not None
         return ModelGame(
-            prepared.played, self.bank, self.runner, windows, log, progress=self.report("estimate"),
-            value=prepared.config.value, budget_bytes=prepared.played_budget, spare=spare, probe=probe or self.probe(),
+            prepared.game_space, self.bank, self.runner, windows, log, progress=self.report("estimate"),
+            value=prepared.config.value, budget_bytes=prepared.game_budget, spare=spare, probe=probe or self.probe(),
             watch=lambda picks, losses, forwards: self.plugins.notify(
                 "impq_measured", picks=picks, losses=losses, forwards=forwards))
 
@@ -138,17 +141,17 @@ class Session:
         """The game and the probe of the estimator, logged in a folder. The game is None if no part reads calibration
         text."""
         prepared = self.prepared
-        losses, slopes = prepared.losses_key(prepared.played, prepared.game_windows), prepared.slopes_key
+        losses, slopes = prepared.losses_key(prepared.game_space, prepared.game_windows), prepared.slopes_key
         with closing(MeasurementLog(folder.losses, losses)) as log, \
                 closing(Ledger(folder.slopes, "impq-gradients/2", slopes)) as slope_log:
             probe = self.probe(slope_log)
             yield self.game(log, probe) if prepared.calibration else None, probe
 
     def evaluator(self, log: ScoreLog | None = None) -> Evaluator:
-        """The evaluator of the deployed variants; it takes the scores that other runs left in the cache.
+        """The evaluator of the deployed variants; it reads the scores of other runs from the cache.
 
         Args:
-            log: of held-out scores.
+            log: file of held-out scores.
         """
         prepared = self.prepared
         shelf = self._shelf(prepared.parts.backend, prepared.deployed_menus)
@@ -156,8 +159,8 @@ class Session:
         return Evaluator(self.runner, self.bank, prepared.evaluation, log, kept)
 
     def evaluator_of_exports(self) -> Evaluator:
-        """An evaluator that takes no scores from the cache: an export is quantized in sequence. To be made before the
-        model leaves its own weights."""
+        """An evaluator of a model that is quantized in sequence, which reads no scores from the cache. Call it while
+        the model has its unquantized weights."""
         return Evaluator(self.runner, self.bank, self.prepared.evaluation)
 
     def score_log(self, path: Path) -> ScoreLog:
@@ -165,19 +168,19 @@ class Session:
         return ScoreLog(path, self.prepared.scores_key)
 
     def evaluate(self, evaluator: Evaluator, plan: Plan) -> Evaluation:
-        """Score a plan beside its references."""
+        """Score a plan and its references."""
         prepared = self.prepared
         return evaluate_plan(evaluator, plan, prepared.between, prepared.evaluation, prepared.config.seed,
                              self.report("evaluate"))
 
-    def seen_by(self, prepared: Prepared) -> Session:
-        """The same model and bank under another estimator or budget of the same space."""
+    def with_prepared(self, prepared: Prepared) -> Session:
+        """A session with the same model and bank for another estimator or budget of the same space."""
         other = copy(self)
         other.prepared = prepared
         return other
 
-    def at(self, prepared: Prepared) -> Session:
-        """The same model and the same variants as another configuration sees them: other layers or another menu."""
+    def for_space(self, prepared: Prepared) -> Session:
+        """A session with the same model and variants for other layers or another menu."""
         self.bank.apply([None] * len(self.bank.layers))
         other = Session(prepared, self.plugins, self.runner)
         for layer in other.bank.layers:
@@ -188,14 +191,14 @@ class Session:
 
 
 class Clock:
-    """Seconds by stage, for information: costs are counted in forwards."""
+    """Wall-clock seconds by stage. Costs are counted in forwards, not in seconds."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Adds the time of the block to a stage."""
-        began = time.monotonic()
+        """Add the time of the ``with`` block to a stage."""
+        start = time.monotonic()
         yield
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - began, 2)
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - start, 2)

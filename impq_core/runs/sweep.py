@@ -108,7 +108,7 @@ def _one_backend(children: list[_Child], plugins: Plugins, folder: RunFolder, do
     """All runs with the variants of one backend: first every estimator measures, then every plan is scored."""
     first = children[0].prepared
     session = Session(first, plugins)
-    session.quantize_played()
+    session.quantize_for_game()
     searches: list[tuple[_Child, Search]] = []
     for estimator, group in groupby(children, key=lambda child: child.prepared.config.estimator):
         searches += _search(list(group), session, folder, f"{first.config.backend}-{estimator}", finished)
@@ -133,7 +133,7 @@ def _search(children: list[_Child], session: Session, sweep: RunFolder, name: st
         median.key.require(folder.read_json(folder.provenance), str(path))
     else:
         folder = make_folder(median, path.parent, path.name)
-    with folder.locked(), session.seen_by(median).playing(folder) as (game, probe):
+    with folder.locked(), session.with_prepared(median).playing(folder) as (game, probe):
         result = median.parts.measure(game, probe, np.random.default_rng(median.config.seed))
         measurements = result if isinstance(result, Measurements) else None
         if measurements:
@@ -147,7 +147,7 @@ def _search(children: list[_Child], session: Session, sweep: RunFolder, name: st
             try:
                 if key not in fitted:
                     fitted[key] = result if isinstance(result, SensitivityEstimate) else prepared.parts.surrogate.fit(
-                        replace(result, budget_bytes=prepared.played_budget))
+                        replace(result, budget_bytes=prepared.game_budget))
                 plan = allocate(prepared, fitted[key])
             except ImpqError as error:
                 _fail(child, error, session.plugins, sweep)

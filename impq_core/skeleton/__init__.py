@@ -1,4 +1,4 @@
-"""The beginnings of a plugin: ``impq plugins new`` writes a distribution that works, with tests, to be changed."""
+"""Templates of ``impq plugins new``, which writes a working plugin with tests as a start."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from impq_core.plugins import Plugins
 SUMMARIES = MappingProxyType({
     "estimator": "squared error of the weights",
     "surrogate": "least squares on the steps taken",
-    "allocator": "all the way down, cheapest bytes first",
+    "allocator": "demotions by least loss per byte",
     "refiner": "random exchanges between two layers",
     "backend": "rounding in groups: 8, 4 or 2 bits",
 })
-"""What a plugin can begin as, and what that does until it is changed."""
+"""Kinds of components that a plugin can start with, and the summary of each template."""
 
 
 def files_of(name: str, kinds: Sequence[str]) -> dict[str, str]:
@@ -45,32 +45,34 @@ def write_plugin(target: str, kinds: Sequence[str], plugins: Plugins) -> list[Pa
     """Write a plugin, whole or not at all.
 
     Args:
-        target: a name, for a folder ``impq-NAME`` here; or a path that ends in ``.py``, for a single file.
-        kinds: what it offers.
-        plugins: whose names are taken.
+        target: a name, for a folder ``impq-NAME`` in the working folder; or a path that ends in ``.py``, for a single
+            file.
+        kinds: the kinds of its components.
+        plugins: the installed plugins; the name must differ from the names of their components of the same kind.
 
     Returns:
-        the files written.
+        The files.
 
     Raises:
-        UsageError: the name is no name or taken, a kind is unknown, there is something in that place already, or a
-            single file is to hold several kinds.
+        UsageError: the name is invalid or in use, a kind is unknown, the folder or file exists already, or a single
+            file is to hold several kinds.
     """
     single = target.endswith(".py")
     name = Path(target).stem.replace("_", "-") if single else target
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name):
-        raise UsageError(f"'{name}' is no name for a plugin: small letters, digits and hyphens, such as 'my-estimator'")
+        raise UsageError(f"'{name}' is no name for a plugin: use small letters, digits and hyphens, such as "
+                         "'my-estimator'")
     for kind in kinds:
         if kind not in SUMMARIES:
-            raise UsageError(f"a plugin can begin as {', '.join(SUMMARIES)}, not as '{kind}'{nearest(kind, SUMMARIES)}")
+            raise UsageError(f"--kind takes {', '.join(SUMMARIES)}, not '{kind}'{nearest(kind, SUMMARIES)}")
         if (kind, name) in plugins.offers:
-            raise UsageError(f"the {kind} '{name}' is there already, from {plugins.offers[kind, name].origin}: "
-                             "take another name")
+            raise UsageError(f"the {kind} '{name}' exists already, from {plugins.offers[kind, name].origin}: "
+                             "choose another name")
     if single and len(set(kinds)) > 1:
-        raise UsageError(f"a single file holds one part: say --kind once, or 'impq plugins new {name}' for a package")
+        raise UsageError(f"a single file holds one part: give --kind once, or 'impq plugins new {name}' for a package")
     place = Path(target if single else f"impq-{name}")
     if place.exists():
-        raise UsageError(f"{place} is there already: nothing is overwritten")
+        raise UsageError(f"{place} exists already: choose another name, or delete it")
     if not place.parent.is_dir():
         raise UsageError(f"there is no folder {place.parent} to write {place.name} in")
     if single:

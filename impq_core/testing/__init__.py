@@ -1,5 +1,5 @@
-"""What plugin authors test with: suites to inherit, planted games with known answers, and tiny models of real
-architectures. The suites need pytest, and say what a part does wrong in a line."""
+"""Test tools for plugins: suites to inherit, planted games with known answers, and tiny models of real architectures.
+The suites need pytest. A failed test names the fault of the part in one line."""
 
 from impq_core.testing.allocators import AllocatorSuite
 from impq_core.testing.backends import BackendSuite

@@ -1,4 +1,4 @@
-"""What every allocator must do."""
+"""Tests of the contract of ``Allocator``."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from impq_core.types import SensitivityEstimate
 
 
 class AllocatorSuite(PartSuite):
-    """An ``Allocator`` on random estimates that brute force can solve.
+    """Tests an ``Allocator`` on random estimates that exhaustive search can solve.
 
     Class attributes:
-        exact: whether its plans are the best there are, which is then tested.
+        exact: whether its plans must be optimal.
     """
 
     part: ClassVar[type[Allocator]]
     exact: ClassVar[bool] = False
 
     def cases(self) -> Iterator[tuple[SensitivityEstimate, int]]:
-        """Estimates with and without pair terms, of one to five layers, with and without pins; budgets from the
-        smallest plan's to the largest's."""
+        """Estimates of one to five layers, with and without pair terms and pins, each with budgets from the smallest to
+        the largest plan."""
         rng = np.random.default_rng(0)
         for seed, (n, bits, strength, pinned) in enumerate(itertools.product(
                 (1, 3, 5), ((4, 2), (4, 3, 2)), (0.0, 0.3), (False, True))):
@@ -42,19 +42,22 @@ class AllocatorSuite(PartSuite):
                 yield estimate, int(low + share * (high - low))
 
     def test_plans_fit_and_keep_their_promises(self) -> None:
-        """Within the budget, of the estimate's space, with the loss that the estimate predicts; a bound lies below
-        every plan."""
+        """A plan fits the budget, is of the estimate's space, and has the loss that the estimate predicts; a bound is
+        at most the optimum."""
         for estimate, budget in self.cases():
             plan, best = self.make().allocate(estimate, budget), least_loss(estimate, budget)
             assert plan.space is estimate.space and plan.method
             assert plan.nbytes <= budget, f"{plan.nbytes} bytes do not fit in {budget}"
-            assert plan.predicted_loss is not None, "the plan does not say what loss is predicted"
-            assert np.isclose(plan.predicted_loss, estimate.predict(plan.pick)[0]), "that is not the predicted loss"
-            assert plan.bound is None or plan.bound <= best + 1e-6, f"bound {plan.bound} lies above a plan of {best}"
-            assert not self.exact or plan.predicted_loss <= best + 1e-6, f"{plan.predicted_loss}; the best has {best}"
+            predicted = float(estimate.predict(plan.pick)[0])
+            assert plan.predicted_loss is not None, "the plan has no predicted_loss"
+            assert np.isclose(plan.predicted_loss, predicted), (
+                f"predicted_loss is {plan.predicted_loss}, but the estimate predicts {predicted}")
+            assert plan.bound is None or plan.bound <= best + 1e-6, f"bound {plan.bound} exceeds the optimum {best}"
+            assert not self.exact or plan.predicted_loss <= best + 1e-6, (
+                f"predicted_loss is {plan.predicted_loss}, the optimum {best}")
 
     def test_the_scale_of_the_scores_does_not_matter(self) -> None:
-        """Scores of 1e-12 to 1e12, layers that cost nothing, equal layers: it ends, and plans fit."""
+        """With scores of 1e-12 and 1e12, layers without cost and equal layers, the allocator ends and plans fit."""
         for scale, (estimate, budget) in itertools.product((1e-12, 1e12), itertools.islice(self.cases(), 16, 48)):
             linear = estimate.linear.copy()
             linear[-1], linear[len(linear) // 2] = 0.0, linear[0]
@@ -63,19 +66,19 @@ class AllocatorSuite(PartSuite):
             plan = self.make().allocate(replace(estimate, linear=scale * linear, pairwise=pairs), budget)
             assert plan.nbytes <= budget, f"{plan.nbytes} bytes do not fit in {budget}"
             excess = float(plain.predict(plan.pick)[0]) - least_loss(plain, budget)
-            assert not self.exact or excess <= 1e-6, f"{excess:.3g} above the best plan, for scores times {scale:g}"
+            assert not self.exact or excess <= 1e-6, f"{excess:.3g} above the optimum, for scores times {scale:g}"
 
     def test_the_same_estimate_makes_the_same_plan(self) -> None:
-        """Ties included."""
+        """Two plans from one estimate are equal, also if there are ties."""
         for estimate, budget in itertools.islice(self.cases(), 0, None, 5):
             picks = [self.make().allocate(estimate, budget).pick for _ in range(2)]
             assert np.array_equal(*picks), "two plans from one estimate differ"
 
     def test_a_budget_below_everything_is_refused(self) -> None:
-        """With an ImpqError."""
+        """A budget below the smallest plan is an ImpqError."""
         estimate = planted_estimate(0, 4, (4, 2), 0.1)
         try:
             self.make().allocate(estimate, estimate.space.low_bytes - 1)
         except ImpqError:
             return
-        raise AssertionError("a budget below the smallest plan was taken")
+        raise AssertionError("a budget below the smallest plan was accepted")

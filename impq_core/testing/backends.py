@@ -1,4 +1,4 @@
-"""What every backend must do, on single linears."""
+"""Tests of the contract of ``Backend``, on single linears."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     import torch
 
 AWKWARD = (LinearSpec("a.b", 32, 72), LinearSpec("a.b", 33, 64), LinearSpec("a.b", 33, 71))
-"""Shapes that groups or packing may not divide."""
+"""Shapes that a group size or a packing may not fit."""
 
 
 class BackendSuite(PartSuite):
-    """A ``Backend`` on random weights, and inputs that depend on each other.
+    """Tests a ``Backend`` on random weights and correlated inputs.
 
     Class attributes:
-        fine: relative error of the outputs that its widest choice stays below.
+        fine: upper limit of the relative output error of the widest choice.
     """
 
     part: ClassVar[type[Backend]]
@@ -35,38 +35,40 @@ class BackendSuite(PartSuite):
         return weight, torch.randn(2000, 128, generator=generator) @ torch.randn(128, 128, generator=generator) * 0.2
 
     def statistics(self, inputs: torch.Tensor) -> Statistics | None:
-        """What ``quantize`` is given: nothing where ``needs`` is empty."""
+        """The statistics for ``quantize``; None if ``needs`` is empty."""
         return Statistics(inputs.T @ inputs, len(inputs)) if self.part.needs else None
 
     def test_choices_are_widest_first_and_hold_the_default_menu(self) -> None:
-        """``--bits`` takes any of them; where it is not given, ``default_bits`` are played."""
+        """Choices are in descending order and contain at least two of ``default_bits``, the menu without ``--bits``."""
         choices = self.make().choices()
         assert list(choices) == sorted(choices, reverse=True), "choices are not widest first"
         offered = {choice.bits for choice in choices}
-        assert len(set(self.part.default_bits) & offered) >= 2, f"default_bits {self.part.default_bits} of {offered}"
+        assert len(set(self.part.default_bits) & offered) >= 2, (
+            f"default_bits {self.part.default_bits} has fewer than two of the choices {offered}")
 
     def test_more_bits_less_error(self) -> None:
-        """Relative error of the outputs."""
+        """The relative output error falls as bits grow."""
         weight, inputs = self.data()
         backend, spec, errors = self.make(), LinearSpec("block.linear", *weight.shape), []
         for choice in backend.choices():
             backend.check(spec, choice)
-            back = backend.dequantize(backend.quantize(weight, choice, self.statistics(inputs)), spec)
-            errors.append(float(((back - weight) @ inputs.T).norm() / (weight @ inputs.T).norm()))
-        assert errors == sorted(errors) and errors[0] < self.fine, f"from the widest on: {errors}"
+            restored = backend.dequantize(backend.quantize(weight, choice, self.statistics(inputs)), spec)
+            errors.append(float(((restored - weight) @ inputs.T).norm() / (weight @ inputs.T).norm()))
+        assert errors == sorted(errors) and errors[0] < self.fine, f"relative output errors, widest first: {errors}"
 
     def test_sizes_are_exact(self) -> None:
-        """``nbytes`` says what ``quantize`` stores, scales, zeros and everything else; so does ``choice``."""
+        """``nbytes`` returns the bytes that ``quantize`` stores, with scales and zeros; the variant has the choice."""
         weight, inputs = self.data()
         backend, spec = self.make(), LinearSpec("block.linear", *weight.shape)
         for choice in backend.choices():
             variant = backend.quantize(weight, choice, self.statistics(inputs))
             assert variant.choice == choice
-            told = backend.nbytes(spec, choice)
-            assert variant.nbytes == told, f"{choice} bits: stored {variant.nbytes} bytes, nbytes says {told}"
+            nbytes = backend.nbytes(spec, choice)
+            assert variant.nbytes == nbytes, f"{choice} bits: stored {variant.nbytes} bytes, nbytes returned {nbytes}"
 
     def test_weights_come_back_in_shape(self) -> None:
-        """Float32, contiguous, finite, and the same from what was written to a file and read."""
+        """``dequantize`` returns a contiguous, finite float32 weight, and the same one after a round trip through a
+        file."""
         import torch
         from safetensors.torch import load, save
 
@@ -74,15 +76,15 @@ class BackendSuite(PartSuite):
         backend, spec = self.make(), LinearSpec("block.linear", *weight.shape)
         for choice in backend.choices():
             variant = backend.quantize(weight, choice, self.statistics(inputs))
-            back = backend.dequantize(variant, spec)
-            assert back.shape == weight.shape and back.dtype == torch.float32 and back.is_contiguous()
-            assert torch.isfinite(back).all(), f"{choice} bits: not finite"
+            restored = backend.dequantize(variant, spec)
+            assert restored.shape == weight.shape and restored.dtype == torch.float32 and restored.is_contiguous()
+            assert torch.isfinite(restored).all(), f"{choice} bits: not finite"
             stored = load(save({name: tensor.contiguous() for name, tensor in variant.tensors.items()}))
-            again = backend.dequantize(type(variant)(choice, stored, variant.record), spec)
-            assert torch.equal(back, again), f"{choice} bits: other weights after a round trip through a file"
+            reloaded = backend.dequantize(type(variant)(choice, stored, variant.record), spec)
+            assert torch.equal(restored, reloaded), f"{choice} bits: other weights after a round trip through a file"
 
     def test_the_same_weight_makes_the_same_variant_and_nothing_is_touched(self) -> None:
-        """Bit for bit; weight and statistics stay as they were."""
+        """Two variants of one weight are equal bit for bit, and ``quantize`` changes neither weight nor statistics."""
         import torch
 
         weight, inputs = self.data()
@@ -95,8 +97,8 @@ class BackendSuite(PartSuite):
         assert statistics is None or torch.equal(statistics.gram, gram), "the statistics were changed in place"
 
     def test_awkward_shapes_are_exact_or_refused_by_name(self) -> None:
-        """``check`` raises an ImpqError that names the linear where a shape cannot be stored; what it lets pass is
-        stored in the bytes that were told."""
+        """If a shape cannot be stored, ``check`` raises an ImpqError that names the linear; a shape that it accepts is
+        stored in exactly ``nbytes``."""
         import torch
 
         backend = self.make()
@@ -105,7 +107,7 @@ class BackendSuite(PartSuite):
                 try:
                     backend.check(spec, choice)
                 except ImpqError as error:
-                    assert spec.name in str(error), f"the linear is not named: {error}"
+                    assert spec.name in str(error), f"the error does not name the linear: {error}"
                     continue
                 weight = torch.randn(spec.rows, spec.columns, generator=torch.Generator().manual_seed(0))
                 variant = backend.quantize(weight, choice, self.statistics(torch.eye(spec.columns)))

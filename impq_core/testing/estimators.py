@@ -1,4 +1,4 @@
-"""What every estimator must do: estimators that play, samplers that only measure, and inspectors."""
+"""Tests of the contract of ``Estimator``: players, samplers and inspectors."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from impq_core.testing.tiny import TinyTable
 from impq_core.types import Measurements, SensitivityEstimate
 
 MENUS = ((8.0, 2.0), (8.0, 4.0, 2.0))
-"""The menus that estimators are tried with: two widths, and more."""
+"""Menus of the tests: with two widths, and with more."""
 
 NOT_FINITE = (float("nan"), float("inf"))
-"""Losses and readings of a model that overflows."""
+"""Losses, slopes, traces and hidden states of a model that overflows."""
 
 
 class EstimatorSuite(PartSuite):
-    """An ``Estimator``, ``Sampler`` or ``Inspector`` on a tiny model, and, if it plays, on a planted game."""
+    """Tests a ``GameEstimator``, ``Sampler`` or ``Inspector`` on a tiny model, and the first two on a planted game."""
 
     part: ClassVar[type[Estimator]]
 
     def estimate(self, game: Game, probe: Probe, seed: int = 0) -> SensitivityEstimate:
-        """The part's estimate from a game or a probe; measurements of a sampler are fitted by least squares."""
+        """The part's estimate; measurements of a sampler are fitted by least squares."""
         part: Estimator = self.make()
         part.check_space(game.space)
         result = part.measure(game, probe, np.random.default_rng(seed))
@@ -42,39 +42,40 @@ class EstimatorSuite(PartSuite):
 
     def on_tiny_model(self, bits: Sequence[float], exclude: tuple[str, ...] = ()) -> tuple[TinyTable,
                                                                                            SensitivityEstimate]:
-        """A tiny model and its estimate."""
+        """A tiny model and the part's estimate of it."""
         table = TinyTable(bits, self.part.default_granularity, exclude)
         return table, self.estimate(table.game, table.game.probe)
 
     def test_a_model_is_estimated(self) -> None:
-        """With two widths and with three: an estimate of the space that was on play, and who made it."""
+        """With two and three widths, the estimate is of the game's space and has a method."""
         for bits in MENUS:
             table, estimate = self.on_tiny_model(bits)
             assert estimate.space.fingerprint == table.space.fingerprint, "the estimate is of another space"
-            assert estimate.method, "the estimate does not say who made it (method)"
+            assert estimate.method, "the estimate has no method"
 
     def test_a_single_layer_among_pinned_ones_is_estimated(self) -> None:
-        """Layers that do not play are in ``space.pinned``; one that plays is enough."""
+        """A space with one free layer, all others in ``space.pinned``, is estimated."""
         _, estimate = self.on_tiny_model(MENUS[1], exclude=("*.0.*", "*.1.*", "*.2.self_attn*", "*.2.mlp.down*")
                                          if issubclass(self.part, Inspector) else ("*.0.*", "*.1.*"))
         assert estimate.linear.shape == (1, 3)
 
     def test_the_cost_is_what_the_model_did(self) -> None:
-        """``forwards`` of an estimate is what the game, or the probe, charged, and that is within 3 % of the floating
-        point operations that the model did, over those of one ordinary forward."""
+        """``forwards`` of an estimate equals the charge of the game or the probe, which is within 3 % of the model's
+        floating point operations divided by those of one ordinary forward."""
         from impq_core.model.cost import flop_counter
 
         for bits in MENUS:
             table, estimate = self.on_tiny_model(bits)
             charged = table.game.forwards
             assert np.isclose(estimate.forwards, charged), (
-                f"the estimate says {estimate.forwards} forwards, the model was charged {charged}")
-            game = table.new_game(table.game.probe)  # whose forward and backward have been counted by now
+                f"the estimate has {estimate.forwards} forwards, but {charged} were charged")
+            game = table.new_game(table.game.probe)  # this probe has already counted its forward and backward
             before = game.forwards
             with flop_counter() as counter:
                 self.estimate(game, game.probe)
-            charged, done = game.forwards - before, counter.get_total_flops() / table.forward_flops()
-            assert abs(charged - done) <= 0.03 * done, f"{charged:.2f} forwards charged, the model did {done:.2f}"
+            charged, counted = game.forwards - before, counter.get_total_flops() / table.forward_flops()
+            assert abs(charged - counted) <= 0.03 * counted, (
+                f"{charged:.2f} forwards were charged, {counted:.2f} computed")
 
     def test_the_work_is_forecast(self) -> None:
         """If the estimator has a ``workload``, the forwards of that work are within a fifth of the forwards that it is
@@ -94,44 +95,45 @@ class EstimatorSuite(PartSuite):
             assert abs(forecast - charged) <= 0.2 * charged, f"{forecast:.2f} forwards forecast, {charged:.2f} charged"
 
     def test_every_draw_comes_from_the_generator_given(self) -> None:
-        """The same seed makes the same estimate, bit for bit, whatever the global generators say."""
+        """The same seed gives the same estimate, bit for bit, for any state of the global generators."""
         import torch
 
-        found = []
+        estimates = []
         for seed in (1, 2):
             np.random.seed(seed)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                found.append(self.on_tiny_model(MENUS[1])[1])
-        assert np.array_equal(found[0].linear, found[1].linear), "two runs with one seed differ"
-        pairs = [np.asarray(estimate.pairwise, dtype=float) for estimate in found]
+                estimates.append(self.on_tiny_model(MENUS[1])[1])
+        assert np.array_equal(estimates[0].linear, estimates[1].linear), "two runs with one seed differ"
+        pairs = [np.asarray(estimate.pairwise, dtype=float) for estimate in estimates]
         assert np.array_equal(pairs[0], pairs[1], equal_nan=True), "two runs with one seed differ in their pair terms"
 
     def test_weights_are_left_alone(self) -> None:
-        """What a probe hands out is the model's own."""
+        """The estimator changes no tensor of the model: a probe returns weights without a copy."""
         table = TinyTable(MENUS[1])
         before = table.digest()
         self.estimate(table.game, table.game.probe)
         assert table.digest() == before, "weights or variants were changed in place"
 
     def test_what_matters_is_found(self) -> None:
-        """If it plays: on a planted additive game without noise, the best plan for the estimate gives away less than a
-        quarter of what a random plan does. An inspector is not held to it."""
+        """On a planted additive game without noise, the best plan for the estimate has at most a quarter of the regret
+        of a random plan. Inspectors are not tested."""
         if issubclass(self.part, Inspector):
             return
         for bits in MENUS:
             truth = planted_estimate(1, 6, bits, rising=True)
             space, budget = truth.space, (truth.space.low_bytes + truth.space.high_bytes) // 2
             game = PlantedGame(space, planted_loss(truth), probe=PlantedProbe(truth), budget_bytes=budget)
-            found, best = (best_pick(e, budget) for e in (self.estimate(game, game.probe), truth))
-            regret = float(np.diff(truth.predict(np.stack([best, found])))[0])
+            pick, best = (best_pick(e, budget) for e in (self.estimate(game, game.probe), truth))
+            regret = float(np.diff(truth.predict(np.stack([best, pick])))[0])
             rng = np.random.default_rng(0)
-            chance = [random_plan(space, budget, rng) for _ in range(50)]
-            usual = float(truth.predict(np.stack(chance)).mean() - truth.predict(best)[0])
-            assert regret <= 0.25 * usual, f"{bits}: {regret:.3f} worse than the best plan; a random one, {usual:.3f}"
+            random_picks = [random_plan(space, budget, rng) for _ in range(50)]
+            random_regret = float(truth.predict(np.stack(random_picks)).mean() - truth.predict(best)[0])
+            assert regret <= 0.25 * random_regret, (
+                f"{bits}: regret {regret:.3f}, of a random plan {random_regret:.3f}")
 
     def test_losses_that_are_not_finite_make_no_estimate(self) -> None:
-        """If it plays: with NaN or infinite losses an ImpqError of one line, or an estimate of finite terms."""
+        """With NaN or infinite losses, a player or sampler raises an ImpqError of one line or returns finite terms."""
         if issubclass(self.part, Inspector):
             return
         truth = planted_estimate(1, 6, MENUS[1], rising=True)
@@ -141,20 +143,21 @@ class EstimatorSuite(PartSuite):
                 return bad if pick[layer] == 2 else loss(pick)
 
             game = PlantedGame(truth.space, overflowing, probe=PlantedProbe(truth), budget_bytes=truth.space.low_bytes)
-            self._refuses_or_copes(game, game.probe)
+            self._refuses(game, game.probe)
 
     def test_readings_that_are_not_finite_are_refused(self) -> None:
-        """If it inspects: a NaN or infinite slope, trace or hidden state is an ImpqError of one line, never a score."""
+        """An inspector that reads a NaN or infinite slope, trace or hidden state raises an ImpqError of one line."""
         if not issubclass(self.part, Inspector):
             return
         for bad in NOT_FINITE:
             table = TinyTable(MENUS[1], "group")
             probe = _Overflowing(table.game.probe, bad)
-            refused = self._refuses_or_copes(table.game, cast(Probe, probe))
-            assert refused or not probe.was_read, f"a reading of {bad} passed for a score"
+            refused = self._refuses(table.game, cast(Probe, probe))
+            assert refused or not probe.was_read, f"a reading of {bad} gave a score"
 
-    def _refuses_or_copes(self, game: Game, probe: Probe) -> bool:
-        """Whether it refuses; fails unless that is done in one line, or the estimate is finite."""
+    def _refuses(self, game: Game, probe: Probe) -> bool:
+        """Whether the estimator raises an ImpqError; fails if its message is not one line, or an estimate is not
+        finite."""
         try:
             estimate = self.estimate(game, probe)
         except ImpqError as error:
@@ -164,14 +167,14 @@ class EstimatorSuite(PartSuite):
         return False
 
     def test_it_looks_only_at_what_it_says_it_needs(self) -> None:
-        """Of an inspector: ``needs`` decides what impq prepares."""
+        """An inspector calls only those methods of the probe that its ``needs`` names."""
         if issubclass(self.part, Inspector):
             table = TinyTable(MENUS[1], "group")
             self.estimate(table.game, _Guarded(table.game.probe, self.part.needs))
 
 
 class _Overflowing:
-    """A probe whose readings of one layer are not finite."""
+    """A probe with a value that is not finite in every reading."""
 
     def __init__(self, probe: Probe, bad: float) -> None:
         self._probe, self._bad, self.was_read = probe, bad, False
@@ -180,20 +183,20 @@ class _Overflowing:
         return getattr(self._probe, name)
 
     def slopes(self, at: FloatArray | None = None) -> FloatArray:
-        """With the last choice of layer 1 spoiled in one window."""
+        """Slopes with a value that is not finite for the last choice of layer 1 in the first window."""
         self.was_read = True
         slopes = self._probe.slopes(at).copy()
         slopes[0, 1, -1] = self._bad
         return slopes
 
     def hessian_traces(self, rng: np.random.Generator) -> Mapping[LinearSpec, float]:
-        """With one linear's spoiled."""
+        """Traces with a value that is not finite for the first linear."""
         self.was_read = True
         traces = dict(self._probe.hessian_traces(rng))
         return {**traces, next(iter(traces)): self._bad}
 
     def block_states(self) -> Iterator[tuple[int, list[Any], list[Any]]]:
-        """With one value of block 1's output spoiled."""
+        """States with a value that is not finite in the output of block 1."""
         self.was_read = True
         for index, inputs, outputs in self._probe.block_states():
             outputs = [output.clone() for output in outputs]
@@ -203,20 +206,20 @@ class _Overflowing:
 
 
 class _Guarded:
-    """A probe that shows only what was asked for."""
+    """A probe that fails if a method is called that ``needs`` does not name."""
 
     def __init__(self, probe: Any, needs: frozenset[str]) -> None:
         self._probe, self._needs = probe, needs
 
     def __getattr__(self, name: str) -> Any:
-        wanted = {"block_states": "activations", "slopes": "gradients", "hessian_traces": "gradients"}.get(name)
-        assert wanted is None or wanted in self._needs, f"{name} was called, but needs does not say '{wanted}'"
-        assert name != "window_tokens" or self._needs, "the text was asked for, but needs is empty"
+        need = {"block_states": "activations", "slopes": "gradients", "hessian_traces": "gradients"}.get(name)
+        assert need is None or need in self._needs, f"{name} was called, but needs does not name '{need}'"
+        assert name != "window_tokens" or self._needs, "window_tokens was read, but needs is empty"
         return getattr(self._probe, name)
 
 
 def least_squares(measurements: Measurements) -> SensitivityEstimate:
-    """Additive costs of every step (ridge, next to none): enough for a planted additive game."""
+    """Additive costs of the width steps by least squares, with a negligible ridge penalty."""
     space = measurements.space
     taken = space.steps_taken(measurements.picks).reshape(len(measurements), -1)
     ridge = 1e-9 * np.eye(taken.shape[1])

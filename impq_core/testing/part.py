@@ -1,4 +1,4 @@
-"""What every part must do, whatever its role, and how a suite is made to expect a failure."""
+"""Tests of the contract of ``Part``, for parts of any role, and expected failures of a suite."""
 
 from __future__ import annotations
 
@@ -19,21 +19,20 @@ from impq_core.parts import described_arguments
 from impq_core.plugins import PLAIN, build_options
 
 HEAVY = ("mlflow", "torch", "transformers")
-"""What takes seconds to import."""
+"""Modules that take seconds to import."""
 
 
 class Suite:
-    """Tests to inherit: derive a class whose name begins with ``Test``, and pytest runs them.
+    """Tests to inherit: pytest runs them in a derived class with a name that begins with ``Test``.
 
     Class attributes:
-        expected_failures: reason by the name of a test that this part is known to fail. Such a test must fail: once it
-            passes, that is reported.
+        expected_failures: reasons by the names of tests that this part fails. Such a test is reported if it passes.
     """
 
     expected_failures: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     def __init_subclass__(cls, **more: Any) -> None:
-        """Marks the expected failures; raises TypeError where one names no test."""
+        """Mark the expected failures; raises TypeError if a name is not that of a test."""
         super().__init_subclass__(**more)
         for name, reason in vars(cls).get("expected_failures", {}).items():
             if not hasattr(cls, name):
@@ -55,11 +54,11 @@ def _expected_to_fail(test: Callable[..., None], reason: str) -> Callable[..., N
 
 
 class PartSuite(Suite):
-    """What every part must do.
+    """Tests of a part of any role.
 
     Class attributes:
         part: the class under test.
-        options: its options, as ``-o name=value`` would give them.
+        options: its options, as ``-o name=value`` gives them.
     """
 
     part: ClassVar[type[Part]]
@@ -69,27 +68,28 @@ class PartSuite(Suite):
         """The part with its options, built as ``impq run`` builds it."""
         return self.part(build_options(self.part, "part", self.part.__name__, self.options))
 
-    def test_options_are_told(self) -> None:
-        """``impq plugins --options`` and ``-o name=value`` can do with the options: a frozen dataclass of plain values,
-        each with a default and a line in the docstring's Args."""
+    def test_options_are_described(self) -> None:
+        """Options are a frozen dataclass of plain values, each with a default and a description in the docstring's
+        Args, as ``impq plugins --options`` and ``-o name=value`` need them."""
         options, module = self.part.Options, importlib.import_module(self.part.__module__)
         assert options is not NoOptions or not hasattr(module, "Options"), (
-            f"{module.__name__} has Options, but {self.part.__name__} does not say 'Options = Options'")
+            f"{module.__name__} has a class Options, but {self.part.__name__} lacks 'Options = Options'")
         assert is_dataclass(options), f"{self.part.__name__}.Options is no dataclass"
         assert options.__dataclass_params__.frozen, f"{options.__name__} is not frozen"  # type: ignore[attr-defined]
-        kinds, told, plain = typing.get_type_hints(options), described_arguments(options.__doc__ or ""), options()
+        types, defaults = typing.get_type_hints(options), options()
+        descriptions = described_arguments(options.__doc__ or "")
         for field in fields(options):
-            what = f"option {field.name} of {self.part.__name__}"
-            assert kinds[field.name] in PLAIN, f"{what} is {kinds[field.name]}, not plain"
-            assert told.get(field.name), f"{what} is not told in the Args of {options.__name__}'s docstring"
-            typed = build_options(self.part, "part", "", {field.name: str(getattr(plain, field.name))})
-            assert typed == plain, f"{what}: its default, typed as text, is not its default"
+            option = f"option {field.name} of {self.part.__name__}"
+            assert types[field.name] in PLAIN, f"{option} is of type {types[field.name]}, which is not plain"
+            assert descriptions.get(field.name), f"{option} is missing in the Args of {options.__name__}'s docstring"
+            parsed = build_options(self.part, "part", "", {field.name: str(getattr(defaults, field.name))})
+            assert parsed == defaults, f"{option}: its default changes if it is given as text"
 
     def test_nothing_heavy_is_imported_with_it(self) -> None:
-        """A wrong word on the command line is answered at once: whoever names the part does not wait for torch."""
+        """The part's module imports no heavy library, so that errors on the command line are reported at once."""
         module = self.part.__module__
         if importlib.util.find_spec(module) is None:
-            return  # a single file, which impq loads by its path
+            return  # impq loads a single file by its path
         script = (f"import sys; sys.path[:] = {sys.path!r}; import {module}; "
                   f"print(*[name for name in {HEAVY!r} if name in sys.modules])")
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

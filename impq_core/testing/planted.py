@@ -1,4 +1,4 @@
-"""Games whose answers are known."""
+"""Games with known answers."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class PlantedGame:
     Args:
         space: the space.
         function: absolute loss of a pick (n,), nats per token.
-        noise: standard deviation of what each window adds to a loss, nats per token; the same for a pick whenever it is
-            measured on that window.
-        seed: of all noise.
-        windows: windows of a set.
-        probe: the model seen from inside, for estimators that inspect it before they play.
-        budget_bytes: size of the plans wanted.
-        text_noise: standard deviation of what each set of windows adds to the cost of every choice of every layer, nats
-            per token: an additive game stays additive on each set, but its costs differ between sets.
+        noise: standard deviation of the noise of a loss on a window, nats per token. A pick has the same noise on a
+            window whenever it is measured.
+        seed: seed of all noise.
+        windows: number of windows of a set.
+        probe: the probe, for estimators that inspect a model before they play.
+        budget_bytes: budget of the plans; None if there is none.
+        text_noise: standard deviation of the noise that a set of windows adds to the cost of every choice of every
+            layer, nats per token. An additive game stays additive on each set, but its costs differ between sets.
         sets: number of sets of windows; None for no limit.
     """
 
@@ -60,7 +60,7 @@ class PlantedGame:
     @property
     def probe(self) -> Probe:
         """The probe of the constructor."""
-        assert self._probe is not None, "this planted game was given no probe"
+        assert self._probe is not None, "this planted game has no probe"
         return self._probe
 
     @property
@@ -145,11 +145,11 @@ def planted_estimate(seed: int, layers: int, bits: Sequence[float] = (4, 2), str
     """A random estimate of a planted space.
 
     Args:
-        seed: of the draw.
-        layers: how many.
+        seed: seed of the draw.
+        layers: number of layers.
         bits: the menu.
         strength: standard deviation of pair terms, of both signs; 0 for none.
-        rising: every step down costs something; else some steps may gain.
+        rising: whether every step down has a positive cost; if false, some costs are negative.
     """
     rng = np.random.default_rng(seed)
     space = planted_space(layers, bits)
@@ -176,9 +176,9 @@ def planted_measurements(truth: SensitivityEstimate, permutations: int, noise: f
 
     Args:
         truth: the game.
-        permutations: independent orders.
-        noise: standard deviation of what is added to each loss but the reference's, nats per token.
-        seed: of orders and noise.
+        permutations: number of independent orders.
+        noise: standard deviation of the noise of each loss but the reference's, nats per token.
+        seed: seed of orders and noise.
     """
     rng, space = np.random.default_rng(seed), truth.space
     tickets = np.repeat(np.arange(len(space)), len(space.choices) - 1)

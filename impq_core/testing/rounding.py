@@ -1,4 +1,4 @@
-"""A backend without a library, to make tiny models' variants with."""
+"""A backend without a library, for the variants of tiny models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Rounding(Backend):
-    """Every row rounded to a symmetric grid; a byte for each code, whatever its width, and a float32 scale a row."""
+    """Rounds every row to a symmetric grid, with one byte for a code of any width and a float32 scale for each row."""
 
     default_bits = (8, 4, 2)
 
@@ -21,14 +21,14 @@ class Rounding(Backend):
         return tuple(Choice(float(bits), 0) for bits in (8, 4, 3, 2))
 
     def check(self, linear: LinearSpec, choice: Choice) -> None:
-        """Takes every shape."""
+        """Accepts every shape."""
 
     def nbytes(self, linear: LinearSpec, choice: Choice) -> int:
-        """Codes and scales."""
+        """Bytes of codes and scales."""
         return linear.parameters + 4 * linear.rows
 
     def quantize(self, weight: torch.Tensor, choice: Choice, statistics: Statistics | None) -> Variant:
-        """To the nearest code."""
+        """Round to the nearest code."""
         import torch
 
         most = 2 ** (choice.bits - 1) - 1

@@ -1,4 +1,4 @@
-"""What every surrogate must do."""
+"""Tests of the contract of ``Surrogate``."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from impq_core.testing.planted import best_pick, planted_estimate, planted_measu
 from impq_core.types import Measurements, SensitivityEstimate
 
 MENUS = ((4, 2), (4, 3, 2))
-"""The menus that surrogates are tried with: two widths, and more."""
+"""Menus of the tests: with two widths, and with more."""
 
 
 class SurrogateSuite(PartSuite):
-    """A ``Surrogate`` on the losses of planted games, measured along random orders of demotion."""
+    """Tests a ``Surrogate`` on the losses of planted games along random orders of demotion."""
 
     part: ClassVar[type[Surrogate]]
 
@@ -28,25 +28,27 @@ class SurrogateSuite(PartSuite):
         return fitted
 
     def test_the_estimate_names_its_space_method_and_cost(self) -> None:
-        """The space of the measurements, a method, and the forwards of what was measured: fitting is free."""
+        """The estimate has the space and the forwards of the measurements (a fit costs none), and a method."""
         for bits in MENUS:
             measured = planted_measurements(planted_estimate(1, 6, bits, rising=True), permutations=8)
             estimate = self.fit(measured)
             assert estimate.space is measured.space and estimate.method
-            assert estimate.forwards == measured.forwards, f"{estimate.forwards}, not the {measured.forwards} measured"
+            assert estimate.forwards == measured.forwards, (
+                f"the estimate has {estimate.forwards} forwards, the measurements {measured.forwards}")
 
     def test_an_additive_game_is_recovered(self) -> None:
-        """Without noise, the best plan for the fit is the best plan, or as good."""
+        """Without noise, the best plan for the fit is nearly as good as the optimum."""
         for bits in MENUS:
             truth = planted_estimate(2, 6, bits, rising=True)
             budget = (truth.space.low_bytes + truth.space.high_bytes) // 2
             estimate = self.fit(replace(planted_measurements(truth, permutations=8), budget_bytes=budget))
             losses = truth.predict(np.stack([best_pick(estimate, budget), best_pick(truth, budget)]))
             spread = float(truth.linear[:, -1].std())
-            assert losses[0] - losses[1] <= 0.1 * spread, f"{bits}: its plan is {losses[0] - losses[1]:.3f} worse"
+            regret = losses[0] - losses[1]
+            assert regret <= 0.1 * spread, f"{bits}: the plan is {regret:.3f} above the optimum"
 
     def test_the_same_measurements_make_the_same_fit(self) -> None:
-        """Bit for bit, with noise."""
+        """Two fits to the same noisy measurements are equal bit for bit."""
         measured = planted_measurements(planted_estimate(3, 5, rising=True), permutations=6, noise=0.1)
         first, second = self.fit(measured), self.fit(measured)
         assert np.array_equal(first.linear, second.linear)
@@ -54,16 +56,16 @@ class SurrogateSuite(PartSuite):
         assert np.array_equal(pairs[0], pairs[1], equal_nan=True)
 
     def test_too_little_is_fitted_or_refused(self) -> None:
-        """One order, and none at all: an estimate, or an ImpqError that says what is missing."""
+        """A fit to one order, or to none, is an estimate or an ImpqError with a message."""
         measured = planted_measurements(planted_estimate(4, 5, rising=True), permutations=1)
         for rows in (np.arange(len(measured)), np.arange(2), np.arange(1)):
             try:
                 self.fit(measured.part(rows))
             except ImpqError as error:
-                assert str(error), "the refusal is empty"
+                assert str(error), "the error has no message"
 
     def test_a_loss_that_is_not_finite_is_refused(self) -> None:
-        """Never averaged in: an ImpqError of one line (``Measurements.require_finite`` raises it)."""
+        """A loss that is not finite is an ImpqError of one line (``Measurements.require_finite`` raises it)."""
         measured = planted_measurements(planted_estimate(4, 5, rising=True), permutations=4)
         for bad in (np.nan, np.inf, -np.inf):
             losses = measured.losses.copy()
@@ -71,12 +73,12 @@ class SurrogateSuite(PartSuite):
             try:
                 self.fit(replace(measured, losses=losses))
             except ImpqError as error:
-                assert "\n" not in str(error), f"the refusal is not one line: {error!r}"
+                assert "\n" not in str(error), f"the message is not one line: {error!r}"
             else:
                 raise AssertionError(f"a loss of {bad} was fitted")
 
     def test_losses_of_several_sets_of_windows_are_fitted(self) -> None:
-        """Costs that differ between texts, with every pair of orders on its own: a finite estimate near their mean."""
+        """If costs differ between texts and every pair of orders has its own text, the estimate is near the mean."""
         truth = planted_estimate(2, 6, rising=True)
         parts = []
         for number in range(8):
@@ -91,4 +93,5 @@ class SurrogateSuite(PartSuite):
                            windows=np.repeat(np.arange(8), count))
         losses = [truth.predict(best_pick(e, truth.space.low_bytes + 2000)) for e in (self.fit(measured), truth)]
         spread = float(truth.linear[:, -1].std())
-        assert losses[0] - losses[1] <= 0.1 * spread, f"its plan is {losses[0] - losses[1]} worse"
+        regret = losses[0] - losses[1]
+        assert regret <= 0.1 * spread, f"the plan is {regret:.3f} above the optimum"

@@ -1,4 +1,4 @@
-"""Texts made from a seed, for tests that need prose but no file, network or library for it."""
+"""Texts generated from a seed, for tests that need prose without a file, a network or a library."""
 
 from __future__ import annotations
 

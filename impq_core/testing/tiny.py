@@ -1,4 +1,4 @@
-"""Tiny random models of real architectures, saved as a user's model folder would be."""
+"""Tiny random models of real architectures, in memory or saved as model folders."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3
 def tiny_model(folder: Path, architecture: str = "llama", blocks: int = 3, seed: int = 0) -> Path:
     """Write a random causal language model with a byte tokenizer to ``folder``.
 
-    Hidden width 64, feed-forward 128, vocabulary 259; the weights are larger than an initialisation's, so that
-    quantizing them changes the loss. Gemma's tokenizer adds a beginning-of-sequence token, as its real one does.
+    Hidden width 64, feed-forward width 128, vocabulary 259. The weights are larger than those of an initialisation, so
+    that quantizing them changes the loss. As in the real model, Gemma's tokenizer adds a beginning-of-sequence token.
 
     Args:
         folder: created.
         architecture: one of ``ARCHITECTURES``.
-        blocks: how many.
-        seed: of the weights.
+        blocks: number of blocks.
+        seed: seed of the weights.
 
     Returns:
-        the folder.
+        ``folder``.
     """
     _random_model(architecture, blocks, seed).save_pretrained(folder)
     byte_tokenizer(adds_start=architecture.startswith("gemma")).save_pretrained(folder)
@@ -73,10 +73,10 @@ class TinyTable:
         bits: the menu.
         granularity: ``block``, ``group`` or ``linear``.
         exclude: patterns of layers that stay unquantized.
-        blocks: of the model.
+        blocks: number of blocks of the model.
 
     Attributes:
-        space: the layers and widths on play.
+        space: the layers and widths of the game.
         game: the game, with its probe.
     """
 
@@ -104,7 +104,7 @@ class TinyTable:
         """Another game on the same variants and windows, with no loss measured yet.
 
         Args:
-            probe: of an earlier game; a new one by default.
+            probe: the probe of an earlier game; a new one by default.
         """
         from impq_core.game.model_game import ModelGame
 
@@ -129,20 +129,20 @@ class TinyTable:
         return Shapes.of(self._runner.model, layers_of(self._runner.model, "group"))
 
     def digest(self) -> str:
-        """Of all weights and variants: changes when one of them is written to."""
-        found = hashlib.sha256()
+        """A digest of all weights and variants, which changes if one of them is changed in place."""
+        digest = hashlib.sha256()
         for layer in self._bank.layers:
             for linear in layer.linears:
-                found.update(self._bank.original(linear).numpy().tobytes())
+                digest.update(self._bank.original(linear).numpy().tobytes())
                 for choice in self.space.choices:
                     if self._bank.has(linear, choice):
                         for tensor in self._bank.stored(linear, choice).tensors.values():
-                            found.update(tensor.numpy().tobytes())
-        return found.hexdigest()
+                            digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()
 
 
 def byte_tokenizer(adds_start: bool = False) -> Any:
-    """A tokenizer whose 256 first tokens are bytes, with or without the habit of adding a start token."""
+    """A tokenizer with the 256 bytes as its first tokens; with ``adds_start`` it begins every text with ``<s>``."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

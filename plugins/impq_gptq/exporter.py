@@ -23,7 +23,7 @@ def module_pattern(name: str) -> str:
 
 
 def with_fused(widths: Mapping[str, Choice | None]) -> dict[str, Choice | None]:
-    """Widths by module name, with entries for fused modules whose linears share a width. vLLM and SGLang look up the
+    """Widths by module name, with entries for fused modules if their linears share a width. vLLM and SGLang look up the
     name ``qkv_proj``, and take the commonest width if there is no entry."""
     extended = dict(widths)
     for name in widths:

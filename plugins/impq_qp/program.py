@@ -198,8 +198,8 @@ class _Rest:
     closed: float
 
     def halves(self) -> Iterator[_Allowed]:
-        """Two parts, with and without one choice: of the layer whose largest share in ``point`` is the smallest, the
-        choice with that share."""
+        """Two parts, with and without one choice: the choice with the largest share in ``point`` of its layer, in the
+        layer where this share is the smallest."""
         assert self.program is not None
         is_open = self.allowed[self.program.layers[:, None], self.program.choices] & np.pad(
             self.program.open, ((0, 0), (1, 0)), constant_values=True)  # (n, K+1)

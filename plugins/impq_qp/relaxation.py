@@ -36,10 +36,11 @@ _SWEEPS = 10
 @dataclass(frozen=True, eq=False)
 class Program:
     """The program over the open choices: ``constant + unit * min (linear'x + x' pairs x / 2)`` over binary x (n, K)
-    with at most one 1 in a row and ``saved'x >= needed``.
+    with at most one 1 in a row and ``saved'x >= needed``. The *relaxed* program allows every x between 0 and 1.
 
-    Its n layers are the layers with more than one open choice. A row of zeros in x is the layer's widest open choice,
-    ``x_ik = 1`` its choice ``choices[i, k+1]``.
+    A choice is open until it is shown that no better plan takes it. The n layers of the program are those with more
+    than one open choice; K + 1 is the largest number of open choices of a layer. A row of zeros in x is the layer's
+    widest open choice, ``x_ik = 1`` its choice ``choices[i, k+1]``.
 
     Args:
         choices: (n, K+1), the open choices of each layer, from wide to narrow; padded if there are fewer.
@@ -160,7 +161,9 @@ class Tangent:
 
 
 def relaxations(program: Program, rounds: int, close: float) -> Iterator[tuple[FloatArray, Tangent]]:
-    """Optima (n, K) and tangents of successive convex relaxations, with improving bounds.
+    """Optima (n, K) and tangents of successive convex relaxations.
+
+    Bounds improve over several rounds, although a single round can give a smaller bound than the round before.
 
     The bound is concave in the shift S. Its gradient is ``-W / 2`` with ``W_i = diag(x_i) - x_i x_i'`` at the optimum x
     of the relaxation. Frank-Wolfe steps towards the shift of least ``<W, S>`` increase it.
@@ -182,8 +185,8 @@ def relaxations(program: Program, rounds: int, close: float) -> Iterator[tuple[F
     shift: FloatArray = np.zeros((n, k, k))
     for number in range(rounds):
         inner = (1 - 0.1 / (number + 1)) * point + 0.1 / (number + 1) / (k + 1)  # inside, so that W has an inverse
-        weights = inner[:, :, None] * (np.eye(k) - inner[:, None, :])  # W, (n, K, K)
-        best, vectors = _least_shift(program, weights, vectors)
+        covariances = inner[:, :, None] * (np.eye(k) - inner[:, None, :])  # W, (n, K, K)
+        best, vectors = _least_shift(program, covariances, vectors)
         shift = shift + (best - shift) * (2 / (number + 2))
         matrix = program.pairs.reshape(n * k, n * k) + _diagonal(shift)  # P + S
         linear = program.linear - np.einsum("ikk->ik", shift) / 2
@@ -194,16 +197,17 @@ def relaxations(program: Program, rounds: int, close: float) -> Iterator[tuple[F
                              -0.5 * float(gradient @ point.ravel()) - rounding)
 
 
-def _least_shift(program: Program, weights: FloatArray, vectors: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """The shift S (n, K, K) of nearly least ``<weights, S>`` with ``P + S`` positive semidefinite, and the vectors
-    (n, K, rank) from which the next call starts.
+def _least_shift(program: Program, covariances: FloatArray, vectors: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """The shift S (n, K, K) of nearly least ``<W, S>`` with ``P + S`` positive semidefinite, W being the covariances.
 
-    The dual problem is ``min <P, VV'>`` with ``V_i V_i' = weights_i``. It is solved by coordinate descent over the
-    blocks (the mixing method, Wang, Chang, Kolter 2017, with ``V_i = weights_i^(1/2) U_i`` and orthonormal rows in
+    Also returns the vectors (n, K, rank) from which the next call starts.
+
+    The dual problem is ``min <P, VV'>`` with ``V_i V_i' = W_i``. It is solved by coordinate descent over the
+    blocks (the mixing method, Wang, Chang, Kolter 2017, with ``V_i = W_i^(1/2) U_i`` and orthonormal rows in
     U_i). If ``P + S`` still has a negative eigenvalue, the shift grows by its amount.
     """
     n, k = program.linear.shape
-    values, axes = np.linalg.eigh(weights)
+    values, axes = np.linalg.eigh(covariances)
     root, inverse = ((axes * scale[:, None]) @ axes.transpose(0, 2, 1) for scale in (values**0.5, values**-0.5))
     scaled = np.einsum("iab,ibjc,jcd->iajd", root, program.pairs, root, optimize=True).reshape(n, k, n * k)
     flat: Any = vectors.reshape(n * k, -1).copy()  # U
@@ -224,7 +228,7 @@ def _least_shift(program: Program, weights: FloatArray, vectors: FloatArray) -> 
 
 def _minimum(program: Program, matrix: FloatArray, linear: FloatArray, start: FloatArray, close: float) -> FloatArray:
     """The minimum (n, K) of ``linear'x + x' matrix x / 2`` over the relaxed program, by accelerated projected gradients
-    with restarts (FISTA, Beck, Teboulle 2009)."""
+    (FISTA, Beck, Teboulle 2009) with restarts (O'Donoghue, Candès 2015)."""
     def gradient(x: FloatArray) -> FloatArray:
         result: FloatArray = linear + (matrix @ x.ravel()).reshape(x.shape)
         return result

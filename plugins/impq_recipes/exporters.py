@@ -41,7 +41,7 @@ class LlamaCppRecipe(Exporter):
              "self_attn.o_proj": "attn_output", "self_attn.qkv_proj": "attn_qkv", "mlp.gate_proj": "ffn_gate",
              "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "mlp.gate_up_proj": "ffn_up"}
     ROW = 256
-    """Weights in a block of a k-quant; llama-quantize takes another type for a tensor whose rows are no multiple."""
+    """Weights in a block of a k-quant; llama-quantize takes another type if a tensor's rows are no multiple of it."""
 
     def export(self, checkpoint: Checkpoint, folder: Path) -> None:
         """Write tensor-types.txt, and warn of tensors for which llama-quantize will take another type.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from impq_core.errors import ImpqError
-from impq_core.interfaces import Game, Player
+from impq_core.interfaces import Game, GameEstimator
 from impq_core.space import FloatArray, IntArray, SearchSpace
 from impq_core.statistics import standard_error
 from impq_core.types import SensitivityEstimate
@@ -39,7 +39,7 @@ class Options:
             raise ValueError("share must be above 0 and at most 1")
 
 
-class CoarseToFine(Player):
+class CoarseToFine(GameEstimator):
     """Aumann-Shapley values of all layers, corrected by measured moves of the undecided layers near the budget.
 
     A layer is undecided if a small change of its costs would change its width in the plan. Each such layer is moved to

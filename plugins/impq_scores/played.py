@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from impq_core.errors import ImpqError, UsageError
-from impq_core.interfaces import Game, Player
+from impq_core.interfaces import Game, GameEstimator
 from impq_core.space import SearchSpace
 from impq_core.types import SensitivityEstimate
 from impq_core.workload import Workload, losses_by_block
@@ -29,7 +29,7 @@ class IsolatedOptions:
             raise ValueError("base must be one of the widths of --bits, or 0")
 
 
-class Isolated(Player):
+class Isolated(GameEstimator):
     """Each layer at each other width, the others at the base: ``linear[i, k] = loss(i at k) - loss(i at the widest)``.
 
     Cost: n (m-1) evaluations, each of half of the blocks (on average) and the head.
@@ -83,7 +83,7 @@ class CladoOptions:
             raise ValueError(f"pairs must be all or block, not '{self.pairs}'")
 
 
-class Clado(Player):
+class Clado(GameEstimator):
     """CLADO (arXiv 2307.05657): ``Omega_ii = 2 (L(i) - L)``, ``Omega_ij = L(i, j) + L - L(i) - L(j)`` over single and
     double demotions from the widest, eigenvalues below zero clipped; the loss is ``q' Omega q / 2``.
 

@@ -27,19 +27,19 @@ class Options:
             a plan as 25).
         antithetic: play each order also in reverse, which counts as a permutation; the paper does not (false).
         tolerance: stop if the mean standard error of the Shapley values is below this share of their standard
-            deviation over layers; 0 never stops early.
-        settle: stop if the plan is stable: for two independent draws in a row, the plan before the draw is less than
-            this many nats per token worse than the plan after it, by the estimate after it; 0 never stops early.
-        fresh: play every pair of orders (every order if not antithetic) on its own calibration windows, as long as
-            there are any: the same forwards read more text, and plans are better; the paper does not (false).
+            deviation over layers; it takes at least three independent draws. 0 never stops early.
+        settle: stop if the plan is stable, for two independent draws in a row: by the estimate after the draw, the
+            plan before it is less than this many nats per token worse than the plan after it. 0 never stops early.
+        fresh: play every pair of orders (every order if not antithetic) on its own calibration windows; if there are
+            more draws than sets of windows, the sets repeat. The same forwards read more text, and plans are better;
+            the paper does not (false).
             Interactions are only visible between orders on the same windows: with antithetic=false every order has its
             own, so the covariance surrogate is refused and the certificate of ``impq fit`` is unknown.
         truncate: end an order if the loss is this many nats per token above the reference: the model has collapsed, and
             further demotions are not informative (SMPQ); 0 never does. Needs a surrogate that allows gaps, such as
             additive.
-        around: nominal bits of the intended plans: of each order only the picks within ``span`` bits of it are
-            measured, which saves the losses far from any plan; 0 measures whole orders. Needs a surrogate that allows
-            gaps, such as regression.
+        around: nominal bits near which plans are wanted: of each order only the picks within ``span`` bits of it are
+            measured; 0 measures whole orders. Needs a surrogate that allows gaps, such as regression.
         span: nominal bits on either side of ``around``.
     """
 
@@ -70,7 +70,8 @@ class Spqe(Sampler):
     With two widths this is the paper's game. With more, the players are (layer, width step) pairs, as in SMPQ
     (arXiv 2508.03002): an order is a shuffle in which every layer occurs m - 1 times.
 
-    Cost: n (m-1) evaluations a permutation, about half a forward each because prefixes are shared.
+    Cost: n (m-1) evaluations for each permutation. An evaluation costs about half of the blocks, because prefixes are
+    shared, and the head: 0.62 forwards on a model whose head is a fifth of a forward.
     """
 
     Options = Options
@@ -103,7 +104,7 @@ class Spqe(Sampler):
         space, options = game.space, self.options
         game.expect(round(float(self.workload(space, options.permutations).losses.sum())))
         orders: list[_Played] = []
-        windows = drawn = stable = 0  # set of windows, replicate that it belongs to, draws in a row without a new plan
+        windows = drawn = stable = 0  # number of the set, replicate that plays on it, draws in a row with a stable plan
         for order, replicate in self._orders(space, rng):
             if options.fresh and replicate != drawn:
                 windows, drawn = game.redraw(replicate), replicate
@@ -139,8 +140,7 @@ class Spqe(Sampler):
         return path[inside]
 
     def _play(self, game: Game, path: IntArray) -> FloatArray:
-        """Losses along a path, up to and including the first above ``truncate``; a loss that is not finite also ends
-        the path, and is not included."""
+        """Losses along a path; with ``truncate`` it ends at the first above it (included) or not finite (left out)."""
         if not self.options.truncate:
             return game.losses(path)
         losses: list[float] = []
@@ -154,10 +154,10 @@ class Spqe(Sampler):
 
     def _orders(self, space: SearchSpace, rng: np.random.Generator) -> Iterator[tuple[IntArray, int]]:
         """Orders of demotion (n (m-1),), each with the number of its independent draw."""
-        tickets = np.repeat(np.arange(len(space)), len(space.choices) - 1)
+        layer_repeated = np.repeat(np.arange(len(space)), len(space.choices) - 1)
         replicates = self.options.permutations // (2 if self.options.antithetic else 1)
         for replicate in range(replicates):
-            order = rng.permutation(tickets)
+            order = rng.permutation(layer_repeated)
             yield order, replicate
             if self.options.antithetic:
                 yield order[::-1], replicate
@@ -173,7 +173,7 @@ class Spqe(Sampler):
 
 
 def demotions(space: SearchSpace, order: IntArray) -> IntArray:
-    """The picks (len(order) + 1, n) from all-high, demoting the layers of ``order`` one step each in turn."""
+    """The picks (len(order) + 1, n) from all-widest, demoting the layers of ``order`` one step each in turn."""
     path = np.zeros((len(order) + 1, len(space)), dtype=np.int64)
     for step, layer in enumerate(order, start=1):
         path[step] = path[step - 1]

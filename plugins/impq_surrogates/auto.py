@@ -44,7 +44,7 @@ class Auto(Surrogate):
             raise problem
         best, *richer = orderings
         for name in richer:
-            gain, stderr = orderings[name].beyond(orderings[best])
+            gain, stderr = orderings[name].minus(orderings[best])
             if gain < -SIGNIFICANT * stderr:
                 best = name
         estimate = candidates[best].fit(measurements)

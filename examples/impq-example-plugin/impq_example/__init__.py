@@ -1,4 +1,4 @@
-"""What this plugin offers to impq. Only names and summaries: a part is imported when somebody chooses it."""
+"""The components of this plugin: names and summaries only. impq imports the module of a component when it is used."""
 
 from impq_core.hookspecs import Component, hookimpl
 
@@ -12,7 +12,7 @@ def impq_estimators() -> list[Component]:
 @hookimpl
 def impq_allocators() -> list[Component]:
     """``example``."""
-    return [Component("example", "impq_example.allocator:Example", "all the way down, cheapest bytes first")]
+    return [Component("example", "impq_example.allocator:Example", "demotions by least loss per byte")]
 
 
 @hookimpl

@@ -1,4 +1,4 @@
-"""Rounds weights to a symmetric grid in groups along the inputs; no text is read."""
+"""Rounds weights to a symmetric grid in groups along the inputs; reads no text."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ class Example(Backend):
         return tuple(Choice(float(bits), self.options.group_size) for bits in (8, 4, 2))
 
     def check(self, linear: LinearSpec, choice: Choice) -> None:
-        """Groups must divide the inputs."""
+        """Raises ImpqError if groups do not divide the inputs."""
         if linear.columns % choice.group_size:
             raise ImpqError(f"groups of {choice.group_size} do not divide the {linear.columns} inputs of {linear.name}")
 
     def nbytes(self, linear: LinearSpec, choice: Choice) -> int:
-        """Packed codes, and two bytes a group."""
+        """Bytes of the packed codes, and two bytes for each group."""
         return int(linear.parameters * choice.bits) // 8 + 2 * linear.parameters // choice.group_size
 
     def quantize(self, weight: torch.Tensor, choice: Choice, statistics: Statistics | None) -> Variant:
-        """To the nearest code; every group's largest weight is at an end of the grid."""
+        """Round to the nearest code; the largest weight of a group is at an end of the grid."""
         import torch
 
         bits, most = int(choice.bits), 2 ** (int(choice.bits) - 1) - 1

@@ -1,4 +1,4 @@
-"""Scores layers by how far quantization moves their weights; no text is read."""
+"""Scores layers by the squared quantization error of their weights; reads no text."""
 
 from dataclasses import dataclass
 
@@ -19,11 +19,12 @@ class Options:
 
 
 class Example(Inspector):
-    """Cost of a choice: the squared error of the layer's weights there, above that of the widest choice: it ranks, and
-    is no loss.
+    """The cost of a choice is the squared error of the layer's weights minus that of the widest choice. It ranks
+    choices and is no loss.
 
-    An ``Inspector`` reads the model from inside. A ``Player`` plays the game and makes its own estimate
-    (``estimate(game, rng)``); a ``Sampler`` returns the losses, which a surrogate fits (``sample(game, rng, drift)``).
+    An ``Inspector`` reads weights, activations or gradients. A ``GameEstimator`` plays the game and returns its own
+    estimate (``estimate(game, rng)``). A ``Sampler`` plays the game and returns the losses, which a surrogate fits
+    (``sample(game, rng, drift)``).
     """
 
     Options = Options

@@ -1,4 +1,4 @@
-"""The plugin and its parts, held to what impq's own are held to. Add what is particular to yours."""
+"""Tests of the plugin and its components by the suites of impq. Add tests of your own."""
 
 from impq_core.testing import AllocatorSuite, BackendSuite, EstimatorSuite, PluginSuite
 
