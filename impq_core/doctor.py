@@ -16,6 +16,7 @@ from impq_core.credentials import without_secret
 from impq_core.errors import ImpqError
 from impq_core.files import abandoned, discard
 from impq_core.keys import versions
+from impq_core.machine import free_disk, free_memory
 from impq_core.model.cache import shelves
 from impq_core.model.demo import cache_folder
 from impq_core.plugins import OFFERED, Plugins
@@ -46,7 +47,7 @@ def examine(tracking_uri: str, output: Path, plugins: Plugins, fix: bool = False
         fix: end orphaned MLflow runs as KILLED, and delete temporary files and folders of processes that died. Only
             files and folders that impq made and marked are deleted.
     """
-    return [*_software(plugins), *_store(tracking_uri, fix), *_runs(output, fix), *_cache(fix)]
+    return [*_software(plugins), _machine(output), *_store(tracking_uri, fix), *_runs(output, fix), *_cache(fix)]
 
 
 def _software(plugins: Plugins) -> Iterator[Finding]:
@@ -60,6 +61,13 @@ def _software(plugins: Plugins) -> Iterator[Finding]:
                 yield Finding("note", f"{role} '{name}' {component.remedy()}")
             elif importlib.util.find_spec(component.target.split(":")[0].split(".")[0]) is None:
                 yield Finding("wrong", f"{role} '{name}' points to {component.target}, which does not exist")
+
+
+def _machine(output: Path) -> Finding:
+    memory = free_memory()
+    known = "an unknown amount" if memory is None else f"{memory / 1e9:.1f} GB"
+    return Finding("ok", f"free: {known} of memory, {free_disk(output) / 1e9:.1f} GB of disk for {output} (what a run "
+                         "takes: impq run --dry-run)")
 
 
 def _store(tracking_uri: str, fix: bool) -> Iterator[Finding]:

@@ -23,6 +23,7 @@ import numpy as np
 from impq_core.errors import ImpqError, InvalidArrays
 from impq_core.space import Choice, FloatArray, IntArray, LinearSpec, SearchSpace
 from impq_core.types import Measurements, Plan, SensitivityEstimate
+from impq_core.workload import Workload
 
 if TYPE_CHECKING:
     import torch
@@ -186,6 +187,10 @@ class Probe(Protocol):
         """
 
 
+_WORKLOAD = {"workload": (Workload, type(None))}
+"""Return types of ``Estimator.workload``."""
+
+
 class Estimator(Part, ABC):
     """Estimates what each choice of each layer costs. Derive from ``Inspector``, ``GameEstimator`` or ``Sampler``.
 
@@ -196,12 +201,23 @@ class Estimator(Part, ABC):
 
     default_granularity: ClassVar[str] = "block"
     needs_surrogate: ClassVar[bool] = False
-    returns = MappingProxyType({"measure": (SensitivityEstimate, Measurements)})
+    returns = MappingProxyType({"measure": (SensitivityEstimate, Measurements), **_WORKLOAD})
 
     @property
     def reads_text(self) -> bool:
         """Whether ``measure`` uses calibration text. If not, there may be no game."""
         return True
+
+    def workload(self, space: SearchSpace, sets: int) -> Workload | None:
+        """The losses, gradients and activations that ``measure`` will read under these options, for ``--dry-run``. Of
+        an estimator that stops early under some condition, the most that it may read. None if that is unknown, which
+        is the default. Optional.
+
+        Args:
+            space: the space that the estimate will be for.
+            sets: number of sets of windows that ``Game.redraw`` chooses from.
+        """
+        return None
 
     @abstractmethod
     def measure(self, game: Game | None, probe: Probe, rng: np.random.Generator,
@@ -225,7 +241,7 @@ class Inspector(Estimator):
 
     default_granularity = "group"
     needs: ClassVar[frozenset[str]] = frozenset()
-    returns = MappingProxyType({"inspect": (SensitivityEstimate,)})
+    returns = MappingProxyType({"inspect": (SensitivityEstimate,), **_WORKLOAD})
 
     @property
     def reads_text(self) -> bool:
@@ -245,7 +261,7 @@ class Inspector(Estimator):
 class GameEstimator(Estimator):
     """Plays the game and makes its own estimate from the losses."""
 
-    returns = MappingProxyType({"estimate": (SensitivityEstimate,)})
+    returns = MappingProxyType({"estimate": (SensitivityEstimate,), **_WORKLOAD})
 
     @abstractmethod
     def estimate(self, game: Game, rng: np.random.Generator) -> SensitivityEstimate:
@@ -262,7 +278,7 @@ class Sampler(Estimator):
     """Plays the game and returns the losses; the run's surrogate fits them."""
 
     needs_surrogate = True
-    returns = MappingProxyType({"sample": (Measurements,)})
+    returns = MappingProxyType({"sample": (Measurements,), **_WORKLOAD})
 
     @abstractmethod
     def sample(self, game: Game, rng: np.random.Generator, drift: Drift = unknown_drift) -> Measurements:

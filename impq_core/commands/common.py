@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from impq_core.config import RunConfig, override, read_toml
 from impq_core.errors import UsageError
 from impq_core.plugins import Plugins
+
+if TYPE_CHECKING:
+    from impq_core.runs.forecast import Forecast
 
 Command = Callable[..., Any]
 
@@ -40,6 +44,14 @@ trust_option = click.option("--trust-remote-code", "trust", is_flag=True,
 
 tracking_option = click.option("--tracking-uri",
                                help="MLflow store; 'none' for no tracking [MLFLOW_TRACKING_URI, or sqlite:///mlflow.db].")
+
+
+def dry_run_options(command: Command) -> Command:
+    """``--dry-run`` and ``--json``."""
+    command = click.option("--json", "as_json", is_flag=True, help="With --dry-run: print JSON.")(command)
+    return click.option("--dry-run", is_flag=True,
+                        help="Forecast layers, bytes, forwards, memory and disk; no weight is read, nothing is "
+                             "written.")(command)
 
 
 def run_options(several: bool = False) -> Callable[[Command], Command]:
@@ -159,6 +171,25 @@ def watched(config: RunConfig, plugins: Plugins, brief: bool = False) -> RunConf
     click.echo(f"{config.model}: reading its configuration and the texts")
     sys.stdout.flush()  # the imports that follow take seconds
     return config
+
+
+def check_dry_run(dry_run: bool, as_json: bool) -> None:
+    """Raises UsageError if ``--json`` is given without ``--dry-run``."""
+    if as_json and not dry_run:
+        raise UsageError("--json prints a forecast: give --dry-run with it")
+
+
+def show_forecast(forecast: Forecast, as_json: bool) -> None:
+    """Print a forecast, as JSON or as lines for a reader."""
+    from impq_core.terminal import forecast_lines
+
+    if as_json:
+        click.echo(json.dumps(forecast.to_dict(), indent=1))
+        return
+    for line in forecast_lines(forecast):
+        click.echo(line)
+    for line in forecast.warnings:
+        click.echo(f"warning: {line}", err=True)
 
 
 def look_at(config: RunConfig) -> None:

@@ -11,11 +11,14 @@ from click.core import ParameterSource
 
 from impq_core.commands.common import (
     check,
+    check_dry_run,
+    dry_run_options,
     look_at,
     plugin_option,
     read_config,
     read_pairs,
     run_options,
+    show_forecast,
     trust_option,
     warn,
     watched,
@@ -37,18 +40,29 @@ RESUME = click.option("--resume", metavar="FOLDER", help="Continue the run in th
 @RESUME
 @click.option("--export", "exports", multiple=True, metavar="FORMAT",
               help="Also export the plan in this format; see 'impq plugins'.")
+@dry_run_options
 @run_options()
 @click.pass_context
-def run(context: click.Context, /, resume: str | None, exports: tuple[str, ...], trust: bool, **given: Any) -> None:
+def run(context: click.Context, /, resume: str | None, exports: tuple[str, ...], dry_run: bool, as_json: bool,
+        trust: bool, **given: Any) -> None:
     """Estimate, allocate, quantize and evaluate: one tracked run."""
     from impq_core.parts import Parts, load_exporter
 
+    check_dry_run(dry_run, as_json)
     permitted = Trust(trust)
     plugins, config = _configure(context, resume, given)
     options = Parts.build(config, plugins).options().get("backend", {})
-    for name in exports:
-        load_exporter(name, config.backend, options, plugins)
+    exporters = [load_exporter(name, config.backend, options, plugins) for name in exports]
     warn(config, plugins)
+    if dry_run:
+        from impq_core.terminal import quiet_libraries
+
+        quiet_libraries()
+        from impq_core.runs.forecast import forecast_run
+
+        checkpoints = sum(bool(exporter.backends) for exporter in exporters)
+        show_forecast(forecast_run(config, plugins, permitted, checkpoints), as_json)
+        return
     config = watched(config, plugins)
     from impq_core.runs import pipeline
 
@@ -105,13 +119,16 @@ def refuse_others(context: click.Context) -> None:
 
 @click.command()
 @RESUME
+@dry_run_options
 @run_options(several=True)
 @click.pass_context
-def sweep(context: click.Context, /, resume: str | None, trust: bool, **given: Any) -> None:
+def sweep(context: click.Context, /, resume: str | None, dry_run: bool, as_json: bool, trust: bool,
+          **given: Any) -> None:
     """Run every combination of the given estimators, surrogates, allocators, backends and budgets, with one measurement
     for each estimator and backend."""
     from impq_core.runs.grid import Sweep
 
+    check_dry_run(dry_run, as_json)
     plugins = Plugins(given.pop("plugin_files"))
     options, time_limit, bits = (given.pop(name) for name in ("options", "time_limit", "bits"))
     config_file, pins, exclude = (given.pop(name) for name in ("config_file", "pins", "exclude"))
@@ -127,6 +144,14 @@ def sweep(context: click.Context, /, resume: str | None, trust: bool, **given: A
     for config in configs:
         check(config, plugins)
     warn(configs[0], plugins)
+    if dry_run:
+        from impq_core.terminal import quiet_libraries
+
+        quiet_libraries()
+        from impq_core.runs.forecast import forecast_sweep
+
+        show_forecast(forecast_sweep(plan, plugins, Trust(trust)), as_json)
+        return
     from impq_core.runs.sweep import run_sweep
 
     base = watched(plan.base, plugins, brief=True)

@@ -47,14 +47,19 @@ TEXTS = {
 }
 
 
+def cache_path() -> Path:
+    """``$IMPQ_CACHE``, or ``impq`` in the user's cache folder; it may be missing."""
+    root = os.environ.get("IMPQ_CACHE")
+    return Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "impq"
+
+
 def cache_folder() -> Path:
-    """``$IMPQ_CACHE``, or ``impq`` in the user's cache folder; created if it is missing.
+    """``cache_path()``, created if it is missing.
 
     Raises:
         ImpqError: the folder cannot be created.
     """
-    root = os.environ.get("IMPQ_CACHE")
-    folder = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "impq"
+    folder = cache_path()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -78,13 +83,18 @@ def demo_text(role: str) -> Path:
     return path
 
 
+def demo_path() -> Path:
+    """The folder of the demo model, which is missing until ``demo_model`` has made it."""
+    return cache_path() / "models" / f"smollm2-135m-{MODEL.sha256[:12]}"
+
+
 def demo_model() -> Path:
     """A safetensors folder with SmolLM2-135M in float32 (540 MB), fetched and converted once.
 
     Raises:
         ImpqError: the file cannot be fetched, or has another SHA-256 than expected.
     """
-    folder = cache_folder() / "models" / f"smollm2-135m-{MODEL.sha256[:12]}"
+    folder = demo_path()
     if not folder.exists():
         with FileLock(cache_folder() / "models.lock"):
             if not folder.exists():

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from impq_core.errors import ImpqError, one_line
-from impq_core.model.demo import demo_model
+from impq_core.model.demo import demo_model, demo_path
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +41,17 @@ class ModelSource:
     @cached_property
     def _files(self) -> str:
         return self.location or str(demo_model())
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether the model's configuration can be read without making files in impq's cache."""
+        return bool(self.location) or demo_path().is_dir()
+
+    @property
+    def file_bytes(self) -> int | None:
+        """Bytes of a folder's weights on disk; None for a hub's model, whose weights may not be fetched yet."""
+        folder = Path(self._files)
+        return sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else None
 
     @cached_property
     def digest(self) -> str:

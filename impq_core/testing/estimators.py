@@ -8,6 +8,7 @@ from typing import Any, ClassVar, cast
 
 import numpy as np
 
+from impq_core.config import RunConfig, TextConfig
 from impq_core.errors import ImpqError
 from impq_core.interfaces import Estimator, Game, Inspector, Probe
 from impq_core.references import random_plan
@@ -75,6 +76,23 @@ class EstimatorSuite(PartSuite):
             charged, counted = game.forwards - before, counter.get_total_flops() / table.forward_flops()
             assert abs(charged - counted) <= 0.03 * counted, (
                 f"{charged:.2f} forwards were charged, {counted:.2f} computed")
+
+    def test_the_work_is_forecast(self) -> None:
+        """If the estimator has a ``workload``, the forwards of that work are within a fifth of the forwards that it is
+        charged, on a model of eight blocks."""
+        from impq_core.runs.forecast import work_forwards
+
+        for bits in MENUS:
+            table = TinyTable(bits, self.part.default_granularity, blocks=8)
+            part: Estimator = self.make()
+            work = part.workload(table.space, 1)
+            if work is None:
+                return
+            config = RunConfig(calibration=TextConfig("random bytes", 4, 24), game_windows=4)
+            forecast = work_forwards(work, table.shapes(), config, table.space.parameters)
+            self.estimate(table.game, table.game.probe)
+            charged = table.game.forwards
+            assert abs(forecast - charged) <= 0.2 * charged, f"{forecast:.2f} forwards forecast, {charged:.2f} charged"
 
     def test_every_draw_comes_from_the_generator_given(self) -> None:
         """The same seed gives the same estimate, bit for bit, for any state of the global generators."""

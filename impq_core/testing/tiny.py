@@ -14,6 +14,7 @@ from impq_core.testing.rounding import Rounding
 if TYPE_CHECKING:
     from impq_core.game.model_game import ModelGame
     from impq_core.game.probe import ModelProbe
+    from impq_core.model.shapes import Shapes
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
 
@@ -88,7 +89,7 @@ class TinyTable:
         from impq_core.model.layers import layers_of, search_space
         from impq_core.model.text import Windows
 
-        model, backend = _random_model("llama", blocks, 0).eval(), Rounding()
+        model, backend = _random_model("llama", blocks, 0).eval().requires_grad_(False), Rounding()
         choices = tuple(choice for choice in backend.choices() if choice.bits in bits)
         runner = BlockwiseModel(model)
         self.space = search_space(layers_of(model, granularity), backend, choices, exclude=exclude)
@@ -119,6 +120,13 @@ class TinyTable:
         with torch.no_grad(), flop_counter() as counter:
             self._runner.forward(torch.from_numpy(self._windows.ids))
         return int(counter.get_total_flops())
+
+    def shapes(self) -> Shapes:
+        """Shapes of the model."""
+        from impq_core.model.layers import layers_of
+        from impq_core.model.shapes import Shapes
+
+        return Shapes.of(self._runner.model, layers_of(self._runner.model, "group"))
 
     def digest(self) -> str:
         """A digest of all weights and variants, which changes if one of them is changed in place."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from impq_core.interfaces import Game, GameEstimator
 from impq_core.space import FloatArray, IntArray, SearchSpace
 from impq_core.statistics import standard_error
 from impq_core.types import SensitivityEstimate
+from impq_core.workload import Workload, losses_by_block
 from impq_scores.gradients import AumannShapley, AumannShapleyOptions
 
 _ROUNDING = 1e-12
@@ -52,6 +53,17 @@ class CoarseToFine(GameEstimator):
     """
 
     Options = Options
+
+    def workload(self, space: SearchSpace, sets: int) -> Workload:
+        """The slopes of aumann-shapley, the reference, and in each round the plan and the moves of the undecided
+        layers, which are taken to lie anywhere in the model. A layer at an end of the menu has one move, any other
+        layer two; the choices of the plan are taken to be equally frequent."""
+        n, m = space.nbytes.shape
+        rounds, count = self.options.rounds, max(1, round(self.options.share * n))
+        measured = min(n, rounds * count)  # a layer is measured once
+        moves = np.full(n, measured * 2 * (m - 1) / m / n)
+        coarse = AumannShapley(AumannShapleyOptions(self.options.nodes)).workload(space, sets)
+        return replace(coarse, losses=losses_by_block(space, moves, whole=1 + rounds), sets=1)
 
     def estimate(self, game: Game, rng: np.random.Generator) -> SensitivityEstimate:
         """The additive estimate, refined near the game's budget (the middle of the menu if it has none).

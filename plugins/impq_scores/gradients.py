@@ -9,6 +9,7 @@ import numpy as np
 from impq_core.interfaces import Inspector, Probe
 from impq_core.space import FloatArray, SearchSpace
 from impq_core.types import SensitivityEstimate
+from impq_core.workload import Workload
 
 
 class LlmMq(Inspector):
@@ -19,6 +20,10 @@ class LlmMq(Inspector):
     """
 
     needs = frozenset({"gradients"})
+
+    def workload(self, space: SearchSpace, sets: int) -> Workload:
+        """One reading of slopes."""
+        return Workload.inspection(space, slopes=1)
 
     def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
         """One backward a window: about three forwards in all, whatever the menu."""
@@ -58,6 +63,10 @@ class Fisher(Inspector):
     Options = FisherOptions
     needs = frozenset({"gradients"})
 
+    def workload(self, space: SearchSpace, sets: int) -> Workload:
+        """One reading of slopes."""
+        return Workload.inspection(space, slopes=1)
+
     def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
         """One backward a window: about three forwards in all, whatever the menu."""
         space = probe.space
@@ -93,6 +102,10 @@ class AumannShapley(Inspector):
 
     Options = AumannShapleyOptions
     needs = frozenset({"gradients"})
+
+    def workload(self, space: SearchSpace, sets: int) -> Workload:
+        """A reading of slopes for each node of each width step."""
+        return Workload.inspection(space, slopes=self.options.nodes * (len(space.choices) - 1))
 
     def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
         """``nodes`` backwards a window and width step: about three forwards each."""
@@ -133,6 +146,10 @@ class Hawq(Inspector):
 
     Options = HawqOptions
     needs = frozenset({"gradients"})
+
+    def workload(self, space: SearchSpace, sets: int) -> Workload:
+        """A draw of the traces for each sample."""
+        return Workload.inspection(space, traces=self.options.samples)
 
     def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
         """``samples`` draws of the traces: about six forwards each."""

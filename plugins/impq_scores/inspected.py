@@ -16,6 +16,7 @@ from impq_core.errors import ImpqError
 from impq_core.interfaces import Inspector, Probe
 from impq_core.space import FloatArray, SearchSpace
 from impq_core.types import SensitivityEstimate
+from impq_core.workload import Workload
 
 
 def from_importance(space: SearchSpace, importance: FloatArray, method: str,
@@ -31,6 +32,10 @@ def from_importance(space: SearchSpace, importance: FloatArray, method: str,
 class Random(Inspector):
     """Importance drawn uniformly at random: the baseline for every other estimator."""
 
+    def workload(self, space: SearchSpace, sets: int) -> Workload:
+        """Nothing is measured."""
+        return Workload.inspection(space)
+
     def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
         """Costs no forward and reads neither weights nor text."""
         return from_importance(probe.space, rng.random(len(probe.space)), "random")
@@ -38,6 +43,10 @@ class Random(Inspector):
 
 class FirstLast(Inspector):
     """The first and last blocks are the most important: importance falls with the distance to the nearer end."""
+
+    def workload(self, space: SearchSpace, sets: int) -> Workload:
+        """Nothing is measured."""
+        return Workload.inspection(space)
 
     def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
         """Costs no forward and reads neither weights nor text."""
@@ -68,6 +77,10 @@ class ZScore(Inspector):
 
     Options = ZScoreOptions
 
+    def workload(self, space: SearchSpace, sets: int) -> Workload:
+        """Nothing is measured."""
+        return Workload.inspection(space)
+
     def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
         """Reads the weights; costs no forward."""
         import torch
@@ -89,6 +102,10 @@ class Lim(Inspector):
 
     needs = frozenset({"activations"})
 
+    def workload(self, space: SearchSpace, sets: int) -> Workload:
+        """One pass over the hidden states."""
+        return Workload.inspection(space, states=1)
+
     def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
         """One forward of the blocks."""
         import torch
@@ -107,6 +124,10 @@ class Activation(Inspector):
     calibration windows. Layers below block level share the score of their block."""
 
     needs = frozenset({"activations"})
+
+    def workload(self, space: SearchSpace, sets: int) -> Workload:
+        """One pass over the hidden states."""
+        return Workload.inspection(space, states=1)
 
     def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
         """One forward of the blocks."""

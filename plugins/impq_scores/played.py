@@ -10,6 +10,7 @@ from impq_core.errors import ImpqError, UsageError
 from impq_core.interfaces import Game, GameEstimator
 from impq_core.space import SearchSpace
 from impq_core.types import SensitivityEstimate
+from impq_core.workload import Workload, losses_by_block
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,12 @@ class Isolated(GameEstimator):
         if self.options.base and self.options.base not in _widths(space):
             raise UsageError(f"estimator isolated: base={self.options.base:g} is none of the widths of --bits "
                              f"({', '.join(f'{bits:g}' for bits in _widths(space))})")
+
+    def workload(self, space: SearchSpace, sets: int) -> Workload:
+        """The reference, the base if it is another pick, and each layer at each other width."""
+        n, m = space.nbytes.shape
+        whole = 1 if self.options.base in (0.0, _widths(space)[0]) else 2
+        return Workload(losses_by_block(space, [m - 1] * n, whole), sets=1)
 
     def estimate(self, game: Game, rng: np.random.Generator) -> SensitivityEstimate:
         """The additive estimate; raises ImpqError if a loss is not finite."""
@@ -84,6 +91,16 @@ class Clado(GameEstimator):
     """
 
     Options = CladoOptions
+
+    def workload(self, space: SearchSpace, sets: int) -> Workload:
+        """The reference, and single and double demotions. In the order of their blocks, a double demotion shares all
+        blocks in front of its second layer with the pick before it."""
+        n, m = space.nbytes.shape
+        blocks = np.array([layer.block for layer in space.layers])
+        earlier = np.arange(n)  # (n,) layers that can be the first of a pair with this one
+        if self.options.pairs == "block":
+            earlier -= np.searchsorted(blocks, blocks)
+        return Workload(losses_by_block(space, (m - 1) + (m - 1) ** 2 * earlier, whole=1), sets=1)
 
     def estimate(self, game: Game, rng: np.random.Generator) -> SensitivityEstimate:
         """The quadratic estimate; raises ImpqError if a loss is not finite."""

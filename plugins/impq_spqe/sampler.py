@@ -12,6 +12,10 @@ from impq_core.interfaces import Drift, Game, Sampler, unknown_drift
 from impq_core.space import FloatArray, IntArray, SearchSpace
 from impq_core.statistics import standard_error
 from impq_core.types import Measurements
+from impq_core.workload import Workload, losses_by_block
+
+DRAWS = 16
+"""Random orders that the number of losses near a width is forecast from."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +76,33 @@ class Spqe(Sampler):
 
     Options = Options
 
+    def workload(self, space: SearchSpace, sets: int) -> Workload:
+        """The losses of all orders if none ends early, and the reference on each set of windows.
+
+        An order that begins at an end which was measured on its windows (the reference, or all-narrowest after an
+        earlier order) shares blocks with it; the first loss of any other order shares none. Ends are measured once.
+        """
+        options, narrowest = self.options, space.uniform(len(space.choices) - 1)
+        draws = options.permutations // 2 if options.antithetic else options.permutations
+        first = min(draws, sets) if options.fresh else 1  # orders that are the first on their windows
+        later = options.permutations - first
+        paths = [self._near(space, demotions(space, order)) for order in self._draws(space, np.random.default_rng(0))]
+        picks = float(np.mean([len(path) for path in paths]))
+        begins, ends = bool((paths[0][0] == 0).all()), bool((paths[0][-1] == narrowest).all())
+        measured = first * (picks - begins) + later * (picks - begins - ends)
+        whole = first * (not begins) + later * (not ends)
+        moves = (measured - whole) / len(space)
+        return Workload(losses_by_block(space, [moves] * len(space), first + whole), sets=first)
+
+    def _draws(self, space: SearchSpace, rng: np.random.Generator) -> list[IntArray]:
+        """Random orders that the mean length of a measured path is taken over; one, if orders are measured whole."""
+        tickets = np.repeat(np.arange(len(space)), len(space.choices) - 1)
+        return [rng.permutation(tickets) for _ in range(DRAWS if self.options.around else 1)]
+
     def sample(self, game: Game, rng: np.random.Generator, drift: Drift = unknown_drift) -> Measurements:
         """Play up to ``permutations`` orders; losses are on disk after each."""
         space, options = game.space, self.options
-        share = min(1.0, 2 * options.span / (space.choices[0].bits - space.choices[-1].bits)) if options.around else 1.0
-        game.expect(1 + round(options.permutations * share * len(space) * (len(space.choices) - 1)))
+        game.expect(round(float(self.workload(space, options.permutations).losses.sum())))
         orders: list[_Played] = []
         windows = drawn = stable = 0  # number of the set, replicate that plays on it, draws in a row with a stable plan
         for order, replicate in self._orders(space, rng):

@@ -1,0 +1,342 @@
+"""The forecast of a run or a sweep: layers, sizes, forwards, memory and disk, from the shapes of the model alone.
+
+No weight and no text is read, and nothing is written. It takes seconds for a model of any size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from impq_core.config import RunConfig
+from impq_core.errors import ImpqError
+from impq_core.evaluate import RANDOM_PLANS
+from impq_core.machine import free_disk, free_memory
+from impq_core.model.demo import cache_path
+from impq_core.model.shapes import Shapes
+from impq_core.model.source import ModelSource, locate_model
+from impq_core.plugins import Plugins
+from impq_core.runs.footprint import Bytes, disk, memory, windows_probed
+from impq_core.runs.grid import Sweep
+from impq_core.runs.layout import Layout, lay_out
+from impq_core.space import LayerSpec, SearchSpace
+from impq_core.trust import NO_TRUST, Trust
+from impq_core.workload import Workload
+
+FORMAT = "impq-forecast/1"
+
+STAGES = ("quantize", "estimate", "plan", "refine", "evaluate")
+"""The stages that run the model, in order."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A size of all layers together.
+
+    Args:
+        budget: as the user gave it, or ``smallest`` or ``largest``.
+        bytes: stored bytes, scales and zeros included.
+        bits_nominal: nominal average width.
+        bits_stored: stored bits a weight.
+    """
+
+    budget: str
+    bytes: int
+    bits_nominal: float
+    bits_stored: float
+
+    @classmethod
+    def of(cls, budget: str, nbytes: int, space: SearchSpace) -> Size:
+        """A size in bytes in all units."""
+        return cls(budget, nbytes, space.nominal_bits(nbytes), space.bits_per_weight(nbytes))
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A layer, or another part of the model, that does not play.
+
+    Args:
+        name: of the layer; for parts that are no layer, of the kind of their parameters.
+        weights: number of weights.
+        bits: the width it stays at; 16 for one that is not quantized.
+        bytes: stored bytes. Those of layers count in a budget, those of other parts do not.
+        reason: why it does not play.
+    """
+
+    name: str
+    weights: int
+    bits: float
+    bytes: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class SearchForecast:
+    """The forecast of a search: one estimator on one backend, and the plans that are made from its estimate.
+
+    Args:
+        backend, estimate_with, estimator: names; ``estimate_with`` is empty for the same backend.
+        granularity: of the layers.
+        layers: number of layers that play.
+        weights: number of their weights.
+        bits: the menu, widest first.
+        fixed: layers that do not play, and parts of the model that are no layers.
+        budgets: of the plans.
+        smallest, largest: sizes of the all-narrowest and of the all-widest plan.
+        losses: number of losses that the estimator measures; None if that is unknown.
+        forwards: full-model forwards of the game's windows by stage (``STAGES``); None if unknown. ``refine`` is the
+            limit that the user gave.
+        memory: resident bytes by stage, and in each stage by content.
+        disk: ``cache_bytes``, ``run_bytes`` and ``export_bytes``.
+    """
+
+    backend: str
+    estimate_with: str
+    estimator: str
+    granularity: str
+    layers: int
+    weights: int
+    bits: tuple[float, ...]
+    fixed: tuple[Fixed, ...]
+    budgets: tuple[Size, ...]
+    smallest: Size
+    largest: Size
+    losses: float | None
+    forwards: Mapping[str, float | None]
+    memory: Mapping[str, Bytes]
+    disk: Bytes
+
+    @property
+    def peak(self) -> tuple[str, int]:
+        """The stage with the most resident bytes, and their number."""
+        totals = {stage: sum(sizes.values()) for stage, sizes in self.memory.items()}
+        stage = max(totals, key=totals.__getitem__)
+        return stage, totals[stage]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The forecast of a run (one search) or of a sweep (a search for each backend and estimator).
+
+    Args:
+        config: of the run, or of all runs of the sweep, resolved.
+        architecture: class of the model.
+        parameters: number of the model's parameters.
+        blocks: number of its blocks.
+        flops: floating point operations of a forward of the game's windows.
+        searches: at least one. Work that several searches share is in the first of them.
+        free_memory: bytes free on this machine; None if the system does not say.
+        free_disk: bytes free on the disks of the cache and of the run's folder.
+    """
+
+    config: RunConfig
+    architecture: str
+    parameters: int
+    blocks: int
+    flops: int
+    searches: tuple[SearchForecast, ...]
+    free_memory: int | None
+    free_disk: Mapping[str, int]
+
+    @property
+    def peak(self) -> tuple[str, int]:
+        """The stage with the most resident bytes of all searches, and their number."""
+        return max((search.peak for search in self.searches), key=lambda peak: peak[1])
+
+    @property
+    def disk(self) -> Bytes:
+        """Bytes on disk of all searches together."""
+        return {name: sum(search.disk[name] for search in self.searches) for name in self.searches[0].disk}
+
+    @property
+    def warnings(self) -> list[str]:
+        """A line for memory, the cache's disk and the output's disk each, if less is free than needed."""
+        lines = []
+        stage, needed = self.peak
+        if self.free_memory is not None and needed > self.free_memory:
+            lines.append(f"about {needed / 1e9:.1f} GB of memory are needed ({stage}), {self.free_memory / 1e9:.1f} GB "
+                         "are free: take a machine with more, or a smaller model")
+        takes = self.disk
+        for name, where, size in (("cache_bytes", "the cache", takes["cache_bytes"]),
+                                  ("run_bytes", f"--output {self.config.output}",
+                                   takes["run_bytes"] + takes["export_bytes"])):
+            if size > self.free_disk[name]:
+                lines.append(f"about {size / 1e9:.2f} GB are needed on the disk of {where}, "
+                             f"{self.free_disk[name] / 1e9:.2f} GB are free")
+        return lines
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, in the format that docs/dry-run.md describes."""
+        stage, peak = self.peak
+        return {
+            "format": FORMAT, "model": self.config.model, "architecture": self.architecture, "dtype": self.config.dtype,
+            "parameters": self.parameters, "blocks": self.blocks,
+            "forward": {"windows": self.config.game_windows, "length": self.config.calibration.length,
+                        "flops": self.flops},
+            "searches": [asdict(search) for search in self.searches],
+            "memory": {"stage": stage, "peak_bytes": peak, "free_bytes": self.free_memory},
+            "disk": {**self.disk, "free_bytes": dict(self.free_disk)},
+            "warnings": self.warnings}
+
+
+def forecast_run(config: RunConfig, plugins: Plugins | None = None, trust: Trust = NO_TRUST,
+                 exports: int = 0) -> Forecast:
+    """The forecast of a run.
+
+    Args:
+        config: the configuration.
+        plugins: the source of the parts; the installed plugins by default.
+        trust: what the caller permits.
+        exports: number of checkpoints that are written at the end.
+
+    Raises:
+        ImpqError: an error that would end the run before its model is loaded, but for texts that are too short and
+            weights that are damaged; or the demo model was not fetched yet.
+    """
+    layout = lay_out(config, plugins or Plugins(), trust, source=_at_hand(config.model, trust))
+    return _forecast([_search([layout], exports=exports)], layout)
+
+
+def forecast_sweep(sweep: Sweep, plugins: Plugins | None = None, trust: Trust = NO_TRUST) -> Forecast:
+    """The forecast of a sweep; raises ImpqError as ``forecast_run``."""
+    plugins = plugins or Plugins()
+    source = _at_hand(sweep.base.model, trust)
+    searches: list[SearchForecast] = []
+    backends: set[str] = set()
+    layout = None
+    for (backend, _), group in groupby(sweep.configs(plugins), key=lambda config: (config.backend, config.estimator)):
+        configs = list(group)
+        layout = lay_out(configs[0], plugins, trust, source=source)
+        searches.append(_search([layout.planned(config, plugins) for config in configs], backend not in backends))
+        backends.add(backend)
+    assert layout is not None
+    return _forecast(searches, layout)
+
+
+def _at_hand(model: str, trust: Trust) -> ModelSource:
+    source = locate_model(model, trust.remote_code)
+    if not source.at_hand:
+        raise ImpqError("the demo model is not in the cache yet, and a dry run fetches nothing: 'impq run' fetches it "
+                        "(93 MB, 540 MB in the cache), or give --model")
+    return source
+
+
+def _forecast(searches: Sequence[SearchForecast], layout: Layout) -> Forecast:
+    config, shapes = layout.config, layout.shapes
+    return Forecast(config, shapes.architecture, shapes.parameters, len(shapes.blocks),
+                    config.game_windows * shapes.cost(config.calibration.length).total, tuple(searches), free_memory(),
+                    {"cache_bytes": free_disk(cache_path()), "run_bytes": free_disk(Path(config.output))})
+
+
+def _search(layouts: Sequence[Layout], first: bool = True, exports: int = 0) -> SearchForecast:
+    """The forecast of a search.
+
+    Args:
+        layouts: of the runs that share it, which differ in surrogate, allocator and budget.
+        first: whether it is the first search of its backend, which makes the variants and scores the references.
+        exports: number of checkpoints that are written.
+    """
+    layout = layouts[0]
+    config, space = layout.config, layout.space
+    spare = config.calibration.windows - config.game_windows * (2 if config.refine else 1)
+    work = None if layout.plan else layout.parts.estimator.workload(layout.game_space, 1 + spare // config.game_windows)
+    budgets = {each.config.budget: each.budget_bytes for each in layouts}
+    weights = sum(layer.parameters for layer in space.layers)
+    scores = len(layouts)
+    if first:
+        scores += 1 + len(space.choices) + len(layout.between) + (1 + RANDOM_PLANS) * len(budgets)
+    forwards = {"quantize": _statistics_forwards(layout) if first else 0.0,
+                "estimate": work_forwards(work, layout.shapes, config, weights) if work else None,
+                "plan": _plan_forwards(layout, work, len(layouts)), "refine": float(config.refine),
+                "evaluate": _evaluation_forwards(layout, scores, first)}
+    if layout.plan:
+        forwards["estimate"] = 0.0
+    takes = dict(disk(layout, work, len(layouts), scores, exports))
+    if not first:
+        takes["cache_bytes"] = 0
+    return SearchForecast(
+        config.backend, config.estimate_with, config.estimator, config.granularity, len(space),
+        weights, tuple(choice.bits for choice in space.choices),
+        (*_pins(layout), *_other_parts(layout)),
+        tuple(Size.of(budget, nbytes, space) for budget, nbytes in budgets.items()),
+        Size.of("smallest", space.low_bytes, space), Size.of("largest", space.high_bytes, space),
+        None if work is None else float(work.losses.sum()), forwards, memory(layout, work), takes)
+
+
+def _pins(layout: Layout) -> list[Fixed]:
+    """The layers that do not play."""
+    def reason(layer: LayerSpec) -> str:
+        names = [layer.name, *(linear.name for linear in layer.linears)]
+        if any(fnmatchcase(name, pattern) for pattern in layout.config.exclude for name in names):
+            return "excluded"
+        return f"backend {layout.config.backend} cannot store its shape"
+
+    return [Fixed(pin.layer.name, pin.layer.parameters, pin.choice.bits if pin.choice else 16.0, pin.nbytes,
+                  "pinned" if pin.choice else reason(pin.layer)) for pin in layout.space.pinned]
+
+
+def _other_parts(layout: Layout) -> list[Fixed]:
+    """The parameters that are in no layer, by kind."""
+    shapes = layout.shapes
+    loose = sum(block.weights - block.held for block in shapes.blocks)
+    small = shapes.parameters - layout.space.parameters - shapes.embeddings - loose
+    parts = [("embeddings and head", shapes.embeddings, "never quantized"),
+             ("other weights of blocks", loose, f"in no linear, such as {shapes.loose}"),
+             ("norms, biases and the rest", small, "never quantized")]
+    return [Fixed(name, weights, 16.0, 2 * weights, reason) for name, weights, reason in parts if weights]
+
+
+def work_forwards(work: Workload, shapes: Shapes, config: RunConfig, weights_on_play: int) -> float:
+    """Full-model forwards of the game's windows that an estimator's work costs.
+
+    Args:
+        work: of the estimator.
+        shapes: of the model.
+        config: decides the windows and the value of the game.
+        weights_on_play: number of weights in the layers that play.
+    """
+    cost = shapes.cost(config.calibration.length)
+    divergence = config.value == "kl"
+    game = sum(count * (cost.behind(block) + (1 + divergence) * cost.head) for block, count in enumerate(work.losses))
+    if divergence and work.sets:  # the unquantized states of each set of windows, and of the first once more
+        game += (work.sets + (work.sets > 1)) * cost.behind(0)
+    passes = work.slopes + 2 * work.traces
+    probe = passes * shapes.slopes_flops(config.calibration.length, weights_on_play, config.value)
+    probe += (work.states + (divergence and passes > 0)) * cost.behind(0)
+    return float(game + probe * windows_probed(config) / config.game_windows) / cost.total
+
+
+def _statistics_forwards(layout: Layout) -> float:
+    """Forwards in which statistics for quantizing are collected: every block once over the calibration text, and once
+    more at the widest width, on the way to the next block."""
+    config, cost = layout.config, layout.shapes.cost(layout.config.calibration.length)
+    backends = {layout.game_backend, layout.parts.backend}
+    passes = sum(bool(backend.needs) for backend in backends)
+    windows = config.calibration.windows / config.game_windows
+    return passes * windows * (2 * cost.behind(0) - cost.blocks[-1]) / cost.total
+
+
+def _plan_forwards(layout: Layout, work: Workload | None, plans: int) -> float:
+    """Forwards in which the losses of plans are measured in the game; that of the reference too, if the estimator has
+    measured none."""
+    if not layout.parts.needs_calibration:
+        return 0.0
+    config, cost = layout.config, layout.shapes.cost(layout.config.calibration.length)
+    divergence = config.value == "kl"
+    measured = bool(work.losses.any()) if work else not layout.plan
+    losses = plans + (not measured)
+    return float(losses * (cost.behind(0) + (1 + divergence) * cost.head)
+                 + divergence * (not measured) * cost.behind(0)) / cost.total
+
+
+def _evaluation_forwards(layout: Layout, scores: int, first: bool) -> float:
+    """Forwards of the game's windows that held-out scores cost: of each allocation the blocks and two heads, as the
+    unquantized model's logits are made again; and its blocks once."""
+    config, length = layout.config, layout.config.evaluation.length
+    cost, game = layout.shapes.cost(length), layout.shapes.cost(config.calibration.length)
+    done = scores * (cost.behind(0) + 2 * cost.head) + first * cost.behind(0)
+    return done * config.evaluation.windows / (config.game_windows * game.total)

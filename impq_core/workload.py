@@ -1,0 +1,51 @@
+"""The work that an estimator asks of a model, known before the model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from impq_core.space import FloatArray, SearchSpace
+
+
+@dataclass(frozen=True, eq=False)
+class Workload:
+    """Numbers of losses, gradients and activations that an estimator is expected to read.
+
+    Args:
+        losses: float64 (blocks,). Entry b is the number of losses whose evaluation begins at block b: the pick differs
+            from the pick measured before first in that block, so the blocks in front of it are not run again. A loss
+            that shares no block with the one before is counted at block 0.
+        sets: number of sets of calibration windows that the losses are on.
+        slopes: calls of ``Probe.slopes``.
+        traces: calls of ``Probe.hessian_traces``.
+        states: passes over ``Probe.block_states``.
+    """
+
+    losses: FloatArray
+    sets: int = 0
+    slopes: int = 0
+    traces: int = 0
+    states: int = 0
+
+    @classmethod
+    def inspection(cls, space: SearchSpace, slopes: int = 0, traces: int = 0, states: int = 0) -> Workload:
+        """The work of an estimator that measures no loss."""
+        return cls(losses_by_block(space, [0.0] * len(space)), slopes=slopes, traces=traces, states=states)
+
+
+def losses_by_block(space: SearchSpace, moves: Sequence[float] | FloatArray, whole: float = 0.0) -> FloatArray:
+    """Losses (blocks,) by the block that their evaluation begins at.
+
+    Args:
+        space: the search space.
+        moves: (n,) number of losses that differ from the loss before in one layer, by layer.
+        whole: number of losses that share no block with the loss before.
+    """
+    blocks = [layer.block for layer in space.layers]
+    count = 1 + max(layer.block for layer in space.everyone)
+    losses: FloatArray = np.bincount(blocks, np.asarray(moves, np.float64), count).astype(np.float64)
+    losses[0] += whole
+    return losses
