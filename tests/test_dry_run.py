@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from impq_core.cli import cli, main
 from impq_core.config import RunConfig, TextConfig
@@ -23,6 +25,8 @@ from impq_core.errors import ImpqError
 from impq_core.interfaces import Inspector
 from impq_core.machine import free_disk, free_memory, parse_vm_stat
 from impq_core.model.demo import demo_path
+from impq_core.model.layers import layers_of
+from impq_core.model.shapes import Shapes
 from impq_core.plugins import Plugins
 from impq_core.runs import forecast as forecasting
 from impq_core.runs.forecast import FORMAT, forecast_run, forecast_sweep
@@ -107,6 +111,30 @@ def test_forwards_of_every_architecture_are_exact(base: RunConfig, tmp_path: Pat
         forecast = forecast_run(config)
         assert forecast.flops == 4 * session.runner.cost(session.prepared.evaluation.ids[:, :1].repeat(48, 1)).total
         assert forecast.searches[0].forwards["estimate"] == pytest.approx(measured(session, config), rel=1e-6)
+
+
+def meta_model(kind: str, **settings: Any) -> Any:
+    """A model of a type without weights, of two blocks and hidden width 64."""
+    config = CONFIG_MAPPING[kind](vocab_size=259, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                                  num_attention_heads=4, num_key_value_heads=2, **settings)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def test_a_token_meets_the_experts_that_it_is_routed_to() -> None:
+    model = meta_model("mixtral", num_local_experts=8, num_experts_per_tok=2)
+    shapes = Shapes.of(model, layers_of(model, "group"))
+    dense, routed = 2 * 64 * 64 + 2 * 64 * 32 + 8 * 64, 8 * 3 * 64 * 128  # attention and router; experts
+    assert [(block.weights, block.active) for block in shapes.blocks] == [(dense + routed, dense + routed / 4)] * 2
+    assert shapes.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_setting_that_differs_between_blocks_is_no_error() -> None:
+    """transformers refuses to name one width of the heads of such a model."""
+    model = meta_model("gemma4_text")
+    with pytest.raises(Exception, match="head_dim"):
+        _ = model.config.head_dim
+    assert Shapes.of(model, layers_of(model, "group")).attention == 64
 
 
 def test_an_estimator_without_a_workload_is_unknown(base: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +264,7 @@ print("PEAK", unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 def test_memory_is_near_the_peak_of_the_run(base: RunConfig, tmp_path: Path) -> None:
     """A model with a large vocabulary, whose logits are half of it."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     shape = AutoConfig.from_pretrained(base.model)
     shape.vocab_size, shape.num_hidden_layers, shape.hidden_size, shape.intermediate_size = 32_000, 2, 256, 512

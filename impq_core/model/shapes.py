@@ -85,16 +85,18 @@ class Shapes:
                              sum(size * (share if ".experts." in name else 1.0) for name, size in weights.items()))
                   for weights in sizes]
         loose = {name: size for weights in sizes for name, size in weights.items() if name not in held}
-        embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-        ends = {id(module.weight): module.weight.numel() for module in (embeddings, head) if module is not None}
-        heads = getattr(config, "num_attention_heads", 0) or 0
-        width = config.hidden_size
-        chosen = getattr(config, "moe_intermediate_size", None)
-        inner = chosen * _first(config, EXPERTS_CHOSEN, 1) if chosen else getattr(config, "intermediate_size", None)
+        embeddings, output = model.get_input_embeddings(), model.get_output_embeddings()
+        ends = {id(module.weight): module.weight.numel() for module in (embeddings, output) if module is not None}
+        width = _setting(config, "hidden_size") or embeddings.weight.shape[1]
+        heads = _setting(config, "num_attention_heads")
+        head = _setting(config, "head_dim") or width // max(1, heads)
+        inner = _setting(config, "intermediate_size")
+        if expert := _setting(config, "moe_intermediate_size"):
+            inner = expert * max(1, _setting(config, *EXPERTS_CHOSEN))
         return cls(type(model).__name__, sum(p.numel() for p in parameters.values()), sum(ends.values()),
-                   tuple(blocks), width, heads * (getattr(config, "head_dim", None) or width // max(1, heads)),
+                   tuple(blocks), width, heads * head,
                    BACKWARD if getattr(config, "_attn_implementation", None) == "eager" else FUSED_BACKWARD,
-                   inner or 4 * width, embeddings.num_embeddings, max(loose, key=loose.__getitem__, default=""))
+                   inner or 4 * width, embeddings.weight.shape[0], max(loose, key=loose.__getitem__, default=""))
 
     def cost(self, length: int) -> ForwardCost:
         """The cost of a forward over a window of ``length`` tokens: two FLOPs for each active weight and token, the
@@ -111,9 +113,8 @@ class Shapes:
             weights_on_play: number of weights whose gradient is read.
             value: the loss, ``nll`` or ``kl``.
         """
-        active, held = sum(block.active for block in self.blocks), sum(block.held for block in self.blocks)
-        products = 2 * length * active
-        gradients = products * weights_on_play / max(1, sum(block.weights for block in self.blocks), held)
+        products = 2 * length * sum(block.active for block in self.blocks)
+        gradients = products * weights_on_play / sum(block.weights for block in self.blocks)
         attention = len(self.blocks) * self._pairs(length) * (1 + self.attention_backward)
         head = 2 * self.hidden * self.vocabulary * (2 * length + (length - 1) * (value == "kl"))
         return round(2 * products + gradients + attention + head)
@@ -124,9 +125,18 @@ class Shapes:
 
 
 def _share_of_experts(config: Any) -> float:
-    every = _first(config, EXPERTS, 0)
-    return min(1.0, _first(config, EXPERTS_CHOSEN, every) / every) if every else 1.0
+    """Share of a block's routed experts that a token goes to; 1 if the configuration names no experts."""
+    experts = _setting(config, *EXPERTS)
+    return min(1.0, (_setting(config, *EXPERTS_CHOSEN) or experts) / experts) if experts else 1.0
 
 
-def _first(config: Any, names: Sequence[str], default: int) -> int:
-    return next((value for name in names if isinstance(value := getattr(config, name, None), int)), default)
+def _setting(config: Any, *names: str) -> int:
+    """The first of the fields that is a positive number; 0 if there is none, or if its value differs between layers."""
+    for name in names:
+        try:
+            value = getattr(config, name, None)
+        except Exception:  # transformers raises a class of its own for a field that differs between layers
+            continue
+        if isinstance(value, int) and value > 0:
+            return value
+    return 0
