@@ -102,7 +102,7 @@ def tiny(kind: str) -> PreTrainedModel:
 
 @dataclass(frozen=True)
 class Row:
-    """What impq makes of an architecture.
+    """A tiny model of an architecture, quantized and measured.
 
     Args:
         share: of the weights in the blocks that are quantized.

@@ -1,4 +1,4 @@
-"""Architectures of transformers: what impq makes of each, from its experts to its heads."""
+"""Architectures of transformers as tiny models: share of quantized weights, losses, slopes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 
 TEXT = """# Models
 
-What impq makes of the causal language models of transformers {version}, tried on tiny random models of {count}
-configurations (`tox -e models` writes this page). **Share** is the share of the weights in a model's blocks that are
-quantized, by `hqq` with groups of 16; the rest stays at 16 bits: routers, gates, convolutions, and what is too small in
-a tiny model for a group of weights. For each model, losses with all layers at 8 and at 2 bits, and of forwards that
-begin in the middle, were those of the plain forward, and slopes were those of the loss.
+Causal language models of transformers {version}, tried as tiny random models of {count} configurations (`tox -e models`
+writes this page). **Share** is the share of the weights in a model's blocks that are quantized, by `hqq` with groups of
+16. The rest stays at 16 bits: routers, gates, convolutions, and weights of a tiny model that are smaller than a group.
+For each model, the test compared losses with those of the plain forward, with all layers at 8 and at 2 bits and for
+forwards that begin in the middle, and slopes with differences of losses.
 
 **Forwards** are `partial` if a forward can begin at a block, so that two plans that differ behind it cost less. They
 are `whole` if the blocks hand a state to each other (shared keys and values, indices of tokens): such a model is
