@@ -208,11 +208,11 @@ def test_statistics_plans_and_scores_cost_what_was_forecast(base: RunConfig, mon
     prepared, runner = session.prepared, session.runner
     assert prepared.calibration is not None
     for windows in (prepared.calibration, prepared.calibration.first(4), prepared.evaluation):
-        runner.embed(windows.ids)  # finds the blocks' arguments, which is not forecast
+        runner.embed(windows.ids)  # checks partial forwards, which is not forecast
     cost, run_batch, done = runner.cost(prepared.calibration.ids), BlockwiseModel.run_batch, [0]
 
     def counted(self: BlockwiseModel, index: int, hidden: Any) -> Any:
-        done[0] += len(hidden) * cost.blocks[index]
+        done[0] += len(hidden.ids) * cost.blocks[index]
         return run_batch(self, index, hidden)
 
     with monkeypatch.context() as patch:
