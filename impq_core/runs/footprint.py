@@ -23,7 +23,7 @@ GRAPH = {"float32": (18.1, 12.0), "bfloat16": (13.1, 6.0)}
 many times the width inside the feed-forward. Measured on three shapes of Llama."""
 
 LOGITS = 4
-"""Float32 copies of a batch's logits that exist at once in a backward."""
+"""Float32 copies of a batch's logits that exist at once in a backward; those of a model in float32 are one of them."""
 
 HEAP = 0.5
 """Bytes that the C library keeps beside each byte of variants and unpacked weights, because memory that was given back
@@ -174,7 +174,7 @@ def _gradients(layout: Layout, work: Workload | None, largest: LinearSpec) -> di
     inputs = (3 * shapes.hidden + shapes.intermediate) * item  # of linears, kept for the gradients of their weights
     kept = hidden * shapes.hidden + inner * shapes.intermediate + inputs  # of a token in a block
     sizes = {"graph": round(tokens * len(shapes.blocks) * kept),
-             "logits": tokens * shapes.vocabulary * (item + 4 * LOGITS),
+             "logits": tokens * shapes.vocabulary * (4 * LOGITS + (item if item < 4 else 0)),
              "changes": 4 * largest.parameters * (1 + len(layout.space.choices))}
     if config.value == "kl":
         sizes["unquantized_states"] = windows_probed(config) * length * shapes.hidden * item
