@@ -1,4 +1,4 @@
-"""What is measured, estimated and planned over a search space: numpy, checked on construction, written without pickle.
+"""Measurements, estimates and plans over a search space: numpy, checked on construction, written without pickle.
 
 Losses are nats per token above the all-reference model unless a name says otherwise.
 """

@@ -18,12 +18,12 @@ from scenes import Answer, Case, World
 
 DOCS = Path(__file__).parents[1] / "docs" / "errors.md"
 COMMAND = "IMPQ_WRITE_DOCS=1 pytest tests/test_bad_inputs.py"
-HEAD = f"""# What impq says when something is wrong
+HEAD = f"""# Errors
 
-Written by `{COMMAND}`, which tries each of these. Every error is one line on
-stderr; exit code 1 is for what can be mended, 2 for a wrong word in the command line or the configuration. Nothing is
-left behind where nothing is said about it. `HERE` is the working folder; `finished`, `estimated`, `swept` and
-`exported` are a run, an estimate, a sweep and an export in it.
+`{COMMAND}` writes this page and tries each case. Every error is one line on
+stderr. The exit code is 1 for an error in a file or on the machine, and 2 for a wrong word in the command line or the
+configuration. A case leaves no file behind unless the first column says so. `HERE` is the working folder; `finished`,
+`estimated`, `swept` and `exported` are a run, an estimate, a sweep and an export in it.
 """
 
 

@@ -203,7 +203,7 @@ def test_a_reference_that_is_no_number_stops_nothing(value: float, reference: st
 
 
 class Page(HTMLParser):
-    """What a page refers to, and whether its elements are closed in order."""
+    """The references of a page, and whether its elements are closed in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

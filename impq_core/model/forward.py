@@ -236,7 +236,7 @@ class OwnForward:
         return [answering(index) for index in range(count)]
 
     def _answer(self, index: int, states: torch.Tensor) -> Any:
-        """What block ``index`` returns: states, alone or at the head of a tuple."""
+        """Return value of block ``index``: states, alone or at the head of a tuple."""
         length = self._lengths[index]
         return (states, *[None] * (length - 1)) if length else states
 

@@ -129,7 +129,7 @@ def _experts(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _expert(module: Any, expert: Any, rows: torch.Tensor) -> torch.Tensor:
-    """What one expert makes of its rows (tokens, width), without the weights of the router."""
+    """Output of one expert for its rows (tokens, width), without the weights of the router."""
     if "gate_proj" in expert._modules:
         gate, up = expert.gate_proj(rows), expert.up_proj(rows)
         if hasattr(module, "_apply_gate"):
