@@ -178,7 +178,8 @@ class Probe(Protocol):
     @property
     def forwards(self) -> float:
         """Cost so far, in forwards of the game's windows, even if the probe reads more or fewer windows. Slopes cost
-        about three forwards of the windows that they are read on: forward, backward, and gradients of the weights."""
+        about four forwards of the windows that they are read on: forward, each block once
+        more, backward, and gradients of the weights."""
 
     def weight(self, linear: LinearSpec) -> torch.Tensor:
         """The unquantized weight (rows, columns), float32."""
@@ -203,8 +204,8 @@ class Probe(Protocol):
 
     def hessian_traces(self, rng: np.random.Generator) -> Mapping[LinearSpec, float]:
         """An unbiased random estimate (Hutchinson) of the trace of the Hessian of the mean loss with respect to each
-        linear's weight, at the unquantized weights: nats per token and squared unit of weight. Costs about six forwards
-        of the windows that it reads. Needs ``gradients``.
+        linear's weight, at the unquantized weights: nats per token and squared unit of weight. Costs about eight
+        forwards of the windows that it reads. Needs ``gradients``.
         """
 
 

@@ -334,9 +334,9 @@ def _plan_forwards(layout: Layout, work: Workload | None, plans: int) -> float:
 
 
 def _evaluation_forwards(layout: Layout, scores: int, first: bool) -> float:
-    """Forwards of the game's windows that held-out scores cost: of each allocation the blocks and two heads, as the
-    unquantized model's logits are made again; and its blocks once."""
+    """Forwards of the game's windows that held-out scores cost: the blocks and the head of each allocation, and those
+    of the unquantized model once."""
     config, length = layout.config, layout.config.evaluation.length
     cost, game = layout.shapes.cost(length), layout.shapes.cost(config.calibration.length)
-    done = scores * (cost.behind(0) + 2 * cost.head) + first * cost.behind(0)
+    done = (scores + first) * (cost.behind(0) + cost.head)
     return done * config.evaluation.windows / (config.game_windows * game.total)
