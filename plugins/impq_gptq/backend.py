@@ -155,13 +155,13 @@ class Gptq(Backend):
         tensors, bits, size = variant.tensors, int(variant.choice.bits), variant.choice.group_size
         if not torch.equal(tensors["g_idx"], _group_index(linear.columns, size).to(tensors["g_idx"].device)):
             raise ImpqError(f"backend gptq: the columns of {linear.name} are not in groups of {size} neighbours")
-        words, scales = tensors["qweight"], tensors["scales"].T.float()[:, :, None]
-        zeros = unpack(tensors["qzeros"].contiguous(), bits).T.float()[:, :, None]
+        words, scales = tensors["qweight"].T.contiguous(), tensors["scales"].T.float()[:, :, None]
+        zeros = unpack(tensors["qzeros"], bits).T.float()[:, :, None]
         weight = torch.empty(linear.rows, linear.columns, device=words.device)
         most = max(1, CHUNK // linear.columns) if words.device.type == "cpu" else linear.rows
         for start in range(0, linear.rows, most):
             rows = slice(start, start + most)
-            codes = unpack(words[:, rows].T.contiguous(), bits)
+            codes = unpack(words[rows], bits)
             values = codes.float().view(len(codes), -1, size).sub_(zeros[rows]).mul_(scales[rows])
             weight[rows] = values.half().view_as(codes)
         return weight

@@ -17,13 +17,13 @@ def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
     """The codes of packed rows.
 
     Args:
-        words: int32 (rows, words), contiguous.
+        words: int32 (rows, words).
         bits: 2, 3, 4 or 8 bits of a code; 32 codes fill ``bits`` words.
 
     Returns:
         uint8 (rows, codes).
     """
-    stream = words.view(torch.uint8)
+    stream = words.flatten().view(torch.uint8).view(len(words), -1)
     if bits == 8:
         return stream
     eights = torch.zeros(len(words), stream.shape[1] // bits, 8, dtype=torch.uint8, device=words.device)
@@ -47,10 +47,9 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     Returns:
         int32 (rows, words).
     """
-    codes = codes.contiguous()
     if bits == 8:
-        return codes.view(torch.int32)
-    joined = codes.clone().view(torch.int64)
+        return codes.flatten().view(torch.int32).view(len(codes), -1)
+    joined = codes.flatten().clone().view(torch.int64)
     for lane in reversed(_LANES):
         held = bits * lane // 8
         joined.bitwise_or_(joined >> (lane - held)).bitwise_and_(_mask(2 * held, 2 * lane))
