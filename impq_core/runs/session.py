@@ -18,7 +18,7 @@ from impq_core.ledger import Ledger, MeasurementLog
 from impq_core.model.bank import Bank, fill_bank
 from impq_core.model.blockwise import BlockwiseModel, Hidden
 from impq_core.model.cache import Shelf, shelf_for
-from impq_core.model.layers import resolve_dtype
+from impq_core.model.device import resolve_dtype
 from impq_core.model.text import Windows
 from impq_core.plugins import Plugins
 from impq_core.results import Evaluation
@@ -43,6 +43,8 @@ class Session:
 
     Attributes:
         prepared: the run.
+        device: where blocks compute.
+        dtype: type of the forwards.
         runner: the model, block by block.
         bank: the variants in memory.
         clock: seconds by stage.
@@ -50,7 +52,8 @@ class Session:
 
     def __init__(self, prepared: Prepared, plugins: Plugins, runner: BlockwiseModel | None = None) -> None:
         self.prepared, self.plugins, self.clock = prepared, plugins, Clock()
-        self.dtype = resolve_dtype(prepared.config.dtype)
+        self.device = prepared.device
+        self.dtype = resolve_dtype(prepared.config.dtype, self.device)
         self.runner = runner or BlockwiseModel(prepared.source.load(self.dtype))
         self.bank = Bank(self.runner.model, prepared.space.everyone, prepared.parts.backend, self.dtype)
 
