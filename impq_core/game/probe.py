@@ -15,8 +15,9 @@ from torch.nn import functional
 from impq_core.errors import ImpqError
 from impq_core.ledger import Ledger
 from impq_core.model.bank import Bank
-from impq_core.model.blockwise import HEAD_ROWS, BlockwiseModel, Hidden, on_host
+from impq_core.model.blockwise import HEAD_ROWS, BlockwiseModel, Hidden
 from impq_core.model.cost import ForwardCost, flop_counter
+from impq_core.model.device import on_host
 from impq_core.model.text import Windows
 from impq_core.space import Choice, FloatArray, IntArray, LinearSpec, SearchSpace
 

@@ -19,6 +19,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from impq_core.model.cost import ForwardCost, flop_counter
+from impq_core.model.device import on_host
 from impq_core.model.forward import OwnForward
 from impq_core.model.layers import blocks_of
 from impq_core.model.placement import Placement, Stored
@@ -202,7 +203,3 @@ class BlockwiseModel:
             out[where] = on_host(functional.cross_entropy(next(logits), targets, reduction="none"))
         return out.reshape(ids.shape[0], -1)
 
-
-def on_host(values: torch.Tensor) -> FloatArray:
-    """Values as float64 in numpy. They are converted on the host: some devices have no float64."""
-    return values.cpu().double().numpy()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 
-from impq_core.interfaces import Statistics
+from impq_core.interfaces import Statistics, Variant
 from impq_core.model.bank import Bank
 from impq_core.model.blockwise import BlockwiseModel, Hidden
 from impq_core.model.calibration import input_statistics
+from impq_core.model.threads import side_by_side
 from impq_core.space import Choice, LinearSpec
 
 FEWEST = 32
@@ -52,8 +54,12 @@ def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden | None, menus: 
         statistics = {}
         if hidden is not None and missing[index]:
             statistics = input_statistics(runner, index, hidden, {bank.module(spec) for spec, _ in missing[index]})
-        for wanted, seen in _shared(missing[index], [statistics.get(bank.module(spec)) for spec, _ in missing[index]]):
-            _quantize(bank, runner, wanted, seen)
+        tasks = [partial(_quantize, bank, runner, wanted, seen) for wanted, seen in _shared(
+            missing[index], [statistics.get(bank.module(spec)) for spec, _ in missing[index]])]
+        # A task at a time on an accelerator, whose work is side by side already.
+        for made in side_by_side(tasks) if runner.device.type == "cpu" else (task() for task in tasks):
+            for spec, variant in made:
+                bank.add(spec, variant)
         for layer in layers:
             bank.switch(layer, menus[layer][0] if menus[layer] else None)
         if hidden is not None and any(missing[index + 1:]):
@@ -74,10 +80,12 @@ def _shared(wanted: Wanted, statistics: Sequence[Statistics | None]) -> Iterator
     yield from groups.values()
 
 
-def _quantize(bank: Bank, runner: BlockwiseModel, wanted: Wanted, seen: Statistics | None) -> None:
+def _quantize(bank: Bank, runner: BlockwiseModel, wanted: Wanted,
+              seen: Statistics | None) -> list[tuple[LinearSpec, Variant]]:
     """Quantize linears that share their statistics, on the device if the backend can."""
     device = runner.device if runner.device.type in bank.backend.devices else torch.device("cpu")
     weights = {spec: bank.original(spec).to(device) for spec, _ in wanted}
+    made: list[tuple[LinearSpec, Variant]] = []
     few: list[tuple[LinearSpec, Choice]] = []
     enough: list[tuple[LinearSpec, Choice]] = []
     for spec, choice in wanted:
@@ -85,5 +93,6 @@ def _quantize(bank: Bank, runner: BlockwiseModel, wanted: Wanted, seen: Statisti
     for some, tokens in ((few, 0), (enough, seen.tokens if seen else 0)):
         statistics = seen and Statistics(seen.gram.to(device) if tokens else torch.zeros_like(seen.gram, device=device),
                                          tokens)
-        for spec, variant in bank.backend.quantize_together(weights, some, statistics) if some else ():
-            bank.add(spec, variant)
+        if some:
+            made += bank.backend.quantize_together(weights, some, statistics)
+    return made

@@ -18,7 +18,7 @@ from impq_core.ledger import Ledger, MeasurementLog
 from impq_core.model.bank import Bank
 from impq_core.model.blockwise import BlockwiseModel, Hidden
 from impq_core.model.cache import Shelf, shelf_for
-from impq_core.model.layers import resolve_dtype
+from impq_core.model.device import resolve_dtype
 from impq_core.model.quantize import fill_bank
 from impq_core.model.text import Windows
 from impq_core.plugins import Plugins
@@ -44,6 +44,8 @@ class Session:
 
     Attributes:
         prepared: the run.
+        device: where blocks compute.
+        dtype: type of the forwards.
         runner: the model, block by block.
         bank: the variants in memory.
         clock: seconds by stage.
@@ -51,8 +53,9 @@ class Session:
 
     def __init__(self, prepared: Prepared, plugins: Plugins, runner: BlockwiseModel | None = None) -> None:
         self.prepared, self.plugins, self.clock = prepared, plugins, Clock()
-        self.dtype = resolve_dtype(prepared.config.dtype)
-        self.runner = runner or BlockwiseModel(prepared.source.load(self.dtype))
+        self.device = prepared.device
+        self.dtype = resolve_dtype(prepared.config.dtype, self.device)
+        self.runner = runner or BlockwiseModel(prepared.source.load(self.dtype).to(self.device), self.device)
         self.bank = Bank(self.runner, prepared.space.everyone, prepared.parts.backend)
 
     def report(self, stage: str) -> Progress:
