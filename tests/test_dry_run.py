@@ -98,7 +98,8 @@ def test_forwards_of_players_are_near(granularity: str, estimator: str, options:
                                       value: str, base: RunConfig, session: Session) -> None:
     config = replace(base, granularity=granularity, estimator=estimator, value=value, options={"estimator": options})
     forecast = forecast_run(config).searches[0].forwards["estimate"]
-    assert forecast == pytest.approx(measured(session, config), rel=tolerance)
+    # Batches of picks, for each of which kl makes the unquantized logits again, are forecast as full.
+    assert forecast == pytest.approx(measured(session, config), rel=max(tolerance, 0.1 * (value == "kl")))
 
 
 def test_forwards_of_every_architecture_are_exact(base: RunConfig, tmp_path: Path) -> None:

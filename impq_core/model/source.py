@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
     from impq_core.model.placement import Stored
 
+MAPPED = 2**27
+"""Bytes of a file of weights that are mapped at a time while it is checked."""
+
 UNQUANTIZED = "impq starts from unquantized weights: give the model that it was made from"
 """The way out for a model that is quantized already."""
 
@@ -81,13 +84,20 @@ class ModelSource:
 
         found = hashlib.sha256()
         try:
-            with safe_open(file, framework="pt") as stored, file.open("rb") as stream:
+            with file.open("rb") as stream:
                 size = stream.read(8)
                 found.update(size + stream.read(int.from_bytes(size, "little")))
-                for name in stored.offset_keys():  # in the order of the file
-                    tensor = stored.get_tensor(name)
-                    found.update(tensor.flatten().view(torch.uint8).numpy())
-                    self._check_tensor(name, tensor)
+            with safe_open(file, framework="pt") as stored:
+                names = stored.offset_keys()  # in the order of the file
+            while names:  # what is mapped takes memory until its file is closed
+                with safe_open(file, framework="pt") as stored:
+                    mapped = 0
+                    while names and mapped < MAPPED:
+                        tensor = stored.get_tensor(name := names.pop(0))
+                        found.update(tensor.flatten().view(torch.uint8).numpy())
+                        self._check_tensor(name, tensor)
+                        mapped += tensor.numel() * tensor.element_size()
+                    del tensor
         except (OSError, SafetensorError) as error:
             raise ImpqError(f"model {self.name}: {file.name} is damaged or cut short ({error}); fetch or save it "
                             "again") from error
