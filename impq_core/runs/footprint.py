@@ -32,6 +32,9 @@ GRAPH = {"float32": (18.1, 12.0), "bfloat16": (13.1, 6.0), "float16": (13.1, 6.0
 many times the width inside the feed-forward. Measured on three shapes of Llama; float16 is
 taken to be as bfloat16."""
 
+ALLOCATIONS = 12
+"""Allocations that are scored on held-out text: a plan, its references, and the unquantized model."""
+
 LOGITS = 6
 """Float32 copies of the logits of a few positions that exist at once."""
 
@@ -135,7 +138,8 @@ def memory(layout: Layout, work: Workload | None, placing: Placing) -> dict[str,
     if config.refine:  # two games
         stages["refine"] = {**standing, "hidden_states": 2 * path}
     held_out = config.evaluation.windows * config.evaluation.length * token
-    stages["evaluate"] = {**standing, "hidden_states": 2 * held_out + 2 * max(held_out, placing.room)}
+    side_by_side = min(ALLOCATIONS, max(1, placing.room // held_out))
+    stages["evaluate"] = {**standing, "hidden_states": 2 * held_out + 2 * side_by_side * held_out}
     return {stage: {name: size for name, size in sizes.items() if size} for stage, sizes in stages.items()}
 
 
