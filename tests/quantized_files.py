@@ -1,0 +1,85 @@
+"""Tiny model folders whose weights are quantized already, beside the weights that they stand for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from architectures import tiny
+from safetensors.torch import load_file, save_file
+
+from impq_core.testing import tiny_model
+from impq_core.testing.tiny import byte_tokenizer
+
+Tensors = dict[str, torch.Tensor]
+"""Tensors by name."""
+
+MXFP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
+"""The numbers of four bits."""
+
+
+def rewritten(folder: Path, edit: Callable[[Tensors], Tensors], **settings: Any) -> Tensors:
+    """Replace the tensors of a model folder by those that ``edit`` returns, and add ``quantization_config``.
+
+    Returns:
+        what ``edit`` made the dict of: tensors (changed in place) that the new ones stand for.
+    """
+    dense = load_file(folder / "model.safetensors")
+    save_file(edit(dense), folder / "model.safetensors", metadata={"format": "pt"})
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": settings}))
+    return dense
+
+
+def is_linear(name: str) -> bool:
+    """Whether a tensor is the weight of a linear in a block."""
+    return name.endswith("_proj.weight")
+
+
+def fp8(folder: Path, block: int = 32, architecture: str = "llama") -> Tensors:
+    """A model with 8-bit floats and a scale for each square block; returns its weights, dequantized."""
+    def edit(dense: Tensors) -> Tensors:
+        stored: Tensors = {}
+        for name, weight in dense.items():
+            if not is_linear(name):
+                stored[name] = weight
+                continue
+            rows, columns = (-(-size // block) for size in weight.shape)
+            scales = torch.rand(rows, columns) * 0.01 + 0.001
+            spread = scales.repeat_interleave(block, 0).repeat_interleave(block, 1)[:weight.shape[0], :weight.shape[1]]
+            stored[name] = (weight / spread).clamp(-448, 448).to(torch.float8_e4m3fn)
+            stored[f"{name}_scale_inv"] = scales
+            dense[name] = stored[name].float() * spread
+        return stored
+
+    torch.manual_seed(0)
+    return rewritten(tiny_model(folder, architecture), edit, quant_method="fp8", fmt="e4m3", activation_scheme="dynamic",
+                     weight_block_size=[block, block])
+
+
+def mxfp4(folder: Path) -> Tensors:
+    """A mixture whose experts are stored in blocks of 32 numbers of four bits with a power of two; returns its weights,
+    dequantized."""
+    tiny("gpt_oss").save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+    def edit(dense: Tensors) -> Tensors:
+        stored: Tensors = {}
+        for name, weight in dense.items():
+            if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+                stored[name] = weight
+                continue
+            experts, columns, rows = weight.shape
+            codes = torch.randint(0, 16, (experts, rows, columns // 32, 32))
+            scales = torch.randint(120, 126, (experts, rows, columns // 32))
+            stored[f"{name}_blocks"] = (codes[..., ::2] + 16 * codes[..., 1::2]).to(torch.uint8)
+            stored[f"{name}_scales"] = scales.to(torch.uint8)
+            numbers = MXFP4[codes] * 2.0 ** (scales[..., None] - 127)
+            dense[name] = numbers.flatten(2).transpose(1, 2).contiguous()
+        return stored
+
+    torch.manual_seed(0)
+    return rewritten(folder, edit, quant_method="mxfp4", modules_to_not_convert=["model.layers.*.self_attn"])
