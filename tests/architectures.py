@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,15 +85,26 @@ def config_of(kind: str) -> Any:
 
 
 def tiny(kind: str) -> PreTrainedModel:
-    """A tiny random model of a type; its weights are larger than those of an initialisation. Raises ValueError if it is
-    not tiny."""
-    config = config_of(kind)
+    """A tiny random model of a type. Raises ValueError if it is not tiny."""
+    return with_large_weights(AutoModelForCausalLM, config_of(kind))
+
+
+def with_large_weights(loader: Any, config: Any) -> PreTrainedModel:
+    """A random model of a configuration, with weights that are larger than those of an initialisation.
+
+    Args:
+        loader: a class of transformers that makes models.
+        config: the configuration.
+
+    Raises:
+        ValueError: the model is not tiny.
+    """
     with torch.device("meta"):
-        size = AutoModelForCausalLM.from_config(config).num_parameters()
+        size = loader.from_config(config).num_parameters()
     if size > 2e7:
         raise ValueError(f"{size} parameters are not tiny")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = loader.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:
@@ -173,10 +185,10 @@ def check_slopes(space: SearchSpace, bank: Bank, runner: BlockwiseModel) -> None
     assert np.isclose(moved, differences, rtol=0.1, atol=0.05).any(), (moved, differences)
 
 
-def line_of(kind: str, backend: Backend) -> str:
+def line_of(kind: str, backend: Backend, make: Callable[[str], PreTrainedModel] = tiny) -> str:
     """A line for a table: the share of the weights that is quantized, or why there is none."""
     try:
-        model = tiny(kind)
+        model = make(kind)
         OwnForward(model, ())(torch.from_numpy(IDS))
     except Exception as error:
         return f"no tiny model: {one_line(error, 100)}"

@@ -39,7 +39,18 @@ def is_linear(name: str) -> bool:
     return name.endswith("_proj.weight")
 
 
-def fp8(folder: Path, block: int = 32, architecture: str = "llama") -> Tensors:
+def llama(folder: Path) -> None:
+    """A dense model."""
+    tiny_model(folder)
+
+
+def mixture(folder: Path) -> None:
+    """A mixture whose files hold experts one by one."""
+    tiny("qwen3_moe").save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+
+def fp8(folder: Path, block: int = 32, model: Callable[[Path], object] = llama) -> Tensors:
     """A model with 8-bit floats and a scale for each square block; returns its weights, dequantized."""
     def edit(dense: Tensors) -> Tensors:
         stored: Tensors = {}
@@ -56,7 +67,8 @@ def fp8(folder: Path, block: int = 32, architecture: str = "llama") -> Tensors:
         return stored
 
     torch.manual_seed(0)
-    return rewritten(tiny_model(folder, architecture), edit, quant_method="fp8", fmt="e4m3", activation_scheme="dynamic",
+    model(folder)
+    return rewritten(folder, edit, quant_method="fp8", fmt="e4m3", activation_scheme="dynamic",
                      weight_block_size=[block, block])
 
 
@@ -83,3 +95,57 @@ def mxfp4(folder: Path) -> Tensors:
 
     torch.manual_seed(0)
     return rewritten(folder, edit, quant_method="mxfp4", modules_to_not_convert=["model.layers.*.self_attn"])
+
+
+def compressed(folder: Path, bits: tuple[int, ...] = (4,)) -> Tensors:
+    """A model in the packed format of compressed-tensors, its linears at one width after another in groups of 32;
+    returns its weights, dequantized."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    targets: dict[int, list[str]] = {width: [] for width in bits}
+
+    def edit(dense: Tensors) -> Tensors:
+        stored: Tensors = {}
+        for number, (name, weight) in enumerate(dense.items()):
+            if not is_linear(name):
+                stored[name] = weight
+                continue
+            module, width = name.removesuffix(".weight"), bits[number % len(bits)]
+            targets[width].append(module)
+            codes = torch.randint(-2**(width - 1), 2**(width - 1), weight.shape)
+            scales = torch.rand(weight.shape[0], weight.shape[1] // 32) * 0.01 + 0.001
+            stored |= {f"{module}.weight_packed": pack_to_int32(codes.to(torch.int8), width),
+                       f"{module}.weight_scale": scales, f"{module}.weight_shape": torch.tensor(weight.shape)}
+            dense[name] = codes * scales.repeat_interleave(32, 1)
+        return stored
+
+    torch.manual_seed(0)
+    dense = rewritten(tiny_model(folder), edit)
+    groups = {f"group_{width}": {
+        "targets": names if len(bits) > 1 else ["Linear"], "weights": {
+            "num_bits": width, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}}
+        for width, names in targets.items()}
+    rewritten(folder, dict, quant_method="compressed-tensors", format="pack-quantized", config_groups=groups,
+              quantization_status="compressed", ignore=["lm_head"])
+    return dense
+
+
+def compressed_floats(folder: Path) -> Tensors:
+    """A model of 8-bit floats with a scale for each row in the format of compressed-tensors, and scales of activations;
+    returns its weights, dequantized."""
+    def edit(dense: Tensors) -> Tensors:
+        stored = dict(dense)
+        for name in filter(is_linear, list(dense)):
+            scales = torch.rand(len(dense[name]), 1) * 0.01 + 0.001
+            stored[name] = (dense[name] / scales).clamp(-448, 448).to(torch.float8_e4m3fn)
+            stored[f"{name}_scale"] = scales
+            stored[name.replace("weight", "input_scale")] = torch.ones(1)
+            dense[name] = stored[name].float() * scales
+        return stored
+
+    torch.manual_seed(0)
+    floats = {"num_bits": 8, "type": "float", "symmetric": True}
+    return rewritten(tiny_model(folder), edit, quant_method="compressed-tensors", format="float-quantized",
+                     quantization_status="compressed", ignore=["lm_head"], config_groups={"group_0": {
+                         "targets": ["Linear"], "weights": {**floats, "strategy": "channel"},
+                         "input_activations": {**floats, "strategy": "tensor", "dynamic": False}}})

@@ -66,8 +66,10 @@ def check(model: str, stored: Mapping[str, Any]) -> None:
 
 def loading(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of ``from_pretrained`` for weights that ``finish`` then makes dense."""
-    if not stored or _mixed(stored):
+    if not stored:
         return {}
+    if _mixed(stored):
+        return {"dtype": torch.float32}  # of the scales, which would be rounded in front of the products
     return {"quantization_config": OFFERED[method_of(stored)](dequantize=True)}
 
 

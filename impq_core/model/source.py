@@ -196,7 +196,7 @@ class ModelSource:
         try:
             model, report = _loader(self._config()).from_pretrained(
                 self._files, trust_remote_code=self.trust_remote_code, use_safetensors=True, output_loading_info=True,
-                ignore_mismatched_sizes=True, **dequantize.loading(self.quantization), **options)
+                ignore_mismatched_sizes=True, **(options | dequantize.loading(self.quantization)))
         except Exception as error:  # safetensors, the hub and transformers each raise their own
             raise ImpqError(f"the weights of model {self.name} cannot be loaded: {one_line(error, 260)}") from error
         if missing := sorted(report["missing_keys"]):
