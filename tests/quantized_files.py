@@ -72,6 +72,37 @@ def fp8(folder: Path, block: int = 32, model: Callable[[Path], object] = llama) 
                      weight_block_size=[block, block])
 
 
+def fp8_whole(folder: Path) -> Tensors:
+    """A model with 8-bit floats, one scale for a weight and one for its inputs; returns its weights, dequantized."""
+    def edit(dense: Tensors) -> Tensors:
+        stored = dict(dense)
+        for name in filter(is_linear, list(dense)):
+            scale = torch.tensor(0.01 * torch.rand(()).item() + 0.001)
+            stored[name] = (dense[name] / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+            stored |= {f"{name}_scale_inv": scale, name.replace("weight", "activation_scale"): torch.tensor(0.5)}
+            dense[name] = stored[name].float() * scale
+        return stored
+
+    torch.manual_seed(0)
+    return rewritten(tiny_model(folder), edit, quant_method="fp8", activation_scheme="static", weight_block_size=None)
+
+
+def mxfp8(folder: Path) -> Tensors:
+    """A model with 8-bit floats in blocks of 32 with a power of two; returns its weights, dequantized."""
+    def edit(dense: Tensors) -> Tensors:
+        stored = dict(dense)
+        for name in filter(is_linear, list(dense)):
+            exponents = torch.randint(115, 122, (dense[name].shape[0], dense[name].shape[1] // 32))
+            spread = (2.0 ** (exponents - 127)).repeat_interleave(32, 1)
+            stored[name] = (dense[name] / spread).clamp(-448, 448).to(torch.float8_e4m3fn)
+            stored[f"{name}_scale_inv"] = exponents.to(torch.uint8)
+            dense[name] = stored[name].float() * spread
+        return stored
+
+    torch.manual_seed(0)
+    return rewritten(tiny_model(folder), edit, quant_method="mxfp8", weight_block_size=[1, 32], scale_fmt="ue8m0")
+
+
 def mxfp4(folder: Path) -> Tensors:
     """A mixture whose experts are stored in blocks of 32 numbers of four bits with a power of two; returns its weights,
     dequantized."""

@@ -10,7 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from quantized_files import Tensors, compressed, compressed_floats, fp8, is_linear, mixture, mxfp4, rewritten
+from quantized_files import (
+    Tensors,
+    compressed,
+    compressed_floats,
+    fp8,
+    fp8_whole,
+    is_linear,
+    mixture,
+    mxfp4,
+    mxfp8,
+    rewritten,
+)
 from safetensors import safe_open
 from safetensors.torch import save_file
 from wrappers import tiny_wrapper
@@ -27,10 +38,17 @@ from impq_core.testing import tiny_model
 Make = Callable[[Path], Tensors]
 
 MADE: dict[str, Make] = {
-    "fp8": fp8, "fp8, experts": lambda folder: fp8(folder, model=mixture), "fp8, image and text":
-    lambda folder: fp8(folder, model=tiny_wrapper), "fp8, one block": lambda folder: fp8(folder, 128), "mxfp4": mxfp4, "compressed-tensors": compressed, "compressed-tensors, 3 bits":
-    lambda folder: compressed(folder, (3,)), "compressed-tensors, 2 to 8 bits":
-    lambda folder: compressed(folder, (2, 3, 4, 8)), "compressed-tensors, floats": compressed_floats}
+    "fp8": fp8,
+    "fp8, one block": lambda folder: fp8(folder, 128),
+    "fp8, one scale": fp8_whole,
+    "fp8, experts": lambda folder: fp8(folder, model=mixture),
+    "fp8, image and text": lambda folder: fp8(folder, model=tiny_wrapper),
+    "mxfp8": mxfp8,
+    "mxfp4": mxfp4,
+    "compressed-tensors": compressed,
+    "compressed-tensors, 3 bits": lambda folder: compressed(folder, (3,)),
+    "compressed-tensors, 2 to 8 bits": lambda folder: compressed(folder, (2, 3, 4, 8)),
+    "compressed-tensors, floats": compressed_floats}
 
 
 def unquantized(folder: Path, dense: Tensors) -> ModelSource:
@@ -83,6 +101,17 @@ def test_blocks_at_an_edge_are_refused(tmp_path: Path) -> None:
     dense = fp8(tmp_path, 48)
     assert any(is_linear(name) and weight.shape[0] % 48 for name, weight in dense.items())
     with pytest.raises(ImpqError, match=r"_proj\.weight, whose \d+ rows or columns are no multiple of 48"):
+        locate_model(str(tmp_path)).check_weights()
+
+
+def test_a_code_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    def spoil(stored: Tensors) -> Tensors:
+        stored["model.layers.1.mlp.up_proj.weight"].view(torch.uint8)[3, 3] = 0x7F
+        return stored
+
+    fp8(tmp_path)
+    rewritten(tmp_path, spoil, quant_method="fp8", weight_block_size=[32, 32])
+    with pytest.raises(ImpqError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN"):
         locate_model(str(tmp_path)).check_weights()
 
 

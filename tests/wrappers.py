@@ -1,4 +1,4 @@
-"""Tiny random multimodal models: a language model and an encoder of images, video or audio, from any type's defaults."""
+"""Tiny random multimodal models: a language model and an encoder of images, video or audio."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def _text(part: Any) -> dict[str, Any]:
     settings = {**_small(part.to_dict(), SIZES), **SPECIAL.get(part.model_type, {})}
     settings.pop("per_layer_config", None)
     if isinstance(rope := settings.get("rope_parameters"), dict) and "rope_type" in rope:
-        settings["rope_parameters"] = {**rope, "partial_rotary_factor": 1.0, "mrope_section": [4, 2, 2]}
+        sections = {"mrope_section": [4, 2, 2]} if part.model_type not in ("ministral", "mistral", "ministral3") else {}
+        settings["rope_parameters"] = {**rope, "partial_rotary_factor": 1.0, **sections}
     for name in ("layer_types", "mlp_layer_types"):
         if isinstance(kinds := settings.get(name), list) and len(kinds) > SIZES["num_hidden_layers"]:
             settings[name] = (sorted(set(kinds), reverse=True) * 4)[:SIZES["num_hidden_layers"]]

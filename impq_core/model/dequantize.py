@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import CompressedTensorsConfig, FineGrainedFP8Config, Mxfp4Config, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightTransform, revert_weight_conversion
+from transformers.core_model_loading import WeightConverter, WeightTransform, revert_weight_conversion
 
 from impq_core.errors import ImpqError
 
@@ -111,8 +111,9 @@ def _plain(module: nn.Module) -> nn.Linear:
 
 
 def _rule(conversion: WeightTransform) -> tuple[str, ...]:
-    """What a rule for names in files keeps if tensors of a quantized form are added to its sources."""
-    return (type(conversion).__name__, *conversion.target_patterns)
+    """What identifies a rule. One that merges or splits tensors has those of the quantized form among its sources."""
+    sources = () if isinstance(conversion, WeightConverter) else conversion.source_patterns
+    return (type(conversion).__name__, *conversion.target_patterns, "from", *sources)
 
 
 def stored_dtype(config: Any) -> torch.dtype:

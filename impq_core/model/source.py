@@ -100,7 +100,9 @@ class ModelSource:
             raise ImpqError(f"model {self.name}: its weight {name} holds {str(tensor.dtype).removeprefix('torch.')} "
                             "codes, so the model is quantized already, but its config.json does not say how: give the "
                             "unquantized model that it was made from")
-        if (tensor.is_floating_point() and tensor.dtype.itemsize > 1 and tensor.numel()
+        if tensor.dtype.itemsize == 1 and tensor.is_floating_point():
+            tensor = tensor.float()  # 8-bit floats have no aminmax
+        if (tensor.is_floating_point() and tensor.numel()
                 and not torch.isfinite(torch.stack(tensor.aminmax())).all()):
             raise ImpqError(f"model {self.name}: its weight {name} holds NaN or infinity; take a sound copy of the "
                             "model")
