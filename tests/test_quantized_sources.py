@@ -32,6 +32,7 @@ from impq_core.exports.export import evaluate_folder, export_run
 from impq_core.model.names import file_names
 from impq_core.model.source import ModelSource, locate_model
 from impq_core.plugins import Plugins
+from impq_core.runs.forecast import forecast_run
 from impq_core.runs.pipeline import run
 from impq_core.testing import tiny_model
 
@@ -84,6 +85,17 @@ def test_a_quantized_model_is_the_model_of_its_dequantized_weights(kind: str, tm
         assert getattr(model.config, "quantization_config", None) is None
         with torch.no_grad():
             assert torch.equal(model(ids).logits, other(ids).logits)
+
+
+@pytest.mark.parametrize("make", [fp8, mxfp4, compressed])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_dry_run_reads_no_weight(make: Make, tiny_config: RunConfig, tmp_path: Path) -> None:
+    make(tmp_path)
+    config = replace(tiny_config, model=str(tmp_path), backend="hqq", options={"backend": {"group_size": 32}})
+    whole = forecast_run(config).searches
+    size = (tmp_path / "model.safetensors").stat().st_size
+    (tmp_path / "model.safetensors").write_bytes(b"\0" * size)
+    assert forecast_run(config).searches == whole
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "hqq", "torchao", "unheard-of"])

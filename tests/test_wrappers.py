@@ -19,7 +19,8 @@ from wrappers import KINDS, config_of, tiny, tiny_wrapper
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError
 from impq_core.exports.export import evaluate_folder, export_run
-from impq_core.model.layers import blocks_of
+from impq_core.model.layers import blocks_of, layers_of
+from impq_core.model.shapes import Shapes
 from impq_core.model.source import locate_model
 from impq_core.plugins import Plugins
 from impq_core.results import RunResult
@@ -55,6 +56,15 @@ def test_the_blocks_are_those_of_the_text_decoder_even_if_the_encoder_is_larger(
               if isinstance(module, torch.nn.ModuleList) and module not in inside]
     name = blocks_of(model)[0][0].rpartition(".")[0]
     assert name not in others and len(blocks_of(model)) == config.get_text_config(decoder=True).num_hidden_layers
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "qwen3_vl", "voxtral"])
+def test_encoders_and_projectors_are_counted(kind: str) -> None:
+    model = tiny(kind)
+    shapes = Shapes.of(model, layers_of(model, "linear"))
+    text = ("model.language_model.", "lm_head.")
+    assert 0 < shapes.encoders == sum(parameter.numel() for name, parameter in model.named_parameters()
+                                      if not name.startswith(text))
 
 
 def exported(kind: str, name: str, config: RunConfig, folder: Path) -> tuple[RunResult, Path]:

@@ -186,7 +186,7 @@ class ModelSource:
 
         model = self._from_files(dtype=dtype)
         head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-        if (head is not None and getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+        if (head is not None and getattr(model.config, "tie_word_embeddings", False)
                 and head.weight is not embeddings.weight):
             raise ImpqError(f"model {self.name}: config.json ties the head to the embeddings, but the file holds "
                             "another tensor for it; set tie_word_embeddings to false, or save the model again")
