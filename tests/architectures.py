@@ -1,4 +1,4 @@
-"""Tiny random models of every causal language model that transformers has, and what impq makes of each."""
+"""Tiny random models of every text decoder that transformers has, and what impq makes of each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import numpy as np
 import torch
 from torch.nn import functional
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from impq_core.errors import ImpqError, one_line
 from impq_core.game.probe import ModelProbe
@@ -72,13 +75,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }
 """Further settings, by model type."""
 
-WRAPPED = ("gemma3", "llama4", "qwen3_5", "qwen3_5_moe", "gemma3n", "gemma4")
-"""Multimodal model types with a language model of their own inside."""
-
-
 def config_of(kind: str) -> Any:
     """The configuration of a tiny model of a type."""
-    kind = f"{kind}_text" if kind in WRAPPED and f"{kind}_text" in CONFIG_MAPPING else kind
     defaults = CONFIG_MAPPING[kind]().to_dict()
     return CONFIG_MAPPING[kind](**{**{name: value for name, value in SIZES.items() if name in defaults},
                                    **SPECIAL.get(kind, {})})
@@ -200,9 +198,9 @@ def line_of(kind: str, backend: Backend, make: Callable[[str], PreTrainedModel] 
 
 
 KINDS = tuple(kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind not in {
-    "bart", "bert", "bert-generation", "big_bird", "bigbird_pegasus", "blenderbot", "blenderbot-small", "camembert",
-    "data2vec-text", "electra", "emu3", "ernie", "fuyu", "git", "got_ocr2", "marian", "mbart", "megatron-bert",
-    "mllama", "moshi", "moss_transcribe_diarize", "musicgen", "musicgen_melody", "mvp", "pegasus", "phi4_multimodal",
-    "plbart", "prophetnet", "reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "trocr",
-    "whisper", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod"})
+    *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, "bart", "bert", "bert-generation", "big_bird", "bigbird_pegasus",
+    "blenderbot", "blenderbot-small", "camembert", "data2vec-text", "electra", "ernie", "marian", "mbart",
+    "megatron-bert", "moshi", "musicgen", "musicgen_melody", "mvp", "pegasus", "plbart", "prophetnet", "reformer",
+    "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "trocr", "whisper", "xlm", "xlm-roberta",
+    "xlm-roberta-xl", "xlnet", "xmod"})
 """Model types of text decoders."""

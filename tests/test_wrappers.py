@@ -79,7 +79,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
         return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "qwen2_5_vl", "mistral3", "llava"])
+@pytest.mark.parametrize("kind", ["gemma3", "qwen2_5_vl", "mistral3"])
 def test_an_export_is_the_multimodal_model_with_the_planned_weights_replaced(kind: str, tiny_config: RunConfig,
                                                                              tmp_path: Path) -> None:
     result, folder = exported(kind, "compressed-tensors", tiny_config, tmp_path)
@@ -142,6 +142,16 @@ def test_all_parts_of_the_files_are_checked(name: str, says: str, tmp_path: Path
     save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ImpqError, match=says):
         locate_model(str(tmp_path)).check_weights()
+
+
+def test_a_package_that_an_encoder_needs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(*arguments: object, **more: object) -> None:
+        raise ImportError("VisionModel requires the timm library")
+
+    source = locate_model(str(tiny_wrapper(tmp_path)))
+    monkeypatch.setattr(AutoModelForMultimodalLM, "from_config", lacking)
+    with pytest.raises(ImpqError, match=r"needs a package that is not installed: .*timm"):
+        source.skeleton()
 
 
 def test_a_model_that_needs_images_is_refused(tmp_path: Path) -> None:

@@ -29,12 +29,13 @@ ACTIVATIONS = ("activation_scale", "input_scale", "input_zero_point", "output_sc
 """Names of tensors for quantized activations, which a dequantized model has not."""
 
 
-def quantization_of(config: Any) -> dict[str, Any]:
-    """The quantization settings in a configuration or in that of its text model; empty for an unquantized model."""
-    for part in (config, config.get_text_config(decoder=True)):
+def quantization_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The quantization settings in the content of a config.json, or in those of one of the model's parts; empty for an
+    unquantized model."""
+    for part in (config, *(part for part in config.values() if isinstance(part, dict))):
         for name in PLACES:
-            if found := getattr(part, name, None):
-                return dict(found if isinstance(found, dict) else found.to_dict())
+            if found := part.get(name):
+                return dict(found)
     return {}
 
 

@@ -115,10 +115,13 @@ class ModelSource:
     @cached_property
     def quantization(self) -> dict[str, Any]:
         """The settings by which the files' weights are quantized; empty if they are not. The model is then the
-        dequantized one."""
+        dequantized one. Of a hub's model, the configuration must have been fetched."""
         from impq_core.model.dequantize import quantization_of
 
-        return quantization_of(self._config())
+        return quantization_of(self._content())
+
+    def _content(self) -> dict[str, Any]:
+        return json.loads((self.folder / "config.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
     def skeleton(self) -> PreTrainedModel:
         """The model on the meta device, as ``load`` returns it: shapes and names, no weights. Warns if the weights of
@@ -146,6 +149,9 @@ class ModelSource:
             if "trust_remote_code" in str(error) and not self.trust_remote_code:
                 raise ImpqError(f"model {self.name} comes with its own code, which runs only if the command line "
                                 "permits it: give --trust-remote-code if the code is trusted") from error
+            if isinstance(error, ImportError):
+                raise ImpqError(f"model {self.name} needs a package that is not installed: "
+                                f"{one_line(error, 260)}") from error
             raise ImpqError(f"model {self.name} is no causal language model that transformers can load: "
                             f"{one_line(error, 260)}") from error
         if needed := _needed(model):
@@ -240,7 +246,7 @@ class ModelSource:
         """The content of config.json, without the settings of a quantization."""
         from impq_core.model.dequantize import PLACES
 
-        found: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        found = self._content()
         for part in (found, *(part for part in found.values() if isinstance(part, dict))):
             for name in PLACES:
                 part.pop(name, None)
