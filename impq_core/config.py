@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import tomllib
 import typing
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,7 @@ import tomli_w
 from impq_core.errors import UsageError, nearest
 from impq_core.trust import without_permissions
 
-DTYPES = ("auto", "float32", "bfloat16")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 GRANULARITIES = ("auto", "block", "group", "expert", "linear")
 VALUES = ("nll", "kl")
 
@@ -104,7 +105,10 @@ class RunConfig:
         probe_windows: number of calibration windows for gradients and activations; 0 for all but the referee's.
         value: loss of the game: ``nll``, or ``kl`` to the unquantized model.
         evaluation: held-out text.
-        dtype: type of the forwards; ``auto`` is bfloat16 if the processor multiplies it fast.
+        device: where blocks compute: ``auto`` (an accelerator that torch can use, else the processor), ``cpu``, or the
+            name of an accelerator in torch, such as ``cuda``, ``cuda:1``, ``mps`` or ``xpu``.
+        dtype: type of the forwards; ``auto`` is bfloat16 if the device multiplies it fast, else float32 on the
+            processor and float16 on an accelerator.
         seed: seed of all random draws but those of the texts.
         plan: a plan file to apply instead of estimating and allocating.
         output: folder for run folders.
@@ -135,6 +139,7 @@ class RunConfig:
     probe_windows: int = 0
     value: str = "nll"
     evaluation: TextConfig = TextConfig()
+    device: str = "auto"
     dtype: str = "auto"
     seed: int = 0
     plan: str = ""
@@ -152,6 +157,8 @@ class RunConfig:
                 raise UsageError(f"{name} is empty: leave it out or give it a name")
         if self.seed < 0:
             raise UsageError(f"a seed must not be negative, as {self.seed} is")
+        if not re.fullmatch("[a-z][a-z0-9_]*(:[0-9]{1,3})?", self.device):
+            raise UsageError(f"device is a name such as auto, cpu, cuda, cuda:1, mps or xpu, not '{self.device}'")
         for name, allowed in (("dtype", DTYPES), ("granularity", GRANULARITIES), ("value", VALUES)):
             if getattr(self, name) not in allowed:
                 raise UsageError(f"unknown {name} '{getattr(self, name)}'{nearest(getattr(self, name), allowed)}")

@@ -16,9 +16,10 @@ from impq_core.credentials import without_secret
 from impq_core.errors import ImpqError
 from impq_core.files import abandoned, discard
 from impq_core.keys import versions
-from impq_core.machine import free_disk, free_memory
+from impq_core.machine import free_device_memory, free_disk, free_memory
 from impq_core.model.cache import shelves
 from impq_core.model.demo import cache_folder
+from impq_core.model.device import devices_there, hardware
 from impq_core.plugins import OFFERED, Plugins
 from impq_core.runs.folder import CHILDREN, RunFolder
 
@@ -47,7 +48,8 @@ def examine(tracking_uri: str, output: Path, plugins: Plugins, fix: bool = False
         fix: end orphaned MLflow runs as KILLED, and delete temporary files and folders of processes that died. Only
             files and folders that impq made and marked are deleted.
     """
-    return [*_software(plugins), _machine(output), *_store(tracking_uri, fix), *_runs(output, fix), *_cache(fix)]
+    return [*_software(plugins), _machine(output), _devices(), *_store(tracking_uri, fix), *_runs(output, fix),
+            *_cache(fix)]
 
 
 def _software(plugins: Plugins) -> Iterator[Finding]:
@@ -68,6 +70,18 @@ def _machine(output: Path) -> Finding:
     known = "an unknown amount" if memory is None else f"{memory / 1e9:.1f} GB"
     return Finding("ok", f"free: {known} of memory, {free_disk(output) / 1e9:.1f} GB of disk for {output} (what a run "
                          "takes: impq run --dry-run)")
+
+
+def _devices() -> Finding:
+    found = devices_there()[1:]
+    if not found:
+        return Finding("ok", "devices: cpu; torch can use no accelerator here")
+    shown = []
+    for device in found:
+        free = free_device_memory(device)
+        known = "an unknown amount" if free is None else f"{free / 1e9:.1f} GB"
+        shown.append(f"{device} ({hardware(device)}, {known} of memory free)")
+    return Finding("ok", f"devices: cpu, {', '.join(shown)}")
 
 
 def _store(tracking_uri: str, fix: bool) -> Iterator[Finding]:

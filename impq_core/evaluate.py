@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -15,9 +14,10 @@ from impq_core.errors import ImpqError
 from impq_core.keys import Key
 from impq_core.ledger import Ledger
 from impq_core.model.bank import Assignment, Bank
-from impq_core.model.blockwise import BlockwiseModel
+from impq_core.model.blockwise import BlockwiseModel, Hidden
 from impq_core.model.cache import Shelf
 from impq_core.model.text import Windows
+from impq_core.model.walk import Prefix, Walk
 from impq_core.references import first_last_high, random_plan
 from impq_core.results import Evaluation, Row, Score
 from impq_core.space import Choice, LayerSpec
@@ -89,42 +89,70 @@ class Evaluator:
 
     def __init__(self, runner: BlockwiseModel, bank: Bank, windows: Windows, log: ScoreLog | None = None,
                  kept: KeptScores | None = None) -> None:
-        self._runner, self._bank, self._ids, self._log, self._kept = runner, bank, windows.ids, log, kept
-        self._embedded = runner.embed(windows.ids)
-        self._layers_of_block = [[i for i, layer in enumerate(bank.layers) if layer.block == b]
-                                 for b in range(len(runner))]
+        self._runner, self._ids, self._log, self._kept = runner, windows.ids, log, kept
+        self._walk, self._unquantized = Walk(runner, bank), [None] * len(bank.layers)
         self._scores: dict[str, Score] = log.scores if log else {}
+        self._embedded = runner.embed(windows.ids)
         # Computed while the model has its unquantized weights, unless every score may be in the log or the cache.
-        self._reference = None if self._scores or kept else self._run([None] * len(bank.layers))
-
-    def _run(self, assignment: Assignment) -> list[Any]:
-        def switch(block: int) -> None:
-            for layer in self._layers_of_block[block]:
-                self._bank.switch(layer, assignment[layer])
-        return self._runner.run_all(self._embedded, switch)
+        self._reference = None if self._scores or kept else self._outputs([self._unquantized])[0]
 
     def score(self, assignment: Assignment) -> Score:
-        """Score an allocation, once.
+        """Score an allocation, once."""
+        return self.scores([assignment])[0]
+
+    def scores(self, assignments: Sequence[Assignment],
+               progress: Callable[[int, int], None] = lambda done, total: None) -> list[Score]:
+        """Score allocations, each once, side by side as far as there is room for their hidden states.
 
         The unquantized model's logits are computed again from its last hidden states, which take thousands of times
         less memory than logits.
-        """
-        key = " ".join(f"{choice}/{choice.group_size}" if choice else "-" for choice in assignment)
-        if key not in self._scores:
-            kept_score = self._kept.get(assignment) if self._kept else None
-            score = kept_score or self._measure(assignment)
-            if self._kept and not kept_score:
-                self._kept.put(assignment, score)
-            if self._log:
-                self._log.add(key, score)
-            self._scores[key] = score
-        return self._scores[key]
 
-    def _measure(self, assignment: Assignment) -> Score:
+        Args:
+            assignments: the allocations.
+            progress: called with the number of scored allocations and the number of all allocations.
+        """
+        names = [_name(assignment) for assignment in assignments]
+        new = [(name, assignment) for name, assignment in dict(zip(names, assignments, strict=True)).items()
+               if name not in self._scores]
+        side_by_side = max(1, self._runner.room // (len(self._ids) * self._runner.state_bytes(self._ids)))
+        for first in range(0, len(new), side_by_side):
+            some = dict(new[first:first + side_by_side])
+            done = sum(name in self._scores for name in names)
+
+            def passed(block: int, done: int = done, count: int = len(some)) -> None:
+                progress(done + count * (block + 1) // (len(self._runner) + 1), len(names))
+
+            found = {name: self._kept.get(assignment) for name, assignment in some.items()} if self._kept else {}
+            measured = self._measure({name: some[name] for name in some if not found.get(name)}, passed)
+            for name in some:  # in this order, whatever was kept
+                score = found.get(name) or measured[name]
+                if self._log:
+                    self._log.add(name, score)
+                self._scores[name] = score
+        progress(len(names), len(names))
+        return [self._scores[name] for name in names]
+
+    def _measure(self, assignments: Mapping[str, Assignment], passed: Callable[[int], None]) -> dict[str, Score]:
+        if not assignments:
+            return {}
+        outputs = self._outputs([*assignments.values(), *([] if self._reference else [self._unquantized])], passed)
         if self._reference is None:
-            self._reference = self._run([None] * len(assignment))
-        comparison = self._runner.compare(self._run(assignment), self._ids, self._reference)
-        return Score(comparison.nll.mean(axis=1), float(comparison.kl.mean()), float(comparison.agree.mean()))
+            self._reference = outputs.pop()
+        compared = self._runner.compare(outputs, self._ids, self._reference)
+        scores = {name: Score(found.nll.mean(axis=1), float(found.kl.mean()), float(found.agree.mean()))
+                  for name, found in zip(assignments, compared, strict=True)}
+        if self._kept:
+            for name, score in scores.items():
+                self._kept.put(assignments[name], score)
+        return scores
+
+    def _outputs(self, assignments: Sequence[Assignment],
+                 passed: Callable[[int], None] = lambda block: None) -> list[Hidden]:
+        return self._walk.outputs(assignments, Prefix(None, [self._embedded]), passed)[0]
+
+
+def _name(assignment: Assignment) -> str:
+    return " ".join(f"{choice}/{choice.group_size}" if choice else "-" for choice in assignment)
 
 
 def evaluate_plan(evaluator: Evaluator, plan: Plan, between: Sequence[tuple[Choice, int]], windows: Windows, seed: int,
@@ -153,13 +181,12 @@ def evaluate_plan(evaluator: Evaluator, plan: Plan, between: Sequence[tuple[Choi
                    for i in range(RANDOM_PLANS)]
     allocations += [(name, space.bytes_of(pick), space.assignment(pick)) for name, pick in references]
     progress(0, len(allocations))
+    scores = evaluator.scores([assignment for *_, assignment in allocations], progress)
     rows = []
-    for name, nbytes, assignment in allocations:
-        score = evaluator.score(assignment)
+    for (name, nbytes, _), score in zip(allocations, scores, strict=True):
         row = Row(name, score.window_nll, nbytes, score=score)
         if nbytes is not None:
             row = replace(row, bits_nominal=space.nominal_bits(nbytes), bits_stored=space.bits_per_weight(nbytes))
         rows.append(row)
-        progress(len(rows), len(allocations))
     return Evaluation(tuple(rows), str(windows), windows.scored_tokens).with_lines()
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -65,23 +65,44 @@ def _checked(method: Callable[..., Any], returns: tuple[type, ...]) -> Callable[
     return checked
 
 
+def _checked_items(method: Callable[..., Iterable[Any]], kinds: tuple[type, ...]) -> Callable[..., Iterator[Any]]:
+    """A wrapper of a method that yields tuples. It raises ImpqError if an item is not a tuple of these types."""
+    name = f"{method.__module__}.{method.__qualname__}"
+
+    @functools.wraps(method)
+    def checked(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        for item in method(*args, **kwargs):
+            found = tuple(type(part) for part in item) if isinstance(item, tuple) else (type(item),)
+            if len(found) != len(kinds) or not all(map(issubclass, found, kinds)):
+                shown, expected = (", ".join(kind.__name__ for kind in types) for types in (found, kinds))
+                raise ImpqError(f"{name} yielded {shown}, not ({expected}): this is a bug of that plugin")
+            yield item
+
+    return checked
+
+
 class Part:
     """Base class of all pluggable parts: it holds the options, and checks the types that the methods return.
 
     Class attributes:
         Options: a frozen dataclass.
         returns: the return types of the role's methods, by method name.
+        yields: the types in the tuples that the role's generators yield, by method name.
     """
 
     Options: ClassVar[type] = NoOptions
     returns: ClassVar[Mapping[str, tuple[type, ...]]] = MappingProxyType({})
+    yields: ClassVar[Mapping[str, tuple[type, ...]]] = MappingProxyType({})
 
     def __init_subclass__(cls, **more: Any) -> None:
-        """Wraps the methods in ``returns``, so that a wrong type is reported at the method that returned it."""
+        """Wraps the methods in ``returns`` and ``yields``, so that a wrong type is reported at the method."""
         super().__init_subclass__(**more)
         for name, kinds in cls.returns.items():
             if name in vars(cls):
                 setattr(cls, name, _checked(vars(cls)[name], kinds))
+        for name, kinds in cls.yields.items():
+            if name in vars(cls):
+                setattr(cls, name, _checked_items(vars(cls)[name], kinds))
 
     def __init__(self, options: Any = None) -> None:
         self.options = self.Options() if options is None else options
@@ -157,7 +178,8 @@ class Probe(Protocol):
     @property
     def forwards(self) -> float:
         """Cost so far, in forwards of the game's windows, even if the probe reads more or fewer windows. Slopes cost
-        about three forwards of the windows that they are read on: forward, backward, and gradients of the weights."""
+        about four forwards of the windows that they are read on: forward, each block once
+        more, backward, and gradients of the weights."""
 
     def weight(self, linear: LinearSpec) -> torch.Tensor:
         """The unquantized weight (rows, columns), float32."""
@@ -182,8 +204,8 @@ class Probe(Protocol):
 
     def hessian_traces(self, rng: np.random.Generator) -> Mapping[LinearSpec, float]:
         """An unbiased random estimate (Hutchinson) of the trace of the Hessian of the mean loss with respect to each
-        linear's weight, at the unquantized weights: nats per token and squared unit of weight. Costs about six forwards
-        of the windows that it reads. Needs ``gradients``.
+        linear's weight, at the unquantized weights: nats per token and squared unit of weight. Costs about eight
+        forwards of the windows that it reads. Needs ``gradients``.
         """
 
 
@@ -433,11 +455,16 @@ class Backend(Part, ABC):
     Class attributes:
         default_bits: the menu if the user gives no ``--bits``.
         needs: ``activations`` if ``quantize`` needs Statistics.
+        devices: types of the devices on which ``quantize`` and ``dequantize`` work, as torch names them. Weights and
+            statistics are given, and variants unpacked, on the device of the run if its type is among them, else in
+            host memory.
     """
 
     returns = MappingProxyType({"quantize": (Variant,)})
+    yields = MappingProxyType({"quantize_together": (LinearSpec, Variant)})
     default_bits: ClassVar[tuple[float, ...]]
     needs: ClassVar[frozenset[str]] = frozenset()
+    devices: ClassVar[frozenset[str]] = frozenset({"cpu"})
 
     @abstractmethod
     def choices(self) -> tuple[Choice, ...]:
@@ -453,8 +480,36 @@ class Backend(Part, ABC):
 
     @abstractmethod
     def quantize(self, weight: torch.Tensor, choice: Choice, statistics: Statistics | None) -> Variant:
-        """Quantize a weight (rows, columns), which is not changed."""
+        """Quantize a weight (rows, columns), which is not changed. The variant's tensors are contiguous and in host
+        memory, also if the weight is on a device."""
+
+    def quantize_together(self, weights: Mapping[LinearSpec, torch.Tensor],
+                          wanted: Sequence[tuple[LinearSpec, Choice]],
+                          statistics: Statistics | None) -> Iterator[tuple[LinearSpec, Variant]]:
+        """Quantize linears that share their inputs, such as q, k and v. Optional: a backend overrides it if one pass
+        serves several linears or widths; the default calls ``quantize`` for one pair after another.
+
+        A variant's bits must be those of ``quantize``, whatever else is in ``wanted``: a resumed run asks only for the
+        variants that it lacks.
+
+        Args:
+            weights: the weight (rows, columns) of each linear; not changed.
+            wanted: the linears and widths to quantize.
+            statistics: of the inputs that all of them share.
+
+        Yields:
+            The linear and its variant, for each pair of ``wanted``, in its order.
+
+        Raises:
+            ImpqError: a linear cannot be quantized; the message names it.
+        """
+        for linear, choice in wanted:
+            try:
+                variant = self.quantize(weights[linear], choice, statistics)
+            except ImpqError as error:
+                raise ImpqError(f"{linear.name}: {error}") from error
+            yield linear, variant
 
     @abstractmethod
     def dequantize(self, variant: Variant, linear: LinearSpec) -> torch.Tensor:
-        """The weight (rows, columns) of a variant of this linear, float32."""
+        """The weight (rows, columns) of a variant of this linear, float32, on the device of the variant's tensors."""

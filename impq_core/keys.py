@@ -94,6 +94,7 @@ class VariantsKey(Key):
     Args:
         model_digest: of configuration, weights and code of the model.
         dtype: of the forwards.
+        device: hardware of the forwards: sums on different hardware differ in their last bits.
         backend: module of the backend.
         options: of the backend.
         versions: of impq and of the libraries that the variants depend on.
@@ -105,6 +106,7 @@ class VariantsKey(Key):
 
     model_digest: str
     dtype: str
+    device: str
     backend: str
     options: Mapping[str, Any]
     versions: Mapping[str, str]

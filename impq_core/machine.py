@@ -1,4 +1,4 @@
-"""Memory and disk space that this machine has free."""
+"""Memory and disk space that this machine and its devices have free."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 CGROUP = Path("/sys/fs/cgroup")
 """The limits of a container, as Linux shows them inside."""
@@ -50,6 +54,19 @@ def parse_vm_stat(text: str) -> int | None:
     if not size or "free" not in pages:
         return None
     return int(size[1]) * sum(int(pages.get(name, 0)) for name in ("free", "inactive", "speculative"))
+
+
+def free_device_memory(device: torch.device) -> int | None:
+    """Bytes of a device's memory that a process can take; of the processor, ``free_memory()``. None if the device does
+    not say."""
+    import torch
+
+    if device.type == "cpu":
+        return free_memory()
+    if device.type == "mps":  # shares the memory of the machine, and has a limit of its own
+        return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    ask = getattr(torch.get_device_module(device), "mem_get_info", None)
+    return int(ask(device)[0]) if ask else None
 
 
 def free_disk(folder: Path) -> int:

@@ -219,7 +219,7 @@ def forecast_lines(forecast: Forecast) -> list[str]:
     """A forecast in lines: the model; layers, fixed parts, sizes and forwards of each search; memory; disk."""
     config = forecast.config
     lines = [f"{config.model}: {forecast.architecture}, {forecast.blocks} blocks, {forecast.parameters / 1e6:.1f} M "
-             f"parameters, {config.dtype}"]
+             f"parameters, {config.dtype} on {_device(forecast)}"]
     for search, before in zip(forecast.searches, (None, *forecast.searches), strict=False):
         lines += _search_lines(search, before)
     lines.append(f"a forward: {config.game_windows} windows of {config.calibration.length} tokens, "
@@ -237,6 +237,15 @@ def forecast_lines(forecast: Forecast) -> list[str]:
                  f"({room['run_bytes'] / 1e9:.1f} GB are free)")
     lines.append("no weight and no text was read; what is in the cache already is not taken off")
     return lines
+
+
+def _device(forecast: Forecast) -> str:
+    """The device of a forecast; of an accelerator with its hardware and free memory."""
+    name = forecast.config.device
+    if name == "cpu":
+        return name
+    free = "" if forecast.free_device is None else f", {forecast.free_device / 1e9:.1f} GB of its memory are free"
+    return f"{name} ({forecast.hardware}{free})"
 
 
 def _search_lines(search: SearchForecast, before: SearchForecast | None) -> list[str]:

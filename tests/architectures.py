@@ -18,11 +18,12 @@ from transformers.models.auto.modeling_auto import (
 from impq_core.errors import ImpqError, one_line
 from impq_core.game.probe import ModelProbe
 from impq_core.interfaces import Backend
-from impq_core.model.bank import Bank, fill_bank
+from impq_core.model.bank import Bank
 from impq_core.model.blockwise import BlockwiseModel
 from impq_core.model.forward import OwnForward
 from impq_core.model.layers import coverage, layers_of, search_space, unstorable
 from impq_core.model.linears import to_linears
+from impq_core.model.quantize import fill_bank
 from impq_core.model.text import Windows
 from impq_core.space import SearchSpace
 
@@ -141,28 +142,21 @@ def survey(model: PreTrainedModel, backend: Backend) -> Row:
     covered.require(type(model).__name__, dense)
     space = search_space(layers, backend, choices, dense=dense)
     runner = BlockwiseModel(model)
-    bank = Bank(model, space.everyone, backend, torch.float32)
+    bank = Bank(runner, space.everyone, backend)
     hidden = runner.embed(IDS)
     fill_bank(bank, runner, hidden if backend.needs else None,
               [choices] * len(space) + [()] * len(space.pinned), lambda done, total: None)
-    middle = len(runner) // 2
     for choice in (None, *choices):
         bank.apply([choice] * len(space) + [None] * len(space.pinned))
-        plain = plain_losses(model, ids)
-        for block in range(middle):
-            hidden = runner.run(block, hidden)
-        ends = runner.run_from(middle, hidden)[-1] if middle else runner.run_all(hidden)
-        hidden = runner.embed(IDS)
-        for outputs in (runner.run_all(hidden), ends):
-            np.testing.assert_allclose(runner.nll(outputs, IDS), plain, rtol=1e-3, atol=1e-3)
+        plain = plain_losses(runner.forward, ids)
+        np.testing.assert_allclose(runner.nll(runner.run_all(hidden), IDS), plain, rtol=1e-3, atol=1e-3)
     check_slopes(space, bank, runner)
     return Row(covered.share, runner.partial)
 
 
-def plain_losses(model: PreTrainedModel, ids: torch.Tensor) -> np.ndarray:
+def plain_losses(forward: OwnForward, ids: torch.Tensor) -> np.ndarray:
     """Negative log-likelihoods (windows, length - 1) by the plain forward, nats."""
-    with torch.no_grad():
-        logits = OwnForward(model, ())(ids)[:, :-1]
+    logits = forward(ids)[:, :-1]
     return functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").numpy()
 
 
@@ -177,7 +171,7 @@ def check_slopes(space: SearchSpace, bank: Bank, runner: BlockwiseModel) -> None
     for share in (0.02 + STEP, 0.02 - STEP):
         for layer in range(len(space)):
             bank.blend(layer, {wide: 1 - share, narrow: share})
-        ends.append(plain_losses(runner.model, torch.from_numpy(IDS)).mean(axis=1, dtype=np.float64))
+        ends.append(plain_losses(runner.forward, torch.from_numpy(IDS)).mean(axis=1, dtype=np.float64))
     moved = (slopes[:, :, 1] - slopes[:, :, 0]).sum(axis=1)
     differences = (ends[0] - ends[1]) / (2 * STEP)
     assert np.isclose(moved, differences, rtol=0.1, atol=0.05).any(), (moved, differences)

@@ -82,10 +82,12 @@ def test_the_table_of_errors_holds_the_messages(answers: Mapping[str, Answer]) -
 
 
 def stable(line: str) -> str:
-    """A message without the parts that differ between machines: digests, versions and other libraries' messages."""
+    """A message without the parts that differ between machines: digests, versions, devices and other libraries'
+    messages."""
     line = re.sub(r"impq-runs/[\w-]+", "impq-runs/RUN", line)
     line = re.sub(r'"[0-9a-f]{16,17}"', '"..."', line)
     line = re.sub(r"(versions\.\w+) was \S+ and is now [^;]+", r"\1 was ... and is now ...", line)
+    line = re.sub(r"(?<=--device takes )cpu, .+ or auto", "cpu or auto", line)
     line = re.sub(r"((?:[A-Z]\w*Error|EOFError|BadZipFile): ).*", r"\1...", line)
     return shortened(line)
 

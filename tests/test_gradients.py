@@ -26,10 +26,11 @@ from transformers import PreTrainedModel
 
 from impq_core.game.model_game import ModelGame
 from impq_core.game.probe import ModelProbe
-from impq_core.model.bank import Bank, fill_bank
+from impq_core.model.bank import Bank
 from impq_core.model.blockwise import BlockwiseModel
 from impq_core.model.cost import flop_counter
 from impq_core.model.layers import layers_of, search_space
+from impq_core.model.quantize import fill_bank
 from impq_core.model.source import locate_model
 from impq_core.model.text import Windows
 from impq_core.space import Choice, LinearSpec
@@ -48,7 +49,7 @@ class Table:
         self.runner, backend = BlockwiseModel(self.model), Hqq()
         choices = backend.choices()[:3]
         self.space = search_space(layers_of(self.model, "group"), backend, choices, exclude=("*.2.*",))
-        self.bank = Bank(self.model, self.space.everyone, backend, dtype)
+        self.bank = Bank(self.runner, self.space.everyone, backend)
         menus = [choices] * len(self.space) + [[]] * len(self.space.pinned)
         fill_bank(self.bank, self.runner, None, menus, lambda done, total: None)
 
@@ -89,7 +90,7 @@ def test_the_divergence_from_the_unquantized_model_is_flat_there_and_has_slopes_
     probe = ModelProbe(table.space, table.bank, table.runner, WINDOWS, value="kl")
     steep = np.abs(table.probe().slopes()).max()
     assert np.abs(probe.slopes()).max() < 1e-3 * steep
-    assert probe.forwards == pytest.approx(3.8, abs=0.3)  # the unquantized model's blocks and logits count
+    assert probe.forwards == pytest.approx(4.6, abs=0.4)  # the unquantized model's blocks and logits count
     at, layer, step = np.array([0.0, 0.5, 0.5]), 3, 0.05
     slopes = probe.slopes(at)
     game, ends = ModelGame(table.space, table.bank, table.runner, WINDOWS, value="kl"), []
@@ -99,7 +100,7 @@ def test_the_divergence_from_the_unquantized_model_is_flat_there_and_has_slopes_
         table.losses(shares)  # leaves the weights blended
         hidden = table.runner.run_all(table.runner.embed(WINDOWS.ids))
         assert game._unquantized is not None
-        ends.append(table.runner.compare(hidden, WINDOWS.ids, game._unquantized).kl.mean(axis=1))
+        ends.append(table.runner.compare([hidden], WINDOWS.ids, game._unquantized)[0].kl.mean(axis=1))
     np.testing.assert_allclose(slopes[:, layer, 2], (ends[0] - ends[1]) / (2 * step), rtol=0.05, atol=2e-4)
 
 
@@ -109,7 +110,7 @@ def test_slopes_are_the_same_in_any_batch_and_leave_the_model_as_it_was(table: T
     whole = probe.slopes()
     monkeypatch.setattr("impq_core.game.probe.BATCH_TOKENS", 48)
     np.testing.assert_allclose(table.probe().slopes(), whole, rtol=1e-3, atol=1e-6)
-    assert probe.forwards == pytest.approx(2.8, abs=0.3)
+    assert probe.forwards == pytest.approx(3.6, abs=0.4)
     table.bank.apply([None] * len(table.bank.layers))
     assert all(not p.requires_grad for p in table.model.parameters())
     fresh = table.bank.original(table.space.layers[0].linears[0])
@@ -144,7 +145,7 @@ def test_fisher_says_what_its_quadratic_form_says(table: Table) -> None:
     picks = RNG.integers(0, m, (20, n))
     expected = np.array([form(pick) for pick in picks]) - form(np.zeros(n, dtype=int))
     np.testing.assert_allclose(estimate.predict(picks), expected, rtol=1e-6, atol=1e-9)
-    assert estimate.forwards == pytest.approx(2.8, abs=0.3)
+    assert estimate.forwards == pytest.approx(3.6, abs=0.4)
 
 
 def test_a_quadratic_form_is_measured_from_the_reference() -> None:
@@ -198,11 +199,12 @@ def test_a_draw_of_the_traces_is_a_second_derivative(table: Table) -> None:
 def test_the_traces_are_right_on_average(tmp_path: Path) -> None:
     model = locate_model(str(tiny_model(tmp_path / "m", blocks=1))).load(torch.float32)
     space = search_space(layers_of(model, "linear"), Hqq(), Hqq().choices()[:2], exclude=("*.mlp.*", "*.[vqo]_proj"))
-    bank = Bank(model, space.everyone, Hqq(), torch.float32)
+    runner = BlockwiseModel(model)
+    bank = Bank(runner, space.everyone, Hqq())
     [linear] = [spec for layer in space.layers for spec in layer.linears]
-    probe, rng = ModelProbe(space, bank, BlockwiseModel(model), WINDOWS), np.random.default_rng(0)
+    probe, rng = ModelProbe(space, bank, runner, WINDOWS), np.random.default_rng(0)
     draws = np.array([probe.hessian_traces(rng)[linear] for _ in range(64)])
-    assert linear.name.endswith("k_proj") and 4 * 64 < probe.forwards < 6 * 64  # the only gradient is a small one
+    assert linear.name.endswith("k_proj") and 4 * 64 < probe.forwards < 8 * 64  # the only gradient is a small one
     weight = bank.module(linear).weight
     with _differentiable(model, [weight]) as [slope]:
         rows = [torch.autograd.grad(slope.flatten(), weight, unit, retain_graph=True, is_grads_batched=True)[0]
@@ -261,7 +263,7 @@ def test_hawq_is_the_second_order_term() -> None:
 
 def test_hawq_never_pays_for_the_reference(table: Table) -> None:
     estimate = Hawq().inspect(table.probe(), RNG)
-    assert estimate.forwards == pytest.approx(11.2, abs=1.2) and (estimate.linear[:, 0] == 0).all()
+    assert estimate.forwards == pytest.approx(14.6, abs=1.6) and (estimate.linear[:, 0] == 0).all()
     assert (np.diff(estimate.linear, axis=1) >= 0).all() and (estimate.linear[:, 2] > 0).any()
 
 
@@ -274,7 +276,7 @@ def test_places_between_the_widths() -> None:
 def test_hawq_sees_the_divergence_of_a_model_in_bfloat16(tmp_path: Path) -> None:
     table = Table(tmp_path / "m", "llama", torch.bfloat16)
     probe = ModelProbe(table.space, table.bank, table.runner, WINDOWS, value="kl")
-    assert np.isfinite(Hawq().inspect(probe, RNG).linear).all() and probe.forwards == pytest.approx(12.2, abs=1.2)
+    assert np.isfinite(Hawq().inspect(probe, RNG).linear).all() and probe.forwards == pytest.approx(15.6, abs=1.6)
 
 
 def test_slopes_do_as_much_work_on_a_long_menu_as_on_a_short_one() -> None:

@@ -11,7 +11,7 @@ from impq_core.errors import ImpqError
 from impq_core.interfaces import NO_FILE, InputFile, NoOptions, Part
 from impq_core.keys import LossesKey, TextKey, VariantsKey, code_digest, part_facts, versions
 
-VARIANTS = VariantsKey("model", "float32", "impq_gptq.backend", {"group_size": 64, "label": "a"}, {"torch": "2"},
+VARIANTS = VariantsKey("model", "float32", "cpu", "impq_gptq.backend", {"group_size": 64, "label": "a"}, {"torch": "2"},
                        "code", TextKey("tokens", "64 windows of c4"), "prefix", "my model")
 LOSSES = LossesKey(VARIANTS, "space", "nll", "code", None, TextKey("game"))
 

@@ -19,10 +19,11 @@ from impq_core.config import GRANULARITIES, RunConfig
 from impq_core.errors import ImpqError, UsageError
 from impq_core.game.probe import ModelProbe
 from impq_core.interfaces import Backend
-from impq_core.model.bank import Bank, fill_bank
+from impq_core.model.bank import Bank
 from impq_core.model.blockwise import BlockwiseModel
 from impq_core.model.layers import coverage, layers_of, search_space, unstorable
 from impq_core.model.linears import to_linears
+from impq_core.model.quantize import fill_bank
 from impq_core.model.text import Windows
 from impq_core.plugins import Plugins
 from impq_core.runs.prepare import prepare
@@ -37,7 +38,7 @@ def filled(model: Toy, backend: Backend, granularity: str = "linear") -> tuple[S
     choices = tuple(choice for choice in backend.choices() if choice.bits in (4, 2))
     space = search_space(layers_of(model, granularity), backend, choices)
     runner = BlockwiseModel(model)
-    bank = Bank(model, space.everyone, backend, torch.float32)
+    bank = Bank(runner, space.everyone, backend)
     hidden = runner.embed(WINDOWS.ids) if backend.needs else None
     fill_bank(bank, runner, hidden, [choices] * len(space), lambda done, total: None)
     return space, bank, runner

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from impq_core.errors import ImpqError
 from impq_core.evaluate import Evaluator
 from impq_core.files import write_text
 from impq_core.hookspecs import hookimpl
-from impq_core.interfaces import Variant
+from impq_core.interfaces import Statistics, Variant
 from impq_core.model.bank import Assignment
 from impq_core.model.cache import shelves
 from impq_core.plugins import Plugins
@@ -201,23 +202,16 @@ def quantized(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Choice]]:
     """Every variant that is made from now on."""
     from impq_gptq.backend import Gptq
 
-    from impq_core.model.bank import Bank
-
     made: list[tuple[str, Choice]] = []
-    plain, add = Gptq.quantize, Bank.add
-    fresh: list[Variant] = []
+    plain = Gptq.quantize_together
 
-    def quantize(self: Gptq, weight: torch.Tensor, choice: Choice, statistics: object) -> Variant:
-        fresh.append(plain(self, weight, choice, statistics))  # type: ignore[arg-type]
-        return fresh[-1]
-
-    def note(self: Bank, linear: LinearSpec, variant: Variant) -> None:
-        if fresh and variant.record is fresh[-1].record:
+    def quantize(self: Gptq, weights: Mapping[LinearSpec, torch.Tensor], wanted: Sequence[tuple[LinearSpec, Choice]],
+                 statistics: Statistics | None) -> Iterator[tuple[LinearSpec, Variant]]:
+        for linear, variant in plain(self, weights, wanted, statistics):
             made.append((linear.name, variant.choice))
-        add(self, linear, variant)
+            yield linear, variant
 
-    monkeypatch.setattr(Gptq, "quantize", quantize)
-    monkeypatch.setattr(Bank, "add", note)
+    monkeypatch.setattr(Gptq, "quantize_together", quantize)
     return made
 
 
@@ -256,9 +250,10 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[Assignment]:
     made: list[Assignment] = []
     measure = Evaluator._measure
 
-    def count(self: Evaluator, assignment: Assignment) -> Score:
-        made.append(assignment)
-        return measure(self, assignment)
+    def count(self: Evaluator, assignments: Mapping[str, Assignment],
+              passed: Callable[[int], None]) -> dict[str, Score]:
+        made.extend(assignments.values())
+        return measure(self, assignments, passed)
 
     monkeypatch.setattr(Evaluator, "_measure", count)
     return made

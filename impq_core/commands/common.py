@@ -83,7 +83,9 @@ def run_options(several: bool = False) -> Callable[[Command], Command]:
         click.option("--probe-windows", type=int, help="Number of calibration windows for gradients [all]."),
         click.option("--value", help="Loss of the game: nll, or kl to the unquantized model [nll]."),
         _text_options("evaluation", "Held-out"),
-        click.option("--dtype", help="Type of the forwards: auto, float32 or bfloat16 [auto]."),
+        click.option("--device", help="Where blocks compute: auto (an accelerator, else the processor), cpu, cuda, "
+                                      "cuda:1, mps or xpu [auto]."),
+        click.option("--dtype", help="Type of the forwards: auto, float32, bfloat16 or float16 [auto]."),
         click.option("--seed", type=int, help="Seed of all random draws but those of the texts [0]."),
         click.option("--time-limit", type=float, help="Time limit of the allocator in seconds (its option time_limit); "
                                                       "plans then depend on the speed of the machine."),

@@ -164,9 +164,11 @@ def sweep(context: click.Context, /, resume: str | None, dry_run: bool, as_json:
 @click.argument("run")
 @click.argument("format")
 @click.option("--to", "target", type=click.Path(path_type=Path), help="Folder to write [RUN/FORMAT].")
+@click.option("--device", help="Where blocks compute: auto, cpu, cuda, cuda:1, mps or xpu [the run's].")
 @trust_option
 @plugin_option
-def export(run: str, format: str, target: Path | None, trust: bool, plugin_files: tuple[Path, ...]) -> None:
+def export(run: str, format: str, target: Path | None, device: str | None, trust: bool,
+           plugin_files: tuple[Path, ...]) -> None:
     """Write the plan of a run (its folder) as a checkpoint or a recipe; 'impq plugins' lists the formats."""
     plugins = Plugins(plugin_files)
     plugins.find("exporter", format)
@@ -180,14 +182,14 @@ def export(run: str, format: str, target: Path | None, trust: bool, plugin_files
     check_target(target)
     plugins.watch(ExportTracker())
     plugins.watch(ConsoleReporter(make_console()))
-    _export(run, format, target, plugins, Trust(trust))
+    _export(run, format, target, plugins, Trust(trust), device)
 
 
-def _export(run: str, format: str, target: Path, plugins: Plugins, trust: Trust) -> None:
+def _export(run: str, format: str, target: Path, plugins: Plugins, trust: Trust, device: str | None = None) -> None:
     from impq_core.exports.export import export_run
     from impq_core.terminal import score_line
 
-    exported = export_run(run, format, target, plugins, trust)
+    exported = export_run(run, format, target, plugins, trust, device)
     if exported.score:
         click.echo(f"quantized block by block, each behind the quantized ones: {score_line(exported.score)}")
         click.echo(_on(exported))
@@ -204,9 +206,10 @@ def _on(exported: Exported) -> str:
 @click.option("--evaluation", help="Held-out text [the run's].")
 @click.option("--evaluation-windows", type=int, help="Number of windows drawn from it.")
 @click.option("--evaluation-length", type=int, help="Tokens in a window.")
+@click.option("--device", default="auto", help="Where blocks compute: auto, cpu, cuda, cuda:1, mps or xpu [auto].")
 @trust_option
 @plugin_option
-def evaluate(path: str, trust: bool, plugin_files: tuple[Path, ...], **text: Any) -> None:
+def evaluate(path: str, device: str, trust: bool, plugin_files: tuple[Path, ...], **text: Any) -> None:
     """Load a checkpoint of 'impq export', and measure its loss on held-out text."""
     from impq_core.exports.manifest import read_manifest
 
@@ -216,7 +219,7 @@ def evaluate(path: str, trust: bool, plugin_files: tuple[Path, ...], **text: Any
     quiet_libraries()
     from impq_core.exports.export import evaluate_folder
 
-    exported = evaluate_folder(path, Plugins(plugin_files), Trust(trust), **text)
+    exported = evaluate_folder(path, Plugins(plugin_files), Trust(trust), device, **text)
     assert exported.score is not None
     click.echo(score_line(exported.score))
     click.echo(f"{_on(exported)}, format {exported.format}")

@@ -32,7 +32,7 @@ from impq_core.types import Plan
 
 
 def export_run(run: str | Path, name: str, target: Path | None = None, plugins: Plugins | None = None,
-               trust: Trust = NO_TRUST) -> Exported:
+               trust: Trust = NO_TRUST, device: str | None = None) -> Exported:
     """Export the plan of a finished run.
 
     Args:
@@ -41,6 +41,7 @@ def export_run(run: str | Path, name: str, target: Path | None = None, plugins: 
         target: a folder that is missing or empty; RUN/FORMAT by default. The files appear there when all are written.
         plugins: exporters and observers; the installed plugins by default.
         trust: what the caller permits.
+        device: where blocks compute; the run's device by default.
 
     Raises:
         ImpqError: an error that the user can correct.
@@ -48,7 +49,7 @@ def export_run(run: str | Path, name: str, target: Path | None = None, plugins: 
     plugins = plugins or Plugins()
     source = RunFolder.open(run, "plan.json")
     target = target or source.path / name
-    config = replace(source.read_config(), plan=str(source.plan))
+    config = override(source.read_config(), plan=str(source.plan), device=device)
     exporter = load_exporter(name, config.backend, config.options.get("backend", {}), plugins)
     check_target(target)
     prepared = prepare(config, plugins, trust)
@@ -146,7 +147,7 @@ def make_checkpoint(session: Session, plan: Plan) -> Checkpoint:
     return replace(bare, variants=variants, dense=dense, config=config)
 
 
-def evaluate_folder(path: str | Path, plugins: Plugins | None = None, trust: Trust = NO_TRUST,
+def evaluate_folder(path: str | Path, plugins: Plugins | None = None, trust: Trust = NO_TRUST, device: str = "auto",
                     **text: str | int | None) -> Exported:
     """Load an exported folder and score it on held-out text, against the unquantized model it was made from.
 
@@ -154,6 +155,7 @@ def evaluate_folder(path: str | Path, plugins: Plugins | None = None, trust: Tru
         path: a folder that an export wrote.
         plugins: exporters and backends; the installed plugins by default.
         trust: what the caller permits.
+        device: where blocks compute.
         text: settings of the held-out text that differ from the run's: ``evaluation``, ``evaluation_windows`` ...
 
     Raises:
@@ -163,7 +165,8 @@ def evaluate_folder(path: str | Path, plugins: Plugins | None = None, trust: Tru
     folder = Path(path)
     manifest = read_manifest(folder)
     name = manifest["exporter"]
-    config = override(from_data(manifest["run"], str(folder / MANIFEST)), plan=str(folder / "plan.json"), **text)
+    config = override(from_data(manifest["run"], str(folder / MANIFEST)), plan=str(folder / "plan.json"),
+                      device=device, **text)
     exporter = load_exporter(name, config.backend, config.options.get("backend", {}), plugins)
     prepared = prepare(config, plugins, trust, calibrate=False)
     plan = prepared.plan

@@ -1,21 +1,24 @@
-"""The game on a real model. A pick is measured by running only the blocks from its first difference to the last pick
-on."""
+"""The game on a real model. Picks are measured side by side: at each block, each distinct prefix is run once."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 
 from impq_core.errors import ImpqError
 from impq_core.game.probe import ModelProbe
 from impq_core.ledger import MeasurementLog
-from impq_core.model.bank import Bank
+from impq_core.model.bank import Assignment, Bank
 from impq_core.model.blockwise import BlockwiseModel, Hidden
 from impq_core.model.text import Windows
+from impq_core.model.walk import Prefix, Walk
 from impq_core.space import FloatArray, IntArray, SearchSpace
+
+PICKS = 32
+"""Picks that are measured side by side. Their states exist at once, and an interruption loses their work."""
 
 Watcher = Callable[[IntArray, FloatArray, float], None]
 """Called with picks, their losses and the cost so far in forwards, after the losses are on disk."""
@@ -24,12 +27,13 @@ Watcher = Callable[[IntArray, FloatArray, float], None]
 class ModelGame:
     """Implements ``impq_core.interfaces.Game`` on a model and the bank of its variants.
 
-    The inputs of every block are kept for the last evaluated pick, so the next pick runs only the blocks from its first
-    difference on. Losses are memoised. Nothing is quantized here.
+    New picks are measured in batches of up to ``PICKS`` (``Walk``). The inputs of every block are kept for the last of
+    them, so the next picks run only the blocks from their first difference to it on. Losses are memoised. Nothing is
+    quantized here.
 
-    The cost of a loss is that of the blocks that are run and of the head (twice for ``kl``, because the reference's
-    logits are computed again). A loss in the log of an earlier process is not measured again, but charged: the cost of
-    a game does not depend on interruptions.
+    The cost of losses is that of the blocks that are run and of the head (for ``kl`` once more in each batch, because
+    the reference's logits are computed again). A loss in the log of an earlier process is not measured again, but
+    charged: the cost of a game does not depend on interruptions.
 
     Args:
         space: the layers and choices of the game.
@@ -61,8 +65,8 @@ class ModelGame:
                                      for first in range(0, len(spare_ids) - count + 1, count))]
         self._log, self._watch, self._progress = log, watch, progress
         self._expected = 0
-        self._blocks = np.array([layer.block for layer in space.layers])
-        self._all_blocks = np.array([layer.block for layer in space.everyone])
+        self._walk = Walk(runner, bank)
+        self._by_block = np.argsort([layer.block for layer in space.layers], kind="stable")
         self._memos: list[dict[bytes, FloatArray]] = [{} for _ in self._sets]
         self._cost, self._flops = runner.cost(windows.ids), 0
         self.tokens = windows.scored_tokens
@@ -73,12 +77,13 @@ class ModelGame:
         Returns the number of the set."""
         self._number = number % len(self._sets)
         self._ids, self._memo = self._sets[self._number], self._memos[self._number]
-        self._inputs: list[Hidden] = [self._runner.embed(self._ids)]  # of each block, for the current pick
-        self._current: IntArray | None = None
+        embedded = self._runner.embed(self._ids)
+        self._known: Assignment | None = None  # of the pick that was charged last
+        self._last = Prefix(None, [embedded])  # the states of the pick that was measured last
         self._unquantized: Hidden | None = None
         if self._value == "kl":
             self._bank.apply([None] * len(self._bank.layers))
-            self._unquantized = self._runner.run_all(self._inputs[0])
+            self._unquantized = self._runner.run_all(embedded)
             self._flops += self._cost.behind(0)
         return self._number
 
@@ -99,7 +104,7 @@ class ModelGame:
         Raises:
             ImpqError: it is not finite.
         """
-        loss = float(self._windows(self.space.uniform(0)).mean())
+        loss = float(self._window_losses(self.space.uniform(0)[None])[0].mean())
         if not math.isfinite(loss):
             raise ImpqError("the loss of the all-high model is not finite: try --dtype float32")
         return loss
@@ -114,12 +119,10 @@ class ModelGame:
         return float(self.losses(np.asarray(pick)[None])[0])
 
     def losses(self, picks: IntArray) -> FloatArray:
-        """Losses (N,) of picks (N, n), nats per token above the reference, measured in the cheapest of three orders."""
+        """Losses (N,) of picks (N, n), nats per token above the reference."""
         picks = np.stack([self.space.check_pick(pick) for pick in picks])
-        reference = self.reference_loss
-        losses = np.empty(len(picks))
-        for row in self._cheapest_order(picks):
-            losses[row] = float(self._windows(picks[row]).mean()) - reference
+        absolute = self._window_losses(np.concatenate([self.space.uniform(0)[None], picks]))[1:]
+        losses: FloatArray = absolute.mean(axis=1) - self.reference_loss
         if self._log:
             self._log.sync()
         self._watch(picks, losses, self.forwards)
@@ -128,59 +131,45 @@ class ModelGame:
     def window_losses(self, pick: IntArray) -> FloatArray:
         """Absolute losses (windows,) of one pick, nats per token."""
         self.loss(pick)
-        return self._windows(self.space.check_pick(pick))
+        return self._memo[self.space.check_pick(pick).tobytes()]
 
-    def _first_difference(self, a: IntArray, b: IntArray) -> int:
-        """The first block in which two picks differ, or 0 if the model has no partial forwards; the number of blocks if
-        the picks are equal."""
-        blocks = self._blocks[a != b]
-        if len(blocks) and not self._runner.partial:
-            return 0
-        return int(blocks.min()) if len(blocks) else len(self._runner)
+    def _window_losses(self, picks: IntArray) -> FloatArray:
+        """Absolute losses (N, windows) of picks (N, n), nats per token."""
+        new = np.array(list({pick.tobytes(): pick for pick in picks if pick.tobytes() not in self._memo}.values()))
+        if len(new) > PICKS:  # neighbours share prefixes
+            new = new[np.lexsort(new[:, self._by_block].T[::-1])]
+        for first in range(0, len(new), PICKS):
+            self._measure(new[first:first + PICKS])
+        return np.stack([self._memo[pick.tobytes()] for pick in picks])
 
-    def _cheapest_order(self, picks: IntArray) -> IntArray:
-        """The cheapest of three orders of row numbers (N,): as given, or sorted block by block in either direction, so
-        that neighbours share prefixes."""
-        by_block = np.lexsort(picks[:, np.argsort(self._blocks, kind="stable")].T[::-1])
-
-        def price(order: IntArray) -> int:
-            chain = [self._current, *picks[order]] if self._current is not None else list(picks[order])
-            return sum(self._cost.behind(self._first_difference(a, b))
-                       for a, b in pairwise(chain) if b.tobytes() not in self._memo)
-
-        given = np.arange(len(picks))
-        return min((given, by_block, by_block[::-1]), key=price)
-
-    def _windows(self, pick: IntArray) -> FloatArray:
-        key = pick.tobytes()
-        if key not in self._memo:
-            first = 0 if self._current is None else self._first_difference(self._current, pick)
-            losses = self._log.losses.get((self._number, key)) if self._log else None
-            if losses is None:
-                losses = self._measure(pick, first)
+    def _measure(self, picks: IntArray) -> None:
+        """Measure a batch of distinct new picks, or find their losses in the log, and charge them."""
+        logged = self._log.losses if self._log else {}
+        found = {pick.tobytes(): logged[self._number, pick.tobytes()] for pick in picks
+                 if (self._number, pick.tobytes()) in logged}
+        missing = [pick for pick in picks if pick.tobytes() not in found]
+        if missing:
+            assignments = [self.space.assignment(pick) for pick in missing]
+            outputs, self._last = self._walk.outputs(assignments, self._last, partial(self._report, len(missing)))
+            for pick, losses in zip(missing, self._losses(outputs), strict=True):
                 if self._log:
                     self._log.add(pick, losses, self._number)
-            else:
-                del self._inputs[first + 1:]
-            self._flops += self._cost.behind(first) + self._cost.head * (1 if self._unquantized is None else 2)
-            self._current = pick.copy()
-            self._memo[key] = losses
-            self._progress(self.evaluations, max(self._expected, self.evaluations))
-        return self._memo[key]
+                found[pick.tobytes()] = losses
+        charged = [self.space.assignment(pick) for pick in picks]
+        runs, self._known = self._walk.runs(charged, self._known), charged[-1]
+        heads = len(picks) + (self._unquantized is not None)
+        self._flops += int(np.dot(runs, self._cost.blocks)) + self._cost.head * heads
+        self._memo.update(found)
+        self._progress(self.evaluations, max(self._expected, self.evaluations))
 
-    def _measure(self, pick: IntArray, first: int) -> FloatArray:
-        """Losses (windows,) of a pick that equals the current one in all blocks before ``first``."""
-        first = min(first, len(self._inputs) - 1)  # losses from the log leave no inputs of later blocks
-        self._current = None  # after an interruption below, the model has the weights of no whole pick
-        del self._inputs[first + 1:]
-        assignment = self.space.assignment(pick)
-        for layer in np.flatnonzero(self._all_blocks >= first):
-            self._bank.switch(int(layer), assignment[layer])
-        outputs = self._runner.run_from(first, self._inputs[first])
-        hidden = outputs[-1]
-        if self._runner.partial:
-            self._inputs += outputs
-        tokens = (self._runner.nll(hidden, self._ids) if self._unquantized is None
-                  else self._runner.compare(hidden, self._ids, self._unquantized).kl)
-        losses: FloatArray = tokens.mean(axis=1)
-        return losses
+    def _losses(self, outputs: list[Hidden]) -> Iterator[FloatArray]:
+        """Losses (windows,) of last hidden states."""
+        if self._unquantized is None:
+            yield from (self._runner.nll(hidden, self._ids).mean(axis=1) for hidden in outputs)
+        else:
+            yield from (found.kl.mean(axis=1)
+                        for found in self._runner.compare(outputs, self._ids, self._unquantized))
+
+    def _report(self, count: int, block: int) -> None:
+        done = self.evaluations + count * (block + 1) // (len(self._runner) + 1)
+        self._progress(done, max(self._expected, done))

@@ -1,10 +1,10 @@
-"""The probe of a real model: its weights, activations and gradients."""
+"""The probe of a real model: its weights, activations and gradients, block by block."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,14 @@ from torch.nn import functional
 from impq_core.errors import ImpqError
 from impq_core.ledger import Ledger
 from impq_core.model.bank import Bank
-from impq_core.model.blockwise import BlockwiseModel
+from impq_core.model.blockwise import HEAD_ROWS, BlockwiseModel, Hidden
 from impq_core.model.cost import ForwardCost, flop_counter
+from impq_core.model.device import on_host
 from impq_core.model.text import Windows
-from impq_core.space import Choice, FloatArray, LinearSpec, SearchSpace
+from impq_core.space import Choice, FloatArray, IntArray, LinearSpec, SearchSpace
 
 BATCH_TOKENS = 1024
-"""Tokens in a backward pass; two copies of their float32 logits exist at a time."""
+"""Tokens in a backward pass through a block."""
 
 STEP = 3e-3
 """Step of a difference of gradients, relative to the root mean square of a linear's own weights. On the tests' tiny
@@ -29,7 +30,8 @@ models its relative error is 0.001; it is up to 0.01 for steps from 0.0001 to 0.
 bfloat16."""
 
 Changes = Callable[[LinearSpec], Sequence[torch.Tensor]]
-"""Returns changes (rows, columns) of a linear's weight, float32; the same number for every linear."""
+"""Returns changes (rows, columns) of a linear's weight on the device, float32; the same number for every linear. Called
+while the linear's block stands."""
 
 
 class _Mixed(Exception):
@@ -57,9 +59,11 @@ class ModelProbe:
         self._log = log
         self._bank, self._runner, self._windows, self._value = bank, runner, windows, value
         self._unquantized: torch.Tensor | None = None
+        self._batch_tokens = BATCH_TOKENS
         self._game_windows = game_windows or (len(windows.ids) if windows else 0)
         self._flops = 0
-        self._linears = [linear for layer in space.layers for linear in layer.linears]
+        self._blocks = {linear: layer.block for layer in space.layers for linear in layer.linears}
+        self._linears = list(self._blocks)
 
     @property
     def forwards(self) -> float:
@@ -72,11 +76,11 @@ class ModelProbe:
 
     @cached_property
     def _pass_flops(self) -> int:
-        """FLOPs of the slopes of one window's loss, counted on the first window: forward, backward, and the gradient of
-        every weight, without the inner products with the changes (under 1 % with windows of 256 tokens). It does not
-        depend on the number of choices."""
+        """FLOPs of the slopes of one window's loss, counted on the first window: a forward, and for each block another
+        one, a backward, and the gradient of every weight; without the inner products with the changes (under 1 % with
+        windows of 256 tokens). It does not depend on the number of choices."""
         with flop_counter() as counter:
-            self._products_of(torch.arange(1), lambda linear: (), 0)
+            self._products_of(slice(0, 1), lambda linear: (), 0)
         return int(counter.get_total_flops())
 
     @property
@@ -105,8 +109,8 @@ class ModelProbe:
             hidden = output
 
     def slopes(self, at: FloatArray | None = None) -> FloatArray:
-        """First-order changes (windows, n, m) of each window's loss, nats per token; costs about three forwards of the
-        windows (forward, backward, gradients of the weights), however many choices there are."""
+        """First-order changes (windows, n, m) of each window's loss, nats per token; costs about four forwards of the
+        windows (forward, each block once more, backward, gradients of the weights), however many choices there are."""
         self._remember()
         shares = None if at is None else np.asarray(at, dtype=np.float64).tolist()
         return np.array(self._logged("at", shares, 1, lambda: self._slopes(at).tolist()), dtype=np.float64)
@@ -133,7 +137,8 @@ class ModelProbe:
                         axis=1)
 
     def hessian_traces(self, rng: np.random.Generator) -> dict[LinearSpec, float]:
-        """One draw of the trace of the loss's Hessian in each linear's weight; costs about six forwards of the windows.
+        """One draw of the trace of the loss's Hessian in each linear's weight; costs about eight forwards of the
+        windows.
 
         The draw is ``v' H v`` for one random sign vector v over all linears at once (Hutchinson; terms between linears
         have mean zero). ``H v`` is the difference of gradients on either side of the weights, because attention kernels
@@ -145,17 +150,23 @@ class ModelProbe:
         return dict(zip(self._linears, traces, strict=True))
 
     def _traces(self, rng: np.random.Generator) -> list[float]:
-        linears = self._linears
+        linears, device = self._linears, self._runner.device
+        # Drawn on the host: the draws are the same on every device.
         signs = {linear: torch.from_numpy(2 * rng.integers(0, 2, (linear.rows, linear.columns), dtype=np.int8) - 1)
                  for linear in linears}
         sizes = {linear: float(self._bank.original(linear).square().mean().sqrt()) or 1.0 for linear in linears}
+
+        def moved(linear: LinearSpec, step: float) -> torch.Tensor:
+            return self._bank.original(linear) + step * sizes[linear] * signs[linear].to(device)
+
         products = []
-        with self._in_float32():
+        self._bank.apply([None] * len(self._bank.layers))
+        # The difference of two bfloat16 gradients at almost equal weights would be rounding error.
+        with self._runner.placement.in_float32():
             for step in (STEP, -STEP):
                 for linear in linears:
-                    moved = self._bank.original(linear) + step * sizes[linear] * signs[linear]
-                    self._bank.module(linear).weight.data = moved
-                products.append(self._products(lambda linear: (signs[linear].float(),), 1))  # (windows, 1) by linear
+                    self._runner.placement.replace(self._bank.module(linear), partial(moved, linear, step))
+                products.append(self._products(lambda linear: (signs[linear].to(device).float(),), 1))
         above, below = products
         # The step of a linear's weight is STEP times its root mean square, which divides the difference once.
         return [float((above[linear] - below[linear]).mean()) / (2 * STEP * sizes[linear]) for linear in linears]
@@ -173,37 +184,23 @@ class ModelProbe:
         self._flops += passes * len(self._text.ids) * self._pass_flops
         return result
 
-    @contextmanager
-    def _in_float32(self) -> Iterator[None]:
-        """Convert the model with its unquantized weights to float32, and restore its tensors afterwards. The difference
-        of two bfloat16 gradients at almost equal weights would be rounding error."""
-        self._bank.apply([None] * len(self._bank.layers))
-        kept = [(parameter, parameter.data) for parameter in self._runner.model.parameters()]
-        try:
-            for parameter, data in kept:
-                parameter.data = data.float()
-            yield
-        finally:
-            for parameter, data in kept:
-                parameter.data = data
-
     def _products(self, changes: Changes, number: int) -> dict[LinearSpec, FloatArray]:
         """Inner products of the gradient of each window's loss, in each linear's weight, with ``number`` changes of
         that weight, at the model's current weights. They are 0 if a window does not reach the linear.
 
-        The gradient of one window is the product of the linear's output gradients and its inputs, in float32. It is
-        multiplied with every change and then dropped, so that gradients of several windows never exist at once.
-
         Returns:
             (windows, number) by linear, nats per token.
         """
-        count, length = self._text.ids.shape
-        windows = torch.arange(count)
+        ids = self._text.ids
+        per_batch = max(1, self._batch_tokens // ids.shape[1])
+        room = self._runner.room // ((len(self._runner) + 1) * self._runner.state_bytes(ids))
+        some = max(1, room // per_batch) * per_batch
         try:
-            parts = [self._products_of(batch, changes, number)
-                     for batch in torch.split(windows, max(1, BATCH_TOKENS // length))]
+            parts = [self._products_of(slice(first, first + some), changes, number)
+                     for first in range(0, len(ids), some)]
         except _Mixed:  # the inputs of experts: each batch must be a single window
-            parts = [self._products_of(batch, changes, number) for batch in torch.split(windows, 1)]
+            self._batch_tokens = 1
+            return self._products(changes, number)
         return {linear: np.concatenate([part[linear] for part in parts]) for linear in self._linears}
 
     def _remember(self) -> None:
@@ -215,12 +212,75 @@ class ModelProbe:
             self._unquantized = torch.cat([batch.states for batch in hidden], dim=self._runner.forward.axis)
             self._flops += len(self._text.ids) * self._cost.behind(0)
 
-    def _products_of(self, rows: torch.Tensor, changes: Changes, number: int) -> dict[LinearSpec, FloatArray]:
-        ids = torch.from_numpy(np.asarray(self._text.ids))[rows]
-        products: dict[LinearSpec, FloatArray] = {linear: np.zeros((len(rows), number)) for linear in self._linears}
-        model, handles = self._runner.model, []
+    def _products_of(self, some: slice, changes: Changes, number: int) -> dict[LinearSpec, FloatArray]:
+        """As ``_products``, for some of the windows.
 
-        def watch(linear: LinearSpec) -> None:
+        The states in front of every block are kept. Then, from the last block to the first, a block's forward is run
+        again with a graph, and backwards: the graph of one block and one batch exists at a time, and changes of a block
+        are made once for all windows. A model without partial forwards is run as if it were one block.
+        """
+        runner, last, ids = self._runner, len(self._runner) - 1, self._text.ids[some]
+        parts = [(block, block) for block in range(last + 1)] if runner.partial else [(0, last)]
+        inputs = [runner.embed(ids, self._batch_tokens)]
+        for first, _ in parts[:-1]:
+            inputs.append(runner.run(first, inputs[-1]))
+        gradients = self._head_gradients(runner.run(last, inputs[-1]), ids, some.start)
+        products: dict[LinearSpec, FloatArray] = {linear: np.zeros((len(ids), number)) for linear in self._linears}
+        for first, behind in reversed(parts):
+            states = inputs.pop()
+            with runner.placement.at(*range(first, behind + 1)):
+                made = {linear: [change.to(self._bank.module(linear).weight.dtype) for change in changes(linear)]
+                        for linear in self._linears if first <= self._blocks[linear] <= behind}
+                row = 0
+                for place, batch in enumerate(states):
+                    with self._watching(made, batch.ids, products, row):
+                        found = runner.forward.backward(
+                            batch.ids, first, batch.states if first else None, behind, gradients[place])
+                    if found is not None:
+                        gradients[place] = found
+                    row += len(batch.ids)
+        return products
+
+    def _head_gradients(self, hidden: Hidden, ids: IntArray, window: int) -> list[torch.Tensor]:
+        """The gradient of the sum of the windows' losses in the last block's output, by batch. Logits exist for a few
+        positions at a time. ``window`` is the number of the first window."""
+        forward, scored = self._runner.forward, ids.shape[1] - 1
+        gradients = []
+        for batch in hidden:
+            count, axis = len(batch.ids), forward.axis
+            rows, reference = forward.rows(batch.states, scored), None
+            if self._unquantized is not None:
+                states = self._unquantized.narrow(axis, window, count)
+                reference = forward.rows(states.to(rows.dtype), scored)  # float32 for hawq
+            tokens, followed = batch.ids[:, :-1].flatten(), batch.ids[:, 1:].flatten()
+            parts = []
+            for first in range(0, len(tokens), HEAD_ROWS):
+                some = slice(first, first + HEAD_ROWS)
+                size = len(tokens[some])
+                leaf = rows.narrow(axis, first, size).clone().requires_grad_()
+                logits = forward.logits(tokens[some], leaf)
+                if reference is None:
+                    loss = functional.cross_entropy(logits, followed[some], reduction="sum")
+                else:
+                    target = forward.logits(tokens[some], reference.narrow(axis, first, size)).log_softmax(dim=-1)
+                    loss = functional.kl_div(logits.log_softmax(dim=-1), target, reduction="sum", log_target=True)
+                (loss / scored).backward()  # type: ignore[no-untyped-call]
+                assert leaf.grad is not None
+                parts.append(leaf.grad)
+            gradients.append(forward.from_rows(torch.cat(parts, dim=axis), count, scored + 1))
+            window += count
+        return gradients
+
+    @contextmanager
+    def _watching(self, changes: Mapping[LinearSpec, Sequence[torch.Tensor]], ids: torch.Tensor,
+                  products: Mapping[LinearSpec, FloatArray], row: int) -> Iterator[None]:
+        """The context in which a backward pass over a batch adds the inner products with ``changes`` to ``products``,
+        from that row on.
+
+        The gradient of one window is the product of the linear's output gradients and its inputs, in float32. It is
+        multiplied with every change and then dropped, so that gradients of several windows never exist at once.
+        """
+        def watch(linear: LinearSpec) -> Any:
             def forward(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
                 if not output.requires_grad:
                     return  # the loss does not depend on this output
@@ -228,38 +288,21 @@ class ModelProbe:
 
                 def backward(grad: torch.Tensor) -> None:
                     outputs = grad.reshape(*inputs.shape[:2], linear.rows)
-                    flat_changes = [change.flatten() for change in changes(linear)]
-                    for window in range(len(rows)):
+                    flat = [change.flatten().float() for change in changes[linear]]
+                    for window in range(len(ids)):
                         gradient = (outputs[window].float().T @ inputs[window].float()).flatten()
-                        products[linear][window] += [float(gradient.dot(change)) for change in flat_changes]
+                        if flat:
+                            products[linear][row + window] += on_host(torch.stack([gradient.dot(c) for c in flat]))
 
                 output.register_hook(backward)  # type: ignore[no-untyped-call]
-            handles.append(self._bank.module(linear).register_forward_hook(forward))
+            return self._bank.module(linear).register_forward_hook(forward)
 
-        def start(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-            # No parameter requires a gradient, so the graph must start here. A model may scale its embeddings in place.
-            return output.requires_grad_(True).clone()
-
-        target = None
-        if self._unquantized is not None:
-            forward, dtype = self._runner.forward, next(model.parameters()).dtype  # float32 for hawq
-            states = forward.rows(self._unquantized.index_select(forward.axis, rows).to(dtype), ids.shape[1] - 1)
-            target = forward.logits(ids[:, :-1].flatten(), states).log_softmax(dim=-1)
+        handles = [watch(linear) for linear in changes]
         try:
-            handles.append(model.get_input_embeddings().register_forward_hook(start))
-            for linear in self._linears:
-                watch(linear)
-            logits = self._runner.forward(ids)[:, :-1].float()
-            if target is None:
-                loss = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
-            else:
-                ours = logits.flatten(0, 1).log_softmax(dim=-1)
-                loss = functional.kl_div(ours, target, reduction="sum", log_target=True)
-            (loss / (ids.shape[1] - 1)).backward()  # type: ignore[no-untyped-call]
+            yield
         finally:
             for handle in handles:
                 handle.remove()
-        return products
 
     @property
     def _text(self) -> Windows:

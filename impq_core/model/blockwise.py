@@ -7,8 +7,9 @@ blocks in front, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from impq_core.model.cost import ForwardCost, flop_counter
+from impq_core.model.device import on_host
 from impq_core.model.forward import OwnForward
 from impq_core.model.layers import blocks_of
+from impq_core.model.placement import Placement, Stored
 from impq_core.space import FloatArray, IntArray
 
 
@@ -42,6 +45,11 @@ Hidden = list[Batch]
 
 BATCH_TOKENS = 2048
 """Tokens in a batch."""
+
+CPU = torch.device("cpu")
+
+ROOM = 2**28
+"""The least room for waiting hidden states, bytes."""
 
 HEAD_ROWS = 64
 """Positions in one computation of logits: few enough for the processor's cache, which is twice as fast."""
@@ -66,16 +74,25 @@ class BlockwiseModel:
     """Runs a model's blocks one at a time.
 
     Args:
-        model: the model, on the CPU and in evaluation mode.
+        model: the model in evaluation mode, on ``device``, but for the parameters in ``stored``.
+        device: where blocks work and hidden states are.
+        stored: parameters of blocks that stay on disk until their block works; none by default.
+        room: bytes that hidden states may take which wait for later blocks, or for other windows. No number depends on
+            it.
+
+    Attributes:
+        placement: gives the blocks their weights.
 
     Raises:
         ImpqError: the model has no list of blocks.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+    def __init__(self, model: PreTrainedModel, device: torch.device = CPU,
+                 stored: Mapping[nn.Parameter, Stored] | None = None, room: int = ROOM) -> None:
+        self.model, self.device, self.room = model, device, room
         self.blocks: list[nn.Module] = [block for _, block in blocks_of(model)]
-        self.forward = OwnForward(model, self.blocks)
+        self.placement = Placement(model, self.blocks, device, stored)
+        self.forward = OwnForward(model, self.blocks, self.placement.at)
         self._learnt = False
         self._costs: dict[int, ForwardCost] = {}
 
@@ -87,18 +104,23 @@ class BlockwiseModel:
         """Whether a forward can begin at a block; known once windows were embedded."""
         return not self.forward.handed
 
-    def embed(self, ids: IntArray) -> Hidden:
-        """The first block's input for windows of token ids (windows, length).
+    def embed(self, ids: IntArray, tokens: int = BATCH_TOKENS) -> Hidden:
+        """The first block's input for windows of token ids (windows, length), in batches of at most ``tokens`` tokens,
+        or of one window if it has more.
 
         Raises:
             ImpqError: the blocks cannot be run one by one; found the first time.
         """
-        per_batch = max(1, BATCH_TOKENS // ids.shape[1])
-        batches = torch.split(torch.from_numpy(np.asarray(ids)), per_batch)
+        batches = torch.split(torch.from_numpy(np.asarray(ids)).to(self.device), max(1, tokens // ids.shape[1]))
         if not self._learnt:
             self.forward.learn(batches[0][:1])
             self._learnt = True
         return [Batch(batch, self.forward.first_input(batch)) for batch in batches]
+
+    def state_bytes(self, ids: IntArray) -> int:
+        """Bytes of the hidden states of one window of the length of ``ids`` (windows, length)."""
+        [batch] = self.embed(ids[:1])
+        return batch.states.numel() * batch.states.element_size()
 
     def cost(self, ids: IntArray) -> ForwardCost:
         """The cost of a forward over one window of the length of ``ids`` (windows, length), counted once on the first
@@ -125,67 +147,59 @@ class BlockwiseModel:
 
     def run_batch(self, index: int, batch: Batch) -> Batch:
         """Output of block ``index`` for one batch of its input."""
-        return self._outputs(batch, index, index)[0]
+        states = self.forward.outputs(batch.ids, index, batch.states if index else None, index)[0]
+        return Batch(batch.ids, states)
 
     def run(self, index: int, hidden: Hidden) -> Hidden:
-        """Output of block ``index`` for its input."""
-        return [self.run_batch(index, batch) for batch in hidden]
+        """Output of block ``index`` for its input. If the model has no partial forwards, the blocks in front run, too,
+        from the first."""
+        with self.placement.at(index):
+            return [self.run_batch(index, batch) for batch in hidden]
 
-    def run_from(self, first: int, hidden: Hidden) -> list[Hidden]:
-        """Outputs of block ``first`` and of each block behind it, for the input of block ``first``."""
-        batches = [self._outputs(batch, first, len(self) - 1) for batch in hidden]
-        return [list(outputs) for outputs in zip(*batches, strict=True)]
-
-    def run_all(self, hidden: Hidden, switch: Callable[[int], None] = lambda index: None) -> Hidden:
-        """The last block's output for the first block's input; ``switch`` is called for each block before it runs."""
-        if not self.partial:
-            for index in range(len(self)):
-                switch(index)
-            return self.run(len(self) - 1, hidden)
-        for index in range(len(self)):
-            switch(index)
+    def run_all(self, hidden: Hidden) -> Hidden:
+        """The last block's output for the first block's input."""
+        for index in range(len(self) if self.partial else 0):
             hidden = self.run(index, hidden)
-        return hidden
+        return hidden if self.partial else self.run(len(self) - 1, hidden)
 
-    def _outputs(self, batch: Batch, first: int, last: int) -> list[Batch]:
-        return [Batch(batch.ids, states)
-                for states in self.forward.outputs(batch.ids, first, batch.states if first else None, last)]
-
-    @torch.inference_mode()
-    def scored(self, hidden: Hidden, ids: IntArray, *more: Hidden) -> Iterator[tuple[slice, list[torch.Tensor],
-                                                                                     torch.Tensor]]:
+    def scored(self, ids: IntArray, *hidden: Hidden) -> Iterator[tuple[slice, Iterator[torch.Tensor], torch.Tensor]]:
         """Logits of every position that predicts a token, ``HEAD_ROWS`` rows at a time.
 
         Yields:
             The slice of the rows among the ``windows * (length - 1)`` scored positions; their float32 logits (rows,
-            vocabulary) for ``hidden`` and each of ``more``; and the tokens (rows,) that follow them in the text.
+            vocabulary) for each of ``hidden``, made one after the other; and the tokens (rows,) that follow them in the
+            text.
         """
         at = 0
-        for batches in zip(hidden, *more, strict=True):
+        for batches in zip(*hidden, strict=True):
             tokens, targets = batches[0].ids[:, :-1].flatten(), batches[0].ids[:, 1:].flatten()
             rows = [torch.split(self.forward.rows(batch.states, ids.shape[1] - 1), HEAD_ROWS, dim=self.forward.axis)
                     for batch in batches]
             for some, followed, *parts in zip(torch.split(tokens, HEAD_ROWS), torch.split(targets, HEAD_ROWS), *rows,
                                               strict=True):
-                yield slice(at, at + len(some)), [self.forward.logits(some, part) for part in parts], followed
+                yield slice(at, at + len(some)), map(self.forward.logits, repeat(some), parts), followed
                 at += len(some)
 
-    def compare(self, hidden: Hidden, ids: IntArray, reference: Hidden) -> Comparison:
-        """Compare a model's last hidden states with a reference's. The logits of both are computed a few rows at a
-        time, because hidden states take thousands of times less memory than logits."""
+    def compare(self, hidden: Sequence[Hidden], ids: IntArray, reference: Hidden) -> list[Comparison]:
+        """Compare the last hidden states of models with a reference's. Logits are computed a few rows at a time,
+        because hidden states take thousands of times less memory; the reference's, once for all models."""
         shape = ids.shape[0], ids.shape[1] - 1
-        nll, kl, agree = (np.empty(shape[0] * shape[1]) for _ in range(3))
-        for rows, (logits, reference_logits), targets in self.scored(hidden, ids, reference):
-            log_p, log_reference = (functional.log_softmax(part, dim=-1) for part in (logits, reference_logits))
-            nll[rows] = -log_p.gather(1, targets[:, None])[:, 0].double().numpy()
-            divergence = functional.kl_div(log_p, log_reference, reduction="none", log_target=True)
-            kl[rows] = divergence.sum(dim=1).double().numpy()
-            agree[rows] = (logits.argmax(dim=1) == reference_logits.argmax(dim=1)).double().numpy()
-        return Comparison(*(values.reshape(shape) for values in (nll, kl, agree)))
+        found = [[np.empty(shape[0] * shape[1]) for _ in range(3)] for _ in hidden]
+        for rows, logits, targets in self.scored(ids, reference, *hidden):
+            reference_logits = next(logits)
+            log_reference, likeliest = functional.log_softmax(reference_logits, dim=-1), reference_logits.argmax(dim=1)
+            for (nll, kl, agree), part in zip(found, logits, strict=True):
+                log_p = functional.log_softmax(part, dim=-1)
+                nll[rows] = -on_host(log_p.gather(1, targets[:, None])[:, 0])
+                divergence = functional.kl_div(log_p, log_reference, reduction="none", log_target=True)
+                kl[rows] = on_host(divergence.sum(dim=1))
+                agree[rows] = on_host(part.argmax(dim=1) == likeliest)
+        return [Comparison(*(values.reshape(shape) for values in parts)) for parts in found]
 
     def nll(self, hidden: Hidden, ids: IntArray) -> FloatArray:
         """Negative log-likelihood (windows, length - 1) of each token after the first, in nats."""
         out = np.empty(ids.shape[0] * (ids.shape[1] - 1))
-        for where, (logits,), targets in self.scored(hidden, ids):
-            out[where] = functional.cross_entropy(logits, targets, reduction="none").double().numpy()
+        for where, logits, targets in self.scored(ids, hidden):
+            out[where] = on_host(functional.cross_entropy(next(logits), targets, reduction="none"))
         return out.reshape(ids.shape[0], -1)
+

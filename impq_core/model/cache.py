@@ -22,6 +22,9 @@ from impq_core.space import Choice, LinearSpec
 if TYPE_CHECKING:
     from impq_core.interfaces import Variant
 
+_DAMAGES = (OSError, KeyError, TypeError, ValueError)
+"""Errors of reading a damaged file of a variant."""
+
 
 ABOUT = "about.json"
 """The file of a shelf with the key of its variants."""
@@ -72,32 +75,38 @@ class Shelf:
 
     def get(self, linear: LinearSpec, choice: Choice) -> Variant | None:
         """The variant; None if it is missing or damaged. A damaged one gives a warning."""
-        from safetensors import SafetensorError, safe_open
-
-        from impq_core.interfaces import Variant
-
         path = self._file(linear, choice)
         if not path.exists():
             return None
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = json.loads(file.metadata()["impq"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if metadata["sha256"] != _digest(tensors):
+            variant, digest = _open(path, choice)
+            if digest != _digest(variant.tensors):
                 raise ValueError("its digest does not match its content")
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        except _DAMAGES as error:
             warnings.warn(f"{path} is damaged and made anew: {one_line(error, 120)}", RuntimeWarning,
                           stacklevel=2)
             return None
-        return Variant(choice, tensors, metadata["record"])
+        return variant
 
-    def put(self, linear: LinearSpec, variant: Variant) -> None:
-        """Keep a variant, whole or not at all; a disk error gives a warning."""
+    def reopen(self, linear: LinearSpec, choice: Choice) -> Variant:
+        """A variant that ``get`` or ``put`` has seen, mapped from its file, whose digest is not computed again.
+
+        Raises:
+            ImpqError: the file was deleted or damaged since.
+        """
+        try:
+            return _open(self._file(linear, choice), choice)[0]
+        except _DAMAGES as error:
+            raise ImpqError(f"the variant of {linear.name} at {choice} bits in the cache was deleted or damaged while "
+                            f"it was in use ({one_line(error, 120)}); run again, and it is made again") from error
+
+    def put(self, linear: LinearSpec, variant: Variant) -> bool:
+        """Keep a variant, whole or not at all. Returns whether it is kept; a disk error gives a warning."""
         from safetensors.torch import save
 
         tensors = {name: tensor.contiguous() for name, tensor in variant.tensors.items()}
         metadata = json.dumps({"record": dict(variant.record), "sha256": _digest(tensors)})
-        self._write(self._file(linear, variant.choice), save(tensors, metadata={"impq": metadata}))
+        return self._write(self._file(linear, variant.choice), save(tensors, metadata={"impq": metadata}))
 
     def recall(self, name: str) -> dict[str, Any] | None:
         """The data under a name; None if they are missing or damaged. Damaged data give a warning."""
@@ -119,7 +128,7 @@ class Shelf:
         """Keep plain data about the variants under a name, whole or not at all; a disk error gives a warning."""
         self._write(self.folder / f"{name}.json", json.dumps({"fact": data, "sha256": _digest_of(data)}).encode())
 
-    def _write(self, path: Path, data: bytes) -> None:
+    def _write(self, path: Path, data: bytes) -> bool:
         try:
             if not (self.folder / ABOUT).exists():  # a shelf without it would never be listed or deleted
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -128,6 +137,8 @@ class Shelf:
         except OSError as error:
             warnings.warn(f"variants are not kept for later runs: {self.folder}: {error.strerror}", RuntimeWarning,
                           stacklevel=3)
+            return False
+        return True
 
     def touch(self) -> None:
         """Record the time of this use."""
@@ -174,6 +185,21 @@ def _read_about(folder: Path) -> dict[str, Any] | None:
 
 def _digest_of(data: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def _open(path: Path, choice: Choice) -> tuple[Variant, str]:
+    """The variant in a file, mapped, and the digest of its tensors that the file holds. Raises one of ``_DAMAGES``."""
+    from safetensors import SafetensorError, safe_open
+
+    from impq_core.interfaces import Variant
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = json.loads(file.metadata()["impq"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+    return Variant(choice, tensors, metadata["record"]), metadata["sha256"]
 
 
 def _digest(tensors: Mapping[str, Any]) -> str:

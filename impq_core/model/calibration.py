@@ -15,8 +15,8 @@ def input_statistics(runner: BlockwiseModel, index: int, hidden: Hidden,
                      linears: Iterable[nn.Linear]) -> dict[nn.Module, Statistics]:
     """Run block ``index`` once over its input and sum x xT over the inputs x of each linear.
 
-    Linears with the same input tensor (q, k and v; gate and up) share one matrix. If no token reaches a linear, its
-    matrix is zero and its number of tokens is 0.
+    Linears with the same input tensor (q, k and v; gate and up) share their statistics. If no token reaches a linear,
+    its matrix is zero and its number of tokens is 0.
 
     Args:
         runner: the model.
@@ -25,7 +25,7 @@ def input_statistics(runner: BlockwiseModel, index: int, hidden: Hidden,
         linears: modules of the block.
 
     Returns:
-        The statistics by module; the matrices are float32 (columns, columns).
+        The statistics by module, on the device; the matrices are float32 (columns, columns).
     """
     linears = tuple(linears)
     grams: dict[nn.Module, torch.Tensor] = {}
@@ -45,12 +45,14 @@ def input_statistics(runner: BlockwiseModel, index: int, hidden: Hidden,
 
     hooks = [linear.register_forward_pre_hook(watch) for linear in linears]
     try:
-        for batch in hidden:
-            runner.run_batch(index, batch)
-            last.clear()
+        with runner.placement.at(index):
+            for batch in hidden:
+                runner.run_batch(index, batch)
+                last.clear()
     finally:
         for hook in hooks:
             hook.remove()
-    reached = {module: Statistics(grams[leader], tokens[leader]) for module, leader in leaders.items()}
-    return {linear: reached.get(linear) or Statistics(torch.zeros(linear.in_features, linear.in_features), 0)
-            for linear in linears}
+    shared = {leader: Statistics(gram, tokens[leader]) for leader, gram in grams.items()}
+    reached = {module: shared[leader] for module, leader in leaders.items()}
+    return {linear: reached.get(linear) or Statistics(
+        torch.zeros(linear.in_features, linear.in_features, device=runner.device), 0) for linear in linears}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +48,7 @@ class OwnForward:
     Args:
         model: ready for inference.
         blocks: its blocks, in order.
+        standing: the context in which a block with an index has its weights.
 
     Attributes:
         handed: name of an argument through which blocks hand a state to later blocks (shared keys and values, indices
@@ -57,8 +58,10 @@ class OwnForward:
             several streams (streams, windows, length, width).
     """
 
-    def __init__(self, model: PreTrainedModel, blocks: Sequence[nn.Module]) -> None:
+    def __init__(self, model: PreTrainedModel, blocks: Sequence[nn.Module],
+                 standing: Callable[[int], AbstractContextManager[None]] = lambda index: nullcontext()) -> None:
         self.model, self.blocks, self.handed, self.axis = model, tuple(blocks), "", 0
+        self._standing = standing
         self._lengths: list[int] = []
         accepted = inspect.signature(model.forward).parameters.values()
         self._accepted = {parameter.name for parameter in accepted}
@@ -66,11 +69,8 @@ class OwnForward:
             self._accepted.add("use_cache")
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        """Logits (windows, length, vocabulary) of token ids (windows, length) by the plain forward. A forward that has
-        no ``use_cache`` is not given it."""
-        logits: torch.Tensor = self.model(
-            input_ids=ids, **({"use_cache": False} if "use_cache" in self._accepted else {})).logits
-        return logits
+        """Logits (windows, length, vocabulary) of token ids (windows, length) by the plain forward."""
+        return self._run(ids, [self._block(index) for index in range(len(self.blocks))])
 
     def learn(self, ids: torch.Tensor) -> None:
         """Find out what the blocks return, whether they hand a state to each other, and whether partial forwards agree
@@ -98,7 +98,7 @@ class OwnForward:
         watched, order, lengths = _Watched(), [], []
 
         def watching(index: int) -> Replacement:
-            own = self.blocks[index].forward
+            own = self._block(index)
 
             def forward(*args: Any, **kwargs: Any) -> Any:
                 order.append(index)
@@ -182,7 +182,7 @@ class OwnForward:
         found: list[torch.Tensor] = []
 
         def running(index: int) -> Replacement:
-            own = self.blocks[index].forward
+            own = self._block(index)
 
             def forward(*args: Any, **kwargs: Any) -> Any:
                 output = around(index, lambda: own(*args, **kwargs))
@@ -198,17 +198,59 @@ class OwnForward:
         self._run(ids, [*kept, *(running(index) for index in range(len(kept), last + 1))])
         return found
 
+    def backward(self, ids: torch.Tensor, first: int, states: torch.Tensor | None, last: int,
+                 gradient: torch.Tensor) -> torch.Tensor | None:
+        """Run the blocks ``first`` to ``last`` once more, and backwards. Hooks on the outputs of their linears see the
+        gradients. The blocks must stand for as long as this takes.
+
+        Args:
+            ids: token ids (windows, length).
+            first: the first block that runs; 0 if blocks hand a state to each other.
+            states: output of block ``first - 1``; None if ``first`` is 0.
+            last: the last block that runs.
+            gradient: of the loss in the states behind block ``last``.
+
+        Returns:
+            The gradient in ``states``; None if ``first`` is 0.
+        """
+        leaf = None if states is None else states.clone().requires_grad_()  # a tensor of inference mode has no graph
+        found: list[torch.Tensor] = []
+
+        def running(index: int) -> Replacement:
+            own = self._block(index)
+
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                if index == 0:  # no parameter requires a gradient, so the graph must start here
+                    args, kwargs = _with_hidden(args, kwargs, _hidden(args, kwargs).clone().requires_grad_())
+                output = own(*args, **kwargs)
+                if index == last:
+                    found.append(_states(output))
+                    raise _Stop
+                return output
+            return forward
+
+        self._run(ids, [*self._memory(first, leaf), *(running(index) for index in range(first, last + 1))], graph=True)
+        torch.autograd.backward(found, [gradient.clone()])
+        return None if leaf is None else leaf.grad
+
     def rows(self, states: torch.Tensor, count: int | None = None) -> torch.Tensor:
         """Hidden states of the first ``count`` positions (all by default) of each window in a single row of positions:
         (windows * count, width), the windows and positions at ``axis``."""
         count = states.shape[self.axis + 1] if count is None else count
         return states.narrow(self.axis + 1, 0, count).flatten(self.axis, self.axis + 1)
 
-    @torch.inference_mode()
+    def from_rows(self, rows: torch.Tensor, windows: int, length: int) -> torch.Tensor:
+        """Hidden states of ``length`` positions whose first positions are ``rows``, the others zero: the inverse of
+        ``rows``."""
+        states = rows.unflatten(self.axis, (windows, -1))  # type: ignore[no-untyped-call]
+        shape = list(states.shape)
+        shape[self.axis + 1] = length - shape[self.axis + 1]
+        return torch.cat([states, states.new_zeros(shape)], dim=self.axis + 1)
+
     def logits(self, ids: torch.Tensor, rows: torch.Tensor, stop: bool = False) -> torch.Tensor:
         """Float32 logits (positions, vocabulary) of the last block's output, by whatever the model has behind its last
         block. All blocks answer from memory, and each position is a window of its own, so the memory that this takes is
-        that of its logits.
+        that of its logits. They have a graph if ``rows`` requires a gradient.
 
         Args:
             ids: token ids (positions,).
@@ -220,8 +262,9 @@ class OwnForward:
             def end(*args: Any, **kwargs: Any) -> Any:
                 raise _Stop
             forwards[-1] = end
-        logits = self._run(ids[:, None], forwards)
-        return logits.flatten(0, 1).float() if not stop else logits
+        logits = self._run(ids[:, None], forwards, graph=rows.requires_grad)
+        with torch.inference_mode(not rows.requires_grad):
+            return logits.flatten(0, 1).float() if not stop else logits
 
     def _memory(self, count: int, states: torch.Tensor | None) -> list[Replacement]:
         """Forwards for the first ``count`` blocks: the last of them answers with ``states``, the others with their
@@ -240,12 +283,30 @@ class OwnForward:
         length = self._lengths[index]
         return (states, *[None] * (length - 1)) if length else states
 
-    @torch.inference_mode()
-    def _run(self, ids: torch.Tensor, forwards: Sequence[Replacement]) -> torch.Tensor:
-        """Logits of a forward with the first blocks' forwards replaced; empty if one of those ended it."""
-        with _replaced(self.blocks[:len(forwards)], forwards):
+    def _block(self, index: int) -> Replacement:
+        """The own forward of a block, at which the block stands."""
+        own = self.blocks[index].forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with self._standing(index):
+                return own(*args, **kwargs)
+        return forward
+
+    def _run(self, ids: torch.Tensor, forwards: Sequence[Replacement], graph: bool = False) -> torch.Tensor:
+        """Logits (windows, length, vocabulary) of a forward with the first blocks' forwards replaced; empty if one of
+        those ended it. A model that has no ``use_cache`` is not given it.
+
+        Args:
+            ids: token ids (windows, length).
+            forwards: of the first blocks.
+            graph: keep what a backward pass reads.
+        """
+        options = {"use_cache": False} if "use_cache" in self._accepted else {}
+        with _replaced(self.blocks[:len(forwards)], forwards), (
+                torch.enable_grad() if graph else torch.inference_mode()):
             try:
-                return self(ids)
+                logits: torch.Tensor = self.model(input_ids=ids, **options).logits
+                return logits
             except _Stop:
                 return torch.empty(0)
 
@@ -267,6 +328,11 @@ def _replaced(blocks: Sequence[nn.Module], forwards: Sequence[Replacement]) -> I
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else kwargs.get("hidden_states")
+
+
+def _with_hidden(args: tuple[Any, ...], kwargs: dict[str, Any],
+                 states: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
 
 
 def _states(output: Any) -> torch.Tensor:

@@ -244,14 +244,3 @@ def _matches(pattern: str, layer: LayerSpec) -> bool:
     if any(hits) and not all(hits):
         raise UsageError(f"the pattern '{pattern}' matches only part of layer {layer.name}: use a finer --granularity")
     return all(hits)
-
-
-def resolve_dtype(name: str) -> torch.dtype:
-    """The dtype of the forwards. ``auto`` is bfloat16 on processors that multiply it twice as fast as float32:
-    processors with AMX, and AMD processors with AVX-512. On Intel's AVX-512 a bfloat16 linear takes 1.8 times as long
-    (measured)."""
-    if name == "auto":
-        able = torch.cpu.get_capabilities()
-        fast = able.get("amx_tile") or (able.get("avx512_bf16") and "AMD" in able.get("cpu_name", ""))
-        name = "bfloat16" if fast else "float32"
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

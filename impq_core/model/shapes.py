@@ -107,8 +107,8 @@ class Shapes:
                            2 * (length - 1) * self.hidden * self.vocabulary)
 
     def slopes_flops(self, length: int, weights_on_play: int, value: str) -> int:
-        """FLOPs of the slopes of the loss of a window: forward and backward, the gradient of each weight on play, and,
-        for ``kl``, the logits of the unquantized model.
+        """FLOPs of the slopes of the loss of a window: a forward, each block once more and backwards, the gradient of
+        each weight on play, and, for ``kl``, the logits of the unquantized model.
 
         Args:
             length: tokens in the window.
@@ -117,9 +117,9 @@ class Shapes:
         """
         products = 2 * length * sum(block.active for block in self.blocks)
         gradients = products * weights_on_play / sum(block.weights for block in self.blocks)
-        attention = len(self.blocks) * self._pairs(length) * (1 + self.attention_backward)
-        head = 2 * self.hidden * self.vocabulary * (2 * length + (length - 1) * (value == "kl"))
-        return round(2 * products + gradients + attention + head)
+        attention = len(self.blocks) * self._pairs(length) * (2 + self.attention_backward)
+        head = 2 * self.hidden * self.vocabulary * (length - 1) * (2 + (value == "kl"))
+        return round(3 * products + gradients + attention + head)
 
     def _pairs(self, length: int) -> int:
         """FLOPs of the two products of attention in a block."""

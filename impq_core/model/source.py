@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,10 @@ from impq_core.model.demo import demo_model, demo_path
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PreTrainedModel
+
+    from impq_core.model.placement import Stored
 
 STALE = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "recipe.yaml", "quanto_qmap.json")
 """Names of files that describe a quantization."""
@@ -191,12 +194,41 @@ class ModelSource:
         from impq_core.model.linears import to_linears
 
         model = self._from_files(dtype=dtype)
+        self._check_head(model)
+        return to_linears(model.eval().requires_grad_(False))
+
+    def _check_head(self, model: PreTrainedModel) -> None:
         head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
         if (head is not None and getattr(model.config, "tie_word_embeddings", False)
                 and head.weight is not embeddings.weight):
             raise ImpqError(f"model {self.name}: config.json ties the head to the embeddings, but the file holds "
                             "another tensor for it; set tie_word_embeddings to false, or save the model again")
-        return to_linears(model.eval().requires_grad_(False))
+
+    def load_streamed(self, dtype: torch.dtype, device: torch.device,
+                      scratch: Path) -> tuple[PreTrainedModel, Mapping[nn.Parameter, Stored]]:
+        """The model as ``load`` returns it, on a device, but for the parameters of its blocks, which stay on disk.
+
+        Args:
+            dtype: of the parameters.
+            device: of all but the blocks.
+            scratch: a folder for the tensors that transformers merges of several in the files, as the experts of most
+                mixtures; they are read from there.
+
+        Returns:
+            The model, and where each parameter is that stays on disk.
+
+        Raises:
+            ImpqError: as ``load``.
+        """
+        from impq_core.model.streaming import device_map, stored_parameters
+
+        if self.quantization:
+            raise ImpqError(f"model {self.name} is quantized already, and dequantized weights are kept in memory: they "
+                            "cannot stay on disk")
+        model = self._from_files(dtype=dtype, device_map=device_map(self.skeleton(), device),
+                                 offload_folder=str(scratch))
+        self._check_head(model)
+        return model, stored_parameters(model)
 
     def _from_files(self, **options: Any) -> PreTrainedModel:
         from impq_core.model import dequantize

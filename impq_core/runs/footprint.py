@@ -15,12 +15,13 @@ LIBRARIES = 650_000_000
 """Resident bytes of Python with torch, transformers, MLflow and a backend's library: measured, 560 MB without the
 last."""
 
-ITEM = {"float32": 4, "bfloat16": 2}
+ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of a number, by dtype of the forwards."""
 
-GRAPH = {"float32": (18.1, 12.0), "bfloat16": (13.1, 6.0)}
+GRAPH = {"float32": (18.1, 12.0), "bfloat16": (13.1, 6.0), "float16": (13.1, 6.0)}
 """Bytes that a forward with gradients keeps for each token and block, by dtype: as many times the hidden width, and as
-many times the width inside the feed-forward. Measured on three shapes of Llama."""
+many times the width inside the feed-forward. Measured on three shapes of Llama; float16 is
+taken to be as bfloat16."""
 
 LOGITS = 4
 """Float32 copies of a batch's logits that exist at once in a backward; those of a model in float32 are one of them."""

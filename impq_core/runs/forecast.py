@@ -15,8 +15,9 @@ from typing import Any
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError
 from impq_core.evaluate import RANDOM_PLANS
-from impq_core.machine import free_disk, free_memory
+from impq_core.machine import free_device_memory, free_disk, free_memory
 from impq_core.model.demo import cache_path
+from impq_core.model.device import hardware
 from impq_core.model.shapes import Shapes
 from impq_core.model.source import ModelSource, locate_model
 from impq_core.plugins import Plugins
@@ -131,6 +132,8 @@ class Forecast:
         searches: at least one. Work that several searches share is in the first of them.
         free_memory: bytes free on this machine; None if the system does not say.
         free_disk: bytes free on the disks of the cache and of the run's folder.
+        hardware: the device's type and name.
+        free_device: bytes free on the device; None if it does not say.
     """
 
     config: RunConfig
@@ -141,6 +144,8 @@ class Forecast:
     searches: tuple[SearchForecast, ...]
     free_memory: int | None
     free_disk: Mapping[str, int]
+    hardware: str
+    free_device: int | None
 
     @property
     def peak(self) -> tuple[str, int]:
@@ -173,8 +178,9 @@ class Forecast:
         """Plain data for JSON, in the format that docs/dry-run.md describes."""
         stage, peak = self.peak
         return {
-            "format": FORMAT, "model": self.config.model, "architecture": self.architecture, "dtype": self.config.dtype,
-            "parameters": self.parameters, "blocks": self.blocks,
+            "format": FORMAT, "model": self.config.model, "architecture": self.architecture,
+            "device": {"name": self.config.device, "hardware": self.hardware, "free_bytes": self.free_device},
+            "dtype": self.config.dtype, "parameters": self.parameters, "blocks": self.blocks,
             "forward": {"windows": self.config.game_windows, "length": self.config.calibration.length,
                         "flops": self.flops},
             "searches": [asdict(search) for search in self.searches],
@@ -229,7 +235,8 @@ def _forecast(searches: Sequence[SearchForecast], layout: Layout) -> Forecast:
     config, shapes = layout.config, layout.shapes
     return Forecast(config, shapes.architecture, shapes.parameters, len(shapes.blocks),
                     config.game_windows * shapes.cost(config.calibration.length).total, tuple(searches), free_memory(),
-                    {"cache_bytes": free_disk(cache_path()), "run_bytes": free_disk(Path(config.output))})
+                    {"cache_bytes": free_disk(cache_path()), "run_bytes": free_disk(Path(config.output))},
+                    hardware(layout.device), free_device_memory(layout.device))
 
 
 def _search(layouts: Sequence[Layout], first: bool = True, exports: int = 0) -> SearchForecast:
@@ -335,9 +342,9 @@ def _plan_forwards(layout: Layout, work: Workload | None, plans: int) -> float:
 
 
 def _evaluation_forwards(layout: Layout, scores: int, first: bool) -> float:
-    """Forwards of the game's windows that held-out scores cost: of each allocation the blocks and two heads, as the
-    unquantized model's logits are made again; and its blocks once."""
+    """Forwards of the game's windows that held-out scores cost: the blocks and the head of each allocation, and those
+    of the unquantized model once."""
     config, length = layout.config, layout.config.evaluation.length
     cost, game = layout.shapes.cost(length), layout.shapes.cost(config.calibration.length)
-    done = scores * (cost.behind(0) + 2 * cost.head) + first * cost.behind(0)
+    done = (scores + first) * (cost.behind(0) + cost.head)
     return done * config.evaluation.windows / (config.game_windows * game.total)

@@ -9,10 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
+import torch
+
 from impq_core.config import RunConfig
 from impq_core.errors import UsageError
 from impq_core.interfaces import Backend
-from impq_core.model.layers import coverage, layers_of, resolve_dtype, rest_parameters, search_space, unstorable
+from impq_core.model.device import resolve_device, resolve_dtype
+from impq_core.model.layers import coverage, layers_of, rest_parameters, search_space, unstorable
 from impq_core.model.shapes import Shapes
 from impq_core.model.source import ModelSource, locate_model
 from impq_core.model.text import check_source
@@ -55,6 +58,11 @@ class Layout:
     libraries: tuple[str, ...]
     coverage: float
     shapes: Shapes
+
+    @property
+    def device(self) -> torch.device:
+        """Where blocks compute."""
+        return torch.device(self.config.device)
 
     @property
     def measures_another_backend(self) -> bool:
@@ -118,6 +126,7 @@ def lay_out(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
         ImpqError: a value is wrong, or a file is missing or damaged.
     """
     parts = Parts.build(config, plugins)
+    device = resolve_device(config.device)
     if calibrate and parts.needs_calibration:
         check_source(config.calibration.source, "calibration")
     check_source(config.evaluation.source, "evaluation")
@@ -154,12 +163,13 @@ def lay_out(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
                          f"{config.budget}: leave out --budget, or give a smaller plan")
     if plan and not parts.budget:  # the plan's size is the budget
         budget, budget_bytes = f"{plan.nbytes}B", plan.nbytes
-    dtype = str(resolve_dtype(config.dtype)).removeprefix("torch.")
+    dtype = str(resolve_dtype(config.dtype, device)).removeprefix("torch.")
     resolved = replace(
         config, model=_absolute(config.model), plan=_absolute(config.plan),
         calibration=replace(config.calibration, source=_absolute(config.calibration.source)),
         evaluation=replace(config.evaluation, source=_absolute(config.evaluation.source)),
-        bits=tuple(choice.bits for choice in parts.menu), budget=budget, dtype=dtype,
+        bits=tuple(choice.bits for choice in parts.menu), budget=budget, device=str(device),
+        dtype=dtype,
         options=parts.options(), granularity=parts.granularity)
     return Layout(resolved, parts, source, space, game_space, tuple(between), budget_bytes,
                   2 * rest_parameters(skeleton, layers), plan,

@@ -24,6 +24,7 @@ from impq_core.keys import (
     part_facts,
     versions,
 )
+from impq_core.model.device import hardware
 from impq_core.model.source import ModelSource
 from impq_core.model.text import Windows, draw_windows, refuse_overlap
 from impq_core.parts import slots_of
@@ -54,9 +55,9 @@ class Prepared(Layout):
             prefix = digest_of(sorted([linear.name, *([menu[0].bits, menu[0].group_size] if menu else [])]
                                       for layer, menu in zip(self.space.everyone, menus, strict=True)
                                       for linear in layer.linears))
-        return VariantsKey(self.source.digest, self.config.dtype, type(backend).__module__, asdict(backend.options),
-                           versions(self.libraries), code_digest(backend, core=MAKES_VARIANTS), calibration, prefix,
-                           self.config.model)
+        return VariantsKey(self.source.digest, self.config.dtype, hardware(self.device), type(backend).__module__,
+                           asdict(backend.options), versions(self.libraries),
+                           code_digest(backend, core=MAKES_VARIANTS), calibration, prefix, self.config.model)
 
     @cached_property
     def deployed_key(self) -> VariantsKey:

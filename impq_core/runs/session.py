@@ -15,10 +15,11 @@ from impq_core.game.model_game import ModelGame
 from impq_core.game.probe import ModelProbe
 from impq_core.interfaces import Backend
 from impq_core.ledger import Ledger, MeasurementLog
-from impq_core.model.bank import Bank, fill_bank
+from impq_core.model.bank import Bank
 from impq_core.model.blockwise import BlockwiseModel, Hidden
 from impq_core.model.cache import Shelf, shelf_for
-from impq_core.model.layers import resolve_dtype
+from impq_core.model.device import resolve_dtype
+from impq_core.model.quantize import fill_bank
 from impq_core.model.text import Windows
 from impq_core.plugins import Plugins
 from impq_core.results import Evaluation
@@ -43,6 +44,8 @@ class Session:
 
     Attributes:
         prepared: the run.
+        device: where blocks compute.
+        dtype: type of the forwards.
         runner: the model, block by block.
         bank: the variants in memory.
         clock: seconds by stage.
@@ -50,9 +53,10 @@ class Session:
 
     def __init__(self, prepared: Prepared, plugins: Plugins, runner: BlockwiseModel | None = None) -> None:
         self.prepared, self.plugins, self.clock = prepared, plugins, Clock()
-        self.dtype = resolve_dtype(prepared.config.dtype)
-        self.runner = runner or BlockwiseModel(prepared.source.load(self.dtype))
-        self.bank = Bank(self.runner.model, prepared.space.everyone, prepared.parts.backend, self.dtype)
+        self.device = prepared.device
+        self.dtype = resolve_dtype(prepared.config.dtype, self.device)
+        self.runner = runner or BlockwiseModel(prepared.source.load(self.dtype).to(self.device), self.device)
+        self.bank = Bank(self.runner, prepared.space.everyone, prepared.parts.backend)
 
     def report(self, stage: str) -> Progress:
         """A function that reports the progress of a stage to the observers."""
@@ -68,10 +72,9 @@ class Session:
 
     def _quantize(self, space: SearchSpace, backend: Backend, menus: Sequence[Sequence[Choice]]) -> None:
         with self.clock.stage("quantize"):
-            self.bank.apply([None] * len(self.bank.layers))  # statistics need the unquantized weights
-            self.bank = Bank(self.runner.model, space.everyone, backend, self.dtype)
-            fill_bank(self.bank, self.runner, self._statistics_input(backend), menus, self.report("quantize"),
-                      self._shelf(backend, menus))
+            self.bank.apply([None] * len(self.bank.layers))  # its layers may differ from the new bank's
+            self.bank = Bank(self.runner, space.everyone, backend, self._shelf(backend, menus))
+            fill_bank(self.bank, self.runner, self._statistics_input(backend), menus, self.report("quantize"))
 
     def quantize_plan(self, plan: Plan) -> None:
         """Quantize a plan block after block, each behind the quantized ones. Afterwards the model has the plan's
@@ -183,10 +186,7 @@ class Session:
         """A session with the same model and variants for other layers or another menu."""
         self.bank.apply([None] * len(self.bank.layers))
         other = Session(prepared, self.plugins, self.runner)
-        for layer in other.bank.layers:
-            for linear in layer.linears:
-                for choice in {*prepared.space.choices, *(choice for choice, _ in prepared.between)}:
-                    other.bank.add(linear, self.bank.stored(linear, choice))
+        other.bank.add_all(self.bank)
         return other
 
 

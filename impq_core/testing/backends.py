@@ -96,6 +96,35 @@ class BackendSuite(PartSuite):
         assert torch.equal(weight, before), "the weight was changed in place"
         assert statistics is None or torch.equal(statistics.gram, gram), "the statistics were changed in place"
 
+    def test_linears_quantized_together_are_those_quantized_alone(self) -> None:
+        """``quantize_together`` yields a variant for each linear and choice asked for, in order, equal bit for bit to
+        that of ``quantize``, whatever else is asked for; it changes neither weights nor statistics."""
+        import torch
+
+        weight, inputs = self.data()
+        statistics, backend = self.statistics(inputs), self.make()
+        weights = {LinearSpec("block.one", 96, 128): weight, LinearSpec("block.two", 64, 128): -weight[:64]}
+        before = {linear: weight.clone() for linear, weight in weights.items()}
+        everything = [(linear, choice) for linear in weights for choice in backend.choices()]
+        for wanted in (everything, everything[1::2], everything[::-1], []):
+            found = list(backend.quantize_together(weights, wanted, statistics))
+            assert [(linear, variant.choice) for linear, variant in found] == wanted
+            for linear, variant in found:
+                alone = backend.quantize(weights[linear], variant.choice, statistics)
+                assert set(variant.tensors) == set(alone.tensors) and variant.record == alone.record
+                assert all(torch.equal(variant.tensors[name], alone.tensors[name]) for name in alone.tensors), (
+                    f"{linear.name} at {variant.choice} bits: other bits than alone, if quantized with {wanted}")
+        assert all(torch.equal(weights[linear], before[linear]) for linear in weights), "a weight was changed in place"
+        assert statistics is None or torch.equal(statistics.gram, inputs.T @ inputs), "the statistics were changed"
+
+    def test_variants_are_contiguous_in_host_memory(self) -> None:
+        """The tensors of a variant are contiguous and on the CPU, which is among ``devices``."""
+        weight, inputs = self.data()
+        assert "cpu" in self.part.devices, "a backend must work in host memory"
+        for choice in self.make().choices():
+            for name, tensor in self.make().quantize(weight, choice, self.statistics(inputs)).tensors.items():
+                assert tensor.device.type == "cpu" and tensor.is_contiguous(), f"{name} at {choice} bits"
+
     def test_awkward_shapes_are_exact_or_refused_by_name(self) -> None:
         """If a shape cannot be stored, ``check`` raises an ImpqError that names the linear; a shape that it accepts is
         stored in exactly ``nbytes``."""

@@ -15,6 +15,7 @@ class Rounding(Backend):
     """Rounds every row to a symmetric grid, with one byte for a code of any width and a float32 scale for each row."""
 
     default_bits = (8, 4, 2)
+    devices = frozenset({"cpu", "cuda", "mps", "xpu"})
 
     def choices(self) -> tuple[Choice, ...]:
         """8, 4, 3 and 2 bits."""
@@ -33,7 +34,7 @@ class Rounding(Backend):
 
         most = 2 ** (choice.bits - 1) - 1
         scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / most
-        return Variant(choice, {"codes": (weight / scale).round().to(torch.int8), "scale": scale})
+        return Variant(choice, {"codes": (weight / scale).round().to(torch.int8).cpu(), "scale": scale.cpu()})
 
     def dequantize(self, variant: Variant, linear: LinearSpec) -> torch.Tensor:
         """Codes times scales."""

@@ -82,18 +82,17 @@ class TinyTable:
 
     def __init__(self, bits: Sequence[float], granularity: str = "block", exclude: Sequence[str] = (),
                  blocks: int = 3) -> None:
-        import torch
-
-        from impq_core.model.bank import Bank, fill_bank
+        from impq_core.model.bank import Bank
         from impq_core.model.blockwise import BlockwiseModel
         from impq_core.model.layers import layers_of, search_space
+        from impq_core.model.quantize import fill_bank
         from impq_core.model.text import Windows
 
         model, backend = _random_model("llama", blocks, 0).eval().requires_grad_(False), Rounding()
         choices = tuple(choice for choice in backend.choices() if choice.bits in bits)
         runner = BlockwiseModel(model)
         self.space = search_space(layers_of(model, granularity), backend, choices, exclude=exclude)
-        self._bank = Bank(model, self.space.everyone, backend, torch.float32)
+        self._bank = Bank(runner, self.space.everyone, backend)
         menus = [choices] * len(self.space) + [()] * len(self.space.pinned)
         fill_bank(self._bank, runner, None, menus, lambda done, total: None)
         self._runner = runner
@@ -118,7 +117,7 @@ class TinyTable:
         from impq_core.model.cost import flop_counter
 
         with torch.no_grad(), flop_counter() as counter:
-            self._runner.forward(torch.from_numpy(self._windows.ids))
+            self._runner.model(input_ids=torch.from_numpy(self._windows.ids), use_cache=False)
         return int(counter.get_total_flops())
 
     def shapes(self) -> Shapes:

@@ -1,4 +1,4 @@
-"""GPTQ (arXiv 2210.17323) as an impq backend, on the layer API of gptqmodel."""
+"""GPTQ (arXiv 2210.17323) as an impq backend, in the file format of gptqmodel."""
 
 from impq_core.hookspecs import Component, hookimpl
 
@@ -19,8 +19,8 @@ def impq_exporters() -> list[Component]:
 def impq_backends() -> list[Component]:
     """``gptq``, and ``auto-gptq``, an alias with the name of the library's predecessor."""
     return [
-        Component("gptq", summary="GPTQ by gptqmodel: 2, 3, 4 or 8 bits from one Hessian", **_GPTQ),
+        Component("gptq", summary="GPTQ in gptqmodel's format: 2, 3, 4 or 8 bits from one Hessian", **_GPTQ),
         Component("auto-gptq", summary="the same as gptq", **_GPTQ,
-                  notice="auto-gptq is archived and does not work with current transformers; impq uses gptqmodel, its "
-                         "maintained successor with the same file format (backend gptq)"),
+                  notice="auto-gptq is archived and does not work with current transformers; impq writes "
+                         "the file format of gptqmodel, its maintained successor (backend gptq)"),
     ]

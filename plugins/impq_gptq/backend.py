@@ -1,13 +1,10 @@
-"""The GPTQ backend: an adapter to the layer API of gptqmodel."""
+"""The GPTQ backend: the solver of this package, in the file format of gptqmodel."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from impq_core.errors import ImpqError
 from impq_core.interfaces import Backend, Statistics, Variant
@@ -16,9 +13,14 @@ from impq_core.space import Choice, LinearSpec
 if TYPE_CHECKING:
     import torch
 
+    from impq_gptq.solver import Solution
+
 
 TENSORS = ("qweight", "qzeros", "scales", "g_idx")
 """Names of the tensors that gptqmodel stores for a linear."""
+
+CHUNK = 2**16
+"""Weights that are unpacked together on a CPU, so that they stay in its cache."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,11 @@ class Options:
         group_size: weights of a row that share a scale and a zero.
         symmetric: fix zeros at the middle of the range, which some file formats need; asymmetric quantization is more
             accurate at 2 and 3 bits.
-        group_aware: gptqmodel's group-aware order of columns, which has most of the gain of act-order and needs no
-            stored order.
+        group_aware: the group-aware order of columns (arXiv 2505.14638), which has most of the gain of act-order and
+            needs no stored order.
         clip_search: clip each group's range to minimise the squared weight error.
-        damping: share of the Hessian's mean diagonal that is added to its diagonal.
+        damping: share of the Hessian's mean diagonal that is added to its diagonal, raised in steps of 0.01 if the
+            Hessian cannot be factored.
     """
 
     group_size: int = 64
@@ -49,9 +52,14 @@ class Options:
 
 
 class Gptq(Backend):
-    """GPTQ at 8, 4, 3 and 2 bits, packed as gptqmodel stores it (qweight, qzeros, scales, g_idx)."""
+    """GPTQ at 8, 4, 3 and 2 bits, packed as gptqmodel stores it (qweight, qzeros, scales, g_idx; format gptq_v2).
+
+    Linears that share their inputs are quantized together, at all their widths, see ``impq_gptq.solver``. The solver
+    and ``dequantize`` consist of torch operations that all ``devices`` have.
+    """
 
     Options = Options
+    devices = frozenset({"cpu", "cuda", "mps", "xpu"})
     default_bits = (2.0, 3.0, 4.0)
     needs = frozenset({"activations"})
 
@@ -81,80 +89,99 @@ class Gptq(Backend):
         """GPTQ with the Hessian 2/N sum x xT of the given statistics.
 
         If no calibration token reached the linear, the Hessian is the identity, so that GPTQ is plain rounding, and the
-        record has ``unreached``.
+        record has ``unreached``. The record also has the damping used and ``loss``, the sum of squared errors over
+        their diagonal elements of the inverse Hessian, per token.
 
         Raises:
-            ImpqError: there are no statistics, they are not finite, or the library gives up on the Hessian.
+            ImpqError: there are no statistics, they are not finite, or the Hessian cannot be factored.
         """
+        return next(self._variants([(weight, choice)], statistics))
+
+    def quantize_together(self, weights: Mapping[LinearSpec, torch.Tensor],
+                          wanted: Sequence[tuple[LinearSpec, Choice]],
+                          statistics: Statistics | None) -> Iterator[tuple[LinearSpec, Variant]]:
+        """One sweep over the columns for all linears and widths; the bits of a variant are those of ``quantize``."""
+        if not wanted:
+            return
+        try:
+            variants = self._variants([(weights[linear], choice) for linear, choice in wanted], statistics)
+            for (linear, _), variant in zip(wanted, variants, strict=True):
+                yield linear, variant
+        except ImpqError as error:
+            raise ImpqError(f"{wanted[0][0].name}: {error}") from error
+
+    def _variants(self, jobs: Sequence[tuple[torch.Tensor, Choice]],
+                  statistics: Statistics | None) -> Iterator[Variant]:
         import torch
+
+        from impq_gptq.solver import Job, NotPositiveDefinite, Settings, sweep
 
         if statistics is None:
             raise ImpqError("backend gptq needs activation statistics")
         if not torch.isfinite(statistics.gram).all():
             raise ImpqError("the inputs hold NaN or infinity, which GPTQ cannot use; try --dtype float32")
         reached = statistics.tokens > 0
-        from torch import nn
-
-        gptq = _library()
-        config = gptq.QuantizeConfig(
-            bits=int(choice.bits), group_size=choice.group_size, sym=self.options.symmetric, desc_act=False,
-            act_group_aware=self.options.group_aware, mse=2.0 if self.options.clip_search else 0.0,
-            damp_percent=self.options.damping, device="cpu", offload_to_disk=False)
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
-        linear.weight.data = weight.clone()
-        task = gptq.GPTQ(linear, qcfg=config)
-        task.quantizer.configure(perchannel=True)
-        task.H = statistics.gram * (2.0 / statistics.tokens) if reached else torch.eye(weight.shape[1])
-        task.nsamples = max(1, statistics.tokens)
-        linear.weight.data, scales, zeros, index, _, loss, damping, _ = task.quantize()
-        packed = self._packed(choice, weight.shape)
-        packed.pack_original(linear, scales, zeros, index)
-        tensors = {name: getattr(packed, name).clone() for name in TENSORS}
-        if not isinstance(loss, float):  # the library returns a word if it gave up on the Hessian
-            raise ImpqError(f"GPTQ failed at {choice} bits ({loss}); more calibration text or damping may help")
-        record = {"damping": float(damping), "loss": loss}
-        return Variant(choice, tensors, record if reached else {**record, "unreached": 1.0})
+        try:
+            solutions = sweep([Job(weight, int(choice.bits)) for weight, choice in jobs],
+                              statistics.gram if reached else None, max(1, statistics.tokens),
+                              Settings(**asdict(self.options)))
+        except NotPositiveDefinite:
+            raise ImpqError("GPTQ failed: the Hessian of the inputs is not positive definite, with any damping; more "
+                            "calibration text may help") from None
+        for (_, choice), solution in zip(jobs, solutions, strict=True):
+            record = {"damping": solution.damping, "loss": solution.loss}
+            yield _packed(choice, solution, record if reached else {**record, "unreached": 1.0})
 
     def pack(self, codes: torch.Tensor, scales: torch.Tensor, choice: Choice) -> Variant:
         """A variant from signed symmetric codes (rows, columns) and 16-bit scales (rows, groups)."""
         import torch
-        from torch import nn
 
-        rows, columns = codes.shape
-        index = torch.arange(columns, dtype=torch.int32) // choice.group_size
-        linear = nn.Linear(columns, rows, bias=False)
-        linear.weight.data = codes.float() * scales.float()[:, index.long()]
-        zeros = torch.full_like(scales, 2.0 ** (int(choice.bits) - 1), dtype=torch.float32)
-        packed = self._packed(choice, codes.shape)
-        packed.pack_original(linear, scales.float(), zeros, index)
-        return Variant(choice, {name: getattr(packed, name).clone() for name in TENSORS})
+        from impq_gptq.solver import Solution
+
+        middle = 2 ** (int(choice.bits) - 1)
+        zeros = torch.full_like(scales.T, middle, dtype=torch.float32)
+        return _packed(choice, Solution((codes.T + middle).to(torch.uint8), scales.T, zeros, 0.0, 0.0), {})
 
     def dequantize(self, variant: Variant, linear: LinearSpec) -> torch.Tensor:
-        """(code - zero) * scale, with the 16-bit scales that are stored."""
-        packed = self._packed(variant.choice, (linear.rows, linear.columns))
-        for name, tensor in variant.tensors.items():
-            setattr(packed, name, tensor)
-        return packed.dequantize_weight().T.float().contiguous()
+        """(code - zero) * scale, rounded to 16 bits, as gptqmodel computes it from the 16-bit scales that are stored.
 
-    def _packed(self, choice: Choice, shape: Any) -> Any:
-        return _library().TorchLinear(
-            bits=int(choice.bits), group_size=choice.group_size, sym=self.options.symmetric, desc_act=False,
-            in_features=shape[1], out_features=shape[0], bias=False).eval()
+        Raises:
+            ImpqError: the columns of the groups are not neighbours, which no variant of this backend has.
+        """
+        import torch
+
+        from impq_gptq.packing import unpack
+
+        tensors, bits, size = variant.tensors, int(variant.choice.bits), variant.choice.group_size
+        if not torch.equal(tensors["g_idx"], _group_index(linear.columns, size).to(tensors["g_idx"].device)):
+            raise ImpqError(f"backend gptq: the columns of {linear.name} are not in groups of {size} neighbours")
+        words, scales = tensors["qweight"].T.contiguous(), tensors["scales"].T.float()[:, :, None]
+        zeros = unpack(tensors["qzeros"], bits).T.float()[:, :, None]
+        weight = torch.empty(linear.rows, linear.columns, device=words.device)
+        most = max(1, CHUNK // linear.columns) if words.device.type == "cpu" else linear.rows
+        for start in range(0, linear.rows, most):
+            rows = slice(start, start + most)
+            codes = unpack(words[rows], bits)
+            values = codes.float().view(len(codes), -1, size).sub_(zeros[rows]).mul_(scales[rows])
+            weight[rows] = values.half().view_as(codes)
+        return weight
 
 
-@dataclass(frozen=True)
-class _Library:
-    GPTQ: Any
-    QuantizeConfig: Any
-    TorchLinear: Any
+def _packed(choice: Choice, solution: Solution, record: Mapping[str, float]) -> Variant:
+    """A variant in host memory."""
+    import torch
+
+    from impq_gptq.packing import pack
+
+    codes, bits = solution.codes.cpu(), int(choice.bits)
+    return Variant(choice, {"qweight": pack(codes.T, bits).T.contiguous(),
+                            "qzeros": pack(solution.zeros.to(torch.uint8).cpu(), bits),
+                            "scales": solution.scales.half().cpu().contiguous(),
+                            "g_idx": _group_index(len(codes), choice.group_size)}, record)
 
 
-@lru_cache(maxsize=1)
-def _library() -> _Library:
-    """The classes of gptqmodel, imported without its banner. On two cores gptqmodel needs the number of workers."""
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(1, os.cpu_count() or 1)))
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        from gptqmodel.nn_modules.qlinear.torch import TorchLinear
-        from gptqmodel.quantization.config import QuantizeConfig
-        from gptqmodel.quantization.gptq import GPTQ
-    return _Library(GPTQ, QuantizeConfig, TorchLinear)
+def _group_index(columns: int, group_size: int) -> torch.Tensor:
+    """int32 (columns,): the group of each column."""
+    import torch
+
+    return torch.arange(columns, dtype=torch.int32) // group_size

@@ -35,9 +35,13 @@ class Options:
 
 
 class Hqq(Backend):
-    """HQQ at 8, 4, 3, 2 and 1 bits, with groups along the inputs, and scales and zeros in 16 bits."""
+    """HQQ at 8, 4, 3, 2 and 1 bits, with groups along the inputs, and scales and zeros in 16 bits.
+
+    On a CUDA device the library's solver computes in 16 bits, elsewhere in 32, so that variants differ a little.
+    """
 
     Options = Options
+    devices = frozenset({"cpu", "cuda", "mps", "xpu"})
     default_bits = (2.0, 3.0, 4.0)
 
     def choices(self) -> tuple[Choice, ...]:
@@ -66,8 +70,10 @@ class Hqq(Backend):
         from hqq.core.quantize import Quantizer
 
         codes, meta = Quantizer.quantize(weight.clone(), nbits=int(choice.bits), group_size=choice.group_size, axis=1,
-                                         optimize=self.options.optimize, device="cpu", compute_dtype=torch.float32)
-        tensors = {"codes": codes, "scale": meta["scale"].half(), "zero": meta["zero"].half()}
+                                         optimize=self.options.optimize, device=str(weight.device),
+                                         compute_dtype=torch.float32)
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in
+                   (("codes", codes), ("scale", meta["scale"].half()), ("zero", meta["zero"].half()))}
         if not all(torch.isfinite(tensors[name]).all() for name in ("scale", "zero")):
             raise ImpqError(f"HQQ's scales overflow 16 bits at {choice} bits")
         return Variant(choice, tensors)
@@ -75,12 +81,15 @@ class Hqq(Backend):
     def dequantize(self, variant: Variant, linear: LinearSpec) -> torch.Tensor:
         """(code - zero) * scale, with the 16-bit scales and zeros that are stored."""
         import torch
-        from hqq.core.quantize import Quantizer
 
-        meta = {**_meta(variant, linear), "compute_dtype": torch.float32,
-                "scale": variant.tensors["scale"].float(), "zero": variant.tensors["zero"].float()}
-        weight: torch.Tensor = Quantizer.dequantize(variant.tensors["codes"], meta)
-        return weight
+        words, bits = variant.tensors["codes"], int(variant.choice.bits)
+        codes = _PER_WORD[bits][0]
+        values = torch.empty(len(words) * codes, words.shape[1], device=words.device)
+        for part, groups in enumerate(values.chunk(codes)):  # the first in the highest bits
+            groups.copy_((words >> bits * (codes - 1 - part)) & (2**bits - 1))
+        values = values[:linear.parameters // variant.choice.group_size]  # the last words may be padded
+        values.sub_(variant.tensors["zero"].float()).mul_(variant.tensors["scale"].float())
+        return values.view(linear.rows, linear.columns)
 
     def stored_state(self, variant: Variant, linear: LinearSpec) -> dict[str, torch.Tensor]:
         """The state dict of an HQQLinear with this variant; every entry is a tensor."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from impq_core.errors import ImpqError
 from impq_core.interfaces import Backend, Statistics, Variant
@@ -45,6 +44,7 @@ class Quanto(Backend):
 
     Options = Options
     default_bits = (2.0, 4.0, 8.0)
+    devices = frozenset({"cpu", "cuda", "mps", "xpu"})
 
     def choices(self) -> tuple[Choice, ...]:
         """8 bits (with group size 0: a whole row), 4 and 2 bits."""
@@ -64,59 +64,34 @@ class Quanto(Backend):
 
     def quantize(self, weight: torch.Tensor, choice: Choice, statistics: Statistics | None) -> Variant:
         """Quantize the weight in 16 bits, without data, as quanto does for a 16-bit model."""
-        quanto = _library()
+        import torch
+        from optimum.quanto import AbsmaxOptimizer, MaxOptimizer, qint2, qint4, qint8, quantize_weight
+        from optimum.quanto.tensor.packed import pack_weights
+
         base = weight.half()
-        qtype = {8: quanto.qint8, 4: quanto.qint4, 2: quanto.qint2}[int(choice.bits)]
         if not choice.group_size:
-            scale = quanto.AbsmaxOptimizer()(base, qtype, axis=0)
-            packed = quanto.quantize_weight(base, qtype, 0, scale, optimized=False)
-            return Variant(choice, {"codes": packed._data, "scale": packed._scale})
-        group = group_size(LinearSpec("", *weight.shape), choice)
-        scale, shift = quanto.MaxOptimizer()(base, qtype, axis=0, group_size=group)
-        packed = quanto.quantize_weight(base, qtype, 0, scale, shift, group, optimized=False)
-        return Variant(choice, {"codes": packed._data._data, "scale": packed._scale, "shift": packed._shift})
+            scale = AbsmaxOptimizer()(base, qint8, axis=0)
+            stored = quantize_weight(base, qint8, 0, scale, optimized=False)
+            return _on_host(choice, codes=stored._data, scale=stored._scale)
+        bits, group = int(choice.bits), group_size(LinearSpec("", *weight.shape), choice)
+        scale, shift = MaxOptimizer()(base, {4: qint4, 2: qint2}[bits], axis=0, group_size=group)
+        codes = torch.ops.quanto.quantize_affine(base, bits, 0, group, scale, shift)
+        return _on_host(choice, codes=pack_weights(codes, bits), scale=scale, shift=shift)
 
     def dequantize(self, variant: Variant, linear: LinearSpec) -> torch.Tensor:
-        """The weight that quanto computes from the stored tensors."""
-        quanto = _library()
+        """scale * code - shift in 16 bits, as quanto computes it from the stored tensors. The codes are unpacked here:
+        quanto's own function compiles C++ or CUDA on first use."""
+        import torch
+
         codes, scale = variant.tensors["codes"], variant.tensors["scale"]
         if not variant.choice.group_size:
-            weight: torch.Tensor = codes.float() * scale.float()
-            return weight
-        bits, group = int(variant.choice.bits), group_size(linear, variant.choice)
-        packed = quanto.WeightQBitsTensor(
-            {4: quanto.qint4, 2: quanto.qint2}[bits], 0, group, (linear.rows, linear.columns), (linear.columns, 1),
-            quanto.PackedTensor(codes, bits, (linear.parameters // group, group), (group, 1)), scale,
-            variant.tensors["shift"])
-        return packed.dequantize().float()
+            return codes.float() * scale.float()
+        bits = int(variant.choice.bits)
+        values = torch.empty(len(codes) * (8 // bits), codes.shape[1], dtype=torch.float16, device=codes.device)
+        for part, rows in enumerate(values.chunk(8 // bits)):
+            rows.copy_((codes >> bits * part) & (2**bits - 1))
+        return values.mul_(scale).sub_(variant.tensors["shift"]).float().view(linear.rows, linear.columns)
 
 
-@dataclass(frozen=True)
-class _Library:
-    AbsmaxOptimizer: Any
-    MaxOptimizer: Any
-    PackedTensor: Any
-    WeightQBitsTensor: Any
-    quantize_weight: Any
-    qint2: Any
-    qint4: Any
-    qint8: Any
-    unpacker: Any
-
-
-@lru_cache(maxsize=1)
-def _library() -> _Library:
-    """The classes of quanto. Its CPU unpacking compiles C++ on first use; a torch function replaces it, so that no
-    compiler is needed."""
-    import torch
-    from optimum.quanto import AbsmaxOptimizer, MaxOptimizer, WeightQBitsTensor, qint2, qint4, qint8, quantize_weight
-    from optimum.quanto.tensor.packed import PackedTensor
-
-    def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
-        parts = [(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
-        return torch.cat(parts)
-
-    unpacker = torch.library.Library("quanto", "IMPL", "CPU")  # kept, because its garbage collection undoes it
-    unpacker.impl("unpack", unpack, allow_override=True)
-    return _Library(AbsmaxOptimizer, MaxOptimizer, PackedTensor, WeightQBitsTensor, quantize_weight, qint2, qint4,
-                    qint8, unpacker)
+def _on_host(choice: Choice, **tensors: torch.Tensor) -> Variant:
+    return Variant(choice, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})

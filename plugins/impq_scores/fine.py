@@ -49,7 +49,7 @@ class CoarseToFine(GameEstimator):
     The cost of a move is the mean of the scaled Aumann-Shapley value and the measured change, weighted by precision:
     the variance of a measured change is taken over windows, that of the scaled values from their residuals.
 
-    Cost: about 3 forwards a node and width step; for each measured move, half of the blocks and the head.
+    Cost: about 4 forwards a node and width step; for each measured move, half of the blocks and the head.
     """
 
     Options = Options

@@ -26,7 +26,7 @@ class LlmMq(Inspector):
         return Workload.inspection(space, slopes=1)
 
     def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
-        """One backward a window: about three forwards in all, whatever the menu."""
+        """One backward a window: about four forwards in all, whatever the menu."""
         scores = np.abs(probe.slopes()).mean(axis=0)
         linear = np.maximum(scores - scores[:, :1], 0.0)
         return SensitivityEstimate(probe.space, linear, method="llm-mq", forwards=probe.forwards, is_loss=False)
@@ -68,7 +68,7 @@ class Fisher(Inspector):
         return Workload.inspection(space, slopes=1)
 
     def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
-        """One backward a window: about three forwards in all, whatever the menu."""
+        """One backward a window: about four forwards in all, whatever the menu."""
         space = probe.space
         slopes = probe.slopes(shares_at(space, self.options.at))
         windows, n, m = slopes.shape
@@ -108,7 +108,7 @@ class AumannShapley(Inspector):
         return Workload.inspection(space, slopes=self.options.nodes * (len(space.choices) - 1))
 
     def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
-        """``nodes`` backwards a window and width step: about three forwards each."""
+        """``nodes`` backwards a window and width step: about four forwards each."""
         space = probe.space
         n, m = space.nbytes.shape
         nodes, weights = np.polynomial.legendre.leggauss(self.options.nodes)  # on [-1, 1]
@@ -126,7 +126,7 @@ class HawqOptions:
     """Options of the HAWQ estimator.
 
     Args:
-        samples: random vectors for the Hessian traces, about six forwards each.
+        samples: random vectors for the Hessian traces, about eight forwards each.
     """
 
     samples: int = 2
@@ -152,7 +152,7 @@ class Hawq(Inspector):
         return Workload.inspection(space, traces=self.options.samples)
 
     def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
-        """``samples`` draws of the traces: about six forwards each."""
+        """``samples`` draws of the traces: about eight forwards each."""
         space = probe.space
         draws = [probe.hessian_traces(rng) for _ in range(self.options.samples)]
         terms = np.zeros((len(draws), *space.nbytes.shape))  # (samples, n, m)

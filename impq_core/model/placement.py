@@ -1,0 +1,138 @@
+"""The weights of a model's blocks: a block has them on the device while it works, and only then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+Source = Callable[[], torch.Tensor]
+"""Returns a weight (rows, columns) that stands in place of a linear's own, on the device, of any float type."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A parameter as a file has it: a view of one of the file's tensors, in another type if need be.
+
+    Args:
+        file: a safetensors file.
+        name: of the tensor in it.
+        shape, strides, offset: of the view, in numbers.
+        dtype: of the parameter in the model.
+    """
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+
+    def read(self) -> torch.Tensor:
+        """The parameter, mapped from the file if the types are equal. The map ends with the tensor's last use, so a
+        parameter that was read takes no memory afterwards."""
+        with safe_open(self.file, framework="pt") as stored:
+            whole: torch.Tensor = stored.get_tensor(self.name)
+        return whole.as_strided(self.shape, self.strides, self.offset).to(self.dtype)
+
+
+class Placement:
+    """Gives blocks their weights for as long as they work.
+
+    Outside of ``at`` a streamed block has no weights, and no weight of a linear is replaced: the memory that is taken
+    does not grow with the number of blocks. The rest of the model (embeddings, head, norms) is always resident.
+
+    Args:
+        model: on ``device``, but for the parameters of ``stored``, which are on the meta device.
+        blocks: its blocks.
+        device: where blocks work.
+        stored: the parameters that stay on disk, which must be in blocks.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], device: torch.device,
+                 stored: Mapping[nn.Parameter, Stored] | None = None) -> None:
+        self.device = device
+        self._model, self._blocks, self._stored = model, tuple(blocks), stored or {}
+        self._replaced: dict[nn.Module, Source] = {}
+        self._users = [0] * len(self._blocks)
+        self._own: dict[tuple[nn.Module, str], nn.Parameter] = {}  # what a standing block has had before
+        self._float32 = False
+
+    @property
+    def streamed(self) -> bool:
+        """Whether weights of blocks stay on disk until a block works."""
+        return bool(self._stored)
+
+    def replace(self, linear: nn.Linear, source: Source | None) -> None:
+        """Let a linear of a block have another weight from the next time that the block stands; None is its own."""
+        assert not self._own, "a block stands"
+        if source is None:
+            self._replaced.pop(linear, None)
+        else:
+            self._replaced[linear] = source
+
+    def original(self, linear: nn.Linear) -> torch.Tensor:
+        """A linear's own weight on the device."""
+        return self._read(self._own.get((linear, "weight")) or linear._parameters["weight"])
+
+    @contextmanager
+    def at(self, *indices: int) -> Iterator[None]:
+        """The context in which blocks stand on the device with their weights; contexts may be nested."""
+        stood: list[int] = []
+        try:
+            for index in indices:
+                if not self._users[index]:
+                    self._stand(self._blocks[index])
+                self._users[index] += 1
+                stood.append(index)
+            yield
+        finally:
+            for index in stood:
+                self._users[index] -= 1
+            if not all(self._users[index] for index in indices):
+                self._leave()
+
+    @contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """The context in which all parameters are float32, in blocks when they stand."""
+        assert not self._own, "a block stands"
+        inside = {parameter for block in self._blocks for parameter in block.parameters()}
+        kept = [(parameter, parameter.data) for parameter in self._model.parameters() if parameter not in inside]
+        try:
+            self._float32 = True
+            for parameter, data in kept:
+                parameter.data = data.float()
+            yield
+        finally:
+            self._float32 = False
+            for parameter, data in kept:
+                parameter.data = data
+
+    def _stand(self, block: nn.Module) -> None:
+        with torch.inference_mode(False), torch.no_grad():  # a backward pass may read what stands
+            for module in block.modules():
+                for name, own in list(module._parameters.items()):
+                    source = self._replaced.get(module) if name == "weight" else None
+                    if own is None or (module, name) in self._own:  # stands in another block that shares the module
+                        continue
+                    if source or own.is_meta or self._float32:
+                        weight = source() if source else self._read(own)
+                        weight = weight.to(torch.float32 if self._float32 and own.is_floating_point() else own.dtype)
+                        self._own[module, name] = own
+                        module._parameters[name] = nn.Parameter(weight, requires_grad=False)
+
+    def _leave(self) -> None:
+        """Restore all modules that no standing block has."""
+        busy = {module for block, users in zip(self._blocks, self._users, strict=True) if users
+                for module in block.modules()}
+        for module, name in [key for key in self._own if key[0] not in busy]:
+            module._parameters[name] = self._own.pop((module, name))
+
+    def _read(self, parameter: nn.Parameter | None) -> torch.Tensor:
+        assert parameter is not None
+        return self._stored[parameter].read().to(self.device) if parameter.is_meta else parameter.data

@@ -1,0 +1,98 @@
+"""Quantization of a model into a bank, block after block."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+
+from impq_core.interfaces import Statistics, Variant
+from impq_core.model.bank import Bank
+from impq_core.model.blockwise import BlockwiseModel, Hidden
+from impq_core.model.calibration import input_statistics
+from impq_core.model.threads import side_by_side
+from impq_core.space import Choice, LinearSpec
+
+FEWEST = 32
+"""Tokens that must reach a linear for its statistics to be used; as many as a group has weights if there are groups."""
+
+Wanted = Sequence[tuple[LinearSpec, Choice]]
+"""Variants that are to be made."""
+
+
+def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden | None, menus: Sequence[Sequence[Choice]],
+              progress: Callable[[int, int], None]) -> None:
+    """Quantize every linear at every choice of its layer's menu, block after block. Variants on the bank's shelf are
+    not made again.
+
+    The statistics of a block are collected once, with the blocks before it at their widest choices, and are used for
+    every width: the Hessian of GPTQ does not depend on the linear's own width. (It does depend on the widths of the
+    blocks before; a bank needs one prefix, and the widest is nearest to the plans of interest.) Afterwards every layer
+    of the model is at its widest choice. A linear that fewer tokens reach than a group has weights, such as a rarely
+    used expert, is quantized as if no token reached it. One warning reports the variants with ``unreached`` in their
+    record.
+
+    Args:
+        bank: the bank to fill.
+        runner: the same model, block by block.
+        hidden: the first block's input over the calibration windows; None for a backend that needs no activations.
+        menus: choices of each of the bank's layers, widest first; an empty menu leaves the layer unquantized.
+        progress: called with the number of finished blocks and the number of all blocks.
+
+    Raises:
+        ImpqError: the backend cannot quantize a linear, which the message names.
+    """
+    progress(0, len(runner))
+    blocks = [[i for i, layer in enumerate(bank.layers) if layer.block == index] for index in range(len(runner))]
+    missing = [[(spec, choice) for layer in layers for spec in bank.layers[layer].linears for choice in menus[layer]
+                if not bank.take(spec, choice)] for layers in blocks]
+    for index, layers in enumerate(blocks):
+        for layer in layers:
+            bank.switch(layer, None)
+        statistics = {}
+        if hidden is not None and missing[index]:
+            statistics = input_statistics(runner, index, hidden, {bank.module(spec) for spec, _ in missing[index]})
+        tasks = [partial(_quantize, bank, runner, wanted, seen) for wanted, seen in _shared(
+            missing[index], [statistics.get(bank.module(spec)) for spec, _ in missing[index]])]
+        # A task at a time on an accelerator, whose work is side by side already.
+        for made in side_by_side(tasks) if runner.device.type == "cpu" else (task() for task in tasks):
+            for spec, variant in made:
+                bank.add(spec, variant)
+        for layer in layers:
+            bank.switch(layer, menus[layer][0] if menus[layer] else None)
+        if hidden is not None and any(missing[index + 1:]):
+            hidden = runner.run(index, hidden)
+        progress(index + 1, len(runner))
+    unreached = [spec.name for layer, menu in zip(bank.layers, menus, strict=True) for spec in layer.linears
+                 if any(bank.record(spec, choice).get("unreached") for choice in menu)]
+    if unreached:
+        warnings.warn(f"{len(unreached)} linears (first: {unreached[0]}) are rounded to nearest: hardly a token "
+                      "of the calibration text reaches them; more calibration text may", RuntimeWarning, stacklevel=2)
+
+
+def _shared(wanted: Wanted, statistics: Sequence[Statistics | None]) -> Iterator[tuple[Wanted, Statistics | None]]:
+    """The variants in groups of linears with the same statistics; each linear without statistics is a group."""
+    groups: dict[object, tuple[list[tuple[LinearSpec, Choice]], Statistics | None]] = {}
+    for (spec, choice), seen in zip(wanted, statistics, strict=True):
+        groups.setdefault(spec if seen is None else id(seen), ([], seen))[0].append((spec, choice))
+    yield from groups.values()
+
+
+def _quantize(bank: Bank, runner: BlockwiseModel, wanted: Wanted,
+              seen: Statistics | None) -> list[tuple[LinearSpec, Variant]]:
+    """Quantize linears that share their statistics, on the device if the backend can."""
+    device = runner.device if runner.device.type in bank.backend.devices else torch.device("cpu")
+    weights = {spec: bank.original(spec).to(device) for spec, _ in wanted}
+    made: list[tuple[LinearSpec, Variant]] = []
+    few: list[tuple[LinearSpec, Choice]] = []
+    enough: list[tuple[LinearSpec, Choice]] = []
+    for spec, choice in wanted:
+        (few if seen and seen.tokens < (choice.group_size or FEWEST) else enough).append((spec, choice))
+    for some, tokens in ((few, 0), (enough, seen.tokens if seen else 0)):
+        statistics = seen and Statistics(seen.gram.to(device) if tokens else torch.zeros_like(seen.gram, device=device),
+                                         tokens)
+        if some:
+            made += bank.backend.quantize_together(weights, some, statistics)
+    return made

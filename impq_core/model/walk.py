@@ -1,0 +1,118 @@
+"""Many assignments in one pass over the blocks: at each block, each distinct prefix of choices is run once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from impq_core.model.bank import Assignment, Bank
+from impq_core.model.blockwise import BlockwiseModel, Hidden
+from impq_core.space import Choice
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """Hidden states of one assignment, as far as they are known.
+
+    Args:
+        assignment: the choices; None if only the first block's input is known.
+        inputs: the input of each block from the first on; of later blocks they may be missing.
+    """
+
+    assignment: Assignment | None
+    inputs: Sequence[Hidden]
+
+
+class Walk:
+    """Runs assignments of a bank's layers through the blocks of a model, side by side.
+
+    The assignments are a tree: those with the same choices up to a block have the same states behind it. A block stands
+    once for each distinct combination of its layers' choices, so a variant is unpacked once, whatever the number of
+    assignments and of windows. The states behind a block do not depend on what else is walked, bit for bit.
+
+    Args:
+        runner: the model.
+        bank: its variants.
+    """
+
+    def __init__(self, runner: BlockwiseModel, bank: Bank) -> None:
+        self._runner, self._bank = runner, bank
+        self._layers = [[i for i, layer in enumerate(bank.layers) if layer.block == block]
+                        for block in range(len(runner))]
+
+    def outputs(self, assignments: Sequence[Assignment], known: Prefix,
+                progress: Callable[[int], None] = lambda block: None) -> tuple[list[Hidden], Prefix]:
+        """The last block's output for each assignment.
+
+        Args:
+            assignments: at least one.
+            known: the first block's input, and what is known of one assignment. An assignment begins at the first block
+                with another choice; without partial forwards, at the first block.
+            progress: called with each block that all assignments have passed.
+
+        Returns:
+            The outputs, and the states of the last assignment.
+        """
+        if not self._runner.partial:
+            return self._one_by_one(assignments, known.inputs[0], progress), Prefix(assignments[-1], known.inputs[:1])
+        begins = [min(self._first_difference(known.assignment, assignment), len(known.inputs) - 1)
+                  for assignment in assignments]
+        states: list[Hidden] = []
+        at: list[int] = [-1] * len(assignments)  # the place of each assignment's states; -1 is a known state
+        inputs = list(known.inputs[:begins[-1] + 1])
+        for block in range(min(begins), len(self._runner)):
+            passing = [k for k, begin in enumerate(begins) if begin <= block]
+            groups: dict[tuple[Choice | None, ...], dict[int, list[int]]] = {}
+            for k in passing:
+                groups.setdefault(self._choices(assignments[k], block), {}).setdefault(at[k], []).append(k)
+            found: list[Hidden] = []
+            for choices, prefixes in groups.items():
+                for layer, choice in zip(self._layers[block], choices, strict=True):
+                    self._bank.switch(layer, choice)
+                with self._runner.placement.at(block):
+                    for place, members in prefixes.items():
+                        found.append(self._runner.run(block, known.inputs[block] if place < 0 else states[place]))
+                        for k in members:
+                            at[k] = len(found) - 1
+            states = found
+            if begins[-1] <= block < len(self._runner) - 1:
+                inputs.append(states[at[-1]])
+            progress(block)
+        return [states[place] for place in at], Prefix(assignments[-1], inputs)
+
+    def runs(self, assignments: Iterable[Assignment], known: Assignment | None) -> list[int]:
+        """How many times ``outputs`` runs each block, if every input of ``known`` is known.
+        The model's blocks in front of those that begin a forward are counted only if it has partial forwards."""
+        assignments = list(assignments)
+        if not self._runner.partial:
+            return [len(assignments)] * len(self._runner)
+        counts = [0] * len(self._runner)
+        numbers: dict[tuple[int, tuple[Choice | None, ...]], int] = {}  # of prefixes, by the prefix one block shorter
+        counted: set[int] = set()
+        for assignment in assignments:
+            first = self._first_difference(known, assignment)
+            prefix = 0
+            for block in range(len(self._runner)):
+                prefix = numbers.setdefault((prefix, self._choices(assignment, block)), len(numbers) + 1)
+                if block >= min(first, len(self._runner) - 1) and prefix not in counted:
+                    counted.add(prefix)
+                    counts[block] += 1
+        return counts
+
+    def _one_by_one(self, assignments: Sequence[Assignment], hidden: Hidden,
+                    progress: Callable[[int], None]) -> list[Hidden]:
+        outputs = []
+        for number, assignment in enumerate(assignments, start=1):
+            self._bank.apply(assignment)
+            outputs.append(self._runner.run_all(hidden))
+            progress(number * len(self._runner) // len(assignments) - 1)
+        return outputs
+
+    def _choices(self, assignment: Assignment, block: int) -> tuple[Choice | None, ...]:
+        return tuple(assignment[layer] for layer in self._layers[block])
+
+    def _first_difference(self, known: Assignment | None, assignment: Assignment) -> int:
+        """The first block in which an assignment differs from one that is known; the number of blocks if in none."""
+        return next((block for block in range(len(self._runner))
+                     if known is None or self._choices(known, block) != self._choices(assignment, block)),
+                    len(self._runner))

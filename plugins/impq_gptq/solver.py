@@ -1,0 +1,377 @@
+"""GPTQ (arXiv 2210.17323): one sweep over the columns for all linears that share inputs, at all their widths.
+
+The columns of a weight are rounded one after another. The rounding error of a column is spread over the columns that
+are left, in proportion to a row of V, where V is upper triangular and VT V is the inverse of the damped Hessian of the
+inputs (equation 3 and section 3.3 of the paper). V depends neither on the weight nor on the width, so that one V and
+one loop serve every linear and width. The algorithm is that of gptqmodel 7.6, the reference in the tests: its clip
+search, its choice of zeros, its order of columns (group-aware reordering, arXiv 2505.14638), and grids that are fixed
+at the start of a block of columns. V is computed from one Cholesky factor of the reversed Hessian; gptqmodel factors
+twice, which is slower and rounds differently.
+
+**Bits.** What is computed for a linear at a width does not depend on the other linears and widths of the sweep. Rows
+are worked on together by operations on single elements only, each of which is rounded by itself (a fused product and
+sum rounds the vector part of a loop and its rest differently on some processors); sums are trees of such operations;
+and matrix products are made for each linear and width by themselves, because a product's bits may depend on its number
+of rows.
+
+**Memory**, in bytes beside the weights and the gram given, with C columns and R rows, summed over linears and widths:
+8 C^2 while the Hessian is factored; then at most 4 C^2 + 5 C R + 8 max(128, group size) R, and 20 MB on a CPU or 1 GB
+elsewhere for the chunk at work.
+
+**Devices.** Everything runs on the device of the weights. Inside the loop over columns nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+BLOCK = 128
+"""Columns between two updates of the columns to the right by a matrix product."""
+
+CPU_CHUNK, DEVICE_CHUNK = 2**17, 2**23
+"""Weights whose grids and codes are found together: on a CPU few enough for its cache, elsewhere as many as keep the
+device busy."""
+
+SHRINKS = tuple(1 - step / 100 for step in range(80))
+"""Shares of a group's range that the clip search tries."""
+
+DAMPING_STEP = 0.01
+"""Step by which the damping is raised until the Hessian can be factored."""
+
+
+class NotPositiveDefinite(Exception):
+    """The Hessian cannot be factored, even with the largest damping."""
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A linear at a width.
+
+    Args:
+        weight: (rows, columns), of any floating point type; not changed.
+        bits: bits of a code.
+    """
+
+    weight: torch.Tensor
+    bits: int
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """The quantized weight of a job is (code - zero) * scale. Its tensors are on the weight's device.
+
+    Args:
+        codes: uint8 (columns, rows).
+        scales: float32 (groups, rows).
+        zeros: float32 (groups, rows), whole numbers.
+        loss: sum over weights of the squared rounding error over the matching diagonal element of the inverse Hessian
+            of the columns that were left, per token (equation 2 of the paper, summed).
+        damping: the share of the Hessian's mean diagonal that was added to it.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    loss: float
+    damping: float
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to quantize; the fields are those of the backend's options."""
+
+    group_size: int
+    symmetric: bool
+    group_aware: bool
+    clip_search: bool
+    damping: float
+
+
+@torch.no_grad()
+def sweep(jobs: Sequence[Job], gram: torch.Tensor | None, tokens: int, settings: Settings) -> list[Solution]:
+    """Quantize linears that share their inputs.
+
+    Args:
+        jobs: what to quantize; all weights have the same columns and device, and groups divide the columns.
+        gram: float32 (columns, columns), the sum of x xT over tokens, on the device of the weights; not changed. None
+            is the identity as Hessian, which makes GPTQ plain rounding.
+        tokens: number of inputs in the sum, at least 1.
+        settings: how to quantize.
+
+    Returns:
+        A solution for each job.
+
+    Raises:
+        NotPositiveDefinite: the Hessian cannot be factored.
+    """
+    columns, device = jobs[0].weight.shape[1], jobs[0].weight.device
+    if gram is None:
+        diagonal, dead = torch.ones(columns, device=device), None
+    else:
+        diagonal, dead = gram.diagonal() * (2 / tokens), gram.diagonal() == 0
+        diagonal.masked_fill_(dead, 1)
+    order, groups = _order(diagonal, settings)
+    inverse, damping = _inverse_factor(gram, diagonal, order, 2 / tokens, settings.damping)
+    # Rows of one width are neighbours, so that a chunk of rows has one width.
+    ranked = sorted(range(len(jobs)), key=lambda number: jobs[number].bits)
+    rows = _Rows([jobs[number] for number in ranked], order, dead, settings)
+    for start in range(0, columns, BLOCK):
+        stop = min(start + BLOCK, columns)
+        # The rows of V in this block, from column ``start`` on.
+        rows.round(start, stop, inverse[columns - stop:columns - start, :columns - start].flip(0, 1), groups)
+    solutions = dict(zip(ranked, rows.solutions(tokens, damping), strict=True))
+    return [solutions[number] for number in range(len(jobs))]
+
+
+def _order(diagonal: torch.Tensor, settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
+    """The order of columns (columns,) and that of groups (groups,) for a diagonal (columns,) of the Hessian.
+
+    Group-aware: groups in descending order of their largest element, and columns within a group of their own."""
+    if not settings.group_aware:
+        columns = torch.arange(len(diagonal), device=diagonal.device)
+        return columns, columns[:len(columns) // settings.group_size]
+    table = diagonal.view(-1, settings.group_size)
+    within = table.argsort(dim=1, descending=True, stable=True)
+    groups = table.amax(1).argsort(descending=True, stable=True)
+    first = settings.group_size * torch.arange(len(groups), device=diagonal.device)
+    return (within + first[:, None])[groups].flatten(), groups
+
+
+def _inverse_factor(gram: torch.Tensor | None, diagonal: torch.Tensor, order: torch.Tensor, factor: float,
+                    damping: float) -> tuple[torch.Tensor, float]:
+    """L^-1 (columns, columns), where L is the lower Cholesky factor of the damped Hessian with its columns in reversed
+    order, and the damping used. V of the module's docstring is L^-1 with rows and columns reversed.
+
+    Never more than two tensors of the Hessian's size exist beside the gram.
+
+    Args:
+        gram: see ``sweep``.
+        diagonal: (columns,) of the Hessian, in the order of the weight.
+        order: (columns,) of the columns.
+        factor: the Hessian is this times the gram.
+        damping: the least share of the mean diagonal that is added to the diagonal.
+    """
+    backwards = order.flip(0)
+    identity = functools.partial(torch.eye, len(order), device=order.device)
+    lower, damping = _damped_factor(
+        identity() if gram is None else gram.index_select(0, backwards).index_select(1, backwards).mul_(factor),
+        diagonal[backwards], damping)
+    inverse = identity()
+    return torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse), damping
+
+
+def _damped_factor(hessian: torch.Tensor, diagonal: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
+    """The lower Cholesky factor of a Hessian, which is overwritten, and the share of the mean of its diagonal that was
+    added: the damping, or the least share on a grid above it that is enough."""
+    shares = [damping + step * DAMPING_STEP for step in range(math.ceil((1 - damping) / DAMPING_STEP))]
+
+    def factor(share: float) -> torch.Tensor | None:
+        hessian.diagonal().copy_(diagonal + share * diagonal.mean())
+        lower, failed = torch.linalg.cholesky_ex(hessian)
+        return None if failed else lower
+
+    lower = factor(damping)
+    if lower is None:  # every share above one that is enough is enough too
+        least = bisect_left(shares, True, key=lambda share: factor(share) is not None)
+        if least == len(shares):
+            raise NotPositiveDefinite
+        damping = shares[least]
+        lower = factor(damping)
+    assert lower is not None
+    return lower, damping
+
+
+class _Rows:
+    """The rows of all jobs while their columns are rounded.
+
+    A job's weights and results are tensors of its own. A block of columns is copied into one tensor with the rows of
+    all jobs. Weights are stored transposed, so that a column's elements are neighbours.
+
+    Args:
+        jobs: in ascending order of bits.
+        order: (columns,) of the columns.
+        dead: bool (columns,), the columns that no input reaches, in the order of the weight. They are set to zero.
+        settings: how to quantize.
+    """
+
+    def __init__(self, jobs: Sequence[Job], order: torch.Tensor, dead: torch.Tensor | None, settings: Settings) -> None:
+        self._settings, self._order, self._jobs = settings, order, jobs
+        self._device = order.device
+        self._weights = []
+        for job in jobs:
+            weight = job.weight.float().T.index_select(0, order)
+            self._weights.append(weight if dead is None else weight.masked_fill_(dead[order][:, None], 0))
+        self._codes = [torch.empty_like(weight, dtype=torch.uint8) for weight in self._weights]
+        groups = len(order) // settings.group_size
+        self._grids = [weight.new_empty(2, groups, weight.shape[1]) for weight in self._weights]  # scales and zeros
+        self._sizes = [weight.shape[1] for weight in self._weights]
+        self._tops = torch.cat([torch.full((size,), 2.0**job.bits - 1, device=self._device)
+                                for job, size in zip(jobs, self._sizes, strict=True)])
+        self._losses = torch.zeros_like(self._tops)
+
+    def round(self, start: int, stop: int, inverse: torch.Tensor, groups: torch.Tensor) -> None:
+        """Round the columns from ``start`` to ``stop``, and correct those behind.
+
+        Args:
+            start: the first column, a multiple of ``BLOCK``.
+            stop: behind the last column.
+            inverse: (stop - start, columns - start), the rows of V, from column ``start`` on.
+            groups: (groups,), the number that each group has in the weight.
+        """
+        size, count = self._settings.group_size, stop - start
+        begins = start % size == 0
+        numbers = groups[start // size:max(start // size + 1, stop // size)]
+        end = max(stop, start + size) if begins else stop
+        stacked = torch.cat([weight[start:end] for weight in self._weights], dim=1)
+        if begins:
+            grids = stacked.new_empty(2, len(numbers), stacked.shape[1])
+        else:
+            grids = torch.cat([grid[:, numbers] for grid in self._grids], dim=2)
+        codes = torch.empty_like(stacked[:count], dtype=torch.uint8)
+        diagonal = inverse.diagonal()[:, None]
+        scaled = inverse[:, :count] / diagonal
+        for chunk, narrow in self._chunks(end - start):
+            block, tops = stacked[:, chunk].clone(memory_format=torch.contiguous_format), self._tops[chunk]
+            if begins:
+                grids[..., chunk] = self._grid(block.view(len(numbers), -1, block.shape[1]), tops, narrow)
+            scales, zeros = grids[..., chunk].contiguous()
+            errors, codes[:, chunk] = _columns(block[:count], scaled, scales, zeros, tops)
+            stacked[:count, chunk] = errors.div_(diagonal)
+            errors.mul_(errors)
+            for total, part in _additions(errors):
+                total.add_(part)
+            self._losses[chunk] += errors[0]
+        at = 0
+        for weight, code, grid, rows in zip(self._weights, self._codes, self._grids, self._sizes, strict=True):
+            own = slice(at, at + rows)
+            code[self._order[start:stop]] = codes[:, own]
+            grid[:, numbers] = grids[..., own]
+            # Contiguous, and a product for this job alone, so that its bits are those of a sweep of this job alone.
+            weight[stop:].addmm_(inverse[:, count:].T, stacked[:count, own].contiguous(), alpha=-1)
+            at += rows
+
+    def solutions(self, tokens: int, damping: float) -> Iterator[Solution]:
+        """The results, in the order of the jobs."""
+        losses = self._losses.split(self._sizes)
+        for codes, grid, loss in zip(self._codes, self._grids, losses, strict=True):
+            # An exactly rounded sum has the same bits for any number of threads.
+            yield Solution(codes, grid[0], grid[1], math.fsum(loss.tolist()) / 2 / tokens, damping)
+
+    def _chunks(self, span: int) -> Iterator[tuple[slice, bool]]:
+        """Ranges of rows that are worked on together, with ``span`` columns, and whether any of them has 2 bits."""
+        bits = [job.bits for job, size in zip(self._jobs, self._sizes, strict=True) for _ in range(size)]
+        if self._device.type == "cpu":  # rows of one width, because only those with 2 bits have twice the candidates
+            most, cuts = CPU_CHUNK // span, [bits.index(width) for width in sorted(set(bits))]
+        else:
+            most, cuts = DEVICE_CHUNK // span, [0]
+        most = max(32, most // 32 * 32)
+        for first, behind in itertools.pairwise([*cuts, len(bits)]):
+            for start in range(first, behind, most):
+                yield slice(start, min(start + most, behind)), bits[start] == 2
+
+    def _grid(self, weights: torch.Tensor, tops: torch.Tensor, narrow: bool) -> torch.Tensor:
+        """Scales and zeros (2, groups, rows) of weights (groups, group size, rows) with the largest codes (rows,).
+
+        The range of a group is that of its weights and zero; the clip search shrinks it to the share with the least
+        sum of squared errors. At 2 bits the search also tries the other whole number beside the exact zero.
+
+        Args:
+            weights: not changed.
+            tops: the largest code of each row.
+            narrow: whether any row has 2 bits.
+        """
+        low, high = weights.amin(1).clamp_(max=0), weights.amax(1).clamp_(min=0)
+        if self._settings.symmetric:
+            high = torch.maximum(low.abs(), high)
+            low = torch.where(low < 0, -high, low)
+        empty = (low == 0) & (high == 0)
+        low, high = low.masked_fill_(empty, -1), high.masked_fill_(empty, 1)
+        shares = SHRINKS if self._settings.clip_search else SHRINKS[:1]
+        shrinks = torch.tensor(shares, device=weights.device)[:, None, None]
+        scales = (shrinks * high - shrinks * low) / tops
+        if self._settings.symmetric:
+            zeros = ((tops + 1) / 2).expand_as(scales)[None]
+        else:
+            exact = -(shrinks * low) / scales
+            zeros = exact.round()[None]
+            if narrow and self._settings.clip_search:
+                floor, ceiling = exact.floor().clamp_(0), torch.minimum(exact.ceil(), tops)
+                zeros = torch.cat([zeros, torch.where(zeros == floor, ceiling, floor)])
+        if len(shares) == 1:
+            return torch.stack([scales[0], zeros[0, 0]])
+        return _least(weights, scales, zeros, tops)
+
+
+def _least(weights: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, tops: torch.Tensor) -> torch.Tensor:
+    """Of candidates, the scales and zeros (2, groups, rows) with the least squared error; the first of equal ones.
+
+    Args:
+        weights: (groups, group size, rows).
+        scales: candidates (shrinks, groups, rows).
+        zeros: candidates (1 or 2, shrinks, groups, rows); the second is for rows with 2 bits.
+        tops: (rows,), the largest codes.
+    """
+    lowest, highest = ([part[:, :, None].unbind() for part in bound.unbind()] for bound in (-zeros, tops - zeros))
+    errors = scales.new_empty(len(scales), len(zeros), *scales.shape[1:])
+    exact, rounded, error = (torch.empty_like(weights) for _ in range(3))
+    additions = _additions(error)
+    for step, inverse in enumerate((1 / scales)[:, :, None].unbind()):
+        torch.mul(weights, inverse, out=exact)
+        torch.round(exact, out=rounded)
+        for kind in range(len(zeros)):
+            torch.clamp(rounded, lowest[kind][step], highest[kind][step], out=error)
+            error.sub_(exact)
+            error.mul_(error)
+            for total, part in additions:
+                total.add_(part)
+            errors[step, kind] = error[:, 0]
+    errors.mul_(scales[:, None].square())
+    if len(zeros) == 2:
+        errors[:, 1].masked_fill_(tops != 3, torch.inf)
+    best = errors.flatten(0, 1).argmin(0, keepdim=True)
+    return torch.cat([scales.gather(0, best // len(zeros)), zeros.transpose(0, 1).flatten(0, 1).gather(0, best)])
+
+
+def _columns(weights: torch.Tensor, inverse: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor,
+             tops: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round columns one after another, and spread each one's error over those behind it.
+
+    Args:
+        weights: (count, rows), the columns; overwritten.
+        inverse: (count, count), their part of V, with each row divided by its diagonal element.
+        scales: (groups, rows), of the columns' groups, which have the same number of columns here.
+        zeros: (groups, rows).
+        tops: (rows,), the largest codes.
+
+    Returns:
+        Errors (count, rows), and codes float32 (count, rows).
+    """
+    codes = torch.empty_like(weights)
+    lowest, highest, steps = (-zeros).unbind(), (tops - zeros).unbind(), scales.unbind()
+    factors, size = inverse[:, :, None].unbind(), len(weights) // len(scales)
+    for column, (weight, code) in enumerate(zip(weights.unbind(), codes.unbind(), strict=True)):
+        group = column // size
+        torch.div(weight, steps[group], out=code)
+        torch.clamp(code.round_(), lowest[group], highest[group], out=code)
+        weight.sub_(code * steps[group])  # from here on the error
+        weights[column + 1:].sub_(factors[column][column + 1:] * weight)
+    codes.view(len(scales), size, -1).add_(zeros[:, None])
+    return weights, codes
+
+
+def _additions(values: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Pairs of views of values (..., n, rows). If the second of each pair is added to the first, in this order, the
+    sums over n stand at 0. The order in which ``torch.sum`` adds depends on a row's position."""
+    pairs, count = [], values.shape[-2]
+    while count > 1:
+        half = (count + 1) // 2
+        pairs.append((values[..., :count - half, :], values[..., half:count, :]))
+        count = half
+    return pairs
