@@ -87,6 +87,26 @@ def test_a_quantized_model_is_the_model_of_its_dequantized_weights(kind: str, tm
             assert torch.equal(model(ids).logits, other(ids).logits)
 
 
+@pytest.mark.parametrize("kind", ["fp8, experts", "fp8, image and text", "mxfp4", "compressed-tensors"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::UserWarning")
+def test_dequantized_weights_can_be_on_disk(kind: str, tmp_path: Path) -> None:
+    MADE[kind](tmp_path / "model")
+    source = locate_model(str(tmp_path / "model"))
+    whole = dict(source.load(torch.bfloat16).named_parameters())
+    model, places = source.load_streamed(torch.bfloat16, torch.device("cpu"), tmp_path / "scratch")
+    assert {name for name, _ in model.named_parameters()} == set(whole) and len(places) > len(whole) / 2
+    for name, parameter in model.named_parameters():
+        assert torch.equal(places[parameter].read() if parameter.is_meta else parameter, whole[name]), name
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [((4,), torch.float32), ((2, 4), torch.bfloat16)])
+def test_weights_that_cannot_be_dequantized_to_a_file_are_refused(bits: tuple[int, ...], dtype: torch.dtype,
+                                                                  tmp_path: Path) -> None:
+    compressed(tmp_path, bits)
+    with pytest.raises(ImpqError, match=r"cannot be dequantized to a file .* --dtype bfloat16"):
+        locate_model(str(tmp_path)).load_streamed(dtype, torch.device("cpu"), tmp_path)
+
+
 @pytest.mark.parametrize("make", [fp8, mxfp4, compressed])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_dry_run_reads_no_weight(make: Make, tiny_config: RunConfig, tmp_path: Path) -> None:

@@ -74,6 +74,17 @@ def loading(stored: Mapping[str, Any]) -> dict[str, Any]:
     return {"quantization_config": OFFERED[method_of(stored)](dequantize=True)}
 
 
+def writes(stored: Mapping[str, Any], config: Any, dtype: torch.dtype) -> bool:
+    """Whether transformers writes the dequantized weights to a file of a dtype, so that they need not be in memory.
+
+    Args:
+        stored: as ``quantization_of`` returns them.
+        config: the model's configuration.
+        dtype: of the parameters; weights are not rounded to 16 bits before they are written.
+    """
+    return not _mixed(stored) and dtype == stored_dtype(config)
+
+
 def _mixed(stored: Mapping[str, Any]) -> bool:
     """Whether linears are stored in more than one way. transformers dequantizes all of them by one group's settings, so
     such a model is loaded with its codes, and each linear is decompressed with its own settings."""

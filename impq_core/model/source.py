@@ -134,6 +134,17 @@ class ModelSource:
             ImpqError: transformers does not know the architecture or cannot read the configuration, the model does not
                 run on text alone, or its weights are quantized and transformers does not dequantize them.
         """
+        from impq_core.model import dequantize
+
+        model = self._on_meta()
+        if self.quantization:
+            dtype = str(dequantize.stored_dtype(model.config)).removeprefix("torch.")
+            warnings.warn(f"model {self.name} is quantized already ({dequantize.method_of(self.quantization)}): "
+                          f"transformers dequantizes its weights to {dtype}, and the dequantized model is the "
+                          "reference of all losses", RuntimeWarning, stacklevel=2)
+        return model
+
+    def _on_meta(self) -> PreTrainedModel:
         import torch
 
         from impq_core.model import dequantize
@@ -160,11 +171,6 @@ class ModelSource:
         if needed := _needed(model):
             raise ImpqError(f"model {self.name} does not run on text alone: the forward of {type(model).__name__} "
                             f"needs {needed}")
-        if self.quantization:
-            dtype = str(dequantize.stored_dtype(config)).removeprefix("torch.")
-            warnings.warn(f"model {self.name} is quantized already ({dequantize.method_of(self.quantization)}): "
-                          f"transformers dequantizes its weights to {dtype}, and the dequantized model is the "
-                          "reference of all losses", RuntimeWarning, stacklevel=2)
         return model
 
     def check_weights(self) -> None:
@@ -211,21 +217,23 @@ class ModelSource:
         Args:
             dtype: of the parameters.
             device: of all but the blocks.
-            scratch: a folder for the tensors that transformers merges of several in the files, as the experts of most
-                mixtures; they are read from there.
+            scratch: a folder for the tensors that transformers dequantizes, or merges of several in the files, as the
+                experts of most mixtures; they are read from there.
 
         Returns:
             The model, and where each parameter is that stays on disk.
 
         Raises:
-            ImpqError: as ``load``.
+            ImpqError: as ``load``, or transformers does not dequantize the weights to a file of the dtype.
         """
+        from impq_core.model.dequantize import writes
         from impq_core.model.streaming import device_map, stored_parameters
 
-        if self.quantization:
-            raise ImpqError(f"model {self.name} is quantized already, and dequantized weights are kept in memory: they "
-                            "cannot stay on disk")
-        model = self._from_files(dtype=dtype, device_map=device_map(self.skeleton(), device),
+        if self.quantization and not writes(self.quantization, self._config(), dtype):
+            raise ImpqError(f"model {self.name} is quantized already, and its weights cannot be dequantized to a file "
+                            f"of {str(dtype).removeprefix('torch.')}: give it more memory, or --dtype bfloat16 (files "
+                            "of compressed-tensors with several config_groups always need the memory)")
+        model = self._from_files(dtype=dtype, device_map=device_map(self._on_meta(), device),
                                  offload_folder=str(scratch))
         self._check_head(model)
         return model, stored_parameters(model)
