@@ -168,7 +168,7 @@ def plan_lines(result: RunResult) -> list[str]:
             f"{plan.space.nominal_bits(plan.nbytes):.3f} bits nominal, "
             f"{plan.space.bits_per_weight(plan.nbytes):.3f} stored",
             f"whole model: {result.model_bytes / 1e6:.2f} MB, of which {result.rest_bytes / 1e6:.2f} MB are "
-            "embeddings, head and norms at 16 bits"]
+            "embeddings, head, norms and other parts at 16 bits"]
 
 
 def width_counts(plan: Plan) -> str:

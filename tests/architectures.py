@@ -1,7 +1,8 @@
-"""Tiny random models of every causal language model that transformers has, and what impq makes of each."""
+"""Tiny random models of every text decoder that transformers has, and what impq makes of each."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,10 @@ import numpy as np
 import torch
 from torch.nn import functional
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from impq_core.errors import ImpqError, one_line
 from impq_core.game.probe import ModelProbe
@@ -72,28 +76,34 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }
 """Further settings, by model type."""
 
-WRAPPED = ("gemma3", "llama4", "qwen3_5", "qwen3_5_moe", "gemma3n", "gemma4")
-"""Multimodal model types with a language model of their own inside."""
-
-
 def config_of(kind: str) -> Any:
     """The configuration of a tiny model of a type."""
-    kind = f"{kind}_text" if kind in WRAPPED and f"{kind}_text" in CONFIG_MAPPING else kind
     defaults = CONFIG_MAPPING[kind]().to_dict()
     return CONFIG_MAPPING[kind](**{**{name: value for name, value in SIZES.items() if name in defaults},
                                    **SPECIAL.get(kind, {})})
 
 
 def tiny(kind: str) -> PreTrainedModel:
-    """A tiny random model of a type; its weights are larger than those of an initialisation. Raises ValueError if it is
-    not tiny."""
-    config = config_of(kind)
+    """A tiny random model of a type. Raises ValueError if it is not tiny."""
+    return with_large_weights(AutoModelForCausalLM, config_of(kind))
+
+
+def with_large_weights(loader: Any, config: Any) -> PreTrainedModel:
+    """A random model of a configuration, with weights that are larger than those of an initialisation.
+
+    Args:
+        loader: a class of transformers that makes models.
+        config: the configuration.
+
+    Raises:
+        ValueError: the model is not tiny.
+    """
     with torch.device("meta"):
-        size = AutoModelForCausalLM.from_config(config).num_parameters()
+        size = loader.from_config(config).num_parameters()
     if size > 2e7:
         raise ValueError(f"{size} parameters are not tiny")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = loader.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:
@@ -167,10 +177,10 @@ def check_slopes(space: SearchSpace, bank: Bank, runner: BlockwiseModel) -> None
     assert np.isclose(moved, differences, rtol=0.1, atol=0.05).any(), (moved, differences)
 
 
-def line_of(kind: str, backend: Backend) -> str:
+def line_of(kind: str, backend: Backend, make: Callable[[str], PreTrainedModel] = tiny) -> str:
     """A line for a table: the share of the weights that is quantized, or why there is none."""
     try:
-        model = tiny(kind)
+        model = make(kind)
         OwnForward(model, ())(torch.from_numpy(IDS))
     except Exception as error:
         return f"no tiny model: {one_line(error, 100)}"
@@ -182,9 +192,9 @@ def line_of(kind: str, backend: Backend) -> str:
 
 
 KINDS = tuple(kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind not in {
-    "bart", "bert", "bert-generation", "big_bird", "bigbird_pegasus", "blenderbot", "blenderbot-small", "camembert",
-    "data2vec-text", "electra", "emu3", "ernie", "fuyu", "git", "got_ocr2", "marian", "mbart", "megatron-bert",
-    "mllama", "moshi", "moss_transcribe_diarize", "musicgen", "musicgen_melody", "mvp", "pegasus", "phi4_multimodal",
-    "plbart", "prophetnet", "reformer", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "trocr",
-    "whisper", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod"})
+    *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, "bart", "bert", "bert-generation", "big_bird", "bigbird_pegasus",
+    "blenderbot", "blenderbot-small", "camembert", "data2vec-text", "electra", "ernie", "marian", "mbart",
+    "megatron-bert", "moshi", "musicgen", "musicgen_melody", "mvp", "pegasus", "plbart", "prophetnet", "reformer",
+    "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "trocr", "whisper", "xlm", "xlm-roberta",
+    "xlm-roberta-xl", "xlnet", "xmod"})
 """Model types of text decoders."""

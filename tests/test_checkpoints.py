@@ -92,46 +92,6 @@ def test_tensors_that_older_versions_stored_are_no_weights(tmp_path: Path) -> No
     source.load(torch.float32)
 
 
-def test_other_parts_of_a_wrapper_are_left_out_but_not_strange_tensors_among_the_blocks(tmp_path: Path) -> None:
-    def wrap(more: dict[str, torch.Tensor]) -> Edit:
-        def edit(tensors: dict[str, torch.Tensor]) -> None:
-            inner = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in tensors.items()}
-            tensors.clear()
-            tensors.update({**inner, **more})
-        return edit
-
-    text = json.loads((tiny_model(tmp_path / "text", "qwen3") / "config.json").read_text())
-    text |= {"model_type": "qwen3_5_text", "layer_types": ["full_attention"] * 3}
-    tower = {"model.vision_tower.blocks.0.weight": torch.ones(4, 4), "projector.linear.weight": torch.ones(4, 4)}
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model("qwen3_5_text", **{key: value for key, value in text.items() if key != "model_type"})
-    strange = {**tower, "model.language_model.layers.7.x.weight": torch.ones(4)}
-    for name, more in (("sound", tower), ("strange", strange)):
-        folder = tmp_path / name
-        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-        tensors = load_file(folder / "model.safetensors")
-        wrap(more)(tensors)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        inner = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({"model_type": "qwen3_5", "text_config": inner}))
-        source = locate_model(str(folder))
-        if name == "sound":
-            source.check_weights()
-            source.load(torch.float32)
-        else:
-            with pytest.raises(ImpqError, match=r"hold 1 tensors .*layers\.7\.x\.weight"):
-                source.check_weights()
-
-
-@pytest.mark.parametrize("method", ["fp8", "compressed-tensors", "gptq", "bitsandbytes"])
-def test_a_model_that_is_quantized_already_is_refused_before_its_weights_are_read(tmp_path: Path, method: str) -> None:
-    source = edited(tmp_path / "m", quantization_config={"quant_method": method, "bits": 4})
-    (tmp_path / "m" / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ImpqError, match=f"quantized already .*{method}.* unquantized weights"):
-        source.skeleton()
-
-
 def test_weights_are_read_once_for_the_check_and_the_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import safetensors
 

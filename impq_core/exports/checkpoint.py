@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from impq_core.errors import ImpqError
 from impq_core.files import write_text
-from impq_core.interfaces import Variant
+from impq_core.interfaces import Checkpoint, Variant
 from impq_core.space import Choice
 
 if TYPE_CHECKING:
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 WEIGHTS = "model.safetensors"
 """The file that holds every tensor."""
+
+_EXPERT = re.compile(r".+\.\d+\.(gate_up_proj|gate_proj|up_proj|down_proj)")
+"""Names, in the model, of linears of experts."""
 
 
 def write_model(folder: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
@@ -31,6 +35,27 @@ def write_model(folder: Path, tensors: Mapping[str, torch.Tensor], config: Mappi
     except SafetensorError as error:
         raise ImpqError(f"{WEIGHTS} cannot be written: {error}") from error
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def module_names(checkpoint: Checkpoint) -> dict[str, str]:
+    """Names of the modules that transformers makes of the linears, by the linears' names in the files. They differ in
+    architectures whose tensors transformers renames, most multimodal ones among them. An expert that transformers fuses
+    with others is no module: it has its name in the files."""
+    return {name: name if _EXPERT.fullmatch(spec.name) else spec.name for name, spec in checkpoint.specs.items()}
+
+
+def require_module_names(checkpoint: Checkpoint, exporter: str) -> None:
+    """For a format whose software looks for tensors under the names of modules: raises ImpqError if the files have
+    other names.
+
+    Args:
+        checkpoint: the checkpoint.
+        exporter: name of the format.
+    """
+    for name, module in module_names(checkpoint).items():
+        if name != module:
+            raise ImpqError(f"format '{exporter}' is loaded by the names of modules, but the files of this model have "
+                            f"other names ({name} for {module}): gptq and compressed-tensors hold such a model")
 
 
 def read_variants(folder: Path, widths: Mapping[str, Choice | None],

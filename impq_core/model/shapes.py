@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,7 @@ class Shapes:
         architecture: class of the model.
         parameters: number of parameters; a tied head counts once.
         embeddings: those of the embeddings and of a head that is not tied to them.
+        encoders: those of a multimodal model beside its language model: encoders of images and audio, projectors.
         blocks: of each block.
         hidden: width of the hidden states.
         attention: width of all attention heads together.
@@ -55,6 +56,7 @@ class Shapes:
     architecture: str
     parameters: int
     embeddings: int
+    encoders: int
     blocks: tuple[BlockShape, ...]
     hidden: int
     attention: int
@@ -71,7 +73,7 @@ class Shapes:
             model: the model.
             layers: all layers of the model, at any granularity.
         """
-        config = model.config.get_text_config()
+        config = model.config.get_text_config(decoder=True)
         held = {f"{linear.name}.weight" for layer in layers for linear in layer.linears}
         prefixes = {f"{layer.name}.": layer.block for layer in layers_of(model, "block")}
         share = _share_of_experts(config)
@@ -94,7 +96,7 @@ class Shapes:
         if expert := _setting(config, "moe_intermediate_size"):
             inner = expert * max(1, _setting(config, *EXPERTS_CHOSEN))
         return cls(type(model).__name__, sum(p.numel() for p in parameters.values()), sum(ends.values()),
-                   tuple(blocks), width, heads * head,
+                   _encoders(model, ends), tuple(blocks), width, heads * head,
                    BACKWARD if getattr(config, "_attn_implementation", None) == "eager" else FUSED_BACKWARD,
                    inner or 4 * width, embeddings.weight.shape[0], max(loose, key=loose.__getitem__, default=""))
 
@@ -122,6 +124,19 @@ class Shapes:
     def _pairs(self, length: int) -> int:
         """FLOPs of the two products of attention in a block."""
         return 4 * length**2 * self.attention
+
+
+def _encoders(model: PreTrainedModel, ends: Collection[int]) -> int:
+    """Number of parameters outside the text decoder of a multimodal model; 0 for other models.
+
+    Args:
+        model: the model.
+        ends: ids of the parameters of embeddings and head.
+    """
+    if model.config.get_text_config(decoder=True) is model.config:
+        return 0
+    inside = {id(parameter) for parameter in model.get_decoder().parameters()}.union(ends)
+    return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside)
 
 
 def _share_of_experts(config: Any) -> float:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,8 +27,8 @@ if TYPE_CHECKING:
 MAPPED = 2**27
 """Bytes of a file of weights that are mapped at a time while it is checked."""
 
-UNQUANTIZED = "impq starts from unquantized weights: give the model that it was made from"
-"""The way out for a model that is quantized already."""
+STALE = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "recipe.yaml", "quanto_qmap.json")
+"""Names of files that describe a quantization."""
 
 
 @dataclass(frozen=True)
@@ -106,10 +108,14 @@ class ModelSource:
     def _check_tensor(self, name: str, tensor: torch.Tensor) -> None:
         import torch
 
-        if name.endswith("weight") and (tensor.dtype.itemsize == 1 or not tensor.is_floating_point()):
+        if (not self.quantization and name.endswith("weight")
+                and (tensor.dtype.itemsize == 1 or not tensor.is_floating_point())):
             raise ImpqError(f"model {self.name}: its weight {name} holds {str(tensor.dtype).removeprefix('torch.')} "
-                            f"codes, so the model is quantized already; {UNQUANTIZED}")
-        if (tensor.is_floating_point() and tensor.dtype.itemsize > 1 and tensor.numel()
+                            "codes, so the model is quantized already, but its config.json does not say how: give the "
+                            "unquantized model that it was made from")
+        if tensor.dtype.itemsize == 1 and tensor.is_floating_point():
+            tensor = tensor.float()  # 8-bit floats have no aminmax
+        if (tensor.is_floating_point() and tensor.numel()
                 and not torch.isfinite(torch.stack(tensor.aminmax())).all()):
             raise ImpqError(f"model {self.name}: its weight {name} holds NaN or infinity; take a sound copy of the "
                             "model")
@@ -119,39 +125,68 @@ class ModelSource:
 
         return AutoConfig.from_pretrained(self._files, trust_remote_code=self.trust_remote_code)
 
+    @cached_property
+    def quantization(self) -> dict[str, Any]:
+        """The settings by which the files' weights are quantized; empty if they are not. The model is then the
+        dequantized one. Of a hub's model, the configuration must have been fetched."""
+        from impq_core.model.dequantize import quantization_of
+
+        return quantization_of(self._content())
+
+    def _content(self) -> dict[str, Any]:
+        return json.loads((self.folder / "config.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
     def skeleton(self) -> PreTrainedModel:
-        """The model on the meta device, as ``load`` returns it: shapes and names, no weights.
+        """The model on the meta device, as ``load`` returns it: shapes and names, no weights. Warns if the weights of
+        the files are quantized, and will be dequantized.
 
         Raises:
-            ImpqError: transformers does not know the architecture or cannot read the configuration, or the
-                configuration says that the weights are quantized already.
+            ImpqError: transformers does not know the architecture or cannot read the configuration, the model does not
+                run on text alone, or its weights are quantized and transformers does not dequantize them.
         """
-        import torch
-        from transformers import AutoModelForCausalLM
+        from impq_core.model import dequantize
 
+        model = self._on_meta()
+        if self.quantization:
+            dtype = str(dequantize.stored_dtype(model.config)).removeprefix("torch.")
+            warnings.warn(f"model {self.name} is quantized already ({dequantize.method_of(self.quantization)}): "
+                          f"transformers dequantizes its weights to {dtype}, and the dequantized model is the "
+                          "reference of all losses", RuntimeWarning, stacklevel=2)
+        return model
+
+    def _on_meta(self) -> PreTrainedModel:
+        import torch
+
+        from impq_core.model import dequantize
         from impq_core.model.linears import to_linears
 
         try:
             config = self._config()
-            method = _quantized(config)
-            if not method:
-                with torch.device("meta"):
-                    return to_linears(AutoModelForCausalLM.from_config(
-                        config, trust_remote_code=self.trust_remote_code))
-        except ImpqError:  # of the folder that the demo model is unpacked into
+            if self.quantization:
+                dequantize.check(self.name, self.quantization)
+                dequantize.forget(config)
+            with torch.device("meta"):
+                model = to_linears(_loader(config).from_config(config, trust_remote_code=self.trust_remote_code))
+        except ImpqError:  # of the folder that the demo model is unpacked into, or of the quantization
             raise
         except Exception as error:  # a configuration can be wrong in any way
             if "trust_remote_code" in str(error) and not self.trust_remote_code:
                 raise ImpqError(f"model {self.name} comes with its own code, which runs only if the command line "
                                 "permits it: give --trust-remote-code if the code is trusted") from error
+            if isinstance(error, ImportError):
+                raise ImpqError(f"model {self.name} needs a package that is not installed: "
+                                f"{one_line(error, 260)}") from error
             raise ImpqError(f"model {self.name} is no causal language model that transformers can load: "
                             f"{one_line(error, 260)}") from error
-        raise ImpqError(f"model {self.name} is quantized already (its config.json has a quantization_config of method "
-                        f"{method}); {UNQUANTIZED}")
+        if needed := _needed(model):
+            raise ImpqError(f"model {self.name} does not run on text alone: the forward of {type(model).__name__} "
+                            f"needs {needed}")
+        return model
 
     def check_weights(self) -> None:
         """Check the weights of a folder before a run begins: names and shapes against the configuration, and every
-        number. A hub's weights are not fetched for this; their names and shapes are checked when they are loaded.
+        number. A hub's weights are not fetched for this; their names and shapes are checked when they are loaded, and
+        so are those of weights that have to be dequantized.
 
         Raises:
             ImpqError: a file is damaged, a tensor is missing, left over or of another shape, a number is not finite, or
@@ -159,11 +194,14 @@ class ModelSource:
         """
         if Path(self._files).is_dir():
             _ = self.digest
-            self._from_files(device_map="meta")
+            if self.quantization:
+                self._check_blocks()
+            else:
+                self._from_files(device_map="meta")
 
     def load(self, dtype: torch.dtype) -> PreTrainedModel:
-        """The model with its weights, on the CPU, ready for inference; all that holds a weight matrix in it is a linear
-        (``to_linears``).
+        """The model with its weights, dequantized where the files hold codes, on the CPU, ready for inference; all that
+        holds a weight matrix in it is a linear (``to_linears``).
 
         Raises:
             ImpqError: the weights cannot be read, or they are not those of the configuration: some are missing, left
@@ -177,7 +215,7 @@ class ModelSource:
 
     def _check_head(self, model: PreTrainedModel) -> None:
         head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-        if (head is not None and getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+        if (head is not None and getattr(model.config, "tie_word_embeddings", False)
                 and head.weight is not embeddings.weight):
             raise ImpqError(f"model {self.name}: config.json ties the head to the embeddings, but the file holds "
                             "another tensor for it; set tie_word_embeddings to false, or save the model again")
@@ -189,29 +227,34 @@ class ModelSource:
         Args:
             dtype: of the parameters.
             device: of all but the blocks.
-            scratch: a folder for the tensors that transformers merges of several in the files, as the experts of most
-                mixtures; they are read from there.
+            scratch: a folder for the tensors that transformers dequantizes, or merges of several in the files, as the
+                experts of most mixtures; they are read from there.
 
         Returns:
             The model, and where each parameter is that stays on disk.
 
         Raises:
-            ImpqError: as ``load``.
+            ImpqError: as ``load``, or transformers does not dequantize the weights to a file of the dtype.
         """
+        from impq_core.model.dequantize import writes
         from impq_core.model.streaming import device_map, stored_parameters
 
-        model = self._from_files(dtype=dtype, device_map=device_map(self.skeleton(), device),
+        if self.quantization and not writes(self.quantization, self._config(), dtype):
+            raise ImpqError(f"model {self.name} is quantized already, and its weights cannot be dequantized to a file "
+                            f"of {str(dtype).removeprefix('torch.')}: give it more memory, or --dtype bfloat16 (files "
+                            "of compressed-tensors with several config_groups always need the memory)")
+        model = self._from_files(dtype=dtype, device_map=device_map(self._on_meta(), device),
                                  offload_folder=str(scratch))
         self._check_head(model)
         return model, stored_parameters(model)
 
     def _from_files(self, **options: Any) -> PreTrainedModel:
-        from transformers import AutoModelForCausalLM
+        from impq_core.model import dequantize
 
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = _loader(self._config()).from_pretrained(
                 self._files, trust_remote_code=self.trust_remote_code, use_safetensors=True, output_loading_info=True,
-                ignore_mismatched_sizes=True, **options)
+                ignore_mismatched_sizes=True, **(options | dequantize.loading(self.quantization)))
         except Exception as error:  # safetensors, the hub and transformers each raise their own
             raise ImpqError(f"the weights of model {self.name} cannot be loaded: {one_line(error, 260)}") from error
         if missing := sorted(report["missing_keys"]):
@@ -221,12 +264,15 @@ class ModelSource:
             name, stored, wanted = other[0]
             raise ImpqError(f"{len(other)} tensors of model {self.name} have another shape than its config.json says "
                             f"(first: {name} is {_shape(stored)}, not {_shape(wanted)}); fetch or save it again")
-        config = self._config()
-        wrapped = config.get_text_config() is not config
-        if unused := sorted(key for key in report["unexpected_keys"] if not (wrapped and _is_another_part(key, model))):
+        unused = sorted(key for key in report["unexpected_keys"]
+                        if not (self.quantization and key.endswith(dequantize.ACTIVATIONS)))
+        if unused:
             raise ImpqError(f"the weights of model {self.name} hold {len(unused)} tensors that the architecture in its "
                             f"config.json has no place for (first: {unused[0]}); correct config.json, or fetch or save "
                             "the model again")
+        if self.quantization:
+            self._check_blocks()
+            dequantize.finish(model, options["dtype"])
         loaded: PreTrainedModel = model
         return loaded
 
@@ -247,21 +293,48 @@ class ModelSource:
         return Path(config).parent
 
     def config(self) -> dict[str, Any]:
-        """The content of config.json."""
-        return json.loads((self.folder / "config.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+        """The content of config.json, without the settings of a quantization."""
+        from impq_core.model.dequantize import PLACES
+
+        found = self._content()
+        for part in (found, *(part for part in found.values() if isinstance(part, dict))):
+            for name in PLACES:
+                part.pop(name, None)
+        return found
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor of the safetensors files by its name there, mapped from the disk."""
+        """Every tensor of the safetensors files by its name there, mapped from the disk. If they are quantized: every
+        tensor of the dequantized model, at 16 bits, by its name in files that are not."""
+        from impq_core.model import dequantize
+
+        if self.quantization:
+            yield from dequantize.tensors(self._from_files(dtype=dequantize.stored_dtype(self._config())))
+            return
+        for stored in self._opened():
+            for name in stored.keys():  # noqa: SIM118
+                yield name, stored.get_tensor(name)
+
+    def _check_blocks(self) -> None:
+        from impq_core.model.dequantize import check_blocks
+
+        check_blocks(self.name, self.quantization, {
+            name: tuple(stored.get_slice(name).get_shape()) for stored in self._opened()
+            for name in stored.keys()})  # noqa: SIM118
+
+    def _opened(self) -> Iterator[Any]:
+        """The safetensors files, each open until the next is asked for."""
         from safetensors import safe_open
 
         for file in sorted(self.folder.glob("*.safetensors")):
             with safe_open(file, framework="pt") as stored:
-                for name in stored.keys():  # noqa: SIM118
-                    yield name, stored.get_tensor(name)
+                yield stored
 
     def copy_files(self, folder: Path) -> None:
-        """Copy every file of the model but its weights: tokenizer, generation settings, code, licence ..."""
+        """Copy every file of the model but its weights: tokenizer, generation settings, code, licence ... Descriptions
+        of a quantization are left out, if its weights are dequantized."""
         for file in sorted(self.folder.iterdir()):
+            if self.quantization and file.name in STALE:
+                continue
             if file.is_file() and not file.name.startswith(".") and not file.name.endswith(WEIGHT_SUFFIXES):
                 shutil.copyfile(file, folder / file.name)
 
@@ -307,26 +380,24 @@ def _digest(file: Path) -> bytes:
         return hashlib.file_digest(stream, "sha256").digest()
 
 
-def _quantized(config: Any) -> str:
-    """The method of the quantization that a configuration, or that of its text model, speaks of; empty for none."""
-    for part in (config, config.get_text_config()):
-        for name in ("quantization_config", "compression_config"):
-            if found := getattr(part, name, None):
-                data = found if isinstance(found, dict) else found.to_dict()
-                return str(data.get("quant_method", "unknown"))
-    return ""
+def _loader(config: Any) -> Any:
+    """The class of transformers that loads a model of a configuration. A multimodal model is loaded whole, so that all
+    its parts are counted and have the names of its own modules; its language model runs on text alone."""
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
+
+    whole = type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING and not config.is_encoder_decoder
+    return AutoModelForMultimodalLM if whole else AutoModelForCausalLM
 
 
-def _is_another_part(key: str, model: PreTrainedModel) -> bool:
-    """Whether a tensor of a wrapper's file belongs to a part (such as a vision tower) beside the language model: to a
-    module that the model lacks, next to its blocks or further out."""
-    from impq_core.model.layers import blocks_of
-
-    modules = {name for name, _ in model.named_modules()}
-    names = key.split(".")
-    depth = max(count for count in range(len(names)) if ".".join(names[:count]) in modules)
-    blocks = blocks_of(model)[0][0].split(".")[:-2]
-    return depth <= len(blocks) and names[:depth] == blocks[:depth] and len(names) - depth > 1
+def _needed(model: PreTrainedModel) -> str:
+    """What the forward of a model needs beside token ids; empty if it needs nothing."""
+    parameters = inspect.signature(type(model).forward).parameters.values()
+    if not any(parameter.name == "input_ids" or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return "no token ids, but other inputs"
+    return ", ".join(parameter.name for parameter in parameters
+                     if parameter.name not in ("self", "input_ids") and parameter.default is parameter.empty
+                     and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD))
 
 
 def _shape(shape: Any) -> str:

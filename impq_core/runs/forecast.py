@@ -292,8 +292,9 @@ def _other_parts(layout: Layout) -> list[Fixed]:
     """The parameters that are in no layer, by kind."""
     shapes = layout.shapes
     loose = sum(block.weights - block.held for block in shapes.blocks)
-    small = shapes.parameters - layout.space.parameters - shapes.embeddings - loose
+    small = shapes.parameters - layout.space.parameters - shapes.embeddings - shapes.encoders - loose
     parts = [("embeddings and head", shapes.embeddings, "never quantized"),
+             ("encoders and projectors", shapes.encoders, "outside the language model"),
              ("other weights of blocks", loose, f"in no linear, such as {shapes.loose}"),
              ("norms, biases and the rest", small, "never quantized")]
     return [Fixed(name, weights, 16.0, 2 * weights, reason) for name, weights, reason in parts if weights]

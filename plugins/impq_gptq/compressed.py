@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from impq_core.errors import ImpqError
-from impq_core.exports.checkpoint import read_model, write_model
+from impq_core.exports.checkpoint import module_names, read_model, write_model
 from impq_core.interfaces import Checkpoint, Exporter, Variant
 from impq_core.space import Choice
 from impq_gptq.backend import Gptq, Options
@@ -43,7 +43,8 @@ class CompressedTensorsExporter(Exporter):
             codes = torch.round(weight / scales.float().clamp_min(1e-12)[:, :, None]).reshape(spec.rows, spec.columns)
             tensors |= {f"{name}.weight_packed": pack_to_int32(codes.to(torch.int8), bits),
                         f"{name}.weight_scale": scales, f"{name}.weight_shape": torch.tensor([spec.rows, spec.columns])}
-        quantized = quantization_config(checkpoint.widths)
+        modules = module_names(checkpoint)
+        quantized = quantization_config({modules[name]: choice for name, choice in checkpoint.widths.items()})
         write_model(folder, tensors, {**checkpoint.config, "quantization_config": quantized})
 
     def restore(self, folder: Path, checkpoint: Checkpoint) -> Mapping[str, Variant]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from impq_core.exports.checkpoint import read_variants, write_model
+from impq_core.exports.checkpoint import module_names, read_variants, write_model
 from impq_core.files import write_text
 from impq_core.interfaces import Checkpoint, Exporter, Variant
 from impq_core.space import FUSED, Choice
@@ -60,7 +60,10 @@ class GptqExporter(Exporter):
         tensors = dict(checkpoint.dense)
         for name, variant in checkpoint.variants.items():
             tensors |= {f"{name}.{part}": variant.tensors[part] for part in TENSORS}
-        config = quantization_config(checkpoint.widths, checkpoint.options)
+        # GPTQModel looks up the names of transformers' modules. vLLM has its own, which are most often the files'.
+        modules = module_names(checkpoint)
+        widths = {modules[name]: choice for name, choice in checkpoint.widths.items()} | checkpoint.widths
+        config = quantization_config(widths, checkpoint.options)
         write_model(folder, tensors, {**checkpoint.config, "quantization_config": config})
         write_text(folder / "quantize_config.json", json.dumps(config, indent=2) + "\n")
 

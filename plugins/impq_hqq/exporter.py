@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from impq_core.exports.checkpoint import read_variants, write_model
+from impq_core.exports.checkpoint import read_variants, require_module_names, write_model
 from impq_core.interfaces import Checkpoint, Exporter, Variant
 from impq_hqq.backend import Hqq, Options
 
@@ -22,7 +22,8 @@ class HqqExporter(Exporter):
     backends = frozenset({"hqq"})
 
     def export(self, checkpoint: Checkpoint, folder: Path) -> None:
-        """Write model.safetensors and config.json."""
+        """Write model.safetensors and config.json; raises ImpqError if the files have other names than the modules."""
+        require_module_names(checkpoint, "hqq")
         tensors, backend = dict(checkpoint.dense), Hqq(Options(**checkpoint.options))
         for name, variant in checkpoint.variants.items():
             state = backend.stored_state(variant, checkpoint.specs[name])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from impq_core.errors import ImpqError
-from impq_core.exports.checkpoint import read_variants, write_model
+from impq_core.exports.checkpoint import read_variants, require_module_names, write_model
 from impq_core.files import write_text
 from impq_core.interfaces import Checkpoint, Exporter, Variant
 from impq_core.space import Choice
@@ -38,6 +38,7 @@ class QuantoExporter(Exporter):
         """Write model.safetensors, config.json and quanto_qmap.json."""
         import torch
 
+        require_module_names(checkpoint, "quanto")
         tensors = {}
         for name, tensor in checkpoint.dense.items():
             tensors[name] = tensor.half() if tensor.is_floating_point() else tensor
