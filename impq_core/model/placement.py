@@ -78,7 +78,7 @@ class Placement:
 
     def original(self, linear: nn.Linear) -> torch.Tensor:
         """A linear's own weight on the device."""
-        return self._read(self._own.get((linear, "weight")) or linear._parameters["weight"])
+        return self._read(self._own.get((linear, "weight"), linear._parameters["weight"]))
 
     @contextmanager
     def at(self, *indices: int) -> Iterator[None]:
