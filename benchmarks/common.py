@@ -107,10 +107,10 @@ class Printer:
             print(f"{stage}: {done} of {total}", flush=True)
 
 
-def heading(title: str, command: str) -> list[str]:
+def heading(title: str, command: str, accelerator: str = "no GPU") -> list[str]:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     return [f"# {title}", "",
-            f"Written by `{command}` on {date.today()}, {os.cpu_count()} cores, no GPU; {versions}.", ""]
+            f"Written by `{command}` on {date.today()}, {os.cpu_count()} cores, {accelerator}; {versions}.", ""]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -14,6 +14,15 @@ _BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2*
 _FORM = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(bits|bpw|%|[kmg]i?b|b)\s*", re.IGNORECASE | re.ASCII)
 
 
+def parse_bytes(text: str, what: str) -> int:
+    """The bytes that a text such as ``8GB`` or ``500MiB`` stands for; raises UsageError, which names ``what``, if it
+    stands for none."""
+    match = _FORM.fullmatch(text)
+    if not match or match[2].upper() not in _BYTES or float(match[1]) <= 0:
+        raise UsageError(f"{what} '{text}' is not understood: write 8GB, 500MB or 4GiB")
+    return round(float(match[1]) * _BYTES[match[2].upper()])
+
+
 @dataclass(frozen=True)
 class Budget:
     """An amount and its unit. Bytes are the stored bytes of the quantizable weights, scales and zeros included.

@@ -109,6 +109,8 @@ class RunConfig:
             name of an accelerator in torch, such as ``cuda``, ``cuda:1``, ``mps`` or ``xpu``.
         dtype: type of the forwards; ``auto`` is bfloat16 if the device multiplies it fast, else float32 on the
             processor and float16 on an accelerator.
+        memory: what the run may take where blocks compute, such as ``8GB``; empty for what is free. If the model does
+            not fit, its blocks stay on disk until they work. No number depends on it.
         seed: seed of all random draws but those of the texts.
         plan: a plan file to apply instead of estimating and allocating.
         output: folder for run folders.
@@ -141,6 +143,7 @@ class RunConfig:
     evaluation: TextConfig = TextConfig()
     device: str = "auto"
     dtype: str = "auto"
+    memory: str = ""
     seed: int = 0
     plan: str = ""
     output: str = "impq-runs"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -145,6 +147,7 @@ def test_what_accelerators_permit_is_permitted(device: StandIn) -> None:
     assert torch.equal(here.cpu(), 2 * host)
     host.copy_(here)
     assert float(host.sum()) == float(here.sum()) == 8.0 and here.tolist() == host.tolist()
+    assert here.unsqueeze_(0).shape == (1, 4, 4) and here.shape == (1, 4, 4)
     for made in (torch.tensor([1.0], device=NAME), torch.zeros(2, device=NAME), torch.ones_like(host, device=NAME)):
         assert made.device == device.device
 
@@ -210,6 +213,16 @@ def test_gradients_are_those_of_the_processor(device: StandIn) -> None:
         gradients.append([parameter.grad.cpu().clone() for parameter in moved.parameters()])
     for ours, theirs in zip(*gradients, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_late_import_is_named_as_what_is_wrong_with_gradients() -> None:
+    code = ("import torch; torch.ones(1, requires_grad=True).backward()\n"
+            "from impq_core.testing.device import device_there\n"
+            "with device_there() as device:\n"
+            "    assert torch.ones(2, device=device.name).sum().item() == 2\n"
+            "    torch.ones(1, device=device.name, requires_grad=True).backward()\n")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "import impq_core.testing.device before" in done.stderr.splitlines()[-1]
 
 
 def test_bytes_are_counted(device: StandIn) -> None:

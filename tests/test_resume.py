@@ -32,14 +32,14 @@ from impq_core.tracking.tracker import Tracker
 
 
 class Stop:
-    """Stops the run at a step of a stage, as Ctrl-C does."""
+    """Stops the run in a stage, as Ctrl-C does: at the first report of at least so many steps."""
 
     def __init__(self, stage: str, done: int) -> None:
         self._at = stage, done
 
     @hookimpl
     def impq_progress(self, stage: str, done: int, total: int) -> None:
-        if (stage, done) == self._at:
+        if stage == self._at[0] and self._at[1] <= done < max(total, 1):
             raise KeyboardInterrupt
 
 

@@ -86,6 +86,8 @@ def run_options(several: bool = False) -> Callable[[Command], Command]:
         click.option("--device", help="Where blocks compute: auto (an accelerator, else the processor), cpu, cuda, "
                                       "cuda:1, mps or xpu [auto]."),
         click.option("--dtype", help="Type of the forwards: auto, float32, bfloat16 or float16 [auto]."),
+        click.option("--memory", help="Memory that the run may take where blocks compute, such as 8GB; if the model "
+                                      "does not fit, its blocks stay on disk until they work [what is free]."),
         click.option("--seed", type=int, help="Seed of all random draws but those of the texts [0]."),
         click.option("--time-limit", type=float, help="Time limit of the allocator in seconds (its option time_limit); "
                                                       "plans then depend on the speed of the machine."),

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
+import torch
+
+from impq_core.budget import parse_bytes
 from impq_core.config import RunConfig
+from impq_core.errors import ImpqError
+from impq_core.game.model_game import PICKS
 from impq_core.game.probe import BATCH_TOKENS
 from impq_core.interfaces import Backend
+from impq_core.machine import free_device_memory
+from impq_core.model.blockwise import HEAD_ROWS, ROOM
+from impq_core.model.source import MAPPED
 from impq_core.runs.layout import Layout
 from impq_core.space import FUSED, Choice, LinearSpec
 from impq_core.workload import Workload
@@ -23,12 +32,11 @@ GRAPH = {"float32": (18.1, 12.0), "bfloat16": (13.1, 6.0), "float16": (13.1, 6.0
 many times the width inside the feed-forward. Measured on three shapes of Llama; float16 is
 taken to be as bfloat16."""
 
-LOGITS = 4
-"""Float32 copies of a batch's logits that exist at once in a backward; those of a model in float32 are one of them."""
+ALLOCATIONS = 12
+"""Allocations that are scored on held-out text: a plan, its references, and the unquantized model."""
 
-HEAP = 0.5
-"""Bytes that the C library keeps beside each byte of variants and unpacked weights, because memory that was given back
-lies between them: measured from 0.5 to 0.9 on models of 0.3 and 1 billion weights."""
+LOGITS = 6
+"""Float32 copies of the logits of a few positions that exist at once."""
 
 VARIANT_FILE = 600
 """Bytes that a variant's file in the cache has beside its tensors."""
@@ -48,16 +56,57 @@ Bytes = Mapping[str, int]
 _ENGINES = {part: fused for fused, parts in FUSED.items() for part in parts}
 
 
-def memory(layout: Layout, work: Workload | None) -> dict[str, Bytes]:
-    """Resident bytes at the peak of each stage, by content.
+@dataclass(frozen=True)
+class Placing:
+    """How a run uses memory.
 
-    Counted are the libraries, the model, its file while it is mapped to be read, the packed variants, the unpacked
-    copies that stand in the model, memory between them that was given back and is not used again, hidden states,
-    statistics, gradients and logits. Not counted are the texts and the arrays of surrogates and allocators.
+    Args:
+        streamed: whether weights of blocks stay on disk until the block works.
+        room: bytes of hidden states that wait for later blocks or other windows (``BlockwiseModel``).
+        shortfall: what is needed and what is free, if the run does not fit into what is free now; else empty.
+    """
+
+    streamed: bool
+    room: int
+    shortfall: str = ""
+
+
+def place(layout: Layout) -> Placing:
+    """All weights resident if the run then fits into its memory; else blocks stay on disk until they work.
+
+    Raises:
+        ImpqError: the run does not fit into the ``--memory`` that the user gave.
+    """
+    config, device = layout.config, layout.device
+    limit = parse_bytes(config.memory, "memory") if config.memory else free_device_memory(device)
+    weights = ITEM[config.dtype] * layout.shapes.parameters
+    room = max(ROOM, min(weights, limit or weights) // 4)
+    if limit is None:
+        return Placing(False, room)
+    for streamed in (False, True):
+        placing = Placing(streamed, room)
+        sizes = {stage: sum(size for name, size in content.items() if name != "libraries" or device.type == "cpu")
+                 for stage, content in memory(layout, None, placing).items()}
+        stage = max(sizes, key=sizes.__getitem__)
+        if sizes[stage] <= limit:
+            return placing
+    line = (f"about {sizes[stage] / 1e9:.1f} GB of memory are needed on {device} ({stage}), with blocks on disk until "
+            f"they work; {limit / 1e9:.1f} GB are {'given' if config.memory else 'free'}")
+    if config.memory:
+        raise ImpqError(f"{line}: give more --memory, fewer or shorter windows, or a smaller model")
+    return replace(placing, shortfall=line)
+
+
+def memory(layout: Layout, work: Workload | None, placing: Placing) -> dict[str, Bytes]:
+    """Resident bytes at the peak of each stage, by content; on an accelerator all but the libraries are there, too.
+
+    Counted are the libraries, the model's resident weights, a block with its unpacked and packed weights, hidden
+    states, statistics, gradients and logits. Not counted are the texts and the arrays of surrogates and allocators.
 
     Args:
         layout: of the run.
         work: of the estimator; None if it is unknown, which is taken for gradients, the largest.
+        placing: of the weights and hidden states.
     """
     config, shapes = layout.config, layout.shapes
     item = ITEM[config.dtype]
@@ -65,34 +114,32 @@ def memory(layout: Layout, work: Workload | None) -> dict[str, Bytes]:
     calibration = config.calibration.windows * config.calibration.length
     played = config.game_windows * config.calibration.length
     file = layout.source.file_bytes or item * shapes.parameters
-    model = {"libraries": LIBRARIES, "model": item * shapes.parameters}
-    unpacked = item * sum(layer.parameters for layer, menu in zip(layout.space.everyone, layout.deployed_menus,
-                                                                  strict=True) if menu)
-    linears = [linear for layer in layout.space.everyone for linear in layer.linears]
-    largest = max(linears, key=lambda linear: linear.parameters)
-    stages: dict[str, Bytes] = {"check": {"libraries": LIBRARIES, "weights_file": file},
-                                "load": {**model, "weights_file": file}}
-    variants = []
-    for backend, menus in _made(layout):
-        variants.append(_packed(layout, backend, menus))
+    block = max(block.weights for block in shapes.blocks)
+    resident = shapes.parameters - sum(block.weights for block in shapes.blocks) * placing.streamed
+    base = {"libraries": LIBRARIES, "model": item * resident}
+    standing = {**base, "block": item * block * (2 if placing.streamed else 1) + _block_packed(layout),
+                "logits": HEAD_ROWS * shapes.vocabulary * 4 * LOGITS}
+    stages: dict[str, Bytes] = {"check": {"libraries": LIBRARIES, "weights_file": min(file, MAPPED)},
+                                "load": {**base, "weights_file": file * resident // shapes.parameters}}
+    kept = 0  # without a cache, variants are in memory
+    for number, (backend, menus) in enumerate(_made(layout)):
+        kept = 0 if config.cache else _packed(layout, backend, menus)
         reads = bool(backend.needs)
-        stages["quantize" if len(variants) == 1 else "quantize_deployed"] = {
-            **model, **_quantized(variants[-1], unpacked),
+        stages["quantize_deployed" if number else "quantize"] = {
+            **base, "variants": kept, "block": standing["block"],
             "hidden_states": 2 * calibration * token * reads,
             "statistics": _statistics(layout) * reads,
-            "quantizer": max(_solver(linear, reads) for linear in linears)}
-    standing = {**model, **_quantized(variants[0], unpacked)}
+            "quantizer": _solver(layout, menus, reads)}
+    standing["variants"] = kept
+    path = (1 + len(shapes.blocks) + PICKS + (config.value == "kl")) * played * token
     if layout.plan is None or layout.parts.needs_calibration:
-        estimate = {**standing, "hidden_states": 0}
-        if layout.parts.needs_calibration:  # states in front of every block, and behind the last of the unquantized
-            estimate["hidden_states"] = (1 + len(shapes.blocks) + (config.value == "kl")) * played * token
-        if layout.plan is None:
-            estimate |= _gradients(layout, work, largest)
-        stages["estimate"] = estimate
-    standing |= _quantized(variants[-1], unpacked)
+        estimate = {**standing, "hidden_states": path if layout.parts.needs_calibration else 0}
+        stages["estimate"] = estimate if layout.plan else {**estimate, **_gradients(layout, work, placing)}
     if config.refine:  # two games
-        stages["refine"] = {**standing, "hidden_states": 2 * (1 + len(shapes.blocks)) * played * token}
-    stages["evaluate"] = {**standing, "hidden_states": 4 * config.evaluation.windows * config.evaluation.length * token}
+        stages["refine"] = {**standing, "hidden_states": 2 * path}
+    held_out = config.evaluation.windows * config.evaluation.length * token
+    side_by_side = min(ALLOCATIONS, max(1, placing.room // held_out))
+    stages["evaluate"] = {**standing, "hidden_states": 2 * held_out + 2 * side_by_side * held_out}
     return {stage: {name: size for name, size in sizes.items() if size} for stage, sizes in stages.items()}
 
 
@@ -142,43 +189,68 @@ def _packed(layout: Layout, backend: Backend, menus: Sequence[Sequence[Choice]])
                for linear in layer.linears for choice in menu)
 
 
-def _quantized(variants: int, unpacked: int) -> dict[str, int]:
-    return {"variants": variants, "unpacked": unpacked, "heap": round(HEAP * (variants + unpacked))}
+def _block_packed(layout: Layout) -> int:
+    """Bytes of the variants of a block at its widest choices."""
+    sizes: dict[int, int] = {}
+    for layer, menu in zip(layout.space.everyone, layout.deployed_menus, strict=True):
+        sizes[layer.block] = sizes.get(layer.block, 0) + sum(
+            layout.parts.backend.nbytes(linear, menu[0]) for linear in layer.linears if menu)
+    return max(sizes.values())
+
+
+def _inputs(layout: Layout) -> dict[int, dict[str, list[tuple[LinearSpec, int]]]]:
+    """Linears, and the number of their choices, by block and by what they read: q, k and v read one input."""
+    found: dict[int, dict[str, list[tuple[LinearSpec, int]]]] = {}
+    for layer, menu in zip(layout.space.everyone, layout.deployed_menus, strict=True):
+        for linear in layer.linears:
+            parent, _, leaf = linear.name.rpartition(".")
+            found.setdefault(layer.block, {}).setdefault(f"{parent}.{_ENGINES.get(leaf, leaf)}", []).append(
+                (linear, len(menu)))
+    return found
 
 
 def _statistics(layout: Layout) -> int:
     """Bytes of the second moments of the inputs of a block's linears, and of two more while one is summed up."""
-    grams: dict[int, set[tuple[str, int]]] = {}
-    for layer in layout.space.everyone:
-        for linear in layer.linears:
-            parent, _, leaf = linear.name.rpartition(".")
-            grams.setdefault(layer.block, set()).add((f"{parent}.{_ENGINES.get(leaf, leaf)}", linear.columns))
-    blocks: Iterator[list[int]] = ([4 * columns**2 for _, columns in block] for block in grams.values())
+    blocks: Iterator[list[int]] = ([4 * shared[0][0].columns**2 for shared in block.values()]
+                                   for block in _inputs(layout).values())
     return max(sum(sizes) + 2 * max(sizes) for sizes in blocks)
 
 
-def _solver(linear: LinearSpec, reads: bool) -> int:
-    """Bytes of float32 copies that the quantizer of a linear makes: four of its weight, and four of its Hessian if it
-    reads one."""
-    return 16 * linear.parameters + 16 * linear.columns**2 * reads
+def _solver(layout: Layout, menus: Sequence[Sequence[Choice]], reads: bool) -> int:
+    """Bytes of the float32 copies that quantizers make: two of the weights of linears that share their inputs, for each
+    choice, and two of their Hessian; on the processor, of as many such sets of linears as there are threads."""
+    side_by_side = torch.get_num_threads() if layout.device.type == "cpu" else 1
+
+    def takes(shared: Sequence[tuple[LinearSpec, int]]) -> int:
+        weights = sum(4 * linear.parameters * (1 + 2 * count) for linear, count in shared)
+        return weights + 8 * shared[0][0].columns**2 * reads
+
+    return max(sum(sorted(map(takes, block.values()))[-side_by_side:]) for block in _inputs(layout).values())
 
 
-def _gradients(layout: Layout, work: Workload | None, largest: LinearSpec) -> dict[str, int]:
-    """Bytes that an estimator with gradients takes: the graph of a batch, its logits, and weights in float32."""
+def _gradients(layout: Layout, work: Workload | None, placing: Placing) -> dict[str, int]:
+    """Bytes that an estimator with gradients takes: states in front of every block, the graph of a batch in a block,
+    the changes of a block's weights, and weights in float32."""
     config, shapes = layout.config, layout.shapes
     if work and not work.slopes and not work.traces:
         return {}
-    item = ITEM[config.dtype]
+    traces = bool(work and work.traces)
+    item = 4 if traces else ITEM[config.dtype]
     length = config.calibration.length
     tokens = min(max(1, BATCH_TOKENS // length), windows_probed(config)) * length
-    hidden, inner = GRAPH["float32" if work and work.traces else config.dtype]
+    hidden, inner = GRAPH["float32" if traces else config.dtype]
     inputs = (3 * shapes.hidden + shapes.intermediate) * item  # of linears, kept for the gradients of their weights
     kept = hidden * shapes.hidden + inner * shapes.intermediate + inputs  # of a token in a block
-    sizes = {"graph": round(tokens * len(shapes.blocks) * kept),
-             "logits": tokens * shapes.vocabulary * (4 * LOGITS + (item if item < 4 else 0)),
-             "changes": 4 * largest.parameters * (1 + len(layout.space.choices))}
+    states = (1 + len(shapes.blocks)) * windows_probed(config) * length * shapes.hidden * item
+    block = max(block.weights for block in shapes.blocks)
+    largest = max(linear.parameters for layer in layout.space.everyone for linear in layer.linears)
+    sizes = {"graph": round(tokens * kept),
+             "probe_states": min(states, max(placing.room, states // windows_probed(config))) + 2 * tokens * item,
+             "changes": item * block * (1 if traces else len(layout.space.choices)) + 4 * largest * (
+                 1 + len(layout.space.choices))}
     if config.value == "kl":
-        sizes["unquantized_states"] = windows_probed(config) * length * shapes.hidden * item
-    if work and work.traces:
-        sizes["float32_model"] = 4 * shapes.parameters
+        sizes["unquantized_states"] = windows_probed(config) * length * shapes.hidden * ITEM[config.dtype]
+    if traces:
+        sizes["float32_model"] = 4 * (shapes.parameters - sum(block.weights for block in shapes.blocks) + block)
+        sizes["signs"] = layout.space.parameters
     return sizes

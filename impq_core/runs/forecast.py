@@ -5,6 +5,7 @@ No weight and no text is read, and nothing is written. It takes seconds for a mo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -15,13 +16,14 @@ from typing import Any
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError
 from impq_core.evaluate import RANDOM_PLANS
+from impq_core.game.model_game import PICKS
 from impq_core.machine import free_device_memory, free_disk, free_memory
 from impq_core.model.demo import cache_path
 from impq_core.model.device import hardware
 from impq_core.model.shapes import Shapes
 from impq_core.model.source import ModelSource, locate_model
 from impq_core.plugins import Plugins
-from impq_core.runs.footprint import Bytes, disk, memory, windows_probed
+from impq_core.runs.footprint import Bytes, disk, memory, place, windows_probed
 from impq_core.runs.grid import Sweep
 from impq_core.runs.layout import Layout, lay_out
 from impq_core.space import LayerSpec, SearchSpace
@@ -271,7 +273,7 @@ def _search(layouts: Sequence[Layout], first: bool = True, exports: int = 0) -> 
         (*_pins(layout), *_other_parts(layout)),
         tuple(Size.of(budget, nbytes, space) for budget, nbytes in budgets.items()),
         Size.of("smallest", space.low_bytes, space), Size.of("largest", space.high_bytes, space),
-        None if work is None else float(work.losses.sum()), forwards, memory(layout, work), takes)
+        None if work is None else float(work.losses.sum()), forwards, memory(layout, work, place(layout)), takes)
 
 
 def _pins(layout: Layout) -> list[Fixed]:
@@ -309,7 +311,9 @@ def work_forwards(work: Workload, shapes: Shapes, config: RunConfig, weights_on_
     """
     cost = shapes.cost(config.calibration.length)
     divergence = config.value == "kl"
-    game = sum(count * (cost.behind(block) + (1 + divergence) * cost.head) for block, count in enumerate(work.losses))
+    game = sum(count * (cost.behind(block) + cost.head) for block, count in enumerate(work.losses))
+    # The unquantized model's logits are made again for each batch of picks, here taken to be full.
+    game += divergence * math.ceil(work.losses.sum() / PICKS) * cost.head
     if divergence and work.sets:  # the unquantized states of each set of windows, and of the first once more
         game += (work.sets + (work.sets > 1)) * cost.behind(0)
     passes = work.slopes + 2 * work.traces
@@ -337,8 +341,8 @@ def _plan_forwards(layout: Layout, work: Workload | None, plans: int) -> float:
     divergence = config.value == "kl"
     measured = bool(work.losses.any()) if work else not layout.plan
     losses = plans + (not measured)
-    return float(losses * (cost.behind(0) + (1 + divergence) * cost.head)
-                 + divergence * (not measured) * cost.behind(0)) / cost.total
+    return float(losses * (cost.behind(0) + cost.head)
+                 + divergence * (plans * cost.head + (not measured) * cost.behind(0))) / cost.total
 
 
 def _evaluation_forwards(layout: Layout, scores: int, first: bool) -> float:

@@ -11,6 +11,7 @@ from typing import Self
 
 import torch
 
+from impq_core.budget import parse_bytes
 from impq_core.config import RunConfig
 from impq_core.errors import UsageError
 from impq_core.interfaces import Backend
@@ -127,6 +128,8 @@ def lay_out(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
     """
     parts = Parts.build(config, plugins)
     device = resolve_device(config.device)
+    if config.memory:
+        parse_bytes(config.memory, "memory")
     if calibrate and parts.needs_calibration:
         check_source(config.calibration.source, "calibration")
     check_source(config.evaluation.source, "evaluation")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from copy import copy
 from pathlib import Path
 
 from impq_core.errors import ImpqError, one_line
 from impq_core.evaluate import Evaluator, KeptScores, ScoreLog, evaluate_plan
+from impq_core.files import scratch_folder
 from impq_core.game.model_game import ModelGame
 from impq_core.game.probe import ModelProbe
 from impq_core.interfaces import Backend
@@ -18,12 +20,14 @@ from impq_core.ledger import Ledger, MeasurementLog
 from impq_core.model.bank import Bank
 from impq_core.model.blockwise import BlockwiseModel, Hidden
 from impq_core.model.cache import Shelf, shelf_for
+from impq_core.model.demo import cache_folder
 from impq_core.model.device import resolve_dtype
 from impq_core.model.quantize import fill_bank
 from impq_core.model.text import Windows
 from impq_core.plugins import Plugins
 from impq_core.results import Evaluation
 from impq_core.runs.folder import RunFolder
+from impq_core.runs.footprint import place
 from impq_core.runs.prepare import Prepared
 from impq_core.space import Choice, SearchSpace
 from impq_core.types import Plan
@@ -55,8 +59,21 @@ class Session:
         self.prepared, self.plugins, self.clock = prepared, plugins, Clock()
         self.device = prepared.device
         self.dtype = resolve_dtype(prepared.config.dtype, self.device)
-        self.runner = runner or BlockwiseModel(prepared.source.load(self.dtype).to(self.device), self.device)
+        self.runner = runner or self._load()
         self.bank = Bank(self.runner, prepared.space.everyone, prepared.parts.backend)
+
+    def _load(self) -> BlockwiseModel:
+        placing, source = place(self.prepared), self.prepared.source
+        if placing.shortfall:
+            warnings.warn(placing.shortfall, RuntimeWarning, stacklevel=3)
+        if not placing.streamed:
+            return BlockwiseModel(source.load(self.dtype).to(self.device), self.device, room=placing.room)
+        scratch = ExitStack()
+        folder = scratch.enter_context(scratch_folder(cache_folder(), "weights"))
+        model, stored = source.load_streamed(self.dtype, self.device, folder)
+        runner = BlockwiseModel(model, self.device, stored, placing.room)
+        weakref.finalize(runner, scratch.close)  # runners are shared between sessions
+        return runner
 
     def report(self, stage: str) -> Progress:
         """A function that reports the progress of a stage to the observers."""

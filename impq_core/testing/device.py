@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -140,10 +141,10 @@ class StandIn(TorchDispatchMode):  # type: ignore[no-untyped-call]
             plain_kwargs["device"] = kwargs["device"] if outside else torch.device("cpu")
         if "pin_memory" in plain_kwargs:
             plain_kwargs["pin_memory"] = False
-        shapes = [tensor.kept.shape for tensor in here]
         result = func(*plain_args, **plain_kwargs)
-        if any(tensor.kept.shape != shape for tensor, shape in zip(here, shapes, strict=True)):
-            raise Refused(f"{func} gives a tensor another shape in place, which the stand-in cannot follow")
+        if torch.Tag.inplace_view in func.tags:
+            with no_dispatch():  # the shape of the tensor itself, beside that of its numbers
+                func(*args, **kwargs)
         self._count(func, args, here, outside)
         if outside:  # a copy to the host, or a tensor made there
             return result
@@ -242,6 +243,8 @@ class _Functions(TorchFunctionMode):
         if func in (torch.tensor, torch.as_tensor, torch.asarray) and kwargs.get("device") is not None:
             device = kwargs.pop("device")
             return func(*args, **kwargs).to(device) if _is_here(device) else func(*args, device=device, **kwargs)
+        if func is torch.Tensor.backward and isinstance(args[0], _Tensor):
+            return _backward(*args, **kwargs)
         if func == _GET_DATA and isinstance(args[0], _Tensor):
             return args[0].detach()
         if func == _SET_DATA:
@@ -256,6 +259,16 @@ class _Functions(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _backward(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    try:
+        tensor.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        if "device_ready_queues" not in str(error):
+            raise
+        raise RuntimeError("torch looked for devices before this one was there: import impq_core.testing.device before "
+                           "the first backward pass of the process") from error
+
+
 @contextlib.contextmanager
 def device_there(float64: bool = False, evicts: bool = False) -> Iterator[StandIn]:
     """Torch has the device ``other`` as its accelerator; one context at a time.
@@ -268,7 +281,7 @@ def device_there(float64: bool = False, evicts: bool = False) -> Iterator[StandI
     Torch has the name of the device from the import of this module on, but the device only in the context.
 
     Raises:
-        RuntimeError: the device is there already, or a backward pass ran before this module was imported.
+        RuntimeError: the device is there already; or, from a backward pass, one ran before this module was imported.
 
     Args:
         float64: whether the device has float64, as CUDA has and MPS has not.
@@ -281,8 +294,6 @@ def device_there(float64: bool = False, evicts: bool = False) -> Iterator[StandI
     torch.__future__.set_swap_module_params_on_conversion(True)  # a module moves its parameters and keeps those tied
     try:
         with _Functions(evicts), _MODULE.used as device:
-            _check_gradients()
-            device.forget()
             yield device
     finally:
         torch.__future__.set_swap_module_params_on_conversion(swaps)
@@ -311,14 +322,6 @@ def _registered() -> _Module:
 
 _MODULE = _registered()
 """At import, because torch's gradients look for devices once, at the first backward pass."""
-
-
-def _check_gradients() -> None:
-    try:
-        torch.ones(1, device=NAME, requires_grad=True).sum().backward()  # type: ignore[no-untyped-call]
-    except RuntimeError as error:
-        raise RuntimeError("torch looked for devices before this one was there: import impq_core.testing.device before "
-                           "the first backward pass of the process") from error
 
 
 def _is_here(device: Any) -> bool:
