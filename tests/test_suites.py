@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, cast
 
@@ -197,7 +197,42 @@ def test_backends() -> None:
     assert failures(BackendSuite, part=Rounding) == set()
     assert failures(BackendSuite, part=Sloppy) == {
         "test_sizes_are_exact", "test_the_same_weight_makes_the_same_variant_and_nothing_is_touched",
-        "test_awkward_shapes_are_exact_or_refused_by_name"}
+        "test_awkward_shapes_are_exact_or_refused_by_name",
+        "test_linears_quantized_together_are_those_quantized_alone"}
+
+
+def _joined(backend: Rounding, weights: Mapping[LinearSpec, torch.Tensor], wanted: Sequence[tuple[LinearSpec, Choice]],
+            statistics: Statistics | None) -> Iterator[tuple[LinearSpec, Variant]]:
+    """Rows of all linears share one scale."""
+    most = max((float(weights[linear].abs().max()) for linear, _ in wanted), default=0.0)
+    for linear, choice in wanted:
+        variant = backend.quantize(weights[linear], choice, statistics)
+        yield linear, replace(variant, tensors={**variant.tensors, "scale": variant.tensors["scale"].clamp(min=most)})
+
+
+def _disordered(backend: Rounding, weights: Mapping[LinearSpec, torch.Tensor],
+                wanted: Sequence[tuple[LinearSpec, Choice]],
+                statistics: Statistics | None) -> Iterator[tuple[LinearSpec, Variant]]:
+    return Rounding.quantize_together(backend, weights, wanted[::-1], statistics)
+
+
+@pytest.mark.parametrize("together", [_joined, _disordered])
+def test_backends_that_quantize_together(together: Callable[..., object]) -> None:
+    part = type("Bad", (Rounding,), {"quantize_together": together})
+    assert failures(BackendSuite, part=part) == {"test_linears_quantized_together_are_those_quantized_alone"}
+
+
+class Transposed(Rounding):
+    def quantize(self, weight: torch.Tensor, choice: Choice, statistics: Statistics | None) -> Variant:
+        variant = super().quantize(weight, choice, statistics)
+        return replace(variant, tensors={**variant.tensors, "codes": variant.tensors["codes"].T.contiguous().T})
+
+    def dequantize(self, variant: Variant, linear: LinearSpec) -> torch.Tensor:
+        return super().dequantize(variant, linear).contiguous()
+
+
+def test_backends_whose_variants_are_laid_out_otherwise() -> None:
+    assert failures(BackendSuite, part=Transposed) == {"test_variants_are_contiguous_in_host_memory"}
 
 
 @dataclass

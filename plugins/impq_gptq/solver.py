@@ -2,7 +2,7 @@
 
 The columns of a weight are rounded one after another. The rounding error of a column is spread over the columns that
 are left, in proportion to a row of V, where V is upper triangular and VT V is the inverse of the damped Hessian of the
-inputs (equation 3 and section 3.3 of the paper). V depends neither on the weight nor on the width, so that one V and
+inputs (the paper's Cholesky reformulation). V depends neither on the weight nor on the width, so that one V and
 one loop serve every linear and width. The algorithm is that of gptqmodel 7.6, the reference in the tests: its clip
 search, its choice of zeros, its order of columns (group-aware reordering, arXiv 2505.14638), and grids that are fixed
 at the start of a block of columns. V is computed from one Cholesky factor of the reversed Hessian; gptqmodel factors
@@ -15,8 +15,8 @@ and matrix products are made for each linear and width by themselves, because a 
 of rows.
 
 **Memory**, in bytes beside the weights and the gram given, with C columns and R rows, summed over linears and widths:
-8 C^2 while the Hessian is factored; then at most 4 C^2 + 5 C R + 8 max(128, group size) R, and 20 MB on a CPU or 1 GB
-elsewhere for the chunk at work.
+8 C^2 while the Hessian is factored; then at most 4 C^2 + 5 C R + 8 max(128, group size) R, and 20 MB on a CPU or
+500 MB elsewhere for the chunk at work.
 
 **Devices.** Everything runs on the device of the weights. Inside the loop over columns nothing waits for the device.
 """
@@ -35,7 +35,7 @@ import torch
 BLOCK = 128
 """Columns between two updates of the columns to the right by a matrix product."""
 
-CPU_CHUNK, DEVICE_CHUNK = 2**17, 2**23
+CPU_CHUNK, DEVICE_CHUNK = 2**17, 2**22
 """Weights whose grids and codes are found together: on a CPU few enough for its cache, elsewhere as many as keep the
 device busy."""
 
