@@ -21,6 +21,9 @@ from impq_core.errors import ImpqError
 PLACES = ("quantization_config", "compression_config")
 """Names of the entry of config.json that says how the weights are stored."""
 
+STALE = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "recipe.yaml", "quanto_qmap.json")
+"""Names of files that describe a quantization."""
+
 OFFERED = {"fp8": FineGrainedFP8Config, "mxfp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config,
            "compressed-tensors": CompressedTensorsConfig}
 """Methods that transformers dequantizes on a processor, with the class of their settings."""

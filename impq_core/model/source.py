@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import re
 import shutil
@@ -26,9 +25,6 @@ if TYPE_CHECKING:
 
 MAPPED = 2**27
 """Bytes of a file of weights that are mapped at a time while it is checked."""
-
-STALE = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "recipe.yaml", "quanto_qmap.json")
-"""Names of files that describe a quantization."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +154,7 @@ class ModelSource:
         import torch
 
         from impq_core.model import dequantize
+        from impq_core.model.classes import loader_of, needed_by
         from impq_core.model.linears import to_linears
 
         try:
@@ -166,7 +163,7 @@ class ModelSource:
                 dequantize.check(self.name, self.quantization)
                 dequantize.forget(config)
             with torch.device("meta"):
-                model = to_linears(_loader(config).from_config(config, trust_remote_code=self.trust_remote_code))
+                model = to_linears(loader_of(config).from_config(config, trust_remote_code=self.trust_remote_code))
         except ImpqError:  # of the folder that the demo model is unpacked into, or of the quantization
             raise
         except Exception as error:  # a configuration can be wrong in any way
@@ -178,7 +175,7 @@ class ModelSource:
                                 f"{one_line(error, 260)}") from error
             raise ImpqError(f"model {self.name} is no causal language model that transformers can load: "
                             f"{one_line(error, 260)}") from error
-        if needed := _needed(model):
+        if needed := needed_by(model):
             raise ImpqError(f"model {self.name} does not run on text alone: the forward of {type(model).__name__} "
                             f"needs {needed}")
         return model
@@ -250,9 +247,10 @@ class ModelSource:
 
     def _from_files(self, **options: Any) -> PreTrainedModel:
         from impq_core.model import dequantize
+        from impq_core.model.classes import loader_of
 
         try:
-            model, report = _loader(self._config()).from_pretrained(
+            model, report = loader_of(self._config()).from_pretrained(
                 self._files, trust_remote_code=self.trust_remote_code, use_safetensors=True, output_loading_info=True,
                 ignore_mismatched_sizes=True, **(options | dequantize.loading(self.quantization)))
         except Exception as error:  # safetensors, the hub and transformers each raise their own
@@ -332,6 +330,8 @@ class ModelSource:
     def copy_files(self, folder: Path) -> None:
         """Copy every file of the model but its weights: tokenizer, generation settings, code, licence ... Descriptions
         of a quantization are left out, if its weights are dequantized."""
+        from impq_core.model.dequantize import STALE
+
         for file in sorted(self.folder.iterdir()):
             if self.quantization and file.name in STALE:
                 continue
@@ -378,26 +378,6 @@ def locate_model(name: str, trust_remote_code: bool = False) -> ModelSource:
 def _digest(file: Path) -> bytes:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").digest()
-
-
-def _loader(config: Any) -> Any:
-    """The class of transformers that loads a model of a configuration. A multimodal model is loaded whole, so that all
-    its parts are counted and have the names of its own modules; its language model runs on text alone."""
-    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
-
-    whole = type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING and not config.is_encoder_decoder
-    return AutoModelForMultimodalLM if whole else AutoModelForCausalLM
-
-
-def _needed(model: PreTrainedModel) -> str:
-    """What the forward of a model needs beside token ids; empty if it needs nothing."""
-    parameters = inspect.signature(type(model).forward).parameters.values()
-    if not any(parameter.name == "input_ids" or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return "no token ids, but other inputs"
-    return ", ".join(parameter.name for parameter in parameters
-                     if parameter.name not in ("self", "input_ids") and parameter.default is parameter.empty
-                     and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD))
 
 
 def _shape(shape: Any) -> str:
