@@ -99,7 +99,8 @@ def test_a_permutation_unpacks_each_variant_once() -> None:
     assert max(table.backend.unpacked.values()) <= combinations
 
 
-def test_slopes_unpack_a_variant_for_the_blend_and_for_its_change() -> None:
+def test_slopes_unpack_a_variant_for_the_blend_and_for_its_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("impq_core.game.probe.BATCH_TOKENS", 16)  # a window
     table = Table()
     probe, at, found = ModelProbe(table.space, table.bank, table.runner, WINDOWS), np.array([0.5, 0.5]), []
     probe.slopes(at)  # the first time, its operations are counted on a window

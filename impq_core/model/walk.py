@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -57,7 +58,7 @@ class Walk:
             return self._one_by_one(assignments, known.inputs[0], progress), Prefix(assignments[-1], known.inputs[:1])
         begins = [min(self._first_difference(known.assignment, assignment), len(known.inputs) - 1)
                   for assignment in assignments]
-        states: list[Hidden] = []
+        states: dict[int, Hidden] = {}
         at: list[int] = [-1] * len(assignments)  # the place of each assignment's states; -1 is a known state
         inputs = list(known.inputs[:begins[-1] + 1])
         for block in range(min(begins), len(self._runner)):
@@ -65,15 +66,22 @@ class Walk:
             groups: dict[tuple[Choice | None, ...], dict[int, list[int]]] = {}
             for k in passing:
                 groups.setdefault(self._choices(assignments[k], block), {}).setdefault(at[k], []).append(k)
-            found: list[Hidden] = []
+            uses = Counter(place for prefixes in groups.values() for place in prefixes)
+            found: dict[int, Hidden] = {}
             for choices, prefixes in groups.items():
                 for layer, choice in zip(self._layers[block], choices, strict=True):
                     self._bank.switch(layer, choice)
                 with self._runner.placement.at(block):
                     for place, members in prefixes.items():
-                        found.append(self._runner.run(block, known.inputs[block] if place < 0 else states[place]))
+                        uses[place] -= 1
+                        if place < 0:
+                            before = known.inputs[block]
+                        else:  # the last use of states ends their memory
+                            before = states[place] if uses[place] else states.pop(place)
+                        number = len(found)
+                        found[number] = self._runner.run(block, before)
                         for k in members:
-                            at[k] = len(found) - 1
+                            at[k] = number
             states = found
             if begins[-1] <= block < len(self._runner) - 1:
                 inputs.append(states[at[-1]])
@@ -116,3 +124,4 @@ class Walk:
         return next((block for block in range(len(self._runner))
                      if known is None or self._choices(known, block) != self._choices(assignment, block)),
                     len(self._runner))
+

@@ -139,7 +139,7 @@ def memory(layout: Layout, work: Workload | None, placing: Placing) -> dict[str,
         stages["refine"] = {**standing, "hidden_states": 2 * path}
     held_out = config.evaluation.windows * config.evaluation.length * token
     side_by_side = min(ALLOCATIONS, max(1, placing.room // held_out))
-    stages["evaluate"] = {**standing, "hidden_states": 2 * held_out + 2 * side_by_side * held_out}
+    stages["evaluate"] = {**standing, "hidden_states": (3 + side_by_side) * held_out}
     return {stage: {name: size for name, size in sizes.items() if size} for stage, sizes in stages.items()}
 
 
