@@ -229,7 +229,8 @@ def forecast_lines(forecast: Forecast) -> list[str]:
     parts = ", ".join(f"{name.replace('_', ' ')} {size / 1e9:.2f}"
                       for name, size in sorted(held.items(), key=lambda item: -item[1]))
     free = "" if forecast.free_memory is None else f"; {forecast.free_memory / 1e9:.1f} GB are free"
-    lines.append(f"memory: about {peak / 1e9:.1f} GB at the peak, in {stage} ({parts}){free}")
+    streamed = "; blocks stay on disk until they work" if any(search.streamed for search in forecast.searches) else ""
+    lines.append(f"memory: about {peak / 1e9:.1f} GB at the peak, in {stage} ({parts}){free}{streamed}")
     takes, room = forecast.disk, forecast.free_disk
     exports = f", exports {_size(takes['export_bytes'])}" if takes["export_bytes"] else ""
     lines.append(f"disk: about {_size(takes['cache_bytes'])} in the cache ({room['cache_bytes'] / 1e9:.1f} GB are "

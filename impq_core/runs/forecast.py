@@ -93,6 +93,7 @@ class SearchForecast:
         losses: number of losses that the estimator measures; None if that is unknown.
         forwards: full-model forwards of the game's windows by stage (``STAGES``); None if unknown. ``refine`` is the
             limit that the user gave.
+        streamed: whether weights of blocks stay on disk until the block works, as they do not fit into memory.
         memory: resident bytes by stage, and in each stage by content.
         disk: ``cache_bytes``, ``run_bytes`` and ``export_bytes``.
     """
@@ -110,6 +111,7 @@ class SearchForecast:
     largest: Size
     losses: float | None
     forwards: Mapping[str, float | None]
+    streamed: bool
     memory: Mapping[str, Bytes]
     disk: Bytes
 
@@ -264,6 +266,7 @@ def _search(layouts: Sequence[Layout], first: bool = True, exports: int = 0) -> 
                 "evaluate": _evaluation_forwards(layout, scores, first)}
     if layout.plan:
         forwards["estimate"] = 0.0
+    placing = place(layout)
     takes = dict(disk(layout, work, len(layouts), scores, exports))
     if not first:
         takes["cache_bytes"] = 0
@@ -273,7 +276,8 @@ def _search(layouts: Sequence[Layout], first: bool = True, exports: int = 0) -> 
         (*_pins(layout), *_other_parts(layout)),
         tuple(Size.of(budget, nbytes, space) for budget, nbytes in budgets.items()),
         Size.of("smallest", space.low_bytes, space), Size.of("largest", space.high_bytes, space),
-        None if work is None else float(work.losses.sum()), forwards, memory(layout, work, place(layout)), takes)
+        None if work is None else float(work.losses.sum()), forwards, placing.streamed,
+        memory(layout, work, placing), takes)
 
 
 def _pins(layout: Layout) -> list[Fixed]:
