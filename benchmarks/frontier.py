@@ -245,14 +245,7 @@ class Workshop:
         return self.store.score(self.whole.prepared.config.backend, name, lambda: self._measure(pick))
 
     def _measure(self, pick: Any) -> FloatArray:
-        losses = self.judge.window_losses(pick)
-        put_back(self.whole)
-        return losses
-
-
-def put_back(bench: Bench) -> None:
-    """Restore the unquantized weights: benches share the model, and each assumes its own last weights otherwise."""
-    bench.session.bank.apply([None] * len(bench.session.bank.layers))
+        return self.judge.window_losses(pick)
 
 
 def measured(bench: Bench, config: RunConfig, store: Store, budget: int | None,
@@ -269,7 +262,6 @@ def measured(bench: Bench, config: RunConfig, store: Store, budget: int | None,
         game = bench.game(config, budget, text)
         result = Parts.build(replace(config, surrogate="additive"), bench.session.plugins).measure(
             game, game.probe, np.random.default_rng(config.seed))
-        put_back(bench)
         results = [result, None] if isinstance(result, SensitivityEstimate) else [None, result]
         for item, (_, file) in zip(results, kinds, strict=True):
             if item is not None:
@@ -360,7 +352,6 @@ def refined(bench: Bench, config: RunConfig, plan: Plan, estimate: SensitivityEs
                  for windows in (calibration.first(method.game), calibration.part(first, first + method.game))]
         rng = np.random.default_rng([config.seed, *REFINE_STREAM])
         better = refiner.refine(plan, estimate, *games, float(forwards), rng)
-        put_back(bench)
         better.save(path)
         cost.write_text(str(sum(game.forwards for game in games)))
     return Plan.load(path, bench.prepared.space), float(cost.read_text())

@@ -7,6 +7,7 @@ of one random permutation, and must measure the same losses.
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import numpy as np
 from common import heading, table, write
@@ -51,9 +52,10 @@ def main() -> None:
         times["game"].append(time.perf_counter() - start)
         start = time.perf_counter()
         choice = space.choices[1]
+        bank.apply(space.assignment(path[step]))
         for spec in space.layers[order[step - 1]].linears:
             variant = backend.quantize(bank.original(spec), choice, statistics[bank.module(spec)])
-            bank.module(spec).weight.data = backend.dequantize(variant, spec).to(bank.module(spec).weight.dtype)
+            runner.placement.replace(bank.module(spec), partial(backend.dequantize, variant, spec))
         losses = runner.nll(runner.run_all(runner.embed(windows.ids)), windows.ids)
         naive = float(losses.mean(axis=1).mean()) - reference
         times["naive"].append(time.perf_counter() - start)
