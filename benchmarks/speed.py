@@ -1,7 +1,7 @@
 """Time of the stages of a run on the real model, with the sources of this version and of another, in turns.
 
-``--against FOLDER`` names the sources of the other version. Each measurement is a process of its own, without a cache of
-variants. Both versions must measure the same losses; the largest difference is in the report.
+``--against FOLDER`` names the sources of the other version. Each measurement is a process of its own, without a
+cache of variants. Both versions must measure the same losses; the largest difference is in the report.
 """
 
 from __future__ import annotations

@@ -259,6 +259,10 @@ from impq_core.plugins import Plugins
 from impq_core.runs.pipeline import run
 from pathlib import Path
 run(read_toml(Path(sys.argv[1])), Plugins())
+status = Path("/proc/self/status")
+if status.exists():  # ru_maxrss there begins with the peak of the parent
+    print("PEAK", 1024 * int(status.read_text().split("VmHWM:")[1].split()[0]))
+    sys.exit()
 unit = 1 if sys.platform == "darwin" else 1024
 print("PEAK", unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """

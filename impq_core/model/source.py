@@ -82,11 +82,11 @@ class ModelSource:
 
         found = hashlib.sha256()
         try:
+            with safe_open(file, framework="pt") as stored:
+                names = stored.offset_keys()  # in the order of the file
             with file.open("rb") as stream:
                 size = stream.read(8)
                 found.update(size + stream.read(int.from_bytes(size, "little")))
-            with safe_open(file, framework="pt") as stored:
-                names = stored.offset_keys()  # in the order of the file
             while names:  # what is mapped takes memory until its file is closed
                 with safe_open(file, framework="pt") as stored:
                     mapped = 0
