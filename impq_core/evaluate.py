@@ -92,7 +92,6 @@ class Evaluator:
         self._runner, self._ids, self._log, self._kept = runner, windows.ids, log, kept
         self._walk, self._unquantized = Walk(runner, bank), [None] * len(bank.layers)
         self._scores: dict[str, Score] = log.scores if log else {}
-        self._embedded = runner.embed(windows.ids)
         # Computed while the model has its unquantized weights, unless every score may be in the log or the cache.
         self._reference = None if self._scores or kept else self._outputs([self._unquantized])[0]
 
@@ -148,7 +147,8 @@ class Evaluator:
 
     def _outputs(self, assignments: Sequence[Assignment],
                  passed: Callable[[int], None] = lambda block: None) -> list[Hidden]:
-        return self._walk.outputs(assignments, Prefix(None, [self._embedded]), passed)[0]
+        embedded = self._runner.embed(self._ids)  # now: an export brings embeddings of its own
+        return self._walk.outputs(assignments, Prefix(None, [embedded]), progress=passed)[0]
 
 
 def _name(assignment: Assignment) -> str:

@@ -182,7 +182,7 @@ class Probe(Protocol):
         more, backward, and gradients of the weights."""
 
     def weight(self, linear: LinearSpec) -> torch.Tensor:
-        """The unquantized weight (rows, columns), float32."""
+        """The unquantized weight (rows, columns), float32; not to be changed."""
 
     def variant(self, linear: LinearSpec, choice: Choice) -> torch.Tensor:
         """The weight (rows, columns) at a choice, float32."""
@@ -481,7 +481,10 @@ class Backend(Part, ABC):
     @abstractmethod
     def quantize(self, weight: torch.Tensor, choice: Choice, statistics: Statistics | None) -> Variant:
         """Quantize a weight (rows, columns), which is not changed. The variant's tensors are contiguous and in host
-        memory, also if the weight is on a device."""
+        memory, also if the weight is on a device.
+
+        Several calls may run at a time, each in a thread of its own with one torch thread. They must not share state or
+        draw from a global generator of random numbers."""
 
     def quantize_together(self, weights: Mapping[LinearSpec, torch.Tensor],
                           wanted: Sequence[tuple[LinearSpec, Choice]],

@@ -78,7 +78,7 @@ def test_the_value_may_be_the_divergence_from_the_unquantized_model(table: Table
 
     def logits(choices: list[Choice | None]) -> torch.Tensor:
         table.bank.apply(choices)
-        with torch.no_grad(), table.runner.placement.at(*range(BLOCKS)):
+        with torch.no_grad(), table.runner.placement.loaded(*range(BLOCKS)):
             return table.model(input_ids=torch.from_numpy(WINDOWS.ids)).logits[:, :-1].log_softmax(dim=-1)
 
     p, q = logits([None] * len(table.space)), logits([table.space.choices[k] for k in pick])

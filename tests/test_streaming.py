@@ -13,18 +13,20 @@ import numpy as np
 import pytest
 import torch
 from architectures import IDS, config_of
+from safetensors.torch import load_file, save_file
 from toy import BLOCKS, Toy
 from transformers import AutoModelForCausalLM
 
 from impq_core.config import RunConfig, TextConfig
 from impq_core.errors import ImpqError
+from impq_core.exports.export import evaluate_folder, export_run
 from impq_core.files import abandoned
 from impq_core.model.blockwise import BlockwiseModel
 from impq_core.model.demo import cache_folder
 from impq_core.model.layers import layers_of
 from impq_core.model.source import locate_model
 from impq_core.plugins import Plugins
-from impq_core.runs.footprint import Placing, memory
+from impq_core.runs.footprint import MemoryPlan, memory, work_of
 from impq_core.runs.layout import lay_out
 from impq_core.runs.pipeline import resume, run
 from impq_core.runs.prepare import prepare
@@ -70,7 +72,8 @@ def test_a_streamed_model_is_the_resident_one(kind: str, dtype: torch.dtype, tmp
 
 def needed(config: RunConfig, streamed: bool) -> int:
     layout = lay_out(config, Plugins())
-    return max(sum(sizes.values()) for sizes in memory(layout, None, Placing(streamed, 2**28)).values())
+    stages = memory(layout, work_of(layout), MemoryPlan(streamed, 2**28)).values()
+    return max(sum(size for name, size in sizes.items() if name != "weights_file") for sizes in stages)
 
 
 @pytest.fixture
@@ -159,12 +162,12 @@ def test_a_block_stands_with_other_weights_until_the_last_that_uses_it_leaves() 
     linear, own = runner.blocks[1].mix, runner.blocks[1].mix.weight
     runner.placement.replace(linear, lambda: torch.zeros_like(own))
     assert linear.weight is own
-    with runner.placement.at(0, 1):
+    with runner.placement.loaded(0, 1):
         assert not linear.weight.any() and torch.equal(runner.placement.original(linear), own)
-        with runner.placement.at(1):
+        with runner.placement.loaded(1):
             assert not linear.weight.any()
         assert not linear.weight.any()
-        with pytest.raises(AssertionError, match="a block stands"):
+        with pytest.raises(AssertionError, match="a block is loaded"):
             runner.placement.replace(linear, None)
     assert linear.weight is own
 
@@ -172,11 +175,11 @@ def test_a_block_stands_with_other_weights_until_the_last_that_uses_it_leaves() 
         raise ImpqError("deleted")
 
     runner.placement.replace(runner.blocks[1].feed.down, fail)
-    with pytest.raises(ImpqError, match="deleted"), runner.placement.at(1):
+    with pytest.raises(ImpqError, match="deleted"), runner.placement.loaded(1):
         pass
     assert linear.weight is own
     runner.placement.replace(runner.blocks[1].feed.down, None)
-    with runner.placement.in_float32(), runner.placement.at(*range(BLOCKS)):
+    with runner.placement.in_float32(), runner.placement.loaded(*range(BLOCKS)):
         assert not linear.weight.any()
 
 
@@ -186,10 +189,42 @@ def test_a_linear_that_two_blocks_share_stands_for_both() -> None:
     runner = BlockwiseModel(model)
     own = runner.blocks[0].mix.weight
     runner.placement.replace(runner.blocks[0].mix, lambda: 2 * own)
-    with runner.placement.at(2), runner.placement.at(0):
+    with runner.placement.loaded(2), runner.placement.loaded(0):
         pass
-    with runner.placement.at(0):
-        with runner.placement.at(2):
+    with runner.placement.loaded(0):
+        with runner.placement.loaded(2):
             assert torch.equal(runner.blocks[2].mix.weight, 2 * own)
         assert torch.equal(runner.blocks[0].mix.weight, 2 * own)
     assert runner.blocks[0].mix.weight is own
+
+
+def test_an_export_is_read_in_little_memory_too(config: RunConfig, streams: list[bool], tmp_path: Path,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embeddings and norms are the export's own: with others its loss is another."""
+    monkeypatch.setattr("impq_core.runs.session.plan_memory",
+                        lambda layout: MemoryPlan(bool(layout.config.memory), 2**28))
+    result = run(replace(config, estimator="random", refine=0, options={"backend": config.options["backend"]}))
+    exported = export_run(result.folder, "gptq", tmp_path / "export")
+    assert exported.score is not None
+    texts: dict[str, Any] = {"device": "cpu"}
+    found = [evaluate_folder(exported.folder, memory=memory, **texts).score for memory in ("", config.memory)]
+    file = exported.folder / "model.safetensors"
+    tensors = load_file(file)
+    for name in ("model.layers.2.input_layernorm.weight", "model.embed_tokens.weight"):
+        tensors[name] = tensors[name] * 1.5
+    save_file(tensors, file, metadata={"format": "pt"})
+    found += [evaluate_folder(exported.folder, memory=memory, **texts).score for memory in ("", config.memory)]
+    assert streams == [True, True, False, True, False, True]
+    losses = [score.window_nll.tolist() for score in found if score is not None]
+    assert losses[0] == losses[1] == exported.score.window_nll.tolist()
+    assert losses[2] == losses[3] != losses[0]
+
+
+def test_a_run_that_needed_too_much_goes_on_in_less(config: RunConfig, streams: list[bool]) -> None:
+    from test_resume import cut
+
+    much = replace(config, memory="")
+    whole = outcome(run(much).folder)
+    folder = cut(replace(much, cache=False), "quantize", 2)
+    assert outcome(resume(folder, memory=config.memory).folder) == whole
+    assert streams == [False, False, True]

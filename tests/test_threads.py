@@ -26,14 +26,14 @@ def test_results_come_in_order_from_tasks_with_one_thread_each(threads: int) -> 
         return lambda: (number, torch.get_num_threads(), torch.is_grad_enabled())
 
     with torch.no_grad():
-        found = side_by_side([task(number) for number in range(7)])
+        found = list(side_by_side([task(number) for number in range(7)]))
     assert found == [(number, 1, False) for number in range(7)]
-    assert side_by_side([]) == []
+    assert list(side_by_side([])) == []
 
 
 def test_as_many_tasks_run_at_a_time_as_there_are_threads(threads: int) -> None:
     together = threading.Barrier(threads, timeout=20)  # breaks if fewer run at a time
-    side_by_side([together.wait] * threads)
+    list(side_by_side([together.wait] * threads))
     running, most, lock = 0, 0, threading.Lock()
 
     def task() -> None:
@@ -45,7 +45,7 @@ def test_as_many_tasks_run_at_a_time_as_there_are_threads(threads: int) -> None:
         with lock:
             running -= 1
 
-    side_by_side([task] * 12)
+    list(side_by_side([task] * 12))
     assert most <= threads
 
 
@@ -56,7 +56,7 @@ def test_bits_do_not_depend_on_the_number_of_threads() -> None:
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(side_by_side([lambda x=x: (x.T @ x).cholesky_inverse().sum(0) for x in inputs]))
+            found.append(list(side_by_side([lambda x=x: (x.T @ x).cholesky_inverse().sum(0) for x in inputs])))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -73,5 +73,5 @@ def test_the_first_error_is_raised_and_tasks_that_have_not_begun_do_not_run(thre
         ran.append(number)
 
     with pytest.raises(ValueError, match="1"):
-        side_by_side([lambda number=number: task(number) for number in range(100)])
+        list(side_by_side([lambda number=number: task(number) for number in range(100)]))
     assert 0 in ran and len(ran) < 90

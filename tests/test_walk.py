@@ -37,9 +37,11 @@ class Counting(Rounding):
 
 
 class Table:
-    def __init__(self, hands: str = "") -> None:
-        self.backend = Counting()
-        self.runner = BlockwiseModel(Toy(hands=hands), room=1)
+    def __init__(self, hands: str = "", shared: bool = False) -> None:
+        self.backend, model = Counting(), Toy(hands=hands)
+        if shared:
+            model.model.layers[2].mix = model.model.layers[0].mix
+        self.runner = BlockwiseModel(model, room=1)
         self.choices = tuple(choice for choice in self.backend.choices() if choice.bits in (2, 4))
         self.space = search_space(layers_of(self.runner.model, "linear"), self.backend, self.choices)
         self.bank = Bank(self.runner, self.space.everyone, self.backend)
@@ -66,7 +68,7 @@ def test_each_distinct_prefix_is_run_once(seed: int, monkeypatch: pytest.MonkeyP
                         lambda self, index, batch: ran.update([index]) or run_batch(self, index, batch))
     walk, hidden = Walk(table.runner, table.bank), table.runner.embed(WINDOWS.ids)
     assignments = [table.space.assignment(pick) for pick in picks]
-    outputs, known = walk.outputs(assignments, Prefix(None, [hidden]))
+    outputs, known = walk.outputs(assignments, Prefix(None, [hidden]), keep=True)
     batches = len(hidden)
     assert [ran[block] // batches for block in range(BLOCKS)] == prefixes == walk.runs(assignments, None)
     assert max(table.backend.unpacked.values()) <= len({pick[blocks == 0].tobytes() for pick in picks}) * 2**2
@@ -111,3 +113,22 @@ def test_slopes_unpack_a_variant_for_the_blend_and_for_its_change(monkeypatch: p
         parts = -(-len(WINDOWS.ids) // windows)
         assert set(table.backend.unpacked.values()) == {3 * parts}  # for the forward, the backward, and the change
     np.testing.assert_array_equal(*found)
+
+
+def test_a_linear_that_two_blocks_share_has_its_width_in_both() -> None:
+    table = Table(shared=True)
+    picks = np.random.default_rng(2).integers(0, 2, (8, len(table.space)))
+    game = ModelGame(table.space, table.bank, table.runner, WINDOWS)
+    np.testing.assert_array_equal([game.window_losses(pick) for pick in picks], [table.alone(pick) for pick in picks])
+    losses = ModelGame(table.space, table.bank, table.runner, WINDOWS).losses(picks)
+    np.testing.assert_array_equal(losses, [game.loss(pick) for pick in picks])
+    layer = next(i for i, layer in enumerate(table.space.layers) if layer.name.endswith("layers.0.mix"))
+    ends, step = [], 0.02
+    for share in (0.5 + step, 0.5 - step):
+        for other in range(len(table.space)):
+            at = share if other == layer else 0.5
+            table.bank.blend(other, dict(zip(table.choices, (1 - at, at), strict=True)))
+        hidden = table.runner.run_all(table.runner.embed(WINDOWS.ids))
+        ends.append(table.runner.nll(hidden, WINDOWS.ids).mean(axis=1))
+    slopes = ModelProbe(table.space, table.bank, table.runner, WINDOWS).slopes(np.array([0.5, 0.5]))[:, layer]
+    np.testing.assert_allclose(slopes[:, 1] - slopes[:, 0], (ends[0] - ends[1]) / (2 * step), rtol=0.05, atol=1e-3)

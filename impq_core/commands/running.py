@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from impq_core.results import Exported
 
 RESUME = click.option("--resume", metavar="FOLDER", help="Continue the run in this folder with its configuration; "
-                                                         "only --plugin, --export, --trust-remote-code may be added.")
+                                                         "only --plugin, --export, --memory (of a run), "
+                                                         "--trust-remote-code may be added.")
 
 
 @click.command()
@@ -66,7 +67,8 @@ def run(context: click.Context, /, resume: str | None, exports: tuple[str, ...],
     config = watched(config, plugins)
     from impq_core.runs import pipeline
 
-    result = pipeline.resume(resume, plugins, permitted) if resume else pipeline.run(config, plugins, trust=permitted)
+    result = (pipeline.resume(resume, plugins, permitted, config.memory) if resume
+              else pipeline.run(config, plugins, trust=permitted))
     for name in exports:
         _export(str(result.folder), name, result.folder / name, plugins, permitted)
     click.echo(f"files in {result.folder}")
@@ -99,8 +101,9 @@ def _configure(context: click.Context, resume: str | None, given: dict[str, Any]
     options, time_limit, bits = (given.pop(name) for name in ("options", "time_limit", "bits"))
     config_file, pins, exclude = (given.pop(name) for name in ("config_file", "pins", "exclude"))
     if resume:
-        refuse_others(context)
+        refuse_others(context, "memory")
         config = RunFolder.open(resume, "provenance.json").read_config()
+        config = override(config, memory=given["memory"])
     else:
         config = read_config(config_file, bits, pins, exclude, given)
         config = override(config, options=assign_options(config, plugins, read_pairs(options, time_limit)))
@@ -108,11 +111,11 @@ def _configure(context: click.Context, resume: str | None, given: dict[str, Any]
     return plugins, config
 
 
-def refuse_others(context: click.Context) -> None:
-    """Raises UsageError if an option was given that --resume does not allow."""
+def refuse_others(context: click.Context, *allowed: str) -> None:
+    """Raises UsageError if an option was given that --resume does not allow: any but those that change no result."""
     for parameter in context.command.params:
         name = parameter.name or ""
-        if (name not in ("resume", "plugin_files", "exports", "trust")
+        if (name not in ("resume", "plugin_files", "exports", "trust", *allowed)
                 and context.get_parameter_source(name) is ParameterSource.COMMANDLINE):
             raise UsageError(f"--resume continues a run with its own configuration: leave out {parameter.opts[-1]}")
 
@@ -165,9 +168,10 @@ def sweep(context: click.Context, /, resume: str | None, dry_run: bool, as_json:
 @click.argument("format")
 @click.option("--to", "target", type=click.Path(path_type=Path), help="Folder to write [RUN/FORMAT].")
 @click.option("--device", help="Where blocks compute: auto, cpu, cuda, cuda:1, mps or xpu [the run's].")
+@click.option("--memory", help="Memory that this may take where blocks compute, such as 8GB [the run's].")
 @trust_option
 @plugin_option
-def export(run: str, format: str, target: Path | None, device: str | None, trust: bool,
+def export(run: str, format: str, target: Path | None, device: str | None, memory: str | None, trust: bool,
            plugin_files: tuple[Path, ...]) -> None:
     """Write the plan of a run (its folder) as a checkpoint or a recipe; 'impq plugins' lists the formats."""
     plugins = Plugins(plugin_files)
@@ -182,14 +186,15 @@ def export(run: str, format: str, target: Path | None, device: str | None, trust
     check_target(target)
     plugins.watch(ExportTracker())
     plugins.watch(ConsoleReporter(make_console()))
-    _export(run, format, target, plugins, Trust(trust), device)
+    _export(run, format, target, plugins, Trust(trust), device, memory)
 
 
-def _export(run: str, format: str, target: Path, plugins: Plugins, trust: Trust, device: str | None = None) -> None:
+def _export(run: str, format: str, target: Path, plugins: Plugins, trust: Trust, device: str | None = None,
+            memory: str | None = None) -> None:
     from impq_core.exports.export import export_run
     from impq_core.terminal import score_line
 
-    exported = export_run(run, format, target, plugins, trust, device)
+    exported = export_run(run, format, target, plugins, trust, device, memory)
     if exported.score:
         click.echo(f"quantized block by block, each behind the quantized ones: {score_line(exported.score)}")
         click.echo(_on(exported))
@@ -207,9 +212,11 @@ def _on(exported: Exported) -> str:
 @click.option("--evaluation-windows", type=int, help="Number of windows drawn from it.")
 @click.option("--evaluation-length", type=int, help="Tokens in a window.")
 @click.option("--device", default="auto", help="Where blocks compute: auto, cpu, cuda, cuda:1, mps or xpu [auto].")
+@click.option("--memory", default="", help="Memory that this may take where blocks compute, such as 8GB [what is "
+                                           "free].")
 @trust_option
 @plugin_option
-def evaluate(path: str, device: str, trust: bool, plugin_files: tuple[Path, ...], **text: Any) -> None:
+def evaluate(path: str, device: str, memory: str, trust: bool, plugin_files: tuple[Path, ...], **text: Any) -> None:
     """Load a checkpoint of 'impq export', and measure its loss on held-out text."""
     from impq_core.exports.manifest import read_manifest
 
@@ -219,7 +226,7 @@ def evaluate(path: str, device: str, trust: bool, plugin_files: tuple[Path, ...]
     quiet_libraries()
     from impq_core.exports.export import evaluate_folder
 
-    exported = evaluate_folder(path, Plugins(plugin_files), Trust(trust), device, **text)
+    exported = evaluate_folder(path, Plugins(plugin_files), Trust(trust), device, memory, **text)
     assert exported.score is not None
     click.echo(score_line(exported.score))
     click.echo(f"{_on(exported)}, format {exported.format}")

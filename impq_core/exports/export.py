@@ -21,6 +21,7 @@ from impq_core.files import scratch_folder, write_text
 from impq_core.interfaces import Checkpoint
 from impq_core.model.linears import FromConv1D
 from impq_core.model.names import file_names
+from impq_core.model.placement import Stored
 from impq_core.parts import load_exporter
 from impq_core.plugins import Plugins
 from impq_core.results import Exported, Score
@@ -32,7 +33,7 @@ from impq_core.types import Plan
 
 
 def export_run(run: str | Path, name: str, target: Path | None = None, plugins: Plugins | None = None,
-               trust: Trust = NO_TRUST, device: str | None = None) -> Exported:
+               trust: Trust = NO_TRUST, device: str | None = None, memory: str | None = None) -> Exported:
     """Export the plan of a finished run.
 
     Args:
@@ -42,6 +43,7 @@ def export_run(run: str | Path, name: str, target: Path | None = None, plugins: 
         plugins: exporters and observers; the installed plugins by default.
         trust: what the caller permits.
         device: where blocks compute; the run's device by default.
+        memory: what the export may take; what the run might by default.
 
     Raises:
         ImpqError: an error that the user can correct.
@@ -49,7 +51,7 @@ def export_run(run: str | Path, name: str, target: Path | None = None, plugins: 
     plugins = plugins or Plugins()
     source = RunFolder.open(run, "plan.json")
     target = target or source.path / name
-    config = override(source.read_config(), plan=str(source.plan), device=device)
+    config = override(source.read_config(), plan=str(source.plan), device=device, memory=memory)
     exporter = load_exporter(name, config.backend, config.options.get("backend", {}), plugins)
     check_target(target)
     prepared = prepare(config, plugins, trust)
@@ -148,7 +150,7 @@ def make_checkpoint(session: Session, plan: Plan) -> Checkpoint:
 
 
 def evaluate_folder(path: str | Path, plugins: Plugins | None = None, trust: Trust = NO_TRUST, device: str = "auto",
-                    **text: str | int | None) -> Exported:
+                    memory: str = "", **text: str | int | None) -> Exported:
     """Load an exported folder and score it on held-out text, against the unquantized model it was made from.
 
     Args:
@@ -156,6 +158,7 @@ def evaluate_folder(path: str | Path, plugins: Plugins | None = None, trust: Tru
         plugins: exporters and backends; the installed plugins by default.
         trust: what the caller permits.
         device: where blocks compute.
+        memory: what the evaluation may take; empty for what is free.
         text: settings of the held-out text that differ from the run's: ``evaluation``, ``evaluation_windows`` ...
 
     Raises:
@@ -166,7 +169,7 @@ def evaluate_folder(path: str | Path, plugins: Plugins | None = None, trust: Tru
     manifest = read_manifest(folder)
     name = manifest["exporter"]
     config = override(from_data(manifest["run"], str(folder / MANIFEST)), plan=str(folder / "plan.json"),
-                      device=device, **text)
+                      device=device, memory=memory, **text)
     exporter = load_exporter(name, config.backend, config.options.get("backend", {}), plugins)
     prepared = prepare(config, plugins, trust, calibrate=False)
     plan = prepared.plan
@@ -185,13 +188,21 @@ def _load_dense(session: Session, folder: Path) -> None:
     """Give the model the unquantized tensors of an exported folder that it stores one to one."""
     model, names, stored = session.runner.model, _names(session), tensor_names(folder)
     transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, FromConv1D)}
+    dense = {name: values for name, values in model.state_dict(keep_vars=True).items() if names.get(name) in stored}
     with read_model(folder) as tensor:
         try:
-            model.load_state_dict({
-                name: tensor(names[name]).T if name in transposed else tensor(names[name])
-                for name in model.state_dict() if names.get(name) in stored}, strict=False)
+            found = {name: tensor(names[name]).T if name in transposed else tensor(names[name]) for name in dense}
+            for name, values in found.items():
+                if values.shape != dense[name].shape:
+                    raise RuntimeError(f"{name} is {tuple(values.shape)}, not {tuple(dense[name].shape)}")
+            streamed = {name: dense[name] for name in dense if dense[name].is_meta}
+            model.load_state_dict({name: found[name] for name in dense if name not in streamed}, strict=False)
         except RuntimeError as error:  # a tensor of another shape
             raise ImpqError(f"{folder / WEIGHTS} does not fit the model it was made from: {one_line(error)}") from error
+        for name, parameter in streamed.items():
+            session.runner.placement.read_from(parameter, Stored(
+                folder / WEIGHTS, names[name], tuple(found[name].shape), tuple(found[name].stride()), 0,
+                parameter.dtype))
 
 
 def _file_bytes(folder: Path) -> int:

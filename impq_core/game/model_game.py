@@ -150,7 +150,8 @@ class ModelGame:
         missing = [pick for pick in picks if pick.tobytes() not in found]
         if missing:
             assignments = [self.space.assignment(pick) for pick in missing]
-            outputs, self._last = self._walk.outputs(assignments, self._last, partial(self._report, len(missing)))
+            outputs, self._last = self._walk.outputs(
+                assignments, self._last, True, partial(self._report, len(missing)))
             for pick, losses in zip(missing, self._losses(outputs), strict=True):
                 if self._log:
                     self._log.add(pick, losses, self._number)

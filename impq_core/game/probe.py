@@ -15,7 +15,7 @@ from torch.nn import functional
 from impq_core.errors import ImpqError
 from impq_core.ledger import Ledger
 from impq_core.model.bank import Bank
-from impq_core.model.blockwise import HEAD_ROWS, BlockwiseModel, Hidden
+from impq_core.model.blockwise import BlockwiseModel, Hidden
 from impq_core.model.cost import ForwardCost, flop_counter
 from impq_core.model.device import on_host
 from impq_core.model.text import Windows
@@ -31,7 +31,7 @@ bfloat16."""
 
 Changes = Callable[[LinearSpec], Sequence[torch.Tensor]]
 """Returns changes (rows, columns) of a linear's weight on the device, float32; the same number for every linear. Called
-while the linear's block stands."""
+while the linear's block is loaded."""
 
 
 class _Mixed(Exception):
@@ -62,8 +62,7 @@ class ModelProbe:
         self._batch_tokens = BATCH_TOKENS
         self._game_windows = game_windows or (len(windows.ids) if windows else 0)
         self._flops = 0
-        self._blocks = {linear: layer.block for layer in space.layers for linear in layer.linears}
-        self._linears = list(self._blocks)
+        self._linears = [linear for layer in space.layers for linear in layer.linears]
 
     @property
     def forwards(self) -> float:
@@ -79,6 +78,8 @@ class ModelProbe:
         """FLOPs of the slopes of one window's loss, counted on the first window: a forward, and for each block another
         one, a backward, and the gradient of every weight; without the inner products with the changes (under 1 % with
         windows of 256 tokens). It does not depend on the number of choices."""
+        _ = self._cost  # the first forward of a model has checks, which are no part of a pass
+        self._bank.apply([None] * len(self._bank.layers))  # other weights may route tokens to other experts
         with flop_counter() as counter:
             self._products_of(slice(0, 1), lambda linear: (), 0)
         return int(counter.get_total_flops())
@@ -161,12 +162,15 @@ class ModelProbe:
 
         products = []
         self._bank.apply([None] * len(self._bank.layers))
-        # The difference of two bfloat16 gradients at almost equal weights would be rounding error.
-        with self._runner.placement.in_float32():
-            for step in (STEP, -STEP):
-                for linear in linears:
-                    self._runner.placement.replace(self._bank.module(linear), partial(moved, linear, step))
-                products.append(self._products(lambda linear: (signs[linear].to(device).float(),), 1))
+        try:
+            # The difference of two bfloat16 gradients at almost equal weights would be rounding error.
+            with self._runner.placement.in_float32():
+                for step in (STEP, -STEP):
+                    for linear in linears:
+                        self._runner.placement.replace(self._bank.module(linear), partial(moved, linear, step))
+                    products.append(self._products(lambda linear: (signs[linear].to(device).float(),), 1))
+        finally:
+            self._bank.apply([None] * len(self._bank.layers))  # the signs take a byte a weight
         above, below = products
         # The step of a linear's weight is STEP times its root mean square, which divides the difference once.
         return [float((above[linear] - below[linear]).mean()) / (2 * STEP * sizes[linear]) for linear in linears]
@@ -228,12 +232,15 @@ class ModelProbe:
         products: dict[LinearSpec, FloatArray] = {linear: np.zeros((len(ids), number)) for linear in self._linears}
         for first, behind in reversed(parts):
             states = inputs.pop()
-            with runner.placement.at(*range(first, behind + 1)):
+            with runner.placement.loaded(*range(first, behind + 1)):
+                inside = {module for block in runner.blocks[first:behind + 1] for module in block.modules()}
+                here = [linear for linear in self._linears if self._bank.module(linear) in inside]
                 made = {linear: [change.to(self._bank.module(linear).weight.dtype) for change in changes(linear)]
-                        for linear in self._linears if first <= self._blocks[linear] <= behind}
+                        for linear in here if runner.partial}  # else they would be of all blocks at once
+                ways: Changes = made.__getitem__ if runner.partial else changes
                 row = 0
                 for place, batch in enumerate(states):
-                    with self._watching(made, batch.ids, products, row):
+                    with self._watching(here, ways, batch.ids, products, row):
                         found = runner.forward.backward(
                             batch.ids, first, batch.states if first else None, behind, gradients[place])
                     if found is not None:
@@ -254,8 +261,8 @@ class ModelProbe:
                 reference = forward.rows(states.to(rows.dtype), scored)  # float32 for hawq
             tokens, followed = batch.ids[:, :-1].flatten(), batch.ids[:, 1:].flatten()
             parts = []
-            for first in range(0, len(tokens), HEAD_ROWS):
-                some = slice(first, first + HEAD_ROWS)
+            for first in range(0, len(tokens), self._runner.head_rows):
+                some = slice(first, first + self._runner.head_rows)
                 size = len(tokens[some])
                 leaf = rows.narrow(axis, first, size).clone().requires_grad_()
                 logits = forward.logits(tokens[some], leaf)
@@ -272,7 +279,7 @@ class ModelProbe:
         return gradients
 
     @contextmanager
-    def _watching(self, changes: Mapping[LinearSpec, Sequence[torch.Tensor]], ids: torch.Tensor,
+    def _watching(self, linears: Sequence[LinearSpec], changes: Changes, ids: torch.Tensor,
                   products: Mapping[LinearSpec, FloatArray], row: int) -> Iterator[None]:
         """The context in which a backward pass over a batch adds the inner products with ``changes`` to ``products``,
         from that row on.
@@ -288,7 +295,7 @@ class ModelProbe:
 
                 def backward(grad: torch.Tensor) -> None:
                     outputs = grad.reshape(*inputs.shape[:2], linear.rows)
-                    flat = [change.flatten().float() for change in changes[linear]]
+                    flat = [change.flatten().float() for change in changes(linear)]
                     for window in range(len(ids)):
                         gradient = (outputs[window].float().T @ inputs[window].float()).flatten()
                         if flat:
@@ -297,7 +304,7 @@ class ModelProbe:
                 output.register_hook(backward)  # type: ignore[no-untyped-call]
             return self._bank.module(linear).register_forward_hook(forward)
 
-        handles = [watch(linear) for linear in changes]
+        handles = [watch(linear) for linear in linears]
         try:
             yield
         finally:

@@ -34,7 +34,7 @@ class _Kept:
 class Bank:
     """The variants of a model's layers, and the choice of each layer.
 
-    A layer's weights are unpacked when its block stands (``Placement``), so unpacked weights of one block exist at a
+    A layer's weights are unpacked when its block is loaded (``Placement``), so unpacked weights of one block exist at a
     time. Variants on a shelf are mapped from its files for as long as they are unpacked, and take no memory otherwise.
 
     Args:
@@ -53,7 +53,7 @@ class Bank:
         self._kept: dict[tuple[str, Choice], _Kept] = {}
 
     def module(self, linear: LinearSpec) -> nn.Linear:
-        """The module of the model that holds a linear's weight when its block stands."""
+        """The module of the model that holds a linear's weight when its block is loaded."""
         return self._modules[linear.name]
 
     def original(self, linear: LinearSpec) -> torch.Tensor:
@@ -121,7 +121,7 @@ class Bank:
         return sum(kept.nbytes for kept in self._kept.values())
 
     def switch(self, layer: int, choice: Choice | None) -> None:
-        """Let a layer's linears have the weights of a choice from the next time that their block stands; None is the
+        """Let a layer's linears have the weights of a choice from the next time that their block is loaded; None is the
         unquantized weights."""
         for spec in self.layers[layer].linears:
             self._placement.replace(self._modules[spec.name], partial(self.variant, spec, choice) if choice else None)

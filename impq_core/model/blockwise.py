@@ -52,7 +52,10 @@ ROOM = 2**28
 """The least room for waiting hidden states, bytes."""
 
 HEAD_ROWS = 64
-"""Positions in one computation of logits: few enough for the processor's cache, which is twice as fast."""
+"""Positions in one computation of logits on the processor: few enough for its cache, which is twice as fast."""
+
+HEAD_ROWS_ELSEWHERE = 1024
+"""Positions in one computation of logits on an accelerator, which each time waits for the host."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +85,7 @@ class BlockwiseModel:
 
     Attributes:
         placement: gives the blocks their weights.
+        head_rows: positions in one computation of logits.
 
     Raises:
         ImpqError: the model has no list of blocks.
@@ -90,9 +94,10 @@ class BlockwiseModel:
     def __init__(self, model: PreTrainedModel, device: torch.device = CPU,
                  stored: Mapping[nn.Parameter, Stored] | None = None, room: int = ROOM) -> None:
         self.model, self.device, self.room = model, device, room
+        self.head_rows = HEAD_ROWS if device.type == "cpu" else HEAD_ROWS_ELSEWHERE
         self.blocks: list[nn.Module] = [block for _, block in blocks_of(model)]
         self.placement = Placement(model, self.blocks, device, stored)
-        self.forward = OwnForward(model, self.blocks, self.placement.at)
+        self.forward = OwnForward(model, self.blocks, self.placement.loaded)
         self._learnt = False
         self._costs: dict[int, ForwardCost] = {}
 
@@ -153,7 +158,7 @@ class BlockwiseModel:
     def run(self, index: int, hidden: Hidden) -> Hidden:
         """Output of block ``index`` for its input. If the model has no partial forwards, the blocks in front run, too,
         from the first."""
-        with self.placement.at(index):
+        with self.placement.loaded(index):
             return [self.run_batch(index, batch) for batch in hidden]
 
     def run_all(self, hidden: Hidden) -> Hidden:
@@ -163,7 +168,7 @@ class BlockwiseModel:
         return hidden if self.partial else self.run(len(self) - 1, hidden)
 
     def scored(self, ids: IntArray, *hidden: Hidden) -> Iterator[tuple[slice, Iterator[torch.Tensor], torch.Tensor]]:
-        """Logits of every position that predicts a token, ``HEAD_ROWS`` rows at a time.
+        """Logits of every position that predicts a token, ``head_rows`` rows at a time.
 
         Yields:
             The slice of the rows among the ``windows * (length - 1)`` scored positions; their float32 logits (rows,
@@ -173,10 +178,11 @@ class BlockwiseModel:
         at = 0
         for batches in zip(*hidden, strict=True):
             tokens, targets = batches[0].ids[:, :-1].flatten(), batches[0].ids[:, 1:].flatten()
-            rows = [torch.split(self.forward.rows(batch.states, ids.shape[1] - 1), HEAD_ROWS, dim=self.forward.axis)
+            rows = [torch.split(self.forward.rows(batch.states, ids.shape[1] - 1), self.head_rows,
+                                dim=self.forward.axis)
                     for batch in batches]
-            for some, followed, *parts in zip(torch.split(tokens, HEAD_ROWS), torch.split(targets, HEAD_ROWS), *rows,
-                                              strict=True):
+            for some, followed, *parts in zip(
+                    torch.split(tokens, self.head_rows), torch.split(targets, self.head_rows), *rows, strict=True):
                 yield slice(at, at + len(some)), map(self.forward.logits, repeat(some), parts), followed
                 at += len(some)
 

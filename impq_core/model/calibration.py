@@ -45,7 +45,7 @@ def input_statistics(runner: BlockwiseModel, index: int, hidden: Hidden,
 
     hooks = [linear.register_forward_pre_hook(watch) for linear in linears]
     try:
-        with runner.placement.at(index):
+        with runner.placement.loaded(index):
             for batch in hidden:
                 runner.run_batch(index, batch)
                 last.clear()

@@ -48,7 +48,7 @@ class OwnForward:
     Args:
         model: ready for inference.
         blocks: its blocks, in order.
-        standing: the context in which a block with an index has its weights.
+        loaded: the context in which a block with an index has its weights.
 
     Attributes:
         handed: name of an argument through which blocks hand a state to later blocks (shared keys and values, indices
@@ -59,9 +59,9 @@ class OwnForward:
     """
 
     def __init__(self, model: PreTrainedModel, blocks: Sequence[nn.Module],
-                 standing: Callable[[int], AbstractContextManager[None]] = lambda index: nullcontext()) -> None:
+                 loaded: Callable[[int], AbstractContextManager[None]] = lambda index: nullcontext()) -> None:
         self.model, self.blocks, self.handed, self.axis = model, tuple(blocks), "", 0
-        self._standing = standing
+        self._loaded = loaded
         self._lengths: list[int] = []
         accepted = inspect.signature(model.forward).parameters.values()
         self._accepted = {parameter.name for parameter in accepted}
@@ -201,7 +201,7 @@ class OwnForward:
     def backward(self, ids: torch.Tensor, first: int, states: torch.Tensor | None, last: int,
                  gradient: torch.Tensor) -> torch.Tensor | None:
         """Run the blocks ``first`` to ``last`` once more, and backwards. Hooks on the outputs of their linears see the
-        gradients. The blocks must stand for as long as this takes.
+        gradients. The blocks must be loaded for as long as this takes.
 
         Args:
             ids: token ids (windows, length).
@@ -284,11 +284,11 @@ class OwnForward:
         return (states, *[None] * (length - 1)) if length else states
 
     def _block(self, index: int) -> Replacement:
-        """The own forward of a block, at which the block stands."""
+        """The own forward of a block, at which the block is loaded."""
         own = self.blocks[index].forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            with self._standing(index):
+            with self._loaded(index):
                 return own(*args, **kwargs)
         return forward
 

@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-Source = Callable[[], torch.Tensor]
-"""Returns a weight (rows, columns) that stands in place of a linear's own, on the device, of any float type."""
+GetWeight = Callable[[], torch.Tensor]
+"""Returns a weight (rows, columns) in place of a linear's own, on the device, of any float type."""
 
 
 @dataclass(frozen=True)
@@ -33,19 +33,25 @@ class Stored:
     offset: int
     dtype: torch.dtype
 
-    def read(self) -> torch.Tensor:
+    def read(self, opened: dict[tuple[Path, str], torch.Tensor]) -> torch.Tensor:
         """The parameter, mapped from the file if the types are equal. The map ends with the tensor's last use, so a
-        parameter that was read takes no memory afterwards."""
-        with safe_open(self.file, framework="pt") as stored:
-            whole: torch.Tensor = stored.get_tensor(self.name)
-        return whole.as_strided(self.shape, self.strides, self.offset).to(self.dtype)
+        parameter that was read takes no memory afterwards.
+
+        Args:
+            opened: whole tensors by file and name, to which this one's is added: hundreds of experts may be views of
+                one.
+        """
+        if (self.file, self.name) not in opened:
+            with safe_open(self.file, framework="pt") as stored:
+                opened[self.file, self.name] = stored.get_tensor(self.name)
+        return opened[self.file, self.name].as_strided(self.shape, self.strides, self.offset).to(self.dtype)
 
 
 class Placement:
     """Gives blocks their weights for as long as they work.
 
-    Outside of ``at`` a streamed block has no weights, and no weight of a linear is replaced: the memory that is taken
-    does not grow with the number of blocks. The rest of the model (embeddings, head, norms) is always resident.
+    Outside of ``loaded`` a streamed block has no weights, and no weight of a linear is replaced: memory does not grow
+    with the number of blocks. The rest of the model (embeddings, head, norms) is always resident.
 
     Args:
         model: on ``device``, but for the parameters of ``stored``, which are on the meta device.
@@ -57,10 +63,10 @@ class Placement:
     def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], device: torch.device,
                  stored: Mapping[nn.Parameter, Stored] | None = None) -> None:
         self.device = device
-        self._model, self._blocks, self._stored = model, tuple(blocks), stored or {}
-        self._replaced: dict[nn.Module, Source] = {}
+        self._model, self._blocks, self._stored = model, tuple(blocks), dict(stored or {})
+        self._replaced: dict[nn.Module, GetWeight] = {}
         self._users = [0] * len(self._blocks)
-        self._own: dict[tuple[nn.Module, str], nn.Parameter] = {}  # what a standing block has had before
+        self._own: dict[tuple[nn.Module, str], nn.Parameter] = {}  # what a loaded block has had before
         self._float32 = False
 
     @property
@@ -68,9 +74,9 @@ class Placement:
         """Whether weights of blocks stay on disk until a block works."""
         return bool(self._stored)
 
-    def replace(self, linear: nn.Linear, source: Source | None) -> None:
-        """Let a linear of a block have another weight from the next time that the block stands; None is its own."""
-        assert not self._own, "a block stands"
+    def replace(self, linear: nn.Linear, source: GetWeight | None) -> None:
+        """Let a linear of a block have another weight from the next time that the block is loaded; None is its own."""
+        assert not self._own, "a block is loaded"
         if source is None:
             self._replaced.pop(linear, None)
         else:
@@ -80,14 +86,19 @@ class Placement:
         """A linear's own weight on the device."""
         return self._read(self._own.get((linear, "weight"), linear._parameters["weight"]))
 
+    def read_from(self, parameter: nn.Parameter, stored: Stored) -> None:
+        """Read a streamed parameter from another file from now on."""
+        assert parameter.is_meta
+        self._stored[parameter] = stored
+
     @contextmanager
-    def at(self, *indices: int) -> Iterator[None]:
-        """The context in which blocks stand on the device with their weights; contexts may be nested."""
+    def loaded(self, *indices: int) -> Iterator[None]:
+        """The context in which blocks have their weights on the device; contexts may be nested."""
         stood: list[int] = []
         try:
             for index in indices:
                 if not self._users[index]:
-                    self._stand(self._blocks[index])
+                    self._load(self._blocks[index])
                 self._users[index] += 1
                 stood.append(index)
             yield
@@ -95,12 +106,12 @@ class Placement:
             for index in stood:
                 self._users[index] -= 1
             if not all(self._users[index] for index in indices):
-                self._leave()
+                self._unload()
 
     @contextmanager
     def in_float32(self) -> Iterator[None]:
-        """The context in which all parameters are float32, in blocks when they stand."""
-        assert not self._own, "a block stands"
+        """The context in which all parameters are float32, in blocks when they are loaded."""
+        assert not self._own, "a block is loaded"
         inside = {parameter for block in self._blocks for parameter in block.parameters()}
         kept = [(parameter, parameter.data) for parameter in self._model.parameters() if parameter not in inside]
         try:
@@ -113,26 +124,30 @@ class Placement:
             for parameter, data in kept:
                 parameter.data = data
 
-    def _stand(self, block: nn.Module) -> None:
-        with torch.inference_mode(False), torch.no_grad():  # a backward pass may read what stands
+    def _load(self, block: nn.Module) -> None:
+        opened: dict[tuple[Path, str], torch.Tensor] = {}
+        with torch.inference_mode(False), torch.no_grad():  # a backward pass may read what is loaded
             for module in block.modules():
                 for name, own in list(module._parameters.items()):
                     source = self._replaced.get(module) if name == "weight" else None
-                    if own is None or (module, name) in self._own:  # stands in another block that shares the module
+                    if own is None or (module, name) in self._own:  # of a module that another block shares
                         continue
                     if source or own.is_meta or self._float32:
-                        weight = source() if source else self._read(own)
+                        weight = source() if source else self._read(own, opened)
                         weight = weight.to(torch.float32 if self._float32 and own.is_floating_point() else own.dtype)
                         self._own[module, name] = own
                         module._parameters[name] = nn.Parameter(weight, requires_grad=False)
 
-    def _leave(self) -> None:
-        """Restore all modules that no standing block has."""
+    def _unload(self) -> None:
+        """Restore all modules that no loaded block has."""
         busy = {module for block, users in zip(self._blocks, self._users, strict=True) if users
                 for module in block.modules()}
         for module, name in [key for key in self._own if key[0] not in busy]:
             module._parameters[name] = self._own.pop((module, name))
 
-    def _read(self, parameter: nn.Parameter | None) -> torch.Tensor:
+    def _read(self, parameter: nn.Parameter | None,
+              opened: dict[tuple[Path, str], torch.Tensor] | None = None) -> torch.Tensor:
         assert parameter is not None
-        return self._stored[parameter].read().to(self.device) if parameter.is_meta else parameter.data
+        if not parameter.is_meta:
+            return parameter.data
+        return self._stored[parameter].read({} if opened is None else opened).to(self.device)

@@ -57,7 +57,7 @@ def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden | None, menus: 
         tasks = [partial(_quantize, bank, runner, wanted, seen) for wanted, seen in _shared(
             missing[index], [statistics.get(bank.module(spec)) for spec, _ in missing[index]])]
         # A task at a time on an accelerator, whose work is side by side already.
-        for made in side_by_side(tasks) if runner.device.type == "cpu" else (task() for task in tasks):
+        for made in side_by_side(tasks) if _where(bank, runner).type == "cpu" else (task() for task in tasks):
             for spec, variant in made:
                 bank.add(spec, variant)
         for layer in layers:
@@ -83,7 +83,7 @@ def _shared(wanted: Wanted, statistics: Sequence[Statistics | None]) -> Iterator
 def _quantize(bank: Bank, runner: BlockwiseModel, wanted: Wanted,
               seen: Statistics | None) -> list[tuple[LinearSpec, Variant]]:
     """Quantize linears that share their statistics, on the device if the backend can."""
-    device = runner.device if runner.device.type in bank.backend.devices else torch.device("cpu")
+    device = _where(bank, runner)
     weights = {spec: bank.original(spec).to(device) for spec, _ in wanted}
     made: list[tuple[LinearSpec, Variant]] = []
     few: list[tuple[LinearSpec, Choice]] = []
@@ -96,3 +96,8 @@ def _quantize(bank: Bank, runner: BlockwiseModel, wanted: Wanted,
         if some:
             made += bank.backend.quantize_together(weights, some, statistics)
     return made
+
+
+def _where(bank: Bank, runner: BlockwiseModel) -> torch.device:
+    """The device on which the backend works."""
+    return runner.device if runner.device.type in bank.backend.devices else torch.device("cpu")

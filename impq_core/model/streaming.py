@@ -45,6 +45,9 @@ def stored_parameters(model: PreTrainedModel) -> Mapping[nn.Parameter, Stored]:
     """
     index = next(hook.weights_map.dataset.index for module in model.modules()
                  if (hook := getattr(module, "_hf_hook", None)) is not None and hook.weights_map is not None)
+    for module in model.modules():
+        if (hook := getattr(module, "_hf_hook", None)) is not None:
+            hook.original_devices = {}  # or its removal would read buffers once more
     remove_hook_from_submodules(model)
     # Linears of experts are views: of the meta tensor here, and of the file's tensor when they are read.
     whole = {_storage(parameter): name for name, parameter in model.named_parameters() if parameter.is_meta}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -11,8 +12,8 @@ import torch
 T = TypeVar("T")
 
 
-def side_by_side(tasks: Sequence[Callable[[], T]]) -> list[T]:
-    """The results of independent tasks, in their order. As many run at a time as torch has threads.
+def side_by_side(tasks: Sequence[Callable[[], T]]) -> Iterator[T]:
+    """Yields the results of independent tasks, in their order. As many run at a time as torch has threads.
 
     Every task runs on one torch thread, also if it is the only one, so that the bits of its result do not depend on the
     number of threads. Two threads on one task wait for each other at every operation, which is slow on a busy machine.
@@ -31,8 +32,9 @@ def side_by_side(tasks: Sequence[Callable[[], T]]) -> list[T]:
     pool = ThreadPoolExecutor(workers, initializer=begin)
     try:
         torch.set_num_threads(1)  # also for libraries that have one number for all threads
-        futures = [pool.submit(task) for task in tasks]
-        return [future.result() for future in futures]
+        futures = deque(pool.submit(task) for task in tasks)
+        while futures:
+            yield futures.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(workers)

@@ -27,9 +27,9 @@ class Prefix:
 class Walk:
     """Runs assignments of a bank's layers through the blocks of a model, side by side.
 
-    The assignments are a tree: those with the same choices up to a block have the same states behind it. A block stands
-    once for each distinct combination of its layers' choices, so a variant is unpacked once, whatever the number of
-    assignments and of windows. The states behind a block do not depend on what else is walked, bit for bit.
+    The assignments are a tree: those with the same choices up to a block have the same states behind it. A block is
+    loaded once for each distinct combination of its layers' choices, so a variant is unpacked once, whatever the number
+    of assignments and of windows. The states behind a block do not depend on what else is walked, bit for bit.
 
     Args:
         runner: the model.
@@ -38,10 +38,12 @@ class Walk:
 
     def __init__(self, runner: BlockwiseModel, bank: Bank) -> None:
         self._runner, self._bank = runner, bank
-        self._layers = [[i for i, layer in enumerate(bank.layers) if layer.block == block]
-                        for block in range(len(runner))]
+        # A linear that several blocks share is in the layer of the first of them, and decides the states behind each.
+        self._layers = [[i for i, layer in enumerate(bank.layers)
+                         if any(bank.module(linear) in modules for linear in layer.linears)]
+                        for modules in (set(block.modules()) for block in runner.blocks)]
 
-    def outputs(self, assignments: Sequence[Assignment], known: Prefix,
+    def outputs(self, assignments: Sequence[Assignment], known: Prefix, keep: bool = False,
                 progress: Callable[[int], None] = lambda block: None) -> tuple[list[Hidden], Prefix]:
         """The last block's output for each assignment.
 
@@ -49,10 +51,11 @@ class Walk:
             assignments: at least one.
             known: the first block's input, and what is known of one assignment. An assignment begins at the first block
                 with another choice; without partial forwards, at the first block.
+            keep: keep the states in front of every block for the last assignment.
             progress: called with each block that all assignments have passed.
 
         Returns:
-            The outputs, and the states of the last assignment.
+            The outputs, and what is then known of the last assignment: without ``keep``, the first block's input.
         """
         if not self._runner.partial:
             return self._one_by_one(assignments, known.inputs[0], progress), Prefix(assignments[-1], known.inputs[:1])
@@ -60,7 +63,7 @@ class Walk:
                   for assignment in assignments]
         states: dict[int, Hidden] = {}
         at: list[int] = [-1] * len(assignments)  # the place of each assignment's states; -1 is a known state
-        inputs = list(known.inputs[:begins[-1] + 1])
+        inputs = list(known.inputs[:begins[-1] + 1 if keep else 1])
         for block in range(min(begins), len(self._runner)):
             passing = [k for k, begin in enumerate(begins) if begin <= block]
             groups: dict[tuple[Choice | None, ...], dict[int, list[int]]] = {}
@@ -71,7 +74,7 @@ class Walk:
             for choices, prefixes in groups.items():
                 for layer, choice in zip(self._layers[block], choices, strict=True):
                     self._bank.switch(layer, choice)
-                with self._runner.placement.at(block):
+                with self._runner.placement.loaded(block):
                     for place, members in prefixes.items():
                         uses[place] -= 1
                         if place < 0:
@@ -83,7 +86,7 @@ class Walk:
                         for k in members:
                             at[k] = number
             states = found
-            if begins[-1] <= block < len(self._runner) - 1:
+            if keep and begins[-1] <= block < len(self._runner) - 1:
                 inputs.append(states[at[-1]])
             progress(block)
         return [states[place] for place in at], Prefix(assignments[-1], inputs)

@@ -14,7 +14,7 @@ from impq_core.game.model_game import PICKS
 from impq_core.game.probe import BATCH_TOKENS
 from impq_core.interfaces import Backend
 from impq_core.machine import free_device_memory
-from impq_core.model.blockwise import HEAD_ROWS, ROOM
+from impq_core.model.blockwise import HEAD_ROWS, HEAD_ROWS_ELSEWHERE, ROOM
 from impq_core.model.source import MAPPED
 from impq_core.runs.layout import Layout
 from impq_core.space import FUSED, Choice, LinearSpec
@@ -56,8 +56,12 @@ Bytes = Mapping[str, int]
 _ENGINES = {part: fused for fused, parts in FUSED.items() for part in parts}
 
 
+HOST = ("libraries", "weights_file", "variants", "signs")
+"""Contents that are in host memory whatever the device."""
+
+
 @dataclass(frozen=True)
-class Placing:
+class MemoryPlan:
     """How a run uses memory.
 
     Args:
@@ -71,8 +75,9 @@ class Placing:
     shortfall: str = ""
 
 
-def place(layout: Layout) -> Placing:
-    """All weights resident if the run then fits into its memory; else blocks stay on disk until they work.
+def plan_memory(layout: Layout) -> MemoryPlan:
+    """All weights resident if the run then fits into its memory; else blocks stay on disk until they work. A mapped
+    file of weights is not counted: the system takes its pages back.
 
     Raises:
         ImpqError: the run does not fit into the ``--memory`` that the user gave.
@@ -82,23 +87,31 @@ def place(layout: Layout) -> Placing:
     weights = ITEM[config.dtype] * layout.shapes.parameters
     room = max(ROOM, min(weights, limit or weights) // 4)
     if limit is None:
-        return Placing(False, room)
+        return MemoryPlan(False, room)
+    elsewhere = ("weights_file",) if device.type == "cpu" else HOST
     for streamed in (False, True):
-        placing = Placing(streamed, room)
-        sizes = {stage: sum(size for name, size in content.items() if name != "libraries" or device.type == "cpu")
-                 for stage, content in memory(layout, None, placing).items()}
+        plan = MemoryPlan(streamed, room)
+        sizes = {stage: sum(size for name, size in content.items() if name not in elsewhere)
+                 for stage, content in memory(layout, work_of(layout), plan).items()}
         stage = max(sizes, key=sizes.__getitem__)
         if sizes[stage] <= limit:
-            return placing
+            return plan
     line = (f"about {sizes[stage] / 1e9:.1f} GB of memory are needed on {device} ({stage}), with blocks on disk until "
             f"they work; {limit / 1e9:.1f} GB are {'given' if config.memory else 'free'}")
     if config.memory:
         raise ImpqError(f"{line}: give more --memory, fewer or shorter windows, or a smaller model")
-    return replace(placing, shortfall=line)
+    return replace(plan, shortfall=line)
 
 
-def memory(layout: Layout, work: Workload | None, placing: Placing) -> dict[str, Bytes]:
-    """Resident bytes at the peak of each stage, by content; on an accelerator all but the libraries are there, too.
+def work_of(layout: Layout) -> Workload | None:
+    """The work of the run's estimator; None if a plan is given, or if it is unknown."""
+    spare = layout.config.calibration.windows - layout.config.game_windows * (2 if layout.config.refine else 1)
+    sets = 1 + max(0, spare) // layout.config.game_windows
+    return None if layout.plan else layout.parts.estimator.workload(layout.game_space, sets)
+
+
+def memory(layout: Layout, work: Workload | None, plan: MemoryPlan) -> dict[str, Bytes]:
+    """Resident bytes at the peak of each stage, by content: on the device, but for the contents in ``HOST``.
 
     Counted are the libraries, the model's resident weights, a block with its unpacked and packed weights, hidden
     states, statistics, gradients and logits. Not counted are the texts and the arrays of surrogates and allocators.
@@ -106,7 +119,7 @@ def memory(layout: Layout, work: Workload | None, placing: Placing) -> dict[str,
     Args:
         layout: of the run.
         work: of the estimator; None if it is unknown, which is taken for gradients, the largest.
-        placing: of the weights and hidden states.
+        plan: of the memory.
     """
     config, shapes = layout.config, layout.shapes
     item = ITEM[config.dtype]
@@ -115,10 +128,11 @@ def memory(layout: Layout, work: Workload | None, placing: Placing) -> dict[str,
     played = config.game_windows * config.calibration.length
     file = layout.source.file_bytes or item * shapes.parameters
     block = max(block.weights for block in shapes.blocks)
-    resident = shapes.parameters - sum(block.weights for block in shapes.blocks) * placing.streamed
+    resident = shapes.parameters - sum(block.weights for block in shapes.blocks) * plan.streamed
     base = {"libraries": LIBRARIES, "model": item * resident}
-    standing = {**base, "block": item * block * (2 if placing.streamed else 1) + _block_packed(layout),
-                "logits": HEAD_ROWS * shapes.vocabulary * 4 * LOGITS}
+    rows = HEAD_ROWS if layout.device.type == "cpu" else HEAD_ROWS_ELSEWHERE
+    loaded = {**base, "block": item * block * (2 if plan.streamed else 1) + _block_packed(layout),
+              "logits": rows * shapes.vocabulary * 4 * LOGITS}
     stages: dict[str, Bytes] = {"check": {"libraries": LIBRARIES, "weights_file": min(file, MAPPED)},
                                 "load": {**base, "weights_file": file * resident // shapes.parameters}}
     kept = 0  # without a cache, variants are in memory
@@ -126,20 +140,21 @@ def memory(layout: Layout, work: Workload | None, placing: Placing) -> dict[str,
         kept = 0 if config.cache else _packed(layout, backend, menus)
         reads = bool(backend.needs)
         stages["quantize_deployed" if number else "quantize"] = {
-            **base, "variants": kept, "block": standing["block"],
+            **base, "variants": kept, "block": loaded["block"],
             "hidden_states": 2 * calibration * token * reads,
             "statistics": _statistics(layout) * reads,
             "quantizer": _solver(layout, menus, reads)}
-    standing["variants"] = kept
-    path = (1 + len(shapes.blocks) + PICKS + (config.value == "kl")) * played * token
+    loaded["variants"] = kept
+    known = 2 * (1 + len(shapes.blocks))  # in front of every block, of the last pick and of the one before
+    path = (known + PICKS + (config.value == "kl")) * played * token
     if layout.plan is None or layout.parts.needs_calibration:
-        estimate = {**standing, "hidden_states": path if layout.parts.needs_calibration else 0}
-        stages["estimate"] = estimate if layout.plan else {**estimate, **_gradients(layout, work, placing)}
+        estimate = {**loaded, "hidden_states": path if layout.parts.needs_calibration else 0}
+        stages["estimate"] = estimate if layout.plan else {**estimate, **_gradients(layout, work, plan)}
     if config.refine:  # two games
-        stages["refine"] = {**standing, "hidden_states": 2 * path}
+        stages["refine"] = {**loaded, "hidden_states": 2 * path}
     held_out = config.evaluation.windows * config.evaluation.length * token
-    side_by_side = min(ALLOCATIONS, max(1, placing.room // held_out))
-    stages["evaluate"] = {**standing, "hidden_states": (3 + side_by_side) * held_out}
+    side_by_side = min(ALLOCATIONS, max(1, plan.room // held_out))
+    stages["evaluate"] = {**loaded, "hidden_states": (3 + side_by_side) * held_out}
     return {stage: {name: size for name, size in sizes.items() if size} for stage, sizes in stages.items()}
 
 
@@ -228,7 +243,7 @@ def _solver(layout: Layout, menus: Sequence[Sequence[Choice]], reads: bool) -> i
     return max(sum(sorted(map(takes, block.values()))[-side_by_side:]) for block in _inputs(layout).values())
 
 
-def _gradients(layout: Layout, work: Workload | None, placing: Placing) -> dict[str, int]:
+def _gradients(layout: Layout, work: Workload | None, plan: MemoryPlan) -> dict[str, int]:
     """Bytes that an estimator with gradients takes: states in front of every block, the graph of a batch in a block,
     the changes of a block's weights, and weights in float32."""
     config, shapes = layout.config, layout.shapes
@@ -245,7 +260,7 @@ def _gradients(layout: Layout, work: Workload | None, placing: Placing) -> dict[
     block = max(block.weights for block in shapes.blocks)
     largest = max(linear.parameters for layer in layout.space.everyone for linear in layer.linears)
     sizes = {"graph": round(tokens * kept),
-             "probe_states": min(states, max(placing.room, states // windows_probed(config))) + 2 * tokens * item,
+             "probe_states": min(states, max(plan.room, states // windows_probed(config))) + 2 * tokens * item,
              "changes": item * block * (1 if traces else len(layout.space.choices)) + 4 * largest * (
                  1 + len(layout.space.choices))}
     if config.value == "kl":

@@ -23,7 +23,7 @@ from impq_core.model.device import hardware
 from impq_core.model.shapes import Shapes
 from impq_core.model.source import ModelSource, locate_model
 from impq_core.plugins import Plugins
-from impq_core.runs.footprint import Bytes, disk, memory, place, windows_probed
+from impq_core.runs.footprint import Bytes, disk, memory, plan_memory, windows_probed, work_of
 from impq_core.runs.grid import Sweep
 from impq_core.runs.layout import Layout, lay_out
 from impq_core.space import LayerSpec, SearchSpace
@@ -166,8 +166,9 @@ class Forecast:
         """A line for memory, the cache's disk and the output's disk each, if less is free than needed."""
         lines = []
         stage, needed = self.peak
-        if self.free_memory is not None and needed > self.free_memory:
-            lines.append(f"about {needed / 1e9:.1f} GB of memory are needed ({stage}), {self.free_memory / 1e9:.1f} GB "
+        free = self.free_memory if self.config.device == "cpu" else self.free_device
+        if free is not None and needed > free:
+            lines.append(f"about {needed / 1e9:.1f} GB of memory are needed ({stage}), {free / 1e9:.1f} GB "
                          "are free: take a machine with more, or a smaller model")
         takes = self.disk
         for name, where, size in (("cache_bytes", "the cache", takes["cache_bytes"]),
@@ -253,8 +254,7 @@ def _search(layouts: Sequence[Layout], first: bool = True, exports: int = 0) -> 
     """
     layout = layouts[0]
     config, space = layout.config, layout.space
-    spare = config.calibration.windows - config.game_windows * (2 if config.refine else 1)
-    work = None if layout.plan else layout.parts.estimator.workload(layout.game_space, 1 + spare // config.game_windows)
+    work = work_of(layout)
     budgets = {each.config.budget: each.budget_bytes for each in layouts}
     weights = sum(layer.parameters for layer in space.layers)
     scores = len(layouts)
@@ -266,7 +266,7 @@ def _search(layouts: Sequence[Layout], first: bool = True, exports: int = 0) -> 
                 "evaluate": _evaluation_forwards(layout, scores, first)}
     if layout.plan:
         forwards["estimate"] = 0.0
-    placing = place(layout)
+    plan = plan_memory(layout)
     takes = dict(disk(layout, work, len(layouts), scores, exports))
     if not first:
         takes["cache_bytes"] = 0
@@ -276,8 +276,8 @@ def _search(layouts: Sequence[Layout], first: bool = True, exports: int = 0) -> 
         (*_pins(layout), *_other_parts(layout)),
         tuple(Size.of(budget, nbytes, space) for budget, nbytes in budgets.items()),
         Size.of("smallest", space.low_bytes, space), Size.of("largest", space.high_bytes, space),
-        None if work is None else float(work.losses.sum()), forwards, placing.streamed,
-        memory(layout, work, placing), takes)
+        None if work is None else float(work.losses.sum()), forwards, plan.streamed,
+        memory(layout, work, plan), takes)
 
 
 def _pins(layout: Layout) -> list[Fixed]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from impq_core.config import RunConfig
+from impq_core.config import RunConfig, override
 from impq_core.files import write_text
 from impq_core.game.model_game import ModelGame
 from impq_core.ledger import MeasurementLog
@@ -55,7 +55,7 @@ def run(config: RunConfig, plugins: Plugins | None = None, only_estimate: bool =
         return _observed(prepared, plugins, folder, only_estimate)
 
 
-def resume(path: str | Path, plugins: Plugins | None = None, trust: Trust = NO_TRUST) -> RunResult:
+def resume(path: str | Path, plugins: Plugins | None = None, trust: Trust = NO_TRUST, memory: str = "") -> RunResult:
     """Continue a run that ended early; a finished run returns its result again.
 
     Rows in the run's logs are not measured again, and variants in the cache are not made again. Estimate and plan are
@@ -65,6 +65,7 @@ def resume(path: str | Path, plugins: Plugins | None = None, trust: Trust = NO_T
         path: the run's folder.
         plugins: parts and observers; the installed plugins by default.
         trust: what the caller permits.
+        memory: what the run may take from now on; empty for what its configuration says.
 
     Raises:
         ImpqError: the folder holds no run, another process works in it, or its model, texts, backend, options or code
@@ -72,7 +73,7 @@ def resume(path: str | Path, plugins: Plugins | None = None, trust: Trust = NO_T
     """
     plugins = plugins or Plugins()
     folder = RunFolder.open(path, "provenance.json")
-    prepared = prepare(folder.read_config(), plugins, trust)
+    prepared = prepare(override(folder.read_config(), memory=memory or None), plugins, trust)
     prepared.key.require(folder.read_json(folder.provenance), str(path))
     with folder.locked():
         _start(prepared, plugins, folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 import warnings
 import weakref
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from impq_core.errors import ImpqError, one_line
 from impq_core.evaluate import Evaluator, KeptScores, ScoreLog, evaluate_plan
-from impq_core.files import scratch_folder
+from impq_core.files import abandoned, discard, scratch_folder
 from impq_core.game.model_game import ModelGame
 from impq_core.game.probe import ModelProbe
 from impq_core.interfaces import Backend
@@ -27,10 +28,13 @@ from impq_core.model.text import Windows
 from impq_core.plugins import Plugins
 from impq_core.results import Evaluation
 from impq_core.runs.folder import RunFolder
-from impq_core.runs.footprint import place
+from impq_core.runs.footprint import plan_memory
 from impq_core.runs.prepare import Prepared
 from impq_core.space import Choice, SearchSpace
 from impq_core.types import Plan
+
+SCRATCH = "impq-weights"
+"""Name of the temporary folder with the weights that no file of the model holds one to one."""
 
 Progress = Callable[[int, int], None]
 """Called with the number of finished units of a stage, and the number of all units."""
@@ -63,16 +67,20 @@ class Session:
         self.bank = Bank(self.runner, prepared.space.everyone, prepared.parts.backend)
 
     def _load(self) -> BlockwiseModel:
-        placing, source = place(self.prepared), self.prepared.source
-        if placing.shortfall:
-            warnings.warn(placing.shortfall, RuntimeWarning, stacklevel=3)
-        if not placing.streamed:
-            return BlockwiseModel(source.load(self.dtype).to(self.device), self.device, room=placing.room)
-        scratch = ExitStack()
-        folder = scratch.enter_context(scratch_folder(cache_folder(), "weights"))
-        model, stored = source.load_streamed(self.dtype, self.device, folder)
-        runner = BlockwiseModel(model, self.device, stored, placing.room)
-        weakref.finalize(runner, scratch.close)  # runners are shared between sessions
+        plan, source = plan_memory(self.prepared), self.prepared.source
+        if plan.shortfall:
+            warnings.warn(plan.shortfall, RuntimeWarning, stacklevel=3)
+        if not plan.streamed:
+            return BlockwiseModel(source.load(self.dtype).to(self.device), self.device, room=plan.room)
+        parent = cache_folder() if self.prepared.config.cache else Path(tempfile.gettempdir())
+        for left in abandoned(parent):
+            if left.name.startswith(f".{SCRATCH}."):
+                discard(left)
+        with ExitStack() as stack:
+            folder = stack.enter_context(scratch_folder(parent, SCRATCH))
+            model, stored = source.load_streamed(self.dtype, self.device, folder)
+            runner = BlockwiseModel(model, self.device, stored, plan.room)
+            weakref.finalize(runner, stack.pop_all().close)  # runners are shared between sessions
         return runner
 
     def report(self, stage: str) -> Progress:
