@@ -178,8 +178,8 @@ class Probe(Protocol):
     @property
     def forwards(self) -> float:
         """Cost so far, in forwards of the game's windows, even if the probe reads more or fewer windows. Slopes cost
-        about four forwards of the windows that they are read on: forward, each block once
-        more, backward, and gradients of the weights."""
+        about four forwards of the windows that they are read on: forward, each block once more, backward, and gradients
+        of the weights."""
 
     def weight(self, linear: LinearSpec) -> torch.Tensor:
         """The unquantized weight (rows, columns), float32; not to be changed."""

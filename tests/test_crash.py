@@ -25,6 +25,9 @@ ARGUMENTS = ["run", "--estimator", "spqe", "--granularity", "block", "--bits", "
              "--exclude", "model.layers.[4-9]", "--exclude", "model.layers.1?", "--exclude", "model.layers.2?"]
 """The game has four of the thirty blocks as layers, so that a run takes half a minute."""
 
+LITTLE = ["--memory", os.environ.get("IMPQ_CRASH_MEMORY", "1GB")]
+"""Memory in which blocks stay on disk until they work."""
+
 RESULTS = ("estimate.npz", "plan.json", "measurements.npz", "measurements.jsonl", "evaluation.json")
 
 
@@ -64,7 +67,9 @@ def files(folder: str) -> dict[str, bytes]:
     return {name: (Path(folder) / name).read_bytes() for name in RESULTS}
 
 
-def test_whatever_moment_a_run_is_killed_at_it_ends_the_same(start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("memory", [[], LITTLE], ids=["resident", "streamed"])
+def test_whatever_moment_a_run_is_killed_at_it_ends_the_same(memory: list[str], start, tmp_path: Path) -> None:
+    """The killed runs are compared with a resident one."""
     whole = start("whole", *ARGUMENTS)
     folder, began = run_folder(whole)
     rest = whole.stdout.read()
@@ -75,7 +80,7 @@ def test_whatever_moment_a_run_is_killed_at_it_ends_the_same(start, tmp_path: Pa
     passed, report = 0, []
     for number in range(KILLS):
         name = f"kill{number}"
-        process = start(name, *ARGUMENTS)
+        process = start(name, *ARGUMENTS, *memory)
         folder, began = run_folder(process)
         moment = (number + rng.random()) / KILLS * seconds  # at random, and in every part of the run
         time.sleep(max(0.0, began + moment - time.monotonic()))

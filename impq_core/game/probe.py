@@ -284,8 +284,9 @@ class ModelProbe:
         """The context in which a backward pass over a batch adds the inner products with ``changes`` to ``products``,
         from that row on.
 
-        The gradient of one window is the product of the linear's output gradients and its inputs, in float32. It is
-        multiplied with every change and then dropped, so that gradients of several windows never exist at once.
+        The gradient of one window is the product of the linear's output gradients and its inputs, in the model's type:
+        on the demo model, rounding to bfloat16 moves slopes by 0.2 %. It is multiplied with every change in float32 and
+        then dropped, so that gradients of several windows never exist at once.
         """
         def watch(linear: LinearSpec) -> Any:
             def forward(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -297,7 +298,7 @@ class ModelProbe:
                     outputs = grad.reshape(*inputs.shape[:2], linear.rows)
                     flat = [change.flatten().float() for change in changes(linear)]
                     for window in range(len(ids)):
-                        gradient = (outputs[window].float().T @ inputs[window].float()).flatten()
+                        gradient = (outputs[window].T @ inputs[window]).flatten().float()
                         if flat:
                             products[linear][row + window] += on_host(torch.stack([gradient.dot(c) for c in flat]))
 

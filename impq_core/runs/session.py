@@ -1,4 +1,4 @@
-"""A session: a prepared run with its model in memory and the variants of its layers, for games, probes and scores."""
+"""A session: a prepared run with its model and the variants of its layers, for games, probes and scores."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Session:
         device: where blocks compute.
         dtype: type of the forwards.
         runner: the model, block by block.
-        bank: the variants in memory.
+        bank: the variants.
         clock: seconds by stage.
     """
 
