@@ -42,7 +42,7 @@ CASES = {
     "demo": Case("demo"),
     "demo, --memory 1.2GB": Case("demo", ("--memory", "1.2GB")),
     "1.2B": Case("random-1b", QUICK),
-    "1.2B, --memory 2.2GB": Case("random-1b", (*QUICK, "--memory", "2.2GB")),
+    "1.2B, --memory 3GB": Case("random-1b", (*QUICK, "--memory", "3GB")),
 }
 STAGES = ("imports", "check", "load", "quantize", "estimate", "evaluate")
 

@@ -16,7 +16,8 @@ class ForwardCost:
     A *forward* is what scores a pick from nothing: every block over all tokens of a window, and the head (final norm
     included) over the tokens that predict another. Everything that impq counts in forwards is FLOPs over ``total``
     times the number of windows: a pick that shares its first blocks with the pick before costs the other blocks and
-    the head; losses against a reference make the reference's logits once a batch; a backward pass costs what it computes.
+    the head; losses against a reference make the reference's logits once a batch; a backward pass costs what it
+    computes.
 
     Args:
         blocks: FLOPs of each block.

@@ -146,12 +146,13 @@ def memory(layout: Layout, work: Workload | None, plan: MemoryPlan) -> dict[str,
             "quantizer": _solver(layout, menus, reads)}
     loaded["variants"] = kept
     known = 2 * (1 + len(shapes.blocks))  # in front of every block, of the last pick and of the one before
-    path = (known + PICKS + (config.value == "kl")) * played * token
+    picks = PICKS if work is None else min(PICKS, 2 + int(work.losses.sum()))  # the reference, the plan, and the game
+    path = (known + picks + (config.value == "kl")) * played * token
     if layout.plan is None or layout.parts.needs_calibration:
         estimate = {**loaded, "hidden_states": path if layout.parts.needs_calibration else 0}
         stages["estimate"] = estimate if layout.plan else {**estimate, **_gradients(layout, work, plan)}
     if config.refine:  # two games
-        stages["refine"] = {**loaded, "hidden_states": 2 * path}
+        stages["refine"] = {**loaded, "hidden_states": 2 * (known + PICKS + (config.value == "kl")) * played * token}
     held_out = config.evaluation.windows * config.evaluation.length * token
     side_by_side = min(ALLOCATIONS, max(1, plan.room // held_out))
     stages["evaluate"] = {**loaded, "hidden_states": (3 + side_by_side) * held_out}
