@@ -27,6 +27,7 @@ class Ledger:
         key: identity of the measurements.
 
     Attributes:
+        path: the file.
         rows: the rows of an existing file.
 
     Raises:
@@ -34,6 +35,7 @@ class Ledger:
     """
 
     def __init__(self, path: Path, format: str, key: Key) -> None:
+        self.path = path
         self.rows: list[dict[str, Any]] = []
         size = 0
         if path.exists():

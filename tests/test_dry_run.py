@@ -144,7 +144,9 @@ def test_an_estimator_without_a_workload_is_unknown(base: RunConfig, monkeypatch
     monkeypatch.setattr("impq_scores.inspected.Lim.workload", Inspector.workload)
     search = forecast_run(replace(base, estimator="lim")).searches[0]
     assert search.forwards["estimate"] is None and search.losses is None
-    assert search.memory["estimate"] == known.memory["estimate"]
+    assert search.memory["estimate"].items() >= {
+        name: size for name, size in known.memory["estimate"].items() if name != "hidden_states"}.items()
+    assert search.memory["estimate"]["hidden_states"] > known.memory["estimate"]["hidden_states"]  # picks may be many
 
 
 def test_sizes_are_those_of_the_run(base: RunConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +168,16 @@ def test_a_game_goes_on_from_its_log_as_if_nothing_had_happened(table: Table, tm
         table.bank.apply([None] * len(table.space))
         assert play(path, 12) == whole
         assert path.read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_a_row_with_fewer_windows_is_refused(table: Table, tmp_path: Path) -> None:
+    path, pick = tmp_path / "log", table.space.uniform(1)
+    table.game(MeasurementLog(path, TextKey("tiny"))).loss(pick)
+    *rows, last = path.read_text().splitlines(keepends=True)
+    row = json.loads(last)
+    path.write_text("".join([*rows, json.dumps({**row, "windows": row["windows"][1:]}) + "\n"]))
+    with pytest.raises(ImpqError, match="number of losses is not that of the 6 windows"):
+        table.game(MeasurementLog(path, TextKey("tiny"))).loss(pick)
 
 
 def test_gradients_come_back_from_their_log(table: Table, tmp_path: Path) -> None:

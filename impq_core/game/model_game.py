@@ -147,6 +147,9 @@ class ModelGame:
         logged = self._log.losses if self._log else {}
         found = {pick.tobytes(): logged[self._number, pick.tobytes()] for pick in picks
                  if (self._number, pick.tobytes()) in logged}
+        if self._log and any(len(losses) != len(self._ids) for losses in found.values()):
+            raise ImpqError(f"{self._log.path} has a line whose number of losses is not that of the {len(self._ids)} "
+                            "windows: start a new run")
         missing = [pick for pick in picks if pick.tobytes() not in found]
         if missing:
             assignments = [self.space.assignment(pick) for pick in missing]
