@@ -25,7 +25,7 @@ ARGUMENTS = ["run", "--estimator", "spqe", "--granularity", "block", "--bits", "
              "--exclude", "model.layers.[4-9]", "--exclude", "model.layers.1?", "--exclude", "model.layers.2?"]
 """The game has four of the thirty blocks as layers, so that a run takes half a minute."""
 
-LITTLE = ["--memory", os.environ.get("IMPQ_CRASH_MEMORY", "1GB")]
+LITTLE = ["--memory", os.environ.get("IMPQ_CRASH_MEMORY", "0.93GB")]
 """Memory in which blocks stay on disk until they work."""
 
 RESULTS = ("estimate.npz", "plan.json", "measurements.npz", "measurements.jsonl", "evaluation.json")
