@@ -106,7 +106,7 @@ def main() -> None:
         for name, what in (("losses", "losses of the picks"), ("scores", "held-out NLL")):
             largest = float(np.abs(np.array(before[name]) - np.array(after[name])).max())
             lines.append(f"- The largest difference of {what} between the versions is {largest:.1e} nats per token "
-                         "(the variants differ by ties in rounding).")
+                         "(the versions' GPTQ variants are not the same).")
         slopes = [np.array(one["slopes"]) for one in (before, after)]
         lines += [f"- Slopes differ by {np.linalg.norm(slopes[0] - slopes[1]) / np.linalg.norm(slopes[0]):.1e} of "
                   "their norm.",

@@ -94,16 +94,16 @@ class Placement:
     @contextmanager
     def loaded(self, *indices: int) -> Iterator[None]:
         """The context in which blocks have their weights on the device; contexts may be nested."""
-        stood: list[int] = []
+        entered: list[int] = []
         try:
             for index in indices:
                 if not self._users[index]:
                     self._load(self._blocks[index])
                 self._users[index] += 1
-                stood.append(index)
+                entered.append(index)
             yield
         finally:
-            for index in stood:
+            for index in entered:
                 self._users[index] -= 1
             if not all(self._users[index] for index in indices):
                 self._unload()

@@ -92,8 +92,8 @@ class Walk:
         return [states[place] for place in at], Prefix(assignments[-1], inputs)
 
     def runs(self, assignments: Iterable[Assignment], known: Assignment | None) -> list[int]:
-        """How many times ``outputs`` runs each block, if every input of ``known`` is known.
-        The model's blocks in front of those that begin a forward are counted only if it has partial forwards."""
+        """How many times ``outputs`` runs each block, if every input of ``known`` is known; without partial forwards,
+        each block once for each assignment."""
         assignments = list(assignments)
         if not self._runner.partial:
             return [len(assignments)] * len(self._runner)
@@ -127,4 +127,3 @@ class Walk:
         return next((block for block in range(len(self._runner))
                      if known is None or self._choices(known, block) != self._choices(assignment, block)),
                     len(self._runner))
-

@@ -29,8 +29,7 @@ ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 GRAPH = {"float32": (18.1, 12.0), "bfloat16": (13.1, 6.0), "float16": (13.1, 6.0)}
 """Bytes that a forward with gradients keeps for each token and block, by dtype: as many times the hidden width, and as
-many times the width inside the feed-forward. Measured on three shapes of Llama; float16 is
-taken to be as bfloat16."""
+many times the width inside the feed-forward. Measured on three shapes of Llama; float16 is taken to be as bfloat16."""
 
 ALLOCATIONS = 12
 """Allocations that are scored on held-out text: a plan, its references, and the unquantized model."""
@@ -54,7 +53,6 @@ Bytes = Mapping[str, int]
 """Bytes by content."""
 
 _ENGINES = {part: fused for fused, parts in FUSED.items() for part in parts}
-
 
 HOST = ("libraries", "weights_file", "variants", "signs")
 """Contents that are in host memory whatever the device."""
@@ -143,7 +141,7 @@ def memory(layout: Layout, work: Workload | None, plan: MemoryPlan) -> dict[str,
             **base, "variants": kept, "block": loaded["block"],
             "hidden_states": 2 * calibration * token * reads,
             "statistics": _statistics(layout) * reads,
-            "quantizer": _solver(layout, menus, reads)}
+            "quantizer": _solver(layout, reads)}
     loaded["variants"] = kept
     known = 2 * (1 + len(shapes.blocks))  # in front of every block, of the last pick and of the one before
     picks = PICKS if work is None else min(PICKS, 2 + int(work.losses.sum()))  # the reference, the plan, and the game
@@ -232,7 +230,7 @@ def _statistics(layout: Layout) -> int:
     return max(sum(sizes) + 2 * max(sizes) for sizes in blocks)
 
 
-def _solver(layout: Layout, menus: Sequence[Sequence[Choice]], reads: bool) -> int:
+def _solver(layout: Layout, reads: bool) -> int:
     """Bytes of the float32 copies that quantizers make: two of the weights of linears that share their inputs, for each
     choice, and two of their Hessian; on the processor, of as many such sets of linears as there are threads."""
     side_by_side = torch.get_num_threads() if layout.device.type == "cpu" else 1
