@@ -46,7 +46,8 @@ def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden | None, menus: 
     """
     progress(0, len(runner))
     blocks = [[i for i, layer in enumerate(bank.layers) if layer.block == index] for index in range(len(runner))]
-    missing = [[(spec, choice) for layer in layers for spec in bank.layers[layer].linears for choice in menus[layer]
+    missing = [[(spec, choice) for layer in layers for spec in bank.layers[layer].linears
+                for choice in dict.fromkeys(bank.backend.stand_in(spec, wanted) for wanted in menus[layer])
                 if not bank.take(spec, choice)] for layers in blocks]
     for index, layers in enumerate(blocks):
         for layer in layers:
