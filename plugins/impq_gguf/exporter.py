@@ -10,15 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
-from impq_core.errors import ImpqError
 from impq_core.interfaces import Checkpoint, Exporter, Variant
-from impq_gguf.metadata import add_architecture, add_general, rotary_tensors
-from impq_gguf.names import Architecture, architecture_of, gguf_places
+from impq_gguf.layout import Layout
+from impq_gguf.metadata import add_architecture, add_general
+from impq_gguf.reader import Reader
 from impq_gguf.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
@@ -27,36 +26,6 @@ if TYPE_CHECKING:
 
 NAME = "model.gguf"
 """The file, or the beginning of the names of its parts: model-00001-of-00002.gguf ..."""
-
-SINGLE = frozenset({"ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight"})
-"""Ends of names of matrices that llama.cpp wants in single precision: routers."""
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A tensor of the file.
-
-    Args:
-        name: in the file.
-        kind: name of its ggml type.
-        shape: as in Hugging Face files, or (experts, rows, columns).
-        sources: the checkpoint's names of what it holds: one tensor, or that of each expert.
-        heads: attention heads whose rows are stored in the order of rotary pairs; 0 for none.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    sources: tuple[str, ...]
-    heads: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its data."""
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-        block, size = GGML_QUANT_SIZES[GGMLQuantizationType[self.kind]]
-        return math.prod(self.shape) // block * size
 
 
 @dataclass(frozen=True)
@@ -108,7 +77,7 @@ class GgufExporter(Exporter):
             for values in layout.constants.values():
                 writer.write_tensor_data(values)
             for tensor in layout.tensors:
-                writer.write_tensor_data(_data(tensor, checkpoint))
+                writer.write_tensor_data(layout.data(tensor, checkpoint))
 
     @contextmanager
     def _begun(self, checkpoint: Checkpoint, layout: Layout, folder: Path) -> Iterator[GGUFWriter]:
@@ -143,12 +112,17 @@ class GgufExporter(Exporter):
 
     def restore(self, folder: Path, checkpoint: Checkpoint) -> Mapping[str, Variant]:
         """Map the packed linears; raises ImpqError if the file lacks one."""
-        read = _Reader(self.files(folder))
-        return {name: Variant(choice, {"data": read.packed(f"{name}.weight", checkpoint)})
+        read, layout = Reader(self.files(folder)), Layout.of(checkpoint)
+        return {name: Variant(choice, {"data": read.packed(layout, f"{name}.weight")})
                 for name, choice in checkpoint.widths.items() if choice is not None}
 
     def dense(self, folder: Path, checkpoint: Checkpoint) -> Mapping[str, Callable[[], torch.Tensor]]:
         """Functions that read a tensor of the file."""
-        read = _Reader(self.files(folder))
-        return {name: partial(read.dense, name, checkpoint) for name in checkpoint.dense
-                if name in Layout.of(checkpoint).places}
+        read, layout = Reader(self.files(folder)), Layout.of(checkpoint)
+        return {name: partial(read.dense, layout, name) for name in checkpoint.dense if name in layout.places}
+
+
+def _padded(nbytes: int) -> int:
+    from gguf import GGUF_DEFAULT_ALIGNMENT
+
+    return math.ceil(nbytes / GGUF_DEFAULT_ALIGNMENT) * GGUF_DEFAULT_ALIGNMENT

@@ -27,7 +27,8 @@ class ModelParams(ctypes.Structure):
         ("main_gpu", ctypes.c_int32), ("tensor_split", ctypes.c_void_p), ("progress_callback", ctypes.c_void_p),
         ("progress_callback_user_data", ctypes.c_void_p), ("kv_overrides", ctypes.c_void_p),
         ("vocab_only", ctypes.c_bool), ("check_tensors", ctypes.c_bool), ("use_extra_bufts", ctypes.c_bool),
-        ("no_host", ctypes.c_bool), ("no_alloc", ctypes.c_bool), ("load_mtp", ctypes.c_bool), ("rest", ctypes.c_char * 176))
+        ("no_host", ctypes.c_bool), ("no_alloc", ctypes.c_bool), ("load_mtp", ctypes.c_bool),
+        ("rest", ctypes.c_char * 176))
 
 
 _SYMBOLS = {

@@ -129,7 +129,8 @@ def _add_scales(writer: GGUFWriter, config: Any) -> None:
     blocks = {"gemma2": 46, "gemma3_text": 62}.get(config.model_type)
     if scalar:
         # llama.cpp knows the largest models of both families by their number of blocks.
-        own = config.hidden_size / config.num_attention_heads if config.num_hidden_layers == blocks else head_width(config)
+        largest = config.num_hidden_layers == blocks
+        own = config.hidden_size / config.num_attention_heads if largest else head_width(config)
         if scalar != own:
             raise ImpqError(f"format gguf does not hold this model: llama.cpp scales its attention by {own:g} ** -0.5, "
                             f"not by query_pre_attn_scalar = {scalar:g} in config.json")

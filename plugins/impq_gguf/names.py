@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 from impq_core.errors import ImpqError
-
-
-
 
 
 @dataclass(frozen=True)
@@ -113,7 +110,8 @@ def gguf_places(architecture: str, blocks: int, names: Iterable[str]) -> dict[st
         match = _EXPERT.fullmatch(stem)
         known = lookup(f"{match['experts']}.{match['part']}" if match else stem)
         if known is None or suffix not in ("weight", "bias"):
-            raise ImpqError(f"format gguf does not hold this model: llama.cpp's {architecture} has no tensor for {name}")
+            raise ImpqError(f"format gguf does not hold this model: llama.cpp's {architecture} has no tensor for "
+                            f"{name}")
         places[name] = Place(f"{known}{dot}{suffix}", int(match["number"]) if match else None)
     return places
 

@@ -27,12 +27,13 @@ PRE_TOKENIZERS = (
 PROBES = (
     "The quick brown fox can't jump; it's 12:45, isn't it? WE'LL see, they've SAID'D so.",
     " leading space,  two spaces,   three, and a trailing one ",
-    "\nline\n\n\nthree line ends\r\nand\ta tab\t\ttwo\n    def f(x):\n\treturn {'a': x ** 2, \"b\": [1, 22, 333, 4444]}\n",
+    "\nline\n\n\nthree line ends\r\nand\ta tab\t\ttwo\n    def f(x):\n\treturn {'a': x ** 2, \"b\": [1, 22, 333]}\n",
     "1 12 123 1234 12345 1234567890 3.14159 1e-9 0xFF v1.2.3-rc4 $1,234,567.89 50% ½ ² №5",
-    "Ünïcödé: naïve façade, Straße, Łódź, Ελληνικά, русский текст, עברית, العربية, हिन्दी भाषा, ไทย, 한국어, 日本語テキスト，中文。",
-    "emoji 🙂👩‍💻🇺🇸 ☃ ❤️ — dashes – and … quotes “so” ‘so’ «so» ¿qué? ¡sí!",
-    "camelCase snake_case SCREAMING_CASE kebab-case http://example.org/a?b=c&d=%20#e user@example.org C++ C# <tag/> /* */ "
-    "//#!? ...!!! ((())) [[]] {{}} &&||== != -> => ::",
+    "Ünïcödé: naïve façade, Straße, Łódź, Ελληνικά, русский текст, עברית, العربية, हिन्दी भाषा, ไทย, 한국어, "
+    "日本語テキスト，中文。",  # noqa: RUF001
+    "emoji 🙂👩‍💻🇺🇸 ☃ ❤️ — dashes – and … quotes “so” ‘so’ «so» ¿qué? ¡sí!",  # noqa: RUF001
+    "camelCase snake_case SCREAMING_CASE kebab-case http://example.org/a?b=c&d=%20#e user@example.org C++ C# <tag/> "
+    "/* */ //#!? ...!!! ((())) [[]] {{}} &&||== != -> => ::",
     "x", "  ", "\n", "",
 )
 """Texts that differ between rules: contractions, numbers, spaces, scripts, symbols."""
@@ -95,17 +96,17 @@ def read_tokenizer(files: Path, rows: int) -> Tokenizer:
         raise ImpqError(f"format gguf cannot carry the tokenizer of {files.name}: {one_line(error, 200)}") from error
     found = _tokens(tokenizer, content, files, rows)
     expected = [tokenizer(text)["input_ids"] for text in PROBES]
-    reasons = []
+    reasons, tried = [], 0
     with tempfile.TemporaryDirectory() as folder:
         for rules in _candidates(found.model):
-            candidate = replace(found, rules=rules)
+            candidate, tried = replace(found, rules=rules), tried + 1
             try:
                 if _split(candidate, Path(folder) / "vocabulary.gguf") == expected:
                     return candidate
             except ImpqError as error:  # a rule that this release of llama.cpp does not know, or a damaged vocabulary
                 reasons.append(one_line(error))
     raise ImpqError(f"format gguf cannot carry the tokenizer of {files.name} ({type(tokenizer).__name__}): llama.cpp "
-                    f"splits texts otherwise{f'; {reasons[0]}' if len(reasons) == len(_candidates(found.model)) else ''}")
+                    f"splits texts otherwise{f' ({reasons[0]})' if len(reasons) == tried else ''}")
 
 
 def _candidates(model: str) -> list[Mapping[str, str | bool]]:
@@ -132,12 +133,12 @@ def _tokens(tokenizer: Any, content: Mapping[str, Any], files: Path, rows: int) 
 
     model = content["model"]
     if model.get("type") != "BPE":
-        raise ImpqError(f"format gguf cannot carry the tokenizer of {files.name}: it is of type {model.get('type')}, not "
-                        "BPE")
+        raise ImpqError(f"format gguf cannot carry the tokenizer of {files.name}: it is of type {model.get('type')}, "
+                        "not BPE")
     by_number = {number: text for text, number in tokenizer.get_vocab().items()}
     if by_number and max(by_number) >= rows:
-        raise ImpqError(f"format gguf cannot carry the tokenizer of {files.name}: it has a token {max(by_number)}, but the "
-                        f"embedding has {rows} rows")
+        raise ImpqError(f"format gguf cannot carry the tokenizer of {files.name}: it has a token {max(by_number)}, but "
+                        f"the embedding has {rows} rows")
     sentencepiece = not any(part.get("type") == "ByteLevel" for part in _parts(content))
     added = {part["id"]: part["special"] for part in content["added_tokens"]}
     texts, types = [], []
