@@ -17,7 +17,7 @@ from impq_core.interfaces import Checkpoint
 from impq_gguf.names import Architecture
 
 if TYPE_CHECKING:
-    from gguf import GGUFWriter
+    from gguf import GGUFWriter, Metadata
 
 PLAN_DIGEST = "impq.plan_digest"
 """Key of the SHA-256 of the plan: of the names of the model's linears and their types, as JSON with sorted keys."""
@@ -39,10 +39,9 @@ def add_general(writer: GGUFWriter, checkpoint: Checkpoint, kinds: Counter[str])
     """
     from importlib.metadata import version
 
-    from gguf import GGML_QUANT_VERSION, LlamaFileType, Metadata
+    from gguf import GGML_QUANT_VERSION, LlamaFileType
 
-    found = Metadata.load(model_path=checkpoint.files, model_name=_hub_name(checkpoint.files),
-                          total_params=sum(kinds.values()))
+    found = described(checkpoint.files, sum(kinds.values()))
     found.quantized_by = f"impq {version('impq')}"
     writer.add_type("model")
     found.set_gguf_meta_model(writer)
@@ -52,6 +51,13 @@ def add_general(writer: GGUFWriter, checkpoint: Checkpoint, kinds: Counter[str])
     writer.add_file_type(next((int(LlamaFileType[name]) for name in names if name in LlamaFileType.__members__),
                               int(LlamaFileType.GUESSED)))
     writer.add_string(PLAN_DIGEST, plan_digest(checkpoint))
+
+
+def described(files: Path, parameters: int = 0) -> Metadata:
+    """Name, author, licence, sampling ... of a model, from its folder."""
+    from gguf import Metadata
+
+    return Metadata.load(model_path=files, model_name=_hub_name(files), total_params=parameters)
 
 
 def _hub_name(files: Path) -> str | None:

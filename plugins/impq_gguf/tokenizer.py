@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from impq_core.errors import ImpqError, one_line
 from impq_gguf.llama import Vocabulary
+from impq_gguf.metadata import described
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter, SpecialVocab
@@ -81,7 +82,8 @@ def read_tokenizer(files: Path, rows: int) -> Tokenizer:
 
     Args:
         files: the model's folder.
-        rows: rows of the embedding; those without a token get an unused one.
+        rows: rows of the embedding; those without a token get an unused one. Tokens beyond them are left out: the model
+            cannot read them.
 
     Raises:
         ImpqError: the folder has no tokenizer that transformers runs without Python code of its own, or llama.cpp
@@ -96,12 +98,12 @@ def read_tokenizer(files: Path, rows: int) -> Tokenizer:
         raise ImpqError(f"format gguf cannot carry the tokenizer of {files.name}: {one_line(error, 200)}") from error
     found = _tokens(tokenizer, content, files, rows)
     expected = [tokenizer(text)["input_ids"] for text in PROBES]
-    reasons, tried = [], 0
+    reasons, tried, name = [], 0, described(files).name or ""
     with tempfile.TemporaryDirectory() as folder:
         for rules in _candidates(found.model):
             candidate, tried = replace(found, rules=rules), tried + 1
             try:
-                if _split(candidate, Path(folder) / "vocabulary.gguf") == expected:
+                if _split(candidate, name, Path(folder) / "vocabulary.gguf") == expected:
                     return candidate
             except ImpqError as error:  # a rule that this release of llama.cpp does not know, or a damaged vocabulary
                 reasons.append(one_line(error))
@@ -115,11 +117,12 @@ def _candidates(model: str) -> list[Mapping[str, str | bool]]:
     return [{"pre": name} for name in PRE_TOKENIZERS]
 
 
-def _split(tokenizer: Tokenizer, file: Path) -> list[list[int]]:
+def _split(tokenizer: Tokenizer, name: str, file: Path) -> list[list[int]]:
     """The probe texts in llama.cpp's tokens."""
     from gguf import GGUFWriter
 
     writer = GGUFWriter(file, "llama")
+    writer.add_name(name)  # llama.cpp gives the tokens of some models further properties
     tokenizer.add_to(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -135,10 +138,7 @@ def _tokens(tokenizer: Any, content: Mapping[str, Any], files: Path, rows: int) 
     if model.get("type") != "BPE":
         raise ImpqError(f"format gguf cannot carry the tokenizer of {files.name}: it is of type {model.get('type')}, "
                         "not BPE")
-    by_number = {number: text for text, number in tokenizer.get_vocab().items()}
-    if by_number and max(by_number) >= rows:
-        raise ImpqError(f"format gguf cannot carry the tokenizer of {files.name}: it has a token {max(by_number)}, but "
-                        f"the embedding has {rows} rows")
+    by_number = {number: text for text, number in tokenizer.get_vocab().items() if number < rows}
     sentencepiece = not any(part.get("type") == "ByteLevel" for part in _parts(content))
     added = {part["id"]: part["special"] for part in content["added_tokens"]}
     texts, types = [], []
