@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ import numpy as np
 
 from impq_core.interfaces import Checkpoint, Exporter, Variant
 from impq_gguf.layout import Layout
+from impq_gguf.llama import check_loads
 from impq_gguf.metadata import add_architecture, add_general
 from impq_gguf.reader import Reader
 from impq_gguf.tokenizer import read_tokenizer
@@ -59,16 +61,18 @@ class GgufExporter(Exporter):
         """The exact bytes of the file, all parts together.
 
         Raises:
-            ImpqError: llama.cpp does not know the architecture, a tensor or the tokenizer, or the experts of a block
-                have several types.
+            ImpqError: llama.cpp does not know the architecture, a tensor or the tokenizer, or does not load such a
+                file, or the experts of a block have several types.
         """
+        layout = Layout.of(checkpoint)
         with tempfile.TemporaryDirectory() as folder:
-            layout = Layout.of(checkpoint)
             with self._begun(checkpoint, layout, Path(folder)) as writer:
-                nbytes = sum(_padded(tensor.nbytes) for tensor in layout.tensors)
-                nbytes += sum(_padded(values.nbytes) for values in layout.constants.values())
-                writer.flush()
-                return nbytes + sum(_padded(file.tell()) for file in writer.fout or ())
+                parts = [sum(_padded(info.nbytes) for info in part.values()) for part in writer.tensors]
+            files = self.files(Path(folder))
+            for file, nbytes in zip(files, parts, strict=True):
+                os.truncate(file, _padded(file.stat().st_size) + nbytes)  # a hole in place of the data
+            check_loads(files[0])
+            return sum(file.stat().st_size for file in files)
 
     def export(self, checkpoint: Checkpoint, folder: Path) -> None:
         """Write the file or its parts."""

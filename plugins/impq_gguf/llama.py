@@ -93,6 +93,28 @@ def errors_logged() -> Iterator[list[str]]:
         llama().llama_log_set(_LOG(), None)
 
 
+def check_loads(file: Path) -> None:
+    """Let llama.cpp read the metadata of a file, and the names, types and shapes of its tensors, but no data.
+
+    Args:
+        file: a GGUF file, or the first of its parts. Its data may be a hole.
+
+    Raises:
+        ImpqError: llama.cpp does not load it; the message has llama.cpp's reason.
+    """
+    params = llama().llama_model_default_params()
+    params.no_alloc, params.load_mode = True, 0
+    llama().llama_model_free(_load(file, params))
+
+
+def _load(file: Path, params: ModelParams) -> int:
+    with errors_logged() as errors:
+        model = llama().llama_model_load_from_file(str(file).encode(), params)
+    if not model:
+        raise ImpqError(f"llama.cpp does not load {file.name}: {(errors or ['no reason given'])[0]}")
+    return int(model)
+
+
 class Vocabulary:
     """The vocabulary of a GGUF file, in llama.cpp. A context manager.
 
@@ -106,10 +128,7 @@ class Vocabulary:
     def __init__(self, file: Path) -> None:
         params = llama().llama_model_default_params()
         params.vocab_only = True
-        with errors_logged() as errors:
-            self._model = llama().llama_model_load_from_file(str(file).encode(), params)
-        if not self._model:
-            raise ImpqError(f"llama.cpp does not load {file.name}: {(errors or ['no reason given'])[0]}")
+        self._model = _load(file, params)
         self._vocabulary = llama().llama_model_get_vocab(self._model)
 
     def __enter__(self) -> Vocabulary:

@@ -80,7 +80,7 @@ def add_architecture(writer: GGUFWriter, config: Any, architecture: Architecture
     """
     heads = config.num_attention_heads
     context, window = config.max_position_embeddings, sliding_window(config)
-    if window and not architecture.window:
+    if window and not architecture.period:
         context = min(context, window)
     writer.add_context_length(context)
     writer.add_embedding_length(config.hidden_size)
@@ -94,8 +94,9 @@ def add_architecture(writer: GGUFWriter, config: Any, architecture: Architecture
     if hasattr(config, "rms_norm_eps"):
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     else:
-        writer.add_layer_norm_eps(getattr(config, "norm_epsilon", None) or config.layer_norm_eps)
-    if window and architecture.window:
+        names = ("layer_norm_eps", "norm_epsilon", "norm_eps", "layer_norm_epsilon")
+        writer.add_layer_norm_eps(next((getattr(config, name) for name in names if hasattr(config, name)), 1e-5))
+    if window and architecture.period:
         writer.add_sliding_window(window)
     _add_experts(writer, config)
     _add_scales(writer, config)
@@ -126,7 +127,12 @@ def _add_experts(writer: GGUFWriter, config: Any) -> None:
 
 
 def _add_scales(writer: GGUFWriter, config: Any) -> None:
-    """Soft caps. The scale of attention is llama.cpp's own in Gemma's architectures."""
+    """Soft caps and multipliers. The scale of attention is llama.cpp's own in Gemma's architectures."""
+    for name, add in (("embedding_multiplier", writer.add_embedding_scale),
+                      ("residual_multiplier", writer.add_residual_scale), ("logits_scaling", writer.add_logit_scale),
+                      ("attention_multiplier", writer.add_attention_scale), ("logit_scale", writer.add_logit_scale)):
+        if (value := getattr(config, name, None)) is not None:
+            add(value)
     if cap := getattr(config, "attn_logit_softcapping", None):
         writer.add_attn_logit_softcapping(cap)
     if cap := getattr(config, "final_logit_softcapping", None):

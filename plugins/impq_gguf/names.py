@@ -19,21 +19,22 @@ class Architecture:
         name: llama.cpp's name.
         rotated: rows of q and k are in the order of rotary pairs (0, 1), (2, 3) ..., not (0, half), (1, half + 1) ...
         shifted: norms are stored as 1 + weight.
-        window: the model's sliding window is in the file; if not, the context ends with it.
+        period: every so many blocks, the last one attends to the whole context and the others to a sliding window; 0 if
+            llama.cpp has no window, so that the context ends with the model's.
         required: settings of config.json that llama.cpp takes for granted; a model with others is refused. A value is
             the only one, or a set of the possible ones.
-        activation: the only activation that llama.cpp computes.
+        activations: names of the one activation that llama.cpp computes.
     """
 
     name: str
     rotated: bool = False
     shifted: bool = False
-    window: bool = False
+    period: int = 0
     required: Mapping[str, Any] = field(default_factory=dict)
-    activation: tuple[str, ...] = ("silu", "swish")
+    activations: tuple[str, ...] = ("silu", "swish")
 
 
-_GELU = ("gelu_pytorch_tanh",)
+_GELU = ("gelu_pytorch_tanh", "gelu_new")
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({
     "llama": Architecture("llama", rotated=True),
@@ -46,10 +47,11 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({
     "qwen3_moe": Architecture("qwen3moe", required={"use_sliding_window": False, "attention_bias": False,
                                                     "decoder_sparse_step": 1, "mlp_only_layers": [],
                                                     "norm_topk_prob": True}),
-    "gemma": Architecture("gemma", shifted=True, activation=_GELU),
-    "gemma2": Architecture("gemma2", shifted=True, window=True, activation=_GELU),
-    "gemma3_text": Architecture("gemma3", shifted=True, window=True, activation=_GELU),
-    "phi3": Architecture("phi3", window=True),
+    "gemma": Architecture("gemma", shifted=True, activations=_GELU),
+    "gemma2": Architecture("gemma2", shifted=True, period=2, activations=_GELU),
+    "gemma3_text": Architecture("gemma3", shifted=True, period=6, activations=_GELU,
+                                required={"use_bidirectional_attention": False}),
+    "phi3": Architecture("phi3"),
     "olmo2": Architecture("olmo2", required={"attention_bias": False}),
     "smollm3": Architecture("smollm3", rotated=True, required={"use_sliding_window": False}),
 })
@@ -69,11 +71,16 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     if kind not in ARCHITECTURES:
         raise ImpqError(f"format gguf does not know architecture {kind}: it writes {', '.join(sorted(ARCHITECTURES))}")
     found = ARCHITECTURES[kind]
-    for name, value in {"hidden_act": found.activation, **found.required}.items():
+    for name, value in {"hidden_act": found.activations, **found.required}.items():
         own = config.get(name, config.get("hidden_activation") if name == "hidden_act" else None)
         if own is not None and not (own in value if isinstance(value, tuple) else own == value):
             raise ImpqError(f"format gguf does not hold this model: llama.cpp's {found.name} has no {name} = {own} in "
                             "config.json")
+    layers = ["full_attention" if (block + 1) % found.period == 0 else "sliding_attention"
+              for block in range(config.get("num_hidden_layers", 0))] if found.period else []
+    if layers and config.get("sliding_window") and config.get("layer_types", layers) != layers:
+        raise ImpqError(f"format gguf does not hold this model: llama.cpp's {found.name} has full attention in every "
+                        f"{found.period}th block, not as layer_types in config.json says")
     return found
 
 
