@@ -104,7 +104,8 @@ def test_weights_and_inputs_that_cannot_be_stored_are_refused() -> None:
 @pytest.mark.parametrize(("columns", "stored"), [
     (512, {name: name for name in TYPES}),
     (576, {"IQ2_XXS": "IQ4_NL", "IQ1_M": "IQ4_NL", "IQ3_S": "IQ4_NL", "IQ4_XS": "IQ4_NL", "Q2_K": "Q4_0",
-           "Q3_K": "Q4_0", "TQ1_0": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "MXFP4": "MXFP4", "NVFP4": "NVFP4"}),
+           "Q3_K": "Q4_0", "TQ1_0": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
+           "MXFP4": "MXFP4", "NVFP4": "NVFP4"}),
     (72, {**dict.fromkeys(TYPES, "F16"), "BF16": "BF16"}),
 ])
 def test_rows_that_blocks_do_not_divide_are_stored_as_llama_cpp_stores_them(columns: int,
