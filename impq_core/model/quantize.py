@@ -70,7 +70,8 @@ def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden | None, menus: 
                  if any(bank.record(spec, choice).get("unreached") for choice in menu)]
     if unreached:
         warnings.warn(f"{len(unreached)} linears (first: {unreached[0]}) are quantized without statistics: hardly "
-                      "a token of the calibration text reaches them; more calibration text may", RuntimeWarning, stacklevel=2)
+                      "a token of the calibration text reaches them; more calibration text may", RuntimeWarning,
+                      stacklevel=2)
 
 
 def _shared(wanted: Wanted, statistics: Sequence[Statistics | None]) -> Iterator[tuple[Wanted, Statistics | None]]:
