@@ -69,8 +69,9 @@ def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden | None, menus: 
     unreached = [spec.name for layer, menu in zip(bank.layers, menus, strict=True) for spec in layer.linears
                  if any(bank.record(spec, choice).get("unreached") for choice in menu)]
     if unreached:
-        warnings.warn(f"{len(unreached)} linears (first: {unreached[0]}) are rounded to nearest: hardly a token "
-                      "of the calibration text reaches them; more calibration text may", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"{len(unreached)} linears (first: {unreached[0]}) are quantized without statistics: hardly "
+                      "a token of the calibration text reaches them; more calibration text may", RuntimeWarning,
+                      stacklevel=2)
 
 
 def _shared(wanted: Wanted, statistics: Sequence[Statistics | None]) -> Iterator[tuple[Wanted, Statistics | None]]:
