@@ -111,7 +111,8 @@ def _load(file: Path, params: ModelParams) -> int:
     with errors_logged() as errors:
         model = llama().llama_model_load_from_file(str(file).encode(), params)
     if not model:
-        raise ImpqError(f"llama.cpp does not load {file.name}: {(errors or ['no reason given'])[0]}")
+        reason = errors[0].rpartition("error loading model: ")[2] if errors else "it gives no reason"
+        raise ImpqError(f"llama.cpp does not load such a file: {reason}")
     return int(model)
 
 
