@@ -8,7 +8,6 @@ so that all their linears but down_proj are stored in llama.cpp's stand-ins, of 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
