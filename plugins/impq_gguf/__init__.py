@@ -1,0 +1,18 @@
+"""GGUF: llama.cpp's types as choices, quantized by llama.cpp's own code, and the files that it runs."""
+
+from impq_core.hookspecs import Component, hookimpl
+
+
+@hookimpl
+def impq_backends() -> list[Component]:
+    """``gguf``."""
+    return [Component("gguf", "impq_gguf.backend:Gguf", "llama.cpp's types, IQ1_S to Q8_0, quantized by llama.cpp",
+                      needs=("xllamacpp", "gguf"), extra="gguf")]
+
+
+@hookimpl
+def impq_exporters() -> list[Component]:
+    """``gguf`` and ``recipe-llama.cpp``."""
+    return [Component("gguf", "impq_gguf.exporter:GgufExporter", "a complete GGUF file, for llama.cpp",
+                      needs=("xllamacpp", "gguf"), extra="gguf"),
+            Component("recipe-llama.cpp", "impq_gguf.recipe:LlamaCppRecipe", "tensor types for llama-quantize")]
