@@ -74,10 +74,9 @@ class Budget:
         """
         low, high = space.low_bytes, space.high_bytes
         if self.unit == "bits":
-            span = space.choices[0].bits - space.choices[-1].bits
-            share = (self.amount - space.choices[-1].bits) / span if span else 1.0
-            ends = space.line
-            nbytes = float(round(ends[0] + share * (ends[1] - ends[0])))
+            (narrow, wide), (least, most) = space.ends, space.line
+            share = (self.amount - narrow) / (wide - narrow) if wide > narrow else 1.0
+            nbytes = float(round(least + share * (most - least)))
         elif self.unit == "bpw":
             nbytes = self.amount * space.parameters / 8
         elif self.unit == "%":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import tomllib
 import typing
@@ -19,6 +18,16 @@ from impq_core.trust import without_permissions
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 GRANULARITIES = ("auto", "block", "group", "expert", "linear")
 VALUES = ("nll", "kl")
+WIDTHS = ("bits", "pins")
+"""Keys whose values are names of choices, which may be written as numbers."""
+
+
+def width_name(width: str | float) -> str:
+    """The name of a choice: ``3`` for 3, 3.0 and "3.0"; any other text is a name."""
+    try:
+        return f"{float(width):g}"
+    except ValueError:
+        return str(width).strip()
 
 
 def _normalize(config: TextConfig | RunConfig) -> None:
@@ -92,13 +101,14 @@ class RunConfig:
             ``backend``.
         refiner: name of the part that improves the plan by measuring plans near it.
         refine: limit of the refiner in full-model forwards; 0 for no refinement.
-        bits: the widths of the menu; empty for the backend's default menu.
+        bits: names of the choices of the menu, such as ``2``, ``3@128`` or ``Q4_K``; a number stands for its text.
+            Empty for the backend's default menu.
         budget: such as ``3.0bits`` (nominal average), ``3.25bpw`` (stored), ``60MB`` or ``60%``; empty for the middle
             of the menu.
         granularity: ``block``, ``group`` (fused linears), ``expert`` or ``linear``; ``auto`` is ``block`` for an
             estimator that plays the game, because its cost grows with the number of layers, and ``group`` for any
             other.
-        pins: width by pattern of layers with a fixed width; their bytes count.
+        pins: name of a choice by pattern of layers that stay at it; their bytes count.
         exclude: patterns of layers that stay unquantized; their bytes count at 16 bits a weight.
         calibration: text for quantization statistics and the game.
         game_windows: number of calibration windows of the game.
@@ -131,10 +141,10 @@ class RunConfig:
     allocator: str = "qp"
     refiner: str = "swaps"
     refine: int = 0
-    bits: tuple[float, ...] = ()
+    bits: tuple[str, ...] = ()
     budget: str = ""
     granularity: str = "auto"
-    pins: Mapping[str, float] = field(default_factory=dict)
+    pins: Mapping[str, str] = field(default_factory=dict)
     exclude: tuple[str, ...] = ()
     calibration: TextConfig = TextConfig()
     game_windows: int = 8
@@ -177,11 +187,13 @@ class RunConfig:
             raise UsageError(f"--refine holds back {self.game_windows} further calibration windows, as many as "
                              f"game_windows: give at least {2 * self.game_windows} calibration windows, not "
                              f"{self.calibration.windows}")
-        if len(set(self.bits)) != len(self.bits):
+        object.__setattr__(self, "bits", tuple(map(width_name, self.bits)))
+        object.__setattr__(self, "pins", {pattern: width_name(width) for pattern, width in self.pins.items()})
+        if len({name.lower() for name in self.bits}) != len(self.bits):
             raise UsageError("bits names a width twice")
-        for bits in (*self.bits, *self.pins.values()):
-            if not 0 < bits < math.inf:
-                raise UsageError(f"a width is a positive number of bits, not {bits:g}")
+        for name in (*self.bits, *self.pins.values()):
+            if not name or re.fullmatch("-.*|0|inf|nan", name):
+                raise UsageError(f"a width is a positive number of bits, or a name such as 3@128 or Q4_K, not '{name}'")
 
     def to_toml(self) -> str:
         """The configuration as the text of an impq.toml."""
@@ -245,11 +257,11 @@ def _value(expected: Any, value: Any, key: str, where: str) -> Any:
     else:
         item = typing.get_args(expected)[-2 if typing.get_origin(expected) is tuple else -1]
         items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [None]
-        fits = (dict,) if typing.get_origin(item) else (int, float) if item is float else (item,)
+        fits = (dict,) if typing.get_origin(item) else (item, int, float) if key in WIDTHS else (item,)
         if isinstance(value, dict if typing.get_origin(expected) is Mapping else list) and all(
                 type(entry) in fits for entry in items):
-            return value if isinstance(value, dict) else tuple(map(item, value))
-    shown = {"bits": "a list of numbers", "exclude": "a list of patterns", "pins": "a table of widths",
+            return value if isinstance(value, dict) else tuple(value)
+    shown = {"bits": "a list of widths", "exclude": "a list of patterns", "pins": "a table of widths",
              "options": "a table for each role", "calibration": "a text name or table",
              "evaluation": "a text name or table"}
     kinds = {str: "text", int: "a whole number", bool: "true or false"}

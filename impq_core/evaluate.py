@@ -176,7 +176,7 @@ def evaluate_plan(evaluator: Evaluator, plan: Plan, between: Sequence[tuple[Choi
     allocations.append(("unquantized", None, [None] * len(space.everyone)))
     pinned = [pin.choice for pin in space.pinned]
     uniform = [(choice, space.bytes_of(space.uniform(k))) for k, choice in enumerate(space.choices)]
-    uniform = sorted([*uniform, *between], reverse=True)
+    uniform = sorted([*uniform, *between], key=lambda item: -item[1])
     allocations += [(f"uniform {choice}", nbytes, [choice] * len(space) + pinned) for choice, nbytes in uniform]
     references = [("first/last high", first_last_high(space, plan.budget_bytes))]
     references += [(f"random {i + 1}", random_plan(space, plan.budget_bytes, np.random.default_rng([seed, i])))

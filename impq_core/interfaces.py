@@ -482,7 +482,7 @@ class Backend(Part, ABC):
     """Quantizes linears, usually by a library.
 
     Class attributes:
-        default_bits: the menu if the user gives no ``--bits``.
+        default_bits: names of the choices of the menu if the user gives no ``--bits``; uniform references are of these.
         needs: ``activations`` if ``quantize`` needs Statistics.
         devices: types of the devices on which ``quantize`` and ``dequantize`` work, as torch names them. Weights and
             statistics are given, and variants unpacked, on the device of the run if its type is among them, else in
@@ -491,13 +491,23 @@ class Backend(Part, ABC):
 
     returns = MappingProxyType({"quantize": (Variant,)})
     yields = MappingProxyType({"quantize_together": (LinearSpec, Variant)})
-    default_bits: ClassVar[tuple[float, ...]]
+    default_bits: ClassVar[tuple[str, ...]]
     needs: ClassVar[frozenset[str]] = frozenset()
     devices: ClassVar[frozenset[str]] = frozenset({"cpu"})
 
     @abstractmethod
     def choices(self) -> tuple[Choice, ...]:
-        """Every width under these options, widest first."""
+        """The choices under these options, widest first."""
+
+    def choice(self, name: str) -> Choice | None:
+        """The choice of a name; None if there is none. A backend overrides it if it has more choices than it lists,
+        such as any group size."""
+        return next((choice for choice in self.choices() if choice.name.lower() == name.lower()), None)
+
+    def stand_in(self, linear: LinearSpec, choice: Choice) -> Choice:
+        """The choice that is stored for a linear in place of one that does not exist for its shape; by default the
+        choice itself. The other methods are given only choices that this one returned."""
+        return choice
 
     @abstractmethod
     def check(self, linear: LinearSpec, choice: Choice) -> None:

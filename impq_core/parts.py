@@ -15,7 +15,7 @@ from impq_core.config import RunConfig
 from impq_core.errors import ImpqError, UsageError, nearest
 from impq_core.interfaces import Allocator, Backend, Drift, Estimator, Exporter, Game, Probe, Refiner, Surrogate
 from impq_core.plugins import ROLES, Plugins, build_options, option_names
-from impq_core.space import Choice, IntArray
+from impq_core.space import Choice, IntArray, SearchSpace, in_bits
 from impq_core.types import Measurements, SensitivityEstimate
 
 ESTIMATE_WITH = "estimate_with"
@@ -34,8 +34,8 @@ class Parts:
         estimator, surrogate, allocator, backend: of the run.
         estimate_with: the backend whose variants are measured; None if it is ``backend``.
         refiner: None if the plan is not refined.
-        menu: the widths to choose from, as ``backend`` stores them, widest first.
-        game_menu: the same widths as the backend stores them that quantizes for the game.
+        menu: the choices of ``backend``, by their bits.
+        game_menu: those of the same names of the backend that quantizes for the game.
         budget: None if the configuration has none.
         granularity: ``block``, ``group``, ``expert`` or ``linear``.
     """
@@ -66,7 +66,8 @@ class Parts:
         built = {ESTIMATE_WITH: None, "refiner": None, **{slot: build_part(config, plugins, slot) for slot in slots}}
         menu, game_menu = _menus(config, built["backend"], built["estimate_with"])
         budget = Budget.parse(config.budget) if config.budget else None
-        if budget and not config.pins:  # a pin may lie outside the menu
+        exact = type(built["backend"]).stand_in is Backend.stand_in
+        if budget and exact and not config.pins:  # a pin, or what is stored for a shape, may lie outside the menu
             budget.check_menu([choice.bits for choice in menu])
         granularity = config.granularity
         if granularity == "auto":
@@ -79,10 +80,9 @@ class Parts:
         every = {slot: asdict(part.options) for slot, part in parts.items() if part}
         return {slot: options for slot, options in every.items() if options}
 
-    @property
-    def wanted(self) -> Budget:
-        """The budget, or the middle of the menu if the configuration has none."""
-        return self.budget or Budget.nominal((self.menu[0].bits + self.menu[-1].bits) / 2)
+    def wanted(self, space: SearchSpace) -> Budget:
+        """The budget, or the middle of a space if the configuration has none."""
+        return self.budget or Budget.nominal(sum(space.ends) / 2)
 
     @property
     def needs_calibration(self) -> bool:
@@ -172,20 +172,28 @@ def build_part(config: RunConfig, plugins: Plugins, slot: str) -> Any:
 
 def _menus(config: RunConfig, backend: Backend,
            estimate_with: Backend | None) -> tuple[tuple[Choice, ...], tuple[Choice, ...]]:
-    """The widths of the menu as each of the two backends stores them. Without ``--bits``, those of the backend's
-    default menu that both have."""
-    both = [(config.backend, backend), (config.estimate_with, estimate_with or backend)]
-    offers = [{choice.bits: choice for choice in part.choices()} for _, part in both]
-    wanted = config.bits or tuple(bits for bits in backend.default_bits if bits in offers[1])
-    for (name, _), offered in zip(both, offers, strict=True):
-        for bits in wanted:
-            if bits not in offered:
-                raise UsageError(f"backend '{name}' has no {bits:g} bits (it has: "
-                                 f"{', '.join(f'{b:g}' for b in sorted(offered))})")
+    """The choices of the menu of each of the two backends. Without ``--bits``, those of the backend's default menu that
+    both have."""
+    other, other_name = estimate_with or backend, config.estimate_with or config.backend
+    wanted = config.bits or tuple(name for name in backend.default_bits if other.choice(name))
+    menus = [tuple(named_choice(part, part_name, name) for name in wanted)
+             for part, part_name in ((backend, config.backend), (other, other_name))]
+    if len(set(menus[0])) < len(wanted):
+        raise UsageError(f"--bits {','.join(wanted)} names a width twice")
     if len(wanted) < 2:
         raise UsageError("--bits needs at least two widths to choose between")
-    menu, game_menu = (tuple(offered[bits] for bits in sorted(wanted, reverse=True)) for offered in offers)
-    return menu, game_menu
+    order = sorted(range(len(wanted)), key=lambda number: -menus[0][number].bits)
+    return tuple(menus[0][number] for number in order), tuple(menus[1][number] for number in order)
+
+
+def named_choice(backend: Backend, backend_name: str, name: str) -> Choice:
+    """A backend's choice of a name; raises UsageError if there is none."""
+    if choice := backend.choice(name):
+        return choice
+    offered = [choice.name for choice in backend.choices()]
+    known = offered if name[:1].isalpha() else sorted(offered, key=lambda text: (len(text), text))
+    raise UsageError(f"backend '{backend_name}' has no {in_bits(name)} (it has: {', '.join(known)})"
+                     + nearest(name, known))
 
 
 def load_exporter(name: str, backend: str, options: Mapping[str, Any], plugins: Plugins) -> Exporter:

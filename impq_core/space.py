@@ -1,14 +1,15 @@
 """The search space: layers, the players of the game, and the widths that they choose from.
 
-One index system: layers ``i, j`` in ``range(n)``, choices ``k`` in ``range(m)``. Choice 0 is the widest and the
-reference. A *pick* is an int array of shape (n,) with one choice for each layer.
+One index system: layers ``i, j`` in ``range(n)``, choices ``k`` in ``range(m)``. Choice 0 is the widest, the one of
+most bytes, and the reference. A *pick* is an int array of shape (n,) with one choice for each layer.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from types import MappingProxyType
@@ -27,15 +28,71 @@ FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Choice:
-    """A width of a backend: ``bits`` per weight and a scale for each ``group_size`` weights of a row (0: each row)."""
+    """A form in which a backend stores weights.
+
+    Args:
+        bits: nominal bits a weight.
+        group_size: weights of a row that share a scale; 0 if a row has one.
+        name: what users call it, such as ``3``, ``3@128`` (in groups of 128) or ``Q4_K``; the bits by default.
+
+    Raises:
+        ValueError: the name has other characters than letters, digits and ``._@+%-``.
+    """
 
     bits: float
     group_size: int
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.name or f"{self.bits:g}")
+        if not re.fullmatch(r"[\w.@+%-]+", self.name, re.ASCII):
+            raise ValueError(f"the name of a choice has letters, digits and ._@+%- only, not '{self.name}'")
 
     def __str__(self) -> str:
-        return f"{self.bits:g}"
+        return self.name
+
+    def in_groups(self, group_size: int) -> Choice:
+        """The same width in other groups: ``3@128``."""
+        return self if group_size == self.group_size else Choice(self.bits, group_size, f"{self.bits:g}@{group_size}")
+
+    @property
+    def is_width(self) -> bool:
+        """Whether its name is its bits, with or without a group size."""
+        return self.name.partition("@")[0] == f"{self.bits:g}"
+
+    def replaces(self, other: Choice) -> bool:
+        """Whether it stores what ``other`` does. A width in groups has a name with and without its group size, by the
+        backend's options; any other name stands for one form."""
+        return self == other or ((self.bits, self.group_size) == (other.bits, other.group_size)
+                                 and self.is_width and other.is_width)
+
+    def to_plan(self) -> dict[str, Any]:
+        """Plain data for a plan file, in which users edit bits and group sizes: a width has no further name there."""
+        data = asdict(self)
+        return {key: data[key] for key in ("bits", "group_size")} if self.is_width else data
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> Choice:
+        """Read the data of ``asdict`` or ``to_plan``; files of 0.3 and before have no names. Raises KeyError, TypeError
+        or ValueError."""
+        return cls(float(data["bits"]), int(data["group_size"]), str(data.get("name", "")))
+
+
+def in_bits(*names: str) -> str:
+    """Names of choices for a reader: ``2/3@128/4 bits``, ``IQ2_XS/Q4_K``."""
+    return "/".join(names) + (" bits" if _are_widths(names) else "")
+
+
+def narrowest_first(names: Sequence[str]) -> tuple[str, ...]:
+    """The names of a menu, which a resolved configuration has widest first; widths by their numbers in any order."""
+    return tuple(sorted(names, key=lambda name: float(name.partition("@")[0])) if _are_widths(names)
+                 else reversed(names))
+
+
+def _are_widths(names: Sequence[str]) -> bool:
+    return all(re.fullmatch(r"[0-9.]+(@[0-9]+)?", name) for name in names)
 
 
 @dataclass(frozen=True)
@@ -98,31 +155,40 @@ class SearchSpace:
 
     Args:
         layers: n players.
-        choices: m widths, widest first.
+        choices: m widths, in the order of their bytes, widest first.
         nbytes: int64 (n, m), stored bytes, scales and zeros included.
         pinned: layers that do not play.
+        bits: float64 (n, m), nominal bits a weight of what each layer stores; those of the choices by default. They
+            differ if a choice does not exist for a layer's shape, so that another is stored.
 
     Raises:
-        ImpqError: the shapes disagree, a name repeats, or a narrower choice is larger than a wider one.
+        ImpqError: the shapes disagree, a name repeats, or the bytes of a layer rise along the choices.
     """
 
     layers: tuple[LayerSpec, ...]
     choices: tuple[Choice, ...]
     nbytes: IntArray
     pinned: tuple[Pinned, ...] = ()
+    bits: FloatArray = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "nbytes", frozen(np.asarray(self.nbytes, dtype=np.int64)))
+        bits = [choice.bits for choice in self.choices] if self.bits is None else self.bits
+        object.__setattr__(self, "bits", frozen(np.broadcast_to(np.asarray(bits, dtype=np.float64), self.nbytes.shape)))
         if self.nbytes.shape != (len(self.layers), len(self.choices)) or not self.layers or not self.choices:
             raise ImpqError(f"a space of {len(self.layers)} layers and {len(self.choices)} choices cannot have sizes "
                             f"of shape {self.nbytes.shape}")
-        if list(self.choices) != sorted(self.choices, reverse=True) or len(set(self.choices)) != len(self.choices):
-            raise ImpqError("choices must be distinct and ordered from the widest to the narrowest")
+        if len({choice.name for choice in self.choices}) != len(self.choices):
+            raise ImpqError("two choices of a search space share a name")
         names = [layer.name for layer in self.layers] + [pin.layer.name for pin in self.pinned]
         if len(set(names)) != len(names):
             raise ImpqError("two layers of a search space share a name")
-        if (self.nbytes <= 0).any() or (np.diff(self.nbytes, axis=1) > 0).any():
-            raise ImpqError("a narrower width must not take more bytes than a wider one")
+        if (self.nbytes <= 0).any():
+            raise ImpqError("a layer takes no bytes")
+        for layer, step in np.argwhere(np.diff(self.nbytes, axis=1) > 0)[:1]:
+            wide, narrow = self.choices[step], self.choices[step + 1]
+            raise ImpqError(f"{wide} takes more bytes than {narrow} in all layers together, but fewer in "
+                            f"{self.layers[layer].name}: leave one of the two out of --bits")
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -185,16 +251,36 @@ class SearchSpace:
         return (int(self.nbytes[:, -1].sum()) + sum(pin.low_bytes for pin in self.pinned),
                 int(self.nbytes[:, 0].sum()) + sum(pin.high_bytes for pin in self.pinned))
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Nominal widths of the model at its narrowest and at its widest, bits a weight."""
+        weights = np.array([layer.parameters for layer in self.layers], dtype=np.float64)
+        narrow, wide = (weights @ self.bits[:, [-1, 0]] / weights.sum()).tolist()
+        return narrow, wide
+
     def nominal_bits(self, nbytes: float) -> float:
         """Nominal average width of a size, in bits: linear between the all-narrowest and the all-widest plan, which
         have their nominal widths (IMPQ, section on allocation)."""
-        narrow, wide = self.choices[-1].bits, self.choices[0].bits
-        low, high = self.line
+        (narrow, wide), (low, high) = self.ends, self.line
         return narrow + (wide - narrow) * (nbytes - low) / (high - low) if high > low else float(narrow)
 
     def bits_per_weight(self, nbytes: float) -> float:
         """Stored bits per quantizable weight."""
         return 8.0 * nbytes / self.parameters
+
+    @property
+    def rounding_errors(self) -> FloatArray:
+        """Squared error of uniform rounding by layer and choice, float64 (n, m): ``4^-bits``, shifted and scaled to 0
+        at the widest and 1 at the narrowest choice; 0 if all choices are stored alike. Of choices of equal nominal
+        bits, one with more scales counts as wider by the bits that these take."""
+        stored = 8.0 * self.nbytes / np.array([[layer.parameters] for layer in self.layers])
+        alike = self.bits[:, :, None] == self.bits[:, None, :]
+        scales = stored - np.where(alike, stored[:, None, :], np.inf).min(axis=2)
+        errors = 4.0 ** -(self.bits + scales)
+        errors = errors - errors[:, :1]
+        spread = errors[:, -1:]
+        relative: FloatArray = np.divide(errors, spread, out=np.zeros_like(errors), where=spread != 0)
+        return relative
 
     def steps_taken(self, picks: IntArray) -> FloatArray:
         """Width steps of picks (N, n): float64 (N, n, m-1), 1 for each step that a pick has taken; choice k takes the
@@ -216,7 +302,8 @@ class SearchSpace:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {"layers": [asdict(layer) for layer in self.layers], "choices": [asdict(c) for c in self.choices],
-                "nbytes": self.nbytes.tolist(), "pinned": [asdict(pin) for pin in self.pinned]}
+                "nbytes": self.nbytes.tolist(), "pinned": [asdict(pin) for pin in self.pinned],
+                "bits": self.bits.tolist()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SearchSpace:
@@ -224,7 +311,7 @@ class SearchSpace:
         def layer(d: Mapping[str, Any]) -> LayerSpec:
             return LayerSpec(d["name"], d["block"], tuple(LinearSpec(**linear) for linear in d["linears"]))
 
-        pinned = tuple(Pinned(layer(d["layer"]), Choice(**d["choice"]) if d["choice"] else None, d["nbytes"],
+        pinned = tuple(Pinned(layer(d["layer"]), Choice.of(d["choice"]) if d["choice"] else None, d["nbytes"],
                               d["low_bytes"], d["high_bytes"]) for d in data["pinned"])
-        return cls(tuple(layer(d) for d in data["layers"]), tuple(Choice(**c) for c in data["choices"]),
-                   np.array(data["nbytes"], dtype=np.int64), pinned)
+        return cls(tuple(layer(d) for d in data["layers"]), tuple(map(Choice.of, data["choices"])),
+                   np.array(data["nbytes"], dtype=np.int64), pinned, data.get("bits"))  # type: ignore[arg-type]

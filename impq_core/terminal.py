@@ -17,6 +17,7 @@ from rich.table import Table
 from impq_core.errors import ImpqError
 from impq_core.hookspecs import hookimpl
 from impq_core.plugins import Plugins
+from impq_core.space import in_bits
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,10 +55,10 @@ class ConsoleReporter:
         """Print the model, the layers, the menu and the budget of the run."""
         if self._brief:
             return
-        menu = "/".join(map(str, space.choices))
+        menu = in_bits(*(choice.name for choice in space.choices))
         share = "" if coverage > 0.99 else f" ({100 * coverage:.0f}% of those in the blocks)"
         self._say(f"{config.model}: {len(space)} layers ({config.granularity}), {space.parameters / 1e6:.1f} M "
-                  f"weights{share}, {menu} bits with {config.backend}"
+                  f"weights{share}, {menu} with {config.backend}"
                   + (f", measured with {config.estimate_with}" if config.estimate_with else "")
                   + f", budget {config.budget}")
         self._say(f"run folder {folder}")
@@ -164,7 +165,7 @@ def plan_lines(result: RunResult) -> list[str]:
     plan = result.plan
     assert plan is not None
     alike = f" (this is uniform {plan.space.choices[plan.pick[0]]})" if (plan.pick == plan.pick[0]).all() else ""
-    return [f"plan: {width_counts(plan)} bits{alike}; {plan.nbytes / 1e6:.2f} MB = "
+    return [f"plan: {width_counts(plan)}{alike}; {plan.nbytes / 1e6:.2f} MB = "
             f"{plan.space.nominal_bits(plan.nbytes):.3f} bits nominal, "
             f"{plan.space.bits_per_weight(plan.nbytes):.3f} stored",
             f"whole model: {result.model_bytes / 1e6:.2f} MB, of which {result.rest_bytes / 1e6:.2f} MB are "
@@ -173,7 +174,8 @@ def plan_lines(result: RunResult) -> list[str]:
 
 def width_counts(plan: Plan) -> str:
     """The number of layers at each width: ``6 at 4, 18 at 3``."""
-    return ", ".join(f"{int((plan.pick == k).sum())} at {choice}" for k, choice in enumerate(plan.space.choices))
+    counts = [f"{int((plan.pick == k).sum())} at {choice}" for k, choice in enumerate(plan.space.choices)]
+    return ", ".join(counts) + in_bits(*(choice.name for choice in plan.space.choices)).partition(" ")[1:][-1]
 
 
 def score_line(score: Score) -> str:
@@ -252,9 +254,8 @@ def _device(forecast: Forecast) -> str:
 def _search_lines(search: SearchForecast, before: SearchForecast | None) -> list[str]:
     """A search in lines; its sizes are left out if they are those of the search before."""
     measured = f", measured with {search.estimate_with}" if search.estimate_with else ""
-    menu = "/".join(f"{bits:g}" for bits in search.bits)
     lines = [f"{search.estimator} on {search.backend}{measured}: {search.layers} layers ({search.granularity}), "
-             f"{search.weights / 1e6:.1f} M weights, {menu} bits"]
+             f"{search.weights / 1e6:.1f} M weights, {in_bits(*search.bits)}"]
     if before is None or (before.fixed, before.budgets) != (search.fixed, search.budgets):
         lines += _size_lines(search)
     counts = ", ".join(f"{stage} {'unknown' if count is None else f'{count:.1f}'}"
@@ -266,13 +267,13 @@ def _search_lines(search: SearchForecast, before: SearchForecast | None) -> list
 def _size_lines(search: SearchForecast) -> list[str]:
     """The parts at a fixed width with the reason, the budgets, and the reachable sizes."""
     lines = []
-    kinds: dict[tuple[float, str], list[Fixed]] = {}
+    kinds: dict[tuple[str, str], list[Fixed]] = {}
     for part in search.fixed:
         kinds.setdefault((part.bits, part.reason), []).append(part)
     for (bits, reason), parts in kinds.items():
         names = "; ".join(part.name for part in parts) if len(parts) < 3 else (
             f"{len(parts)} layers, the first {parts[0].name}")
-        lines.append(f"  at {bits:g} bits: {names}, {_size(sum(part.bytes for part in parts))} ({reason})")
+        lines.append(f"  at {in_bits(bits)}: {names}, {_size(sum(part.bytes for part in parts))} ({reason})")
     low, high = search.smallest, search.largest
     for size in search.budgets:
         lines.append(f"  budget {size.budget}: {_size(size.bytes)}, {size.bits_nominal:.3f} bits nominal, "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ import numpy as np
 
 from impq_core.errors import ImpqError, InvalidArrays, nearest
 from impq_core.files import write_npz, write_text
-from impq_core.space import Choice, FloatArray, IntArray, SearchSpace, frozen
+from impq_core.space import Choice, FloatArray, IntArray, SearchSpace, frozen, in_bits
 
 _ROWS = ("path", "step", "replicate", "windows")
 """The columns of Measurements that say where a loss belongs."""
@@ -228,7 +228,7 @@ class SensitivityEstimate:
         Raises:
             ImpqError: layers or widths differ.
         """
-        if space.layers != self.space.layers or [c.bits for c in space.choices] != [c.bits for c in self.space.choices]:
+        if space.layers != self.space.layers or [c.name for c in space.choices] != [c.name for c in self.space.choices]:
             raise ImpqError("an estimate can only be carried over to the same layers and widths")
         return replace(self, space=space)
 
@@ -324,7 +324,7 @@ class Plan:
     def save(self, path: Path) -> None:
         """Write plan.json: a map from layer name to width and group size, to read, edit and apply again."""
         choices = zip(self.space.everyone, self.space.assignment(self.pick), strict=True)
-        layers = {layer.name: asdict(choice) if choice else None for layer, choice in choices}
+        layers = {layer.name: choice.to_plan() if choice else None for layer, choice in choices}
         write_text(path, json.dumps({
             "format": self.FORMAT, "bytes": self.nbytes, "budget_bytes": self.budget_bytes,
             "bits_nominal": round(self.space.nominal_bits(self.nbytes), 4),
@@ -341,14 +341,13 @@ class Plan:
         """
         try:
             data = json.loads(Path(path).read_text())
-            found = data.get("format", cls.FORMAT)
-            stored = {name: Choice(float(c["bits"]), int(c["group_size"])) if c else None
-                      for name, c in data["layers"].items()}
+            form = data.get("format", cls.FORMAT)
+            stored = {name: Choice.of(c) if c else None for name, c in data["layers"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
             raise ImpqError(f"cannot read a plan from {path}: {reason}") from error
-        if found != cls.FORMAT:
-            raise ImpqError(f"plan {path} is of format {found}; this impq reads {cls.FORMAT}")
+        if form != cls.FORMAT:
+            raise ImpqError(f"plan {path} is of format {form}; this impq reads {cls.FORMAT}")
         names = [layer.name for layer in space.everyone]
         for name in stored:
             if name not in names:
@@ -358,15 +357,17 @@ class Plan:
             if name not in stored:
                 raise ImpqError(f"plan {path} gives no width for layer '{name}'")
         for pin in space.pinned:
-            if stored[pin.layer.name] != pin.choice:
+            found = stored[pin.layer.name]
+            if found != pin.choice and not (found and pin.choice and found.replaces(pin.choice)):
                 raise ImpqError(f"plan {path} gives '{pin.layer.name}' another width than its pin")
         pick = []
         for layer in space.layers:
             choice = stored[layer.name]
-            if choice is None or choice not in space.choices:
+            matches = [k for k, offered in enumerate(space.choices) if choice and choice.replaces(offered)]
+            if not matches:
                 menu = ", ".join(f"{c} (groups of {c.group_size})" for c in space.choices)
-                given = f"{choice} bits in groups of {choice.group_size}" if choice else "no width"
+                given = f"{in_bits(choice.name)} in groups of {choice.group_size}" if choice else "no width"
                 raise ImpqError(f"plan {path} gives '{layer.name}' {given}; the widths asked for are {menu}")
-            pick.append(space.choices.index(choice))
+            pick.append(matches[0])
         picked = np.array(pick, dtype=np.int64)
         return cls(space, picked, space.bytes_of(picked), method=f"plan file {Path(path).name}")

@@ -60,7 +60,7 @@ PLUGINS = {
     "dangling": Hostile(offer("allocator", "impq_dangling.nowhere:Theirs"), "", "--allocator theirs",
                         "allocator 'theirs' of impq-dangling:dangling"),
     "unpacked": Hostile(returning("backend", "Backend", "quantize") + """
-    default_bits = (8, 4)
+    default_bits = ("8", "4")
     def choices(self): return tuple(Choice(bits, 0) for bits in (8.0, 4.0))
     def check(self, linear, choice): pass
     def nbytes(self, linear, choice): return linear.parameters

@@ -75,7 +75,7 @@ def test_the_table_holds_the_plan_against_its_references(result: RunResult) -> N
 def test_the_resolved_configuration_makes_the_same_run_again(result: RunResult) -> None:
     config = read_toml(result.folder / "impq.toml")
     assert config == result.config and Path(config.model).is_absolute()
-    assert config.bits == (4, 2) and config.budget == "3bits"
+    assert config.bits == ("4", "2") and config.budget == "3bits"
     assert config.options["estimator"] == {"permutations": 4, "antithetic": True, "tolerance": 0.0, "settle": 0.0,
                                                   "fresh": True, "truncate": 0.0, "around": 0.0, "span": 0.25}
     again = run(config)
@@ -176,7 +176,7 @@ def test_one_backend_is_measured_and_another_deployed(tiny_config: RunConfig) ->
     config = replace(tiny_config, bits=(), options={"estimator": {"permutations": 2}, "backend": {"clip_search": False},
                                                     "estimate_with": {"group_size": 32}})
     both = run(replace(config, estimate_with="quanto"))
-    assert both.config.bits == (4, 2)  # of GPTQ's default menu what quanto has
+    assert both.config.bits == ("4", "2")  # of GPTQ's default menu what quanto has
     alone = run(replace(config, backend="quanto", bits=(2, 4), options={
         "estimator": {"permutations": 2}, "backend": {"group_size": 32}}))
     assert both.estimate is not None and alone.estimate is not None

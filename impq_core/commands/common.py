@@ -70,7 +70,8 @@ def run_options(several: bool = False) -> Callable[[Command], Command]:
         click.option("--refine", type=int, metavar="FORWARDS",
                      help="Improve the plan by measuring plans near it, for at most this many forwards [0: no]."),
         click.option("--refiner", help="Refiner: improves the plan if --refine is given [swaps]."),
-        click.option("--bits", help="Widths of the menu, such as 2,4 [the backend's default]."),
+        click.option("--bits", help="Widths of the menu, such as 2,4 or 2,3@128,4 (groups of 128) or IQ2_XS,Q4_K "
+                               "[the backend's default]."),
         click.option("--budget", help=f"Size of the plan: 3.0bits (nominal average), 3.25bpw (stored), 60MB, 4GiB or "
                                       f"60%{more} [the middle of the menu]."),
         click.option("--granularity", help="Size of a layer: block, group (fused linears), expert or linear "
@@ -207,23 +208,18 @@ def look_at(config: RunConfig) -> None:
         click.echo(f"look at it: impq ui{flag}")
 
 
-def _bits(text: str | None) -> tuple[float, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise UsageError(f"--bits takes widths such as 2,4, not '{text}'") from error
+def _bits(text: str | None) -> tuple[str, ...] | None:
+    names = None if text is None else tuple(part.strip() for part in text.split(","))
+    if names is not None and not all(names):
+        raise UsageError(f"--bits takes widths such as 2,4, not '{text}'")
+    return names
 
 
-def _pin(text: str) -> tuple[str, float]:
+def _pin(text: str) -> tuple[str, str]:
     pattern, _, width = text.rpartition("=")
-    try:
-        if not pattern:
-            raise ValueError("no pattern")
-        return pattern, float(width)
-    except ValueError as error:
-        raise UsageError(f"--pin takes PATTERN=WIDTH, not '{text}'") from error
+    if not pattern or not width.strip():
+        raise UsageError(f"--pin takes PATTERN=WIDTH, not '{text}'")
+    return pattern, width
 
 
 def _pair(text: str) -> tuple[str, str]:

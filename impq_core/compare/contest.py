@@ -12,7 +12,7 @@ from typing import Any
 
 from impq_core.config import RunConfig
 from impq_core.results import Difference, Evaluation, Row
-from impq_core.space import FloatArray
+from impq_core.space import Choice, FloatArray, in_bits, narrowest_first
 from impq_core.types import SensitivityEstimate
 
 RIVALS = ("line", "first/last", "random")
@@ -29,7 +29,7 @@ class Contestant:
         evaluation: its plan and references on held-out text.
         budget_bytes: the budget of the plan, bytes.
         bits_nominal: the plan's nominal average width, bits per weight.
-        widths: bits of every layer in model order; None for a layer that stays unquantized.
+        widths: choice of every layer in model order; None for a layer that stays unquantized.
         forwards: cost of the search in full-model forwards.
         measured: whether a surrogate was fitted to measured losses.
         estimate: the estimate that the plan was made from; None if the plan was given.
@@ -43,7 +43,7 @@ class Contestant:
     evaluation: Evaluation
     budget_bytes: int
     bits_nominal: float
-    widths: Mapping[str, float | None]
+    widths: Mapping[str, Choice | None]
     forwards: float
     measured: bool
     estimate: SensitivityEstimate | None
@@ -66,8 +66,8 @@ class Contestant:
         of the menu, so that width is added; the budget of a given plan is its own nominal width."""
         if self.config.plan or not self.config.budget:
             return f"{round(self.bits_nominal, 1):g}bits"
-        widest = max(self.config.bits, default=0)
-        return self.config.budget + (f" of {widest:g} bits" if self.config.budget.endswith("%") else "")
+        widest = next(reversed(narrowest_first(self.config.bits)), "")
+        return self.config.budget + (f" of {in_bits(widest)}" if self.config.budget.endswith("%") else "")
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -75,7 +75,7 @@ class Contestant:
         c = self.config
         measured = f", measured with {c.estimate_with}" if c.estimate_with else ""
         search = ("plan given", "", "") if c.plan else (c.estimator, c.surrogate if self.measured else "", c.allocator)
-        return (*search, f"{c.backend}{measured}", c.granularity, "/".join(f"{b:g}" for b in sorted(c.bits)) + " bits",
+        return (*search, f"{c.backend}{measured}", c.granularity, in_bits(*narrowest_first(c.bits)),
                 f"refined {c.refine} by {c.refiner}" if c.refine else "unrefined", f"value {c.value}", f"seed {c.seed}")
 
     @property

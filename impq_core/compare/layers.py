@@ -9,6 +9,7 @@ import numpy as np
 
 from impq_core.compare.contest import Contest, Contestant, block_of
 from impq_core.compare.drawing import COLOURS, GREY, Picture, new_figure, shared_name
+from impq_core.space import in_bits
 from impq_core.types import SensitivityEstimate
 
 WIDTHS = ("#D55E00", "#E69F00", "#F0E442", "#56B4E9", "#0072B2")
@@ -29,7 +30,8 @@ def draw_widths(contest: Contest) -> Iterator[Picture]:
     for names in dict.fromkeys(tuple(run.widths) for _, run in ordered):
         plans = [(f"{budget}: {contest.label(run)}", list(run.widths.values())) for budget, run in ordered
                  if tuple(run.widths) == names]
-        bits = sorted({width for _, widths in plans for width in widths if width is not None})
+        bits = sorted({width for _, widths in plans for width in widths if width is not None},
+                      key=lambda choice: (choice.bits, choice.name))
         colours = [*_spread(len(bits)), UNQUANTIZED]
         cells = np.array([[bits.index(width) if width is not None else len(bits) for width in widths]
                           for _, widths in plans])
@@ -42,14 +44,14 @@ def draw_widths(contest: Contest) -> Iterator[Picture]:
                     len(plans) - 0.5, color="white", linewidth=1.5)
         if short and len(bits) > 1:
             for (row, column), cell in np.ndenumerate(cells):
-                text = f"{bits[cell]:g}" if cell < len(bits) else "16"
+                text = bits[cell].name if cell < len(bits) else "16"
                 axes.text(column, row, text, ha="center", va="center", fontsize=8,
                           color="white" if colours[cell] in (WIDTHS[0], WIDTHS[-1]) else "black")
         axes.set_yticks(range(len(plans)), [name for name, _ in plans])
         axes.tick_params(left=False)
         axes.spines[:].set_visible(False)
         _layer_axis(axes, names)
-        handles = [Patch(color=colour, label=f"{width:g} bits") for colour, width in zip(colours, bits, strict=False)]
+        handles = [Patch(color=colour, label=in_bits(width.name)) for colour, width in zip(colours, bits, strict=False)]
         handles += [Patch(color=UNQUANTIZED, label="unquantized")] if (cells == len(bits)).any() else []
         figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), frameon=False)
         yield Picture(f"{len(names)} layers", figure,

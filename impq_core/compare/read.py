@@ -12,7 +12,7 @@ import numpy as np
 from impq_core.compare.contest import Contest, Contestant, block_of
 from impq_core.errors import ImpqError
 from impq_core.runs.folder import CHILDREN, SWEEP, RunFolder
-from impq_core.space import FloatArray
+from impq_core.space import Choice, FloatArray
 
 DEPTH = 3
 """Levels of folders below a given one that are searched for run folders."""
@@ -70,7 +70,7 @@ def read_contestant(path: Path) -> Contestant:
     config, evaluation = run.read_config(), run.read_evaluation()
     plan, cost = run.read_json(run.plan), run.read_json(run.cost)
     with _naming(run.plan):
-        widths = {name: None if choice is None else float(choice["bits"])
+        widths = {name: None if choice is None else Choice.of(choice)
                   for name, choice in sorted(plan["layers"].items(), key=lambda item: block_of(item[0]))}
         budget_bytes, bits = int(plan["budget_bytes"]), float(plan["bits_nominal"])
         provenance = dict(plan.get("provenance", {}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from impq_core.interfaces import Backend, Variant
 from impq_core.model.blockwise import BlockwiseModel
 from impq_core.model.cache import Shelf
 from impq_core.model.ends import ends_of
-from impq_core.space import Choice, LayerSpec, LinearSpec
+from impq_core.space import Choice, LayerSpec, LinearSpec, in_bits
 
 Assignment = Sequence[Choice | None]
 """A choice for each layer of the bank; None is the unquantized weight."""
@@ -83,6 +83,7 @@ class Bank:
 
     def stored(self, linear: LinearSpec, choice: Choice) -> Variant:
         """The packed variant in host memory; raises ImpqError if its file was deleted since it was put on the shelf."""
+        choice = self.backend.stand_in(linear, choice)
         kept = self._kept[linear.name, choice].variant
         if kept is None:
             assert self._shelf is not None
@@ -91,15 +92,16 @@ class Bank:
 
     def record(self, linear: LinearSpec, choice: Choice) -> Mapping[str, float]:
         """The backend's record of a variant, such as the damping used."""
-        return self._kept[linear.name, choice].record
+        return self._kept[linear.name, self.backend.stand_in(linear, choice)].record
 
     def has(self, linear: LinearSpec, choice: Choice) -> bool:
         """Whether the bank holds the variant."""
-        return (linear.name, choice) in self._kept
+        return (linear.name, self.backend.stand_in(linear, choice)) in self._kept
 
     def take(self, linear: LinearSpec, choice: Choice) -> bool:
         """Whether the shelf has the variant, which the bank then holds."""
-        if self._shelf and (variant := self._shelf.get(linear, choice)):
+        stored = self.backend.stand_in(linear, choice)
+        if self._shelf and (variant := self._shelf.get(linear, stored)):
             self._keep(linear, variant, on_shelf=True)
         return self.has(linear, choice)
 
@@ -111,8 +113,8 @@ class Bank:
         """
         expected = self.backend.nbytes(linear, variant.choice)
         if variant.nbytes != expected:
-            raise ImpqError(f"backend bug: {linear.name} at {variant.choice} bits takes {variant.nbytes} bytes, "
-                            f"but the backend's nbytes is {expected}")
+            raise ImpqError(f"backend bug: {linear.name} at {in_bits(variant.choice.name)} takes {variant.nbytes} "
+                            f"bytes, but the backend's nbytes is {expected}")
         # The memory layout of a variant from disk: another layout may be multiplied in another order.
         variant = replace(variant, tensors={name: t.cpu().contiguous() for name, t in variant.tensors.items()})
         self._keep(linear, variant, self._shelf is not None and self._shelf.put(linear, variant))
@@ -153,8 +155,9 @@ class Bank:
 
     def save_record(self, path: Path) -> None:
         """Write each variant's bytes and the backend's record of it (such as the damping used) as JSON."""
-        rows = [{"linear": name, "bits": choice.bits, "group_size": choice.group_size, "bytes": kept.nbytes,
-                 **kept.record} for (name, choice), kept in sorted(self._kept.items(), key=lambda item: item[0])]
+        ordered = sorted(self._kept.items(), key=lambda item: (item[0][0], item[0][1].bits, item[0][1].name))
+        rows = [{"linear": name, **asdict(choice), "bytes": kept.nbytes, **kept.record}
+                for (name, choice), kept in ordered]
         write_text(path, json.dumps(rows, indent=0) + "\n")
 
 

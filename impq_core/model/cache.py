@@ -155,7 +155,7 @@ class Shelf:
             raise ImpqError(f"{self.folder} cannot be deleted: {error.strerror}") from error
 
     def _file(self, linear: LinearSpec, choice: Choice) -> Path:
-        return self.folder / f"{linear.name}.{choice.bits:g}bits.{choice.group_size}.safetensors"
+        return self.folder / f"{linear.name}.{choice}.{choice.group_size}.safetensors"
 
 
 def shelf_for(key: VariantsKey) -> Shelf:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from impq_core.errors import ImpqError, UsageError
 from impq_core.interfaces import Backend
-from impq_core.space import FUSED, Choice, LayerSpec, LinearSpec, Pinned, SearchSpace
+from impq_core.space import FUSED, Choice, LayerSpec, LinearSpec, Pinned, SearchSpace, in_bits
 
 _GROUPS = {part: fused.removesuffix("_proj") for fused, parts in FUSED.items() for part in parts}
 """Names of the layers that hold fused linears, by the last part of a linear's name."""
@@ -152,7 +152,7 @@ def unstorable(layers: Sequence[LayerSpec], backend: Backend, choices: Sequence[
     for linear in (linear for layer in layers for linear in layer.linears):
         try:
             for choice in choices:
-                backend.check(linear, choice)
+                backend.check(linear, backend.stand_in(linear, choice))
         except ImpqError as error:
             reasons[linear.name] = str(error)
     return reasons
@@ -163,8 +163,24 @@ def rest_parameters(model: PreTrainedModel, layers: Sequence[LayerSpec]) -> int:
     return int(sum(parameter.numel() for parameter in model.parameters())) - sum(layer.parameters for layer in layers)
 
 
+def by_size(layers: Sequence[LayerSpec], backend: Backend, choices: Sequence[Choice],
+            dense: Collection[str]) -> tuple[Choice, ...]:
+    """Choices in the order of the bytes of all layers, then of their bits, the widest first.
+
+    Args:
+        layers: all layers.
+        backend: the backend, which gives the sizes.
+        choices: the choices.
+        dense: names of linears that stay unquantized.
+    """
+    linears = [linear for layer in layers for linear in layer.linears if linear.name not in dense]
+    sizes = {choice: sum(backend.nbytes(linear, backend.stand_in(linear, choice)) for linear in linears)
+             for choice in choices}
+    return tuple(sorted(choices, key=lambda choice: (-sizes[choice], -choice.bits)))
+
+
 def search_space(layers: tuple[LayerSpec, ...], backend: Backend, choices: tuple[Choice, ...],
-                 pins: Mapping[str, float] = MappingProxyType({}), exclude: Sequence[str] = (),
+                 pins: Mapping[str, str] = MappingProxyType({}), exclude: Sequence[str] = (),
                  dense: Collection[str] = ()) -> SearchSpace:
     """The space of a backend's choices over layers.
 
@@ -172,7 +188,7 @@ def search_space(layers: tuple[LayerSpec, ...], backend: Backend, choices: tuple
         layers: all layers, pinned and excluded ones included.
         backend: the backend, which gives the sizes.
         choices: the menu, widest first.
-        pins: width by pattern; a pattern matches layers or all linears of a layer, with ``*`` and ``?``.
+        pins: name of a choice by pattern; a pattern matches layers or all linears of a layer, with ``*`` and ``?``.
         exclude: patterns of layers or linears that stay unquantized; they count 16 bits a weight. If only some linears
             of a layer are excluded, these become layers of their own.
         dense: names of linears that also stay unquantized, unless a pin gives them a width.
@@ -183,28 +199,31 @@ def search_space(layers: tuple[LayerSpec, ...], backend: Backend, choices: tuple
             excluded.
     """
     layers = tuple(part for layer in layers for part in _apart(layer, exclude, dense))
-    offered = {choice.bits: choice for choice in backend.choices()}
     fixed: dict[str, Choice | None] = {}
-    for pattern, bits in [*pins.items(), *((pattern, None) for pattern in exclude)]:
-        if bits is not None and bits not in offered:
-            raise UsageError(f"pin {pattern}={bits:g}: {type(backend).__name__} has no {bits:g} bits")
+    for pattern, name in [*pins.items(), *((pattern, "") for pattern in exclude)]:
+        width = backend.choice(name) if name else None
+        if name and width is None:
+            raise UsageError(f"pin {pattern}={name}: {type(backend).__name__} has no {in_bits(name)}")
         matched = [layer.name for layer in layers if _matches(pattern, layer)]
         if not matched:
             raise UsageError(f"the pattern '{pattern}' matches no layer (the first layer is {layers[0].name})")
         for name in matched:
-            if fixed.get(name, offered[bits] if bits else None) != (offered[bits] if bits else None):
+            if fixed.setdefault(name, width) != width:
                 raise UsageError(f"layer {name} is pinned or excluded in two ways")
-            fixed[name] = offered[bits] if bits else None
     fixed = {**{layer.name: None for layer in layers if all(linear.name in dense for linear in layer.linears)}, **fixed}
 
     def size(layer: LayerSpec, choice: Choice) -> int:
         for linear in layer.linears:
             try:
-                backend.check(linear, choice)
+                backend.check(linear, backend.stand_in(linear, choice))
             except ImpqError as error:
                 leaf = linear.name.rpartition(".")[2]
                 raise type(error)(f"{error}; --exclude '*.{leaf}' leaves such linears at 16 bits") from error
-        return sum(backend.nbytes(linear, choice) for linear in layer.linears)
+        return sum(backend.nbytes(linear, backend.stand_in(linear, choice)) for linear in layer.linears)
+
+    def bits(layer: LayerSpec, choice: Choice) -> float:
+        return sum(linear.parameters * backend.stand_in(linear, choice).bits
+                   for linear in layer.linears) / layer.parameters
 
     free = tuple(layer for layer in layers if layer.name not in fixed)
     if not free:
@@ -219,7 +238,8 @@ def search_space(layers: tuple[LayerSpec, ...], backend: Backend, choices: tuple
                 pinned.append(Pinned(layer, choice, size(layer, choice), size(layer, choices[-1]),
                                      size(layer, choices[0])))
     nbytes = np.array([[size(layer, choice) for choice in choices] for layer in free], dtype=np.int64)
-    return SearchSpace(free, choices, nbytes, tuple(pinned))
+    widths = np.array([[bits(layer, choice) for choice in choices] for layer in free])
+    return SearchSpace(free, choices, nbytes, tuple(pinned), widths)
 
 
 def _apart(layer: LayerSpec, exclude: Sequence[str], dense: Collection[str]) -> Iterator[LayerSpec]:

@@ -53,7 +53,8 @@ def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden | None, menus: 
     places = [len(runner) if i == bank.head else layer.block for i, layer in enumerate(bank.layers)]
     blocks = {index: [i for i, place in enumerate(places) if place == index] for index in range(-1, len(runner) + 1)}
     missing = {index: [(spec, choice) for layer in layers for spec in bank.layers[layer].linears
-                       for choice in menus[layer] if not bank.take(spec, choice)] for index, layers in blocks.items()}
+                       for choice in dict.fromkeys(bank.backend.stand_in(spec, wanted) for wanted in menus[layer])
+                       if not bank.take(spec, choice)] for index, layers in blocks.items()}
     for index, layers in blocks.items():
         for layer in layers:
             bank.switch(layer, None)

@@ -53,7 +53,7 @@ def allocate_run(run: str | Path, budgets: Sequence[str], surrogate: str | None 
     every = [replace(config, budget=budget) for budget in budgets]
     parts = [Parts.build(one, plugins) for one in every]
     space = folder.read_space()
-    sizes = [part.wanted.resolve(space) for part in parts]
+    sizes = [part.wanted(space).resolve(space) for part in parts]
     made = []
     for one, part, size in zip(every, parts, sizes, strict=True):
         if measurements:

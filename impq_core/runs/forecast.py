@@ -65,14 +65,14 @@ class Fixed:
     Args:
         name: of the layer; for parts that are no layer, of the kind of their parameters.
         weights: number of weights.
-        bits: the width it stays at; 16 for one that is not quantized.
+        bits: name of the choice that it stays at; 16 for one that is not quantized.
         bytes: stored bytes. Those of layers count in a budget, those of other parts do not.
         reason: why it does not play.
     """
 
     name: str
     weights: int
-    bits: float
+    bits: str
     bytes: int
     reason: str
 
@@ -86,7 +86,7 @@ class SearchForecast:
         granularity: of the layers.
         layers: number of layers that play.
         weights: number of their weights.
-        bits: the menu, widest first.
+        bits: names of the choices of the menu, widest first.
         fixed: layers that do not play, and parts of the model that are no layers.
         budgets: of the plans.
         smallest, largest: sizes of the all-narrowest and of the all-widest plan.
@@ -104,7 +104,7 @@ class SearchForecast:
     granularity: str
     layers: int
     weights: int
-    bits: tuple[float, ...]
+    bits: tuple[str, ...]
     fixed: tuple[Fixed, ...]
     budgets: tuple[Size, ...]
     smallest: Size
@@ -272,7 +272,7 @@ def _search(layouts: Sequence[Layout], first: bool = True, exports: int = 0) -> 
         takes["cache_bytes"] = 0
     return SearchForecast(
         config.backend, config.estimate_with, config.estimator, config.granularity, len(space),
-        weights, tuple(choice.bits for choice in space.choices),
+        weights, tuple(choice.name for choice in space.choices),
         (*_pins(layout), *_other_parts(layout)),
         tuple(Size.of(budget, nbytes, space) for budget, nbytes in budgets.items()),
         Size.of("smallest", space.low_bytes, space), Size.of("largest", space.high_bytes, space),
@@ -288,7 +288,7 @@ def _pins(layout: Layout) -> list[Fixed]:
             return "excluded"
         return f"backend {layout.config.backend} cannot store its shape"
 
-    return [Fixed(pin.layer.name, pin.layer.parameters, pin.choice.bits if pin.choice else 16.0, pin.nbytes,
+    return [Fixed(pin.layer.name, pin.layer.parameters, pin.choice.name if pin.choice else "16", pin.nbytes,
                   "pinned" if pin.choice else reason(pin.layer)) for pin in layout.space.pinned]
 
 
@@ -301,7 +301,7 @@ def _other_parts(layout: Layout) -> list[Fixed]:
              ("encoders and projectors", shapes.encoders, "outside the language model"),
              ("other weights of blocks", loose, f"in no linear, such as {shapes.loose}"),
              ("norms, biases and the rest", small, "never quantized")]
-    return [Fixed(name, weights, 16.0, 2 * weights, reason) for name, weights, reason in parts if weights]
+    return [Fixed(name, weights, "16", 2 * weights, reason) for name, weights, reason in parts if weights]
 
 
 def work_forwards(work: Workload, shapes: Shapes, config: RunConfig, weights_on_play: int) -> float:

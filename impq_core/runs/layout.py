@@ -16,7 +16,7 @@ from impq_core.config import RunConfig
 from impq_core.errors import UsageError
 from impq_core.interfaces import Backend
 from impq_core.model.device import resolve_device, resolve_dtype
-from impq_core.model.layers import coverage, layers_of, rest_parameters, search_space, unstorable
+from impq_core.model.layers import by_size, coverage, layers_of, rest_parameters, search_space, unstorable
 from impq_core.model.shapes import Shapes
 from impq_core.model.source import ModelSource, locate_model
 from impq_core.model.text import check_source
@@ -73,7 +73,7 @@ class Layout:
     @property
     def deployed_menus(self) -> list[list[Choice]]:
         """The choices of each layer that the deployed backend quantizes to, widest first: the menu and ``between``."""
-        return _menus(self.space, [choice for choice, _ in self.between])
+        return _menus(self.space, self.between)
 
     @property
     def game_menus(self) -> list[list[Choice]]:
@@ -100,14 +100,15 @@ class Layout:
         parts = Parts.build(config, plugins)
         for part in (parts.surrogate, parts.allocator):
             part.check_space(self.game_space)
-        budget = parts.wanted
+        budget = parts.wanted(self.space)
         resolved = replace(self.config, surrogate=config.surrogate, allocator=config.allocator, budget=str(budget),
                            options=parts.options())
         return replace(self, config=resolved, parts=parts, budget_bytes=budget.resolve(self.space))
 
 
-def _menus(space: SearchSpace, between: Sequence[Choice] = ()) -> list[list[Choice]]:
-    menu = sorted([*space.choices, *between], reverse=True)
+def _menus(space: SearchSpace, between: Sequence[tuple[Choice, int]] = ()) -> list[list[Choice]]:
+    sizes = [(choice, space.bytes_of(space.uniform(k))) for k, choice in enumerate(space.choices)]
+    menu = [choice for choice, _ in sorted([*sizes, *between], key=lambda item: -item[1])]
     return [menu] * len(space) + [[pin.choice] if pin.choice else [] for pin in space.pinned]
 
 
@@ -143,23 +144,24 @@ def lay_out(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
     covered = coverage(skeleton, layers, dense)
     if not config.partial:
         covered.require(config.model, dense)
-    space = search_space(layers, parts.backend, parts.menu, config.pins, config.exclude, dense)
-    game_space = (search_space(layers, measured, parts.game_menu, config.pins, config.exclude, dense) if measured
-                  else space)
+    menu = by_size(layers, parts.backend, parts.menu, dense)
+    game_menu = tuple(parts.game_menu[parts.menu.index(choice)] for choice in menu)
+    space = search_space(layers, parts.backend, menu, config.pins, config.exclude, dense)
+    game_space = search_space(layers, measured, game_menu, config.pins, config.exclude, dense) if measured else space
     if dense:
         warnings.warn(f"{len(dense)} linears stay at 16 bits, {100 * (1 - covered.share):.1f}% of the weights in the "
                       f"blocks (first: {next(iter(dense.values()))})", RuntimeWarning, stacklevel=2)
     for part in (parts.estimator, parts.surrogate, parts.allocator):
         part.check_space(game_space)
-    inside = [choice for choice in parts.backend.choices()
-              if parts.menu[-1] < choice < parts.menu[0] and choice not in parts.menu]
     between = []
-    for choice in inside:
-        if unstorable(space.layers, parts.backend, (choice,)):
+    for choice in map(parts.backend.choice, parts.backend.default_bits):
+        if choice is None or choice in menu or unstorable(space.layers, parts.backend, (choice,)):
             continue
         alone = search_space(layers, parts.backend, (choice,), config.pins, config.exclude, dense)
-        between.append((choice, alone.high_bytes))
-    budget, budget_bytes = str(parts.wanted), parts.wanted.resolve(space)
+        if space.low_bytes < alone.high_bytes < space.high_bytes:
+            between.append((choice, alone.high_bytes))
+    wanted = parts.wanted(space)
+    budget, budget_bytes = str(wanted), wanted.resolve(space)
     plan = Plan.load(Path(config.plan), space) if config.plan else None
     if plan and parts.budget and plan.nbytes > budget_bytes:
         raise UsageError(f"plan {config.plan} takes {plan.nbytes} bytes, more than the {budget_bytes} of --budget "
@@ -171,7 +173,7 @@ def lay_out(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
         config, model=_absolute(config.model), plan=_absolute(config.plan),
         calibration=replace(config.calibration, source=_absolute(config.calibration.source)),
         evaluation=replace(config.evaluation, source=_absolute(config.evaluation.source)),
-        bits=tuple(choice.bits for choice in parts.menu), budget=budget, device=str(device),
+        bits=tuple(choice.name for choice in menu), budget=budget, device=str(device),
         dtype=dtype,
         options=parts.options(), granularity=parts.granularity)
     return Layout(resolved, parts, source, space, game_space, tuple(between), budget_bytes,

@@ -52,9 +52,10 @@ class Prepared(Layout):
         calibration, prefix = None, ""
         if backend.needs:
             calibration = _text_key(self.calibration)
-            prefix = digest_of(sorted([linear.name, *([menu[0].bits, menu[0].group_size] if menu else [])]
-                                      for layer, menu in zip(self.space.everyone, menus, strict=True)
-                                      for linear in layer.linears))
+            widest = {linear: backend.stand_in(linear, menu[0]) if menu else None
+                      for layer, menu in zip(self.space.everyone, menus, strict=True) for linear in layer.linears}
+            prefix = digest_of(sorted([linear.name, *([choice.name, choice.group_size] if choice else [])]
+                                      for linear, choice in widest.items()))
         return VariantsKey(self.source.digest, self.config.dtype, hardware(self.device), type(backend).__module__,
                            asdict(backend.options), versions(self.libraries),
                            code_digest(backend, core=MAKES_VARIANTS), calibration, prefix, self.config.model)

@@ -40,11 +40,11 @@ class BackendSuite(PartSuite):
 
     def test_choices_are_widest_first_and_hold_the_default_menu(self) -> None:
         """Choices are in descending order and contain at least two of ``default_bits``, the menu without ``--bits``."""
-        choices = self.make().choices()
-        assert list(choices) == sorted(choices, reverse=True), "choices are not widest first"
-        offered = {choice.bits for choice in choices}
-        assert len(set(self.part.default_bits) & offered) >= 2, (
-            f"default_bits {self.part.default_bits} has fewer than two of the choices {offered}")
+        backend = self.make()
+        bits = [choice.bits for choice in backend.choices()]
+        assert bits == sorted(bits, reverse=True), "choices are not widest first"
+        found = {choice for choice in map(backend.choice, self.part.default_bits) if choice}
+        assert len(found) >= 2, f"default_bits {self.part.default_bits} names fewer than two choices"
 
     def test_more_bits_less_error(self) -> None:
         """The relative output error falls as bits grow."""

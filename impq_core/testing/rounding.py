@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class Rounding(Backend):
     """Rounds every row to a symmetric grid, with one byte for a code of any width and a float32 scale for each row."""
 
-    default_bits = (8, 4, 2)
+    default_bits = ("8", "4", "2")
     devices = frozenset({"cpu", "cuda", "mps", "xpu"})
 
     def choices(self) -> tuple[Choice, ...]:

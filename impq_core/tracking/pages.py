@@ -165,7 +165,7 @@ def run_params(config: RunConfig) -> Iterable[tuple[str, Any]]:
             for role, options in value.items():
                 yield from ((f"{key}.{role}.{name}", option) for name, option in options.items())
         elif key == "pins":
-            yield key, ", ".join(f"{pattern}={width:g}" for pattern, width in value.items())
+            yield key, ", ".join(f"{pattern}={width}" for pattern, width in value.items())
         elif isinstance(value, dict):
             yield from ((f"{key}.{name}", item) for name, item in value.items())
         elif isinstance(value, tuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from impq_core.errors import ImpqError
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 TENSORS = ("qweight", "qzeros", "scales", "g_idx")
 """Names of the tensors that gptqmodel stores for a linear."""
+
+GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
+"""Group sizes that the format has kernels for."""
 
 CHUNK = 2**16
 """Weights that are unpacked together on a CPU, so that they stay in its cache."""
@@ -45,8 +48,8 @@ class Options:
     damping: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.group_size not in (16, 32, 64, 128, 256, 512, 1024):
-            raise ValueError(f"group_size must be 16, 32, 64, 128, 256, 512 or 1024, not {self.group_size}")
+        if self.group_size not in GROUP_SIZES:
+            raise ValueError(f"group_size must be {', '.join(map(str, GROUP_SIZES))}, not {self.group_size}")
         if not 0 < self.damping < 1:
             raise ValueError(f"damping must lie between 0 and 1, not {self.damping}")
 
@@ -60,19 +63,28 @@ class Gptq(Backend):
 
     Options = Options
     devices = frozenset({"cpu", "cuda", "mps", "xpu"})
-    default_bits = (2.0, 3.0, 4.0)
+    default_bits = ("2", "3", "4")
     needs = frozenset({"activations"})
 
     def choices(self) -> tuple[Choice, ...]:
         """8, 4, 3, 2 bits."""
         return tuple(Choice(float(bits), self.options.group_size) for bits in (8, 4, 3, 2))
 
+    def choice(self, name: str) -> Choice | None:
+        """A width by its name, such as ``3`` in groups of the option ``group_size``, or ``3@128``."""
+        width, at, size = name.partition("@")
+        found = super().choice(width)
+        if found is None or not at:
+            return found
+        return found.in_groups(int(size)) if size in map(str, GROUP_SIZES) else None
+
     def check(self, linear: LinearSpec, choice: Choice) -> None:
         """Raises ImpqError if groups do not divide the inputs, or inputs or outputs are no multiples of 32."""
         if linear.columns % choice.group_size:
             fits = [size for size in (128, 64, 32, 16) if linear.columns % size == 0]
             raise ImpqError(f"backend gptq: group size {choice.group_size} does not divide the {linear.columns} inputs "
-                            f"of {linear.name}" + (f"; -o group_size={fits[0]} does" if fits else ""))
+                            f"of {linear.name}"
+                            + (f"; -o group_size={fits[0]} does, and {choice.bits:g}@{fits[0]}" if fits else ""))
         if linear.columns % 32 or linear.rows % 32:
             raise ImpqError(f"backend gptq: {linear.name} is {linear.rows} x {linear.columns}; GPTQ packs multiples "
                             "of 32 only")
@@ -121,14 +133,20 @@ class Gptq(Backend):
         if not torch.isfinite(statistics.gram).all():
             raise ImpqError("the inputs hold NaN or infinity, which GPTQ cannot use; try --dtype float32")
         reached = statistics.tokens > 0
+        settings = Settings(**asdict(self.options))
+        solutions: dict[int, Solution] = {}
         try:
-            solutions = sweep([Job(weight, int(choice.bits)) for weight, choice in jobs],
-                              statistics.gram if reached else None, max(1, statistics.tokens),
-                              Settings(**asdict(self.options)))
+            for size in dict.fromkeys(choice.group_size for _, choice in jobs):
+                numbers = [number for number, (_, choice) in enumerate(jobs) if choice.group_size == size]
+                solved = sweep([Job(jobs[number][0], int(jobs[number][1].bits)) for number in numbers],
+                               statistics.gram if reached else None, max(1, statistics.tokens),
+                               replace(settings, group_size=size))
+                solutions |= zip(numbers, solved, strict=True)
         except NotPositiveDefinite:
             raise ImpqError("GPTQ failed: the Hessian of the inputs is not positive definite, with any damping; more "
                             "calibration text may help") from None
-        for (_, choice), solution in zip(jobs, solutions, strict=True):
+        for number, (_, choice) in enumerate(jobs):
+            solution = solutions[number]
             record = {"damping": solution.damping, "loss": solution.loss}
             yield _packed(choice, solution, record if reached else {**record, "unreached": 1.0})
 

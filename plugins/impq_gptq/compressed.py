@@ -83,17 +83,18 @@ class CompressedTensorsExporter(SafetensorsExporter):
 
 def quantization_config(widths: Mapping[str, Choice | None]) -> dict[str, Any]:
     """The ``quantization_config`` of the format for widths by module name."""
-    groups: dict[str, dict[str, Any]] = {}
+    groups: dict[Choice, dict[str, Any]] = {}
     ignored = ["lm_head"]
     for name, choice in widths.items():
         if choice is None:
             ignored.append(name)
             continue
-        group = groups.setdefault(f"group_{int(choice.bits)}", {
+        group = groups.setdefault(choice, {
             "targets": [], "input_activations": None, "output_activations": None, "format": "pack-quantized",
             "weights": {"num_bits": int(choice.bits), "type": "int", "symmetric": True, "strategy": "group",
                         "group_size": choice.group_size, "dynamic": False}})
         group["targets"].append(name)
     return {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
-            "config_groups": groups, "ignore": ignored}
+            "config_groups": {f"group_{number}": group for number, group in enumerate(groups.values())},
+            "ignore": ignored}
 

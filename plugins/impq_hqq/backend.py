@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Any
@@ -42,11 +43,19 @@ class Hqq(Backend):
 
     Options = Options
     devices = frozenset({"cpu", "cuda", "mps", "xpu"})
-    default_bits = (2.0, 3.0, 4.0)
+    default_bits = ("2", "3", "4")
 
     def choices(self) -> tuple[Choice, ...]:
         """8, 4, 3, 2, 1 bits."""
         return tuple(Choice(float(bits), self.options.group_size) for bits in _PER_WORD)
+
+    def choice(self, name: str) -> Choice | None:
+        """A width by its name, such as ``3`` in groups of the option ``group_size``, or ``3@128``."""
+        width, at, size = name.partition("@")
+        found = super().choice(width)
+        if found is None or not at:
+            return found
+        return found.in_groups(int(size)) if re.fullmatch("[1-9][0-9]{0,5}", size) and not int(size) % 8 else None
 
     def check(self, linear: LinearSpec, choice: Choice) -> None:
         """Raises ImpqError if groups do not divide the inputs, or do not fill the packed words."""

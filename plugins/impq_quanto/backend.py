@@ -43,7 +43,7 @@ class Quanto(Backend):
     for each group."""
 
     Options = Options
-    default_bits = (2.0, 4.0, 8.0)
+    default_bits = ("2", "4", "8")
     devices = frozenset({"cpu", "cuda", "mps", "xpu"})
 
     def choices(self) -> tuple[Choice, ...]:

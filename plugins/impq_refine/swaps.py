@@ -83,8 +83,7 @@ def local_costs(space: SearchSpace, estimate: SensitivityEstimate | None, pick: 
     n, m = space.nbytes.shape
     rows = np.arange(n)
     if estimate is None:
-        distortion = 4.0 ** -np.array([choice.bits for choice in space.choices])
-        return np.tile(UNKNOWN / n * (distortion - distortion[0]) / (distortion[-1] - distortion[0]), (n, 1))
+        return UNKNOWN / n * space.rounding_errors
     moved = np.tile(pick, (n, m, 1))  # (n, m, n): the pick with layer i at choice k
     moved[rows[:, None], np.arange(m), rows[:, None]] = np.arange(m)
     return estimate.predict(moved.reshape(n * m, n)).reshape(n, m)

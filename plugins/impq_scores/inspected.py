@@ -26,9 +26,8 @@ def from_importance(space: SearchSpace, importance: FloatArray, method: str,
     """An estimate without unit from importances (n,), shifted and scaled to costs from 0.001 to 1.001."""
     spread = float(importance.max() - importance.min()) or 1.0
     cost = (importance - importance.min()) / spread + 1e-3
-    distortion = 4.0 ** -np.array([choice.bits for choice in space.choices])
-    relative = (distortion - distortion[0]) / (distortion[-1] - distortion[0])
-    return SensitivityEstimate(space, cost[:, None] * relative, method=method, forwards=forwards, is_loss=False)
+    return SensitivityEstimate(space, cost[:, None] * space.rounding_errors, method=method, forwards=forwards,
+                               is_loss=False)
 
 
 def of_blocks(space: SearchSpace, scores: Mapping[int, float]) -> FloatArray:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from impq_core.config import width_name
 from impq_core.errors import ImpqError, UsageError
 from impq_core.interfaces import Game, GameEstimator
 from impq_core.space import SearchSpace
@@ -18,15 +19,15 @@ class IsolatedOptions:
     """Options of the isolated estimator.
 
     Args:
-        base: width in bits of the other layers; 0 is the widest. A width near the budget measures each layer in the
-            surroundings that it will have in the plan: a demotion costs more among narrow layers than among wide ones.
+        base: width of the other layers, as --bits names it; the widest by default. A width near the budget measures
+            each layer in the surroundings that it will have in the plan: a demotion costs more among narrow layers than
+            among wide ones.
     """
 
-    base: float = 0.0
+    base: str = ""
 
     def __post_init__(self) -> None:
-        if self.base < 0:
-            raise ValueError("base must be one of the widths of --bits, or 0")
+        object.__setattr__(self, "base", width_name(self.base))
 
 
 class Isolated(GameEstimator):
@@ -39,22 +40,25 @@ class Isolated(GameEstimator):
 
     def check_space(self, space: SearchSpace) -> None:
         """The base must be on the menu."""
-        if self.options.base and self.options.base not in _widths(space):
-            raise UsageError(f"estimator isolated: base={self.options.base:g} is none of the widths of --bits "
-                             f"({', '.join(f'{bits:g}' for bits in _widths(space))})")
+        names = [choice.name for choice in space.choices]
+        if self.options.base and self.options.base not in names:
+            raise UsageError(f"estimator isolated: base={self.options.base} is none of the widths of --bits "
+                             f"({', '.join(names)})")
 
     def workload(self, space: SearchSpace, sets: int) -> Workload:
         """The reference, the base if it is another pick, and each layer at each other width."""
         n, m = space.nbytes.shape
-        whole = 1 if self.options.base in (0.0, _widths(space)[0]) else 2
+        whole = 2 if self._base(space) else 1
         return Workload(losses_by_block(space, [m - 1] * n, whole), sets=1)
+
+    def _base(self, space: SearchSpace) -> int:
+        return next((k for k, choice in enumerate(space.choices) if choice.name == self.options.base), 0)
 
     def estimate(self, game: Game, rng: np.random.Generator) -> SensitivityEstimate:
         """The additive estimate; raises ImpqError if a loss is not finite."""
         space = game.space
         n, m = space.nbytes.shape
-        base = _widths(space).index(self.options.base) if self.options.base else 0
-        picks = np.tile(space.uniform(base), (n, m, 1))  # (n, m, n): the pick with layer i at choice k
+        picks = np.tile(space.uniform(self._base(space)), (n, m, 1))  # (n, m, n): the pick with layer i at choice k
         picks[np.arange(n)[:, None], np.arange(m), np.arange(n)[:, None]] = np.arange(m)
         game.expect(1 + n * (m - 1))
         # From the last layer to the first, so that each pick shares its prefix with the base.
@@ -62,7 +66,7 @@ class Isolated(GameEstimator):
         if not np.isfinite(losses).all():
             layer = space.layers[int(np.argwhere(~np.isfinite(losses))[0, 0])].name
             raise ImpqError(f"the loss with {layer} moved is not finite: try --dtype float32 or wider --bits")
-        method = f"isolated(base={self.options.base:g})" if base else "isolated"
+        method = f"isolated(base={self.options.base})" if self._base(space) else "isolated"
         return SensitivityEstimate(space, losses - losses[:, :1], method=method, forwards=game.forwards)
 
 
@@ -130,7 +134,3 @@ class Clado(GameEstimator):
         pairwise[np.arange(n), :, np.arange(n)] = 0.0
         return SensitivityEstimate(space, linear, pairwise, method=f"clado({self.options.pairs})",
                                    forwards=game.forwards)
-
-
-def _widths(space: SearchSpace) -> list[float]:
-    return [choice.bits for choice in space.choices]

@@ -125,7 +125,7 @@ class Spqe(Sampler):
 
     def check_space(self, space: SearchSpace) -> None:
         """Raises UsageError if ``around`` lies outside the menu."""
-        if self.options.around and not space.choices[-1].bits <= self.options.around <= space.choices[0].bits:
+        if self.options.around and not space.ends[0] <= self.options.around <= space.ends[1]:
             raise UsageError(f"estimator spqe: around={self.options.around:g} lies outside the menu, "
                              f"{space.choices[-1]} to {space.choices[0]} bits")
 

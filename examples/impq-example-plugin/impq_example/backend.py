@@ -32,7 +32,7 @@ class Example(Backend):
     """Codes of 8, 4 or 2 bits packed into bytes, and a float16 scale for each group."""
 
     Options = Options
-    default_bits = (8, 4, 2)
+    default_bits = ("8", "4", "2")
 
     def choices(self) -> tuple[Choice, ...]:
         """8, 4 and 2 bits."""
