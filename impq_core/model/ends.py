@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -71,6 +73,29 @@ def end_layers(model: PreTrainedModel) -> tuple[LayerSpec, ...]:
         pairs.append((ends.head, len(blocks_of(model))))
     return tuple(LayerSpec(names[module], block, (LinearSpec(names[module], *tuple(module.weight.shape)),))
                  for module, block in pairs)
+
+
+def chosen_ends(model: PreTrainedModel, layers: Sequence[LayerSpec], everyone: bool,
+                names: Iterable[str]) -> tuple[LayerSpec, ...]:
+    """The ends that are layers of a run.
+
+    Args:
+        model: with weights or on the meta device.
+        layers: those of the blocks.
+        everyone: whether both ends are.
+        names: names and patterns in pins and in a plan; one that matches nothing in the blocks but an end makes that a
+            layer.
+
+    Raises:
+        ImpqError: an end is asked for, and the model's can have no width.
+    """
+    inside = [*(layer.name for layer in layers), *(linear.name for layer in layers for linear in layer.linears)]
+    outside = [name for name in names if not any(fnmatchcase(other, name) for other in inside)]
+    modules = model.get_input_embeddings(), model.get_output_embeddings()
+    named = {name for name, module in model.named_modules()
+             if module in modules and any(fnmatchcase(name, pattern) for pattern in outside)}
+    return tuple(layer for layer in (end_layers(model) if everyone or named else ())
+                 if everyone or layer.name in named)
 
 
 def _refused(model: str, reason: str) -> ImpqError:
