@@ -54,7 +54,7 @@ class Format:
     """A weight format under test: its backend and menu, the type of its software, and its tensors of a linear."""
 
     backend: str
-    bits: tuple[float, ...]
+    bits: tuple[str, ...]
     dtype: torch.dtype
     tolerance: float
     tensors: str
@@ -74,13 +74,13 @@ def _without_zeros(linear: LinearSpec, choice: Choice) -> int:
 
 FORMATS = {
     # bfloat16 keeps 8 bits, and GPTQModel rounds the scales to it too: a per cent or two after 12 blocks.
-    "gptq": Format("gptq", (2, 3, 4), torch.bfloat16, 0.03, r"\.(qweight|qzeros|scales|g_idx)$",
+    "gptq": Format("gptq", ("2", "2@32", "3", "4"), torch.bfloat16, 0.03, r"\.(qweight|qzeros|scales|g_idx)$",
                    {"clip_search": False}),
     # Products of 16-bit scales round to 11 bits.
-    "compressed-tensors": Format("gptq", (2, 3, 4, 8), torch.float32, 2e-3, r"\.weight_(packed|scale)$",
+    "compressed-tensors": Format("gptq", ("2", "2@32", "3", "4", "8"), torch.float32, 2e-3, r"\.weight_(packed|scale)$",
                                  {"clip_search": False, "symmetric": True}, _without_zeros),
-    "hqq": Format("hqq", (2, 3, 4, 8), torch.float32, 1e-6, r"\.(W_q|scale|zero)$"),
-    "quanto": Format("quanto", (2, 4, 8), torch.float16, 5e-3, r"\.weight\._(data|data\._data|scale|shift)$"),
+    "hqq": Format("hqq", ("2", "2@32", "3", "4", "8"), torch.float32, 1e-6, r"\.(W_q|scale|zero)$"),
+    "quanto": Format("quanto", ("2", "4", "8"), torch.float16, 5e-3, r"\.weight\._(data|data\._data|scale|shift)$"),
 }
 
 
