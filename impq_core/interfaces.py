@@ -485,7 +485,7 @@ class Refiner(Part, ABC):
 class Backend(Part, ABC):
     """Quantizes linears, usually by a library.
 
-    Class attributes:
+    Class attributes, or properties if they depend on the options:
         default_bits: names of the choices of the menu if the user gives no ``--bits``; uniform references are of these.
         needs: ``activations`` if ``quantize`` needs Statistics.
         devices: types of the devices on which ``quantize`` and ``dequantize`` work, as torch names them. Weights and

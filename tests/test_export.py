@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -134,8 +134,8 @@ def test_stock_software_loads_what_was_measured(name: str, tiny_config: RunConfi
 def _promise(result: RunResult, name: str) -> int:
     """Bytes of the file as they are known without weights."""
     source, config = locate_model(result.config.model), result.config
-    options = asdict(Parts.build(config, Plugins()).backend.options)
-    checkpoint = outline(source, source.without_weights(), result.plan, config.backend, options, torch.bfloat16)
+    backend = Parts.build(config, Plugins()).backend
+    checkpoint = outline(source, source.without_weights(), result.plan, config.backend, backend, torch.bfloat16)
     return load_exporter(name, config.backend, config.options["backend"], Plugins()).file_bytes(checkpoint)
 
 

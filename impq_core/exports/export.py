@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from impq_core.config import from_data, override
@@ -21,7 +20,7 @@ from impq_core.files import scratch_folder, write_text
 from impq_core.interfaces import Checkpoint, Exporter
 from impq_core.model.linears import FromConv1D
 from impq_core.model.names import file_names
-from impq_core.model.outline import outline, stored_dtype
+from impq_core.model.outline import outline, stored_dtype, stored_widths
 from impq_core.parts import load_exporter, require_ends
 from impq_core.plugins import Plugins
 from impq_core.results import Exported, Score
@@ -72,8 +71,9 @@ def export_run(run: str | Path, name: str, target: Path | None = None, plugins: 
         score = evaluator.score(prepared.space.assignment(plan.pick))
         checkpoint = make_checkpoint(session, checkpoint)
     else:
-        checkpoint = bare_checkpoint(plan, config.backend, prepared.config.options.get("backend", {}),
-                                     prepared.source.config(), prepared.source.folder)
+        bare = bare_checkpoint(plan, config.backend, prepared.config.options.get("backend", {}))
+        checkpoint = replace(bare, widths=stored_widths(plan, prepared.parts.backend), config=prepared.source.config(),
+                             files=prepared.source.folder)
     target.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(target.parent, target.name) as scratch:
         work = scratch / "export"
@@ -109,23 +109,20 @@ def _require_size(exporter: Exporter, name: str, checkpoint: Checkpoint, folder:
 
 def _outline(session: Session, plan: Plan) -> Checkpoint:
     prepared = session.prepared
-    return outline(prepared.source, session.runner.model, plan, prepared.config.backend,
-                   asdict(prepared.parts.backend.options), session.dtype)
+    return outline(prepared.source, session.runner.model, plan, prepared.config.backend, prepared.parts.backend,
+                   session.dtype)
 
 
-def bare_checkpoint(plan: Plan, backend: str, options: Mapping[str, Any],
-                    config: Mapping[str, Any] = MappingProxyType({}), files: Path = Path()) -> Checkpoint:
-    """The checkpoint of a recipe: no tensors, and the names of the linears in the model.
+def bare_checkpoint(plan: Plan, backend: str, options: Mapping[str, Any]) -> Checkpoint:
+    """A checkpoint without tensors, whose linears have their names in the model.
 
     Args:
         plan: the plan.
         backend: name of the backend of the plan.
         options: its options.
-        config: the model's configuration.
-        files: the model's folder.
     """
     return Checkpoint(plan, plan.widths(), {spec.name: spec for layer in plan.space.everyone for spec in layer.linears},
-                      {}, {}, config, backend, options, files)
+                      {}, {}, {}, backend, options, Path())
 
 
 def _planned(checkpoint: Checkpoint) -> set[str]:

@@ -77,8 +77,9 @@ def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden | None, menus: 
                  for spec in layer.linears if place >= 0
                  and any(bank.record(spec, choice).get("unreached") for choice in menu)]
     if unreached:
-        warnings.warn(f"{len(unreached)} linears (first: {unreached[0]}) are rounded to nearest: hardly a token "
-                      "of the calibration text reaches them; more calibration text may", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"{len(unreached)} linears (first: {unreached[0]}) are quantized without statistics: hardly "
+                      "a token of the calibration text reaches them; more calibration text may", RuntimeWarning,
+                      stacklevel=2)
 
 
 def _statistics(bank: Bank, runner: BlockwiseModel, index: int, hidden: Hidden,

@@ -11,8 +11,8 @@ import torch
 from impq_core.budget import FileAccount
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError, UsageError, one_line
-from impq_core.interfaces import Checkpoint, Exporter
-from impq_core.model.outline import outline
+from impq_core.interfaces import Backend, Checkpoint, Exporter
+from impq_core.model.outline import outline, stored_widths
 from impq_core.model.source import ModelSource
 from impq_core.parts import Parts, load_exporter, require_ends
 from impq_core.plugins import Plugins
@@ -26,11 +26,13 @@ class WholeFile:
 
     Args:
         formats: exporters by name, at least one.
+        backend: of the plans.
         checkpoint: of the smallest plan, without variants and with its other tensors on the meta device.
         unquantized: bytes of the model's tensors in the dtype of the run.
     """
 
     formats: Mapping[str, Exporter]
+    backend: Backend
     checkpoint: Checkpoint
     unquantized: int
 
@@ -52,7 +54,7 @@ class WholeFile:
         return FileAccount(max(self.promise(plan) - plan.nbytes for plan in plans) + gaps, self.unquantized)
 
     def _of(self, plan: Plan) -> Checkpoint:
-        widths = plan.widths()
+        widths = stored_widths(plan, self.backend)
         return replace(self.checkpoint, plan=plan,
                        widths={name: widths[spec.name] for name, spec in self.checkpoint.specs.items()})
 
@@ -76,7 +78,7 @@ def whole_file(config: RunConfig, parts: Parts, plugins: Plugins, source: ModelS
     """
     plan = _plan(space, space.uniform(len(space.choices) - 1))
     options = parts.options().get("backend", {})
-    checkpoint = outline(source, source.without_weights(), plan, config.backend, options, dtype)
+    checkpoint = outline(source, source.without_weights(), plan, config.backend, parts.backend, dtype)
     formats, reason = dict[str, Exporter](), "none is of that backend"
     for name in plugins.names("exporter"):
         try:
@@ -99,7 +101,7 @@ def whole_file(config: RunConfig, parts: Parts, plugins: Plugins, source: ModelS
                          f"{config.backend}: {reason}")
     planned = sum(spec.parameters for name, spec in checkpoint.specs.items() if checkpoint.widths[name])
     dense = sum(tensor.numel() * tensor.element_size() for tensor in checkpoint.dense.values())
-    return WholeFile(formats, checkpoint, dense + item * planned)
+    return WholeFile(formats, parts.backend, checkpoint, dense + item * planned)
 
 
 def _plan(space: SearchSpace, pick: IntArray) -> Plan:

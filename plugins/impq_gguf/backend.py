@@ -42,7 +42,11 @@ class Gguf(Backend):
     """
 
     Options = Options
-    default_bits = ("Q5_K", "IQ4_XS", "IQ3_XXS", "IQ2_XS")
+
+    @property
+    def default_bits(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Q5_K, IQ4_XS, IQ3_XXS, IQ2_XS; without importance Q5_K, IQ4_XS, Q3_K, Q2_K."""
+        return ("Q5_K", "IQ4_XS", *(("IQ3_XXS", "IQ2_XS") if self.options.importance else ("Q3_K", "Q2_K")))
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
