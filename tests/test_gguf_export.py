@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import wrappers
 from architectures import config_of, with_large_weights
 from gguf import GGUFReader
 from impq_gguf.exporter import GgufExporter, Options
 from impq_gguf.names import ARCHITECTURES
 from llamacpp import Model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from impq_core.errors import ImpqError
 from impq_core.interfaces import Checkpoint
@@ -174,3 +175,25 @@ def test_llama_cpp_refuses_tensors_that_it_does_not_read(tmp_path: Path) -> None
     more = {"model.layers.0.self_attn.q_proj.bias": torch.zeros(32, device="meta")}  # of another shape
     with pytest.raises(ImpqError, match=r"does not load .*blk\.0\.attn_q\.bias"):
         GgufExporter().file_bytes(replace(checkpoint, dense=checkpoint.dense | more))
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "llava", "mistral3"])
+def test_the_language_model_of_a_multimodal_model(kind: str, tmp_path: Path) -> None:
+    wrapper, config = tmp_path / "model", wrappers.config_of(kind)
+    if kind == "gemma3":
+        config.text_config.layer_types = ["sliding_attention"] * config.text_config.num_hidden_layers
+    with_large_weights(AutoModelForMultimodalLM, config).save_pretrained(wrapper)
+    byte_tokenizer().save_pretrained(wrapper)
+    checkpoint = unquantized(wrapper)
+    exporter = GgufExporter()
+    (tmp_path / "export").mkdir()
+    with pytest.warns(RuntimeWarning, match="language model alone: .* multi_modal_projector"):
+        exporter.export(checkpoint, tmp_path / "export")
+    [file] = exporter.files(tmp_path / "export")
+    assert file.stat().st_size == exporter.file_bytes(checkpoint)
+    restored = exporter.dense(tmp_path / "export", checkpoint)
+    assert {name for name in checkpoint.dense if "language_model" in name} == set(restored)
+    window = 16  # the models' sliding window
+    with Model(file, window) as model:
+        found = log_probabilities(model.logits(IDS[:window]))
+    np.testing.assert_allclose(found, expected(wrapper)[:window], rtol=0.0, atol=F16_GELU)
