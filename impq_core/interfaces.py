@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -452,7 +452,7 @@ class Refiner(Part, ABC):
 class Backend(Part, ABC):
     """Quantizes linears, usually by a library.
 
-    Class attributes:
+    Class attributes, or properties if they depend on the options:
         default_bits: names of the choices of the menu if the user gives no ``--bits``; uniform references are of these.
         needs: ``activations`` if ``quantize`` needs Statistics.
         devices: types of the devices on which ``quantize`` and ``dequantize`` work, as torch names them. Weights and
@@ -479,6 +479,23 @@ class Backend(Part, ABC):
         """The choice that is stored for a linear in place of one that does not exist for its shape; by default the
         choice itself. The other methods are given only choices that this one returned."""
         return choice
+
+    def variant_options(self) -> Mapping[str, Any]:
+        """The options that decide a variant: variants are kept, and losses continued, only for equal ones. By default
+        all."""
+        return asdict(self.options)
+
+    def mixes(self, linears: Sequence[LinearSpec]) -> Mapping[str, Mapping[str, Choice]]:
+        """Plans that other software makes for a model by rules of its own, as references beside the user's. By default
+        none.
+
+        Args:
+            linears: all linears of the model.
+
+        Returns:
+            The choice of each linear, by the linear's name, by the mix's name.
+        """
+        return {}
 
     @abstractmethod
     def check(self, linear: LinearSpec, choice: Choice) -> None:

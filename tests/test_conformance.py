@@ -7,6 +7,8 @@ import sys
 from importlib.metadata import entry_points
 
 import pytest
+import torch
+from impq_gguf.backend import Gguf
 from impq_gptq.backend import Gptq
 from impq_greedy.allocators import Exhaustive, Greedy
 from impq_hqq.backend import Hqq
@@ -125,6 +127,21 @@ class TestSwaps(RefinerSuite):
 
 class TestEvolve(RefinerSuite):
     part = Evolve
+
+
+class TestGguf(BackendSuite):
+    part, names = Gguf, ("F16", "Q8_0", "Q5_K", "IQ4_XS", "Q3_K", "IQ2_XXS")
+
+    def data(self) -> tuple[torch.Tensor, torch.Tensor]:
+        weight, inputs = super().data()
+        return torch.cat([weight, -weight.flip(0)], dim=1), torch.cat([inputs, inputs.flip(0)], dim=1)  # 256 columns
+
+
+class TestGgufWithoutImportance(BackendSuite):
+    part, options, names = Gguf, {"importance": "false"}, ("BF16", "Q6_K", "Q4_K", "Q2_K")
+
+    def data(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return TestGguf().data()
 
 
 class TestGptq(BackendSuite):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 
 import torch
 
@@ -23,7 +24,8 @@ Wanted = Sequence[tuple[LinearSpec, Choice]]
 
 
 def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden | None, menus: Sequence[Sequence[Choice]],
-              progress: Callable[[int, int], None]) -> None:
+              progress: Callable[[int, int], None],
+              further: Mapping[str, Sequence[Choice]] = MappingProxyType({})) -> None:
     """Quantize every linear at every choice of its layer's menu, block after block. Variants on the bank's shelf are
     not made again.
 
@@ -40,6 +42,7 @@ def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden | None, menus: 
         hidden: the first block's input over the calibration windows; None for a backend that needs no activations.
         menus: choices of each of the bank's layers, widest first; an empty menu leaves the layer unquantized.
         progress: called with the number of finished blocks and the number of all blocks.
+        further: choices beyond its layer's menu that a linear is also quantized to, by its name.
 
     Raises:
         ImpqError: the backend cannot quantize a linear, which the message names.
@@ -47,7 +50,8 @@ def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden | None, menus: 
     progress(0, len(runner))
     blocks = [[i for i, layer in enumerate(bank.layers) if layer.block == index] for index in range(len(runner))]
     missing = [[(spec, choice) for layer in layers for spec in bank.layers[layer].linears
-                for choice in dict.fromkeys(bank.backend.stand_in(spec, wanted) for wanted in menus[layer])
+                for choice in dict.fromkeys(bank.backend.stand_in(spec, wanted)
+                                            for wanted in [*menus[layer], *further.get(spec.name, ())])
                 if not bank.take(spec, choice)] for layers in blocks]
     for index, layers in enumerate(blocks):
         for layer in layers:
@@ -69,8 +73,9 @@ def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden | None, menus: 
     unreached = [spec.name for layer, menu in zip(bank.layers, menus, strict=True) for spec in layer.linears
                  if any(bank.record(spec, choice).get("unreached") for choice in menu)]
     if unreached:
-        warnings.warn(f"{len(unreached)} linears (first: {unreached[0]}) are rounded to nearest: hardly a token "
-                      "of the calibration text reaches them; more calibration text may", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"{len(unreached)} linears (first: {unreached[0]}) are quantized without statistics: hardly "
+                      "a token of the calibration text reaches them; more calibration text may", RuntimeWarning,
+                      stacklevel=2)
 
 
 def _shared(wanted: Wanted, statistics: Sequence[Statistics | None]) -> Iterator[tuple[Wanted, Statistics | None]]:

@@ -22,7 +22,8 @@ from impq_core.model.source import ModelSource, locate_model
 from impq_core.model.text import check_source
 from impq_core.parts import Parts
 from impq_core.plugins import Plugins
-from impq_core.space import Choice, SearchSpace
+from impq_core.references import Mix, mixes_of
+from impq_core.space import Choice, LinearSpec, SearchSpace
 from impq_core.trust import NO_TRUST, Trust
 from impq_core.types import Plan
 
@@ -39,6 +40,7 @@ class Layout:
         game_space: the same layers and choices with the sizes of the backend of the measured variants.
         between: choices of the deployed backend between those of the menu, for uniform references, each with the bytes
             of the uniform model at that choice.
+        mixes: plans of other software, for the table of references.
         budget_bytes: budget of the plan.
         rest_bytes: bytes of embeddings, head and everything else that is never quantized, at 16 bits a weight.
         plan: the plan of ``--plan``.
@@ -53,6 +55,7 @@ class Layout:
     space: SearchSpace
     game_space: SearchSpace
     between: tuple[tuple[Choice, int], ...]
+    mixes: tuple[Mix, ...]
     budget_bytes: int
     rest_bytes: int
     plan: Plan | None
@@ -85,6 +88,19 @@ class Layout:
         """The backend of the measured variants."""
         return self.parts.estimate_with if self.measures_another_backend and self.parts.estimate_with else (
             self.parts.backend)
+
+    def further_choices(self, backend: Backend) -> dict[str, list[Choice]]:
+        """The choices of each linear, by its name, that a backend quantizes to for the mixes alone."""
+        mixes = self.mixes if backend is self.parts.backend else ()
+        names = [linear.name for layer in self.space.everyone for linear in layer.linears]
+        return {name: [choice for mix in mixes if (choice := mix.choices[name])] for name in names}
+
+    def stored(self, backend: Backend, menus: Sequence[Sequence[Choice]]) -> dict[LinearSpec, list[Choice]]:
+        """The choices at which a backend stores each linear, for the menus of the layers and for the mixes."""
+        further = self.further_choices(backend)
+        return {linear: list(dict.fromkeys(backend.stand_in(linear, choice)
+                                           for choice in [*menu, *further[linear.name]]))
+                for layer, menu in zip(self.space.everyone, menus, strict=True) for linear in layer.linears}
 
     @property
     def game_budget(self) -> int:
@@ -176,7 +192,8 @@ def lay_out(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
         bits=tuple(choice.name for choice in menu), budget=budget, device=str(device),
         dtype=dtype,
         options=parts.options(), granularity=parts.granularity)
-    return Layout(resolved, parts, source, space, game_space, tuple(between), budget_bytes,
+    return Layout(resolved, parts, source, space, game_space, tuple(between), mixes_of(parts.backend, space),
+                  budget_bytes,
                   2 * rest_parameters(skeleton, layers), plan,
                   tuple(sorted({library for name in {config.backend, config.estimate_with} - {""}
                                 for library in plugins.find("backend", name).needs})), covered.share,

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from impq_core.errors import ImpqError
 from impq_core.interfaces import Backend, Statistics
-from impq_core.space import LinearSpec
+from impq_core.parts import named_choice
+from impq_core.space import Choice, LinearSpec
 from impq_core.testing.part import PartSuite
 
 if TYPE_CHECKING:
@@ -21,13 +22,21 @@ class BackendSuite(PartSuite):
 
     Class attributes:
         fine: upper limit of the relative output error of the widest choice.
+        names: names of the choices to test, widest first; all that the backend lists by default.
     """
 
     part: ClassVar[type[Backend]]
     fine: ClassVar[float] = 0.02
+    names: ClassVar[tuple[str, ...]] = ()
+
+    def choices(self, linear: LinearSpec) -> list[Choice]:
+        """The choices to test, as they are stored for a linear."""
+        backend = self.make()
+        named = [named_choice(backend, self.part.__name__, name) for name in self.names] or backend.choices()
+        return list(dict.fromkeys(backend.stand_in(linear, choice) for choice in named))
 
     def data(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A weight (96, 128) and inputs (2000, 128)."""
+        """A weight (96, 128) and inputs (2000, 128), or another width than 128."""
         import torch
 
         generator = torch.Generator().manual_seed(0)
@@ -36,21 +45,21 @@ class BackendSuite(PartSuite):
 
     def statistics(self, inputs: torch.Tensor) -> Statistics | None:
         """The statistics for ``quantize``; None if ``needs`` is empty."""
-        return Statistics(inputs.T @ inputs, len(inputs)) if self.part.needs else None
+        return Statistics(inputs.T @ inputs, len(inputs)) if self.make().needs else None
 
     def test_choices_are_widest_first_and_hold_the_default_menu(self) -> None:
         """Choices are in descending order and contain at least two of ``default_bits``, the menu without ``--bits``."""
         backend = self.make()
         bits = [choice.bits for choice in backend.choices()]
         assert bits == sorted(bits, reverse=True), "choices are not widest first"
-        found = {choice for choice in map(backend.choice, self.part.default_bits) if choice}
-        assert len(found) >= 2, f"default_bits {self.part.default_bits} names fewer than two choices"
+        found = {choice for choice in map(backend.choice, backend.default_bits) if choice}
+        assert len(found) >= 2, f"default_bits {backend.default_bits} names fewer than two choices"
 
     def test_more_bits_less_error(self) -> None:
         """The relative output error falls as bits grow."""
         weight, inputs = self.data()
         backend, spec, errors = self.make(), LinearSpec("block.linear", *weight.shape), []
-        for choice in backend.choices():
+        for choice in self.choices(spec):
             backend.check(spec, choice)
             restored = backend.dequantize(backend.quantize(weight, choice, self.statistics(inputs)), spec)
             errors.append(float(((restored - weight) @ inputs.T).norm() / (weight @ inputs.T).norm()))
@@ -60,7 +69,7 @@ class BackendSuite(PartSuite):
         """``nbytes`` returns the bytes that ``quantize`` stores, with scales and zeros; the variant has the choice."""
         weight, inputs = self.data()
         backend, spec = self.make(), LinearSpec("block.linear", *weight.shape)
-        for choice in backend.choices():
+        for choice in self.choices(spec):
             variant = backend.quantize(weight, choice, self.statistics(inputs))
             assert variant.choice == choice
             nbytes = backend.nbytes(spec, choice)
@@ -74,7 +83,7 @@ class BackendSuite(PartSuite):
 
         weight, inputs = self.data()
         backend, spec = self.make(), LinearSpec("block.linear", *weight.shape)
-        for choice in backend.choices():
+        for choice in self.choices(spec):
             variant = backend.quantize(weight, choice, self.statistics(inputs))
             restored = backend.dequantize(variant, spec)
             assert restored.shape == weight.shape and restored.dtype == torch.float32 and restored.is_contiguous()
@@ -90,7 +99,7 @@ class BackendSuite(PartSuite):
         weight, inputs = self.data()
         statistics, backend = self.statistics(inputs), self.make()
         before, gram = weight.clone(), inputs.T @ inputs
-        for choice in backend.choices():
+        for choice in self.choices(LinearSpec("block.linear", *weight.shape)):
             first, second = (backend.quantize(weight, choice, statistics) for _ in range(2))
             assert all(torch.equal(first.tensors[name], second.tensors[name]) for name in first.tensors)
         assert torch.equal(weight, before), "the weight was changed in place"
@@ -103,9 +112,10 @@ class BackendSuite(PartSuite):
 
         weight, inputs = self.data()
         statistics, backend = self.statistics(inputs), self.make()
-        weights = {LinearSpec("block.one", 96, 128): weight, LinearSpec("block.two", 64, 128): -weight[:64]}
+        rows, columns = weight.shape
+        weights = {LinearSpec("block.one", rows, columns): weight, LinearSpec("block.two", 64, columns): -weight[:64]}
         before = {linear: weight.clone() for linear, weight in weights.items()}
-        everything = [(linear, choice) for linear in weights for choice in backend.choices()]
+        everything = [(linear, choice) for linear in weights for choice in self.choices(linear)]
         for wanted in (everything, everything[1::2], everything[::-1], []):
             found = list(backend.quantize_together(weights, wanted, statistics))
             assert [(linear, variant.choice) for linear, variant in found] == wanted
@@ -121,7 +131,7 @@ class BackendSuite(PartSuite):
         """The tensors of a variant are contiguous and on the CPU, which is among ``devices``."""
         weight, inputs = self.data()
         assert "cpu" in self.part.devices, "a backend must work in host memory"
-        for choice in self.make().choices():
+        for choice in self.choices(LinearSpec("block.linear", *weight.shape)):
             for name, tensor in self.make().quantize(weight, choice, self.statistics(inputs)).tensors.items():
                 assert tensor.device.type == "cpu" and tensor.is_contiguous(), f"{name} at {choice} bits"
 
@@ -132,7 +142,7 @@ class BackendSuite(PartSuite):
 
         backend = self.make()
         for spec in AWKWARD:
-            for choice in backend.choices():
+            for choice in self.choices(spec):
                 try:
                     backend.check(spec, choice)
                 except ImpqError as error:
