@@ -8,7 +8,6 @@ so that all their linears but down_proj are stored in llama.cpp's stand-ins, of 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -69,12 +68,12 @@ def report(config: RunConfig) -> list[str]:
     header = ["at the bytes of", "MB", "bits stored", "its NLL", "plan", "minus it", "KL", "by tensor error", "minus it",
               "KL"]
     return [f"## {config.model if config.model == 'demo' else prepared.source.name}", "",
-            f"Held-out NLL, nats per token, on {prepared.evaluation}, {prepared.evaluation.scored_tokens} scored tokens; "
-            f"unquantized {_shown(unquantized)}. {len(space)} linears, {space.parameters / 1e6:.1f} M weights; "
-            f"embeddings and head at 16 bits in all rows. Menu {', '.join(config.bits)}"
+            f"Held-out NLL, nats per token, on {prepared.evaluation}, {prepared.evaluation.scored_tokens} scored "
+            f"tokens; unquantized {_shown(unquantized)}. {len(space)} linears, {space.parameters / 1e6:.1f} M "
+            f"weights; embeddings and head at 16 bits in all rows. Menu {', '.join(config.bits)}"
             + (f"; stand-ins: {standing}" if standing else "") + f". Plan: {estimate.method}, "
-            f"{estimate.forwards:.1f} forwards, qp. By tensor error: squared error of the weights, weighted by the mean "
-            "squares of the inputs; greedy. Differences are paired over windows.", "", *table(header, rows)]
+            f"{estimate.forwards:.1f} forwards, qp. By tensor error: squared error of the weights, weighted by the "
+            "mean squares of the inputs; greedy. Differences are paired over windows.", "", *table(header, rows)]
 
 
 def tensor_errors(bench: Bench) -> SensitivityEstimate:

@@ -411,10 +411,14 @@ class Exporter(Part, ABC):
 
     Class attributes:
         backends: names of the backends whose variants it writes; empty for a recipe, which needs the widths alone.
+        alignment: tensors in its files begin at a multiple of this many bytes.
+        holds_ends: whether it holds a quantized embedding and head.
         copies: patterns (glob) of the names of the model's files that are copied into the folder before ``export``.
     """
 
     backends: ClassVar[frozenset[str]] = frozenset()
+    holds_ends: ClassVar[bool] = False
+    alignment: ClassVar[int] = 1
     copies: ClassVar[tuple[str, ...]] = ("*",)
 
     def check(self, options: Mapping[str, Any]) -> None:

@@ -66,6 +66,10 @@ class Parts:
         built = {ESTIMATE_WITH: None, "refiner": None, **{slot: build_part(config, plugins, slot) for slot in slots}}
         menu, game_menu = _menus(config, built["backend"], built["estimate_with"])
         budget = Budget.parse(config.budget) if config.budget else None
+        if config.whole and not config.plan and budget is None:
+            raise UsageError("--whole takes a --budget for the file, such as 60MB or 40%")
+        if config.whole and budget:
+            budget.check_whole()
         exact = type(built["backend"]).stand_in is Backend.stand_in
         if budget and exact and not config.pins:  # a pin, or what is stored for a shape, may lie outside the menu
             budget.check_menu([choice.bits for choice in menu])
@@ -208,6 +212,19 @@ def load_exporter(name: str, backend: str, options: Mapping[str, Any], plugins: 
         raise ImpqError(f"format '{name}' holds variants of {', '.join(sorted(exporter.backends))}, not of {backend}")
     exporter.check(options)
     return exporter
+
+
+def require_ends(exporter: Exporter, name: str, layer: str) -> None:
+    """Raises ImpqError if a format cannot hold a quantized embedding or head.
+
+    Args:
+        exporter: of the format.
+        name: of the format.
+        layer: name of the embedding or head.
+    """
+    if not exporter.holds_ends:
+        raise ImpqError(f"format '{name}' holds no quantized embedding and head, such as {layer} of this plan: leave "
+                        "out --quantize-embeddings and the pins that name them, or choose another format")
 
 
 def describe_options(plugins: Plugins, role: str, name: str) -> list[str]:

@@ -286,6 +286,7 @@ class Plan:
         method: name of the allocator or refiner that made it, such as ``qp``.
         provenance: names and digests of its run, model, text and versions.
         is_loss: whether the prediction is a loss; false if it is the score of an estimate that only ranks.
+        file_bytes: the most bytes of the file that an export of it writes, in any format; None if that is unknown.
     """
 
     FORMAT: ClassVar[str] = "impq-plan/1"
@@ -298,6 +299,7 @@ class Plan:
     method: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     is_loss: bool = True
+    file_bytes: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pick", frozen(self.space.check_pick(self.pick)))
@@ -325,12 +327,29 @@ class Plan:
         """Write plan.json: a map from layer name to width and group size, to read, edit and apply again."""
         choices = zip(self.space.everyone, self.space.assignment(self.pick), strict=True)
         layers = {layer.name: choice.to_plan() if choice else None for layer, choice in choices}
+        promise = {} if self.file_bytes is None else {"file_bytes": self.file_bytes}
         write_text(path, json.dumps({
-            "format": self.FORMAT, "bytes": self.nbytes, "budget_bytes": self.budget_bytes,
+            "format": self.FORMAT, "bytes": self.nbytes, "budget_bytes": self.budget_bytes, **promise,
             "bits_nominal": round(self.space.nominal_bits(self.nbytes), 4),
             "bits_stored": round(self.space.bits_per_weight(self.nbytes), 4),
             "predicted_loss": self.predicted_loss, "bound": self.bound, "is_loss": self.is_loss, "method": self.method,
             "provenance": dict(self.provenance), "layers": layers}, indent=1) + "\n")
+
+    @classmethod
+    def layer_names(cls, path: Path) -> tuple[str, ...]:
+        """The names of the layers in a plan file; raises ImpqError if it is missing or is no plan."""
+        return tuple(cls._read(path)[1])
+
+    @classmethod
+    def _read(cls, path: Path) -> tuple[str, dict[str, Choice | None]]:
+        """Format of a plan file, and the choices by name of the layer."""
+        try:
+            data = json.loads(Path(path).read_text())
+            form = data.get("format", cls.FORMAT)
+            return form, {str(name): Choice.of(c) if c else None for name, c in data["layers"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            raise ImpqError(f"cannot read a plan from {path}: {reason}") from error
 
     @classmethod
     def load(cls, path: Path, space: SearchSpace) -> Plan:
@@ -339,13 +358,7 @@ class Plan:
         Raises:
             ImpqError: the file is missing, is no plan, names a layer or a width the space lacks, or leaves one out.
         """
-        try:
-            data = json.loads(Path(path).read_text())
-            form = data.get("format", cls.FORMAT)
-            stored = {name: Choice.of(c) if c else None for name, c in data["layers"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-            raise ImpqError(f"cannot read a plan from {path}: {reason}") from error
+        form, stored = cls._read(path)
         if form != cls.FORMAT:
             raise ImpqError(f"plan {path} is of format {form}; this impq reads {cls.FORMAT}")
         names = [layer.name for layer in space.everyone]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from impq_gguf.names import ARCHITECTURES
 from llamacpp import Model
 from transformers import AutoModelForCausalLM
 
-from impq_core.errors import ImpqError
 from impq_core.interfaces import Checkpoint
 from impq_core.model.source import locate_model
 from impq_core.testing.tiny import byte_tokenizer
@@ -36,7 +35,7 @@ NEEDS: dict[str, dict[str, Any]] = {
 """Settings of tiny models whose defaults llama.cpp does not compute, by model type."""
 
 
-def save(kind: str, folder: Path, settings: Mapping[str, Any] = {}) -> Path:  # noqa: B006
+def save(kind: str, folder: Path, settings: Mapping[str, Any] = {}) -> Path:
     """A tiny model of a type whose norms and biases differ from each other, with a byte tokenizer."""
     config = config_of(kind).to_dict() | NEEDS.get(kind, {}) | settings
     config.pop("layer_types", None)

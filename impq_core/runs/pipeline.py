@@ -215,7 +215,8 @@ def keep_estimate(plugins: Plugins, folder: RunFolder, estimate: SensitivityEsti
 def allocate(prepared: Prepared, estimate: SensitivityEstimate) -> Plan:
     """The plan of a run's allocator, with its provenance."""
     plan = prepared.parts.allocator.allocate(estimate.on(prepared.space), prepared.budget_bytes)
-    return replace(plan, is_loss=estimate.is_loss, provenance={**prepared.key.to_dict(), "estimate": estimate.method})
+    return replace(plan, is_loss=estimate.is_loss, provenance={**prepared.key.to_dict(), "estimate": estimate.method},
+                   file_bytes=prepared.promise(plan))
 
 
 def _refine(session: Session, folder: RunFolder, search: Search) -> Search:
@@ -239,6 +240,7 @@ def _refine(session: Session, folder: RunFolder, search: Search) -> Search:
         estimate = search.estimate.on(prepared.space) if search.estimate else None
         plan = prepared.parts.refiner.refine(plan, estimate, game, referee, float(config.refine),
                                              np.random.default_rng([config.seed, *REFINE_STREAM]))
+        plan = replace(plan, file_bytes=prepared.promise(plan))
         plan.save(folder.plan)
         session.plugins.notify("impq_plan_ready", plan=plan)
         report(config.refine, config.refine)
