@@ -180,8 +180,11 @@ def _menus(config: RunConfig, backend: Backend,
     both have."""
     other, other_name = estimate_with or backend, config.estimate_with or config.backend
     wanted = config.bits or tuple(name for name in backend.default_bits if other.choice(name))
-    menus = [tuple(named_choice(part, part_name, name) for name in wanted)
-             for part, part_name in ((backend, config.backend), (other, other_name))]
+    both = ((backend, config.backend), (other, other_name))
+    menus = [tuple(named_choice(part, part_name, name, "--bits") for name in wanted) for part, part_name in both]
+    for pattern, name in config.pins.items():
+        for part, part_name in both:
+            named_choice(part, part_name, name, f"--pin {pattern}={name}")
     if len(set(menus[0])) < len(wanted):
         raise UsageError(f"--bits {','.join(wanted)} names a width twice")
     if len(wanted) < 2:
@@ -190,14 +193,12 @@ def _menus(config: RunConfig, backend: Backend,
     return tuple(menus[0][number] for number in order), tuple(menus[1][number] for number in order)
 
 
-def named_choice(backend: Backend, backend_name: str, name: str) -> Choice:
+def named_choice(backend: Backend, backend_name: str, name: str, where: str = "--bits") -> Choice:
     """A backend's choice of a name; raises UsageError if there is none."""
     if choice := backend.choice(name):
         return choice
-    offered = [choice.name for choice in backend.choices()]
-    known = offered if name[:1].isalpha() else sorted(offered, key=lambda text: (len(text), text))
-    raise UsageError(f"backend '{backend_name}' has no {in_bits(name)} (it has: {', '.join(known)})"
-                     + nearest(name, known))
+    raise UsageError(f"{where}: backend '{backend_name}' has no {in_bits(name)}"
+                     + nearest(name, [choice.name for choice in backend.choices()]))
 
 
 def load_exporter(name: str, backend: str, options: Mapping[str, Any], plugins: Plugins) -> Exporter:
