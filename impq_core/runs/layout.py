@@ -190,6 +190,12 @@ def lay_out(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
     if not config.partial:
         covered.require(config.model, dense)
     menu = by_size(layers, parts.backend, parts.menu, dense)
+    if len(menu) < len(parts.menu):
+        left = ", ".join(choice.name for choice in parts.menu if choice not in menu)
+        if len(menu) < 2:
+            raise UsageError(f"all of --bits are stored alike in this model, as {menu[0]}: add other widths")
+        warnings.warn(f"{left}: left out of the menu, because the shapes of this model let the backend store nothing "
+                      f"else than for {', '.join(choice.name for choice in menu)}", RuntimeWarning, stacklevel=2)
     game_menu = tuple(parts.game_menu[parts.menu.index(choice)] for choice in menu)
     space = search_space(layers, parts.backend, menu, config.pins, config.exclude, dense)
     game_space = search_space(layers, measured, game_menu, config.pins, config.exclude, dense) if measured else space

@@ -55,6 +55,7 @@ class GgufExporter(Exporter):
 
     Options = Options
     backends = frozenset({"gguf"})
+    holds_ends = True
     copies = ("LICENSE*", "LICENCE*", "NOTICE*", "README*", "USE_POLICY*")
 
     def file_bytes(self, checkpoint: Checkpoint) -> int:
