@@ -95,7 +95,7 @@ class Bench:
         space = self.prepared.space
         sizes = [(choice, space.bytes_of(space.uniform(k))) for k, choice in enumerate(space.choices)]
         return [(f"uniform {choice}", nbytes, self.evaluator.score([choice] * len(space)))
-                for choice, nbytes in sorted([*sizes, *self.prepared.between])]
+                for choice, nbytes in sorted([*sizes, *self.prepared.between], key=lambda item: item[1])]
 
 
 class Printer:
