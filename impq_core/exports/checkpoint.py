@@ -1,17 +1,19 @@
-"""The two files every exported checkpoint has: model.safetensors and config.json."""
+"""Formats with the two files model.safetensors and config.json."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from impq_core.errors import ImpqError
 from impq_core.files import write_text
-from impq_core.interfaces import Checkpoint, Variant
+from impq_core.interfaces import Checkpoint, Exporter, Variant
 from impq_core.space import Choice
 
 if TYPE_CHECKING:
@@ -58,21 +60,55 @@ def require_module_names(checkpoint: Checkpoint, exporter: str) -> None:
                             f"other names ({name} for {module}): gptq and compressed-tensors hold such a model")
 
 
-def read_variants(folder: Path, widths: Mapping[str, Choice | None],
-                  suffixes: Callable[[Choice], Mapping[str, str]]) -> dict[str, Variant]:
-    """The variant of every quantized linear, by its name in the file.
+class SafetensorsExporter(Exporter):
+    """Base class of formats whose tensors are in one file, model.safetensors: the variants', and the others under their
+    own names."""
 
-    Args:
-        folder: an exported folder.
-        widths: choices by names in the file; None for a linear that stays unquantized.
-        suffixes: for a choice, what follows the linear's name in the file, by the name of the variant's tensor.
+    @abstractmethod
+    def parts(self, choice: Choice) -> Mapping[str, str]:
+        """For a choice, what follows the linear's name in the file, by the name of the variant's tensor."""
 
-    Raises:
-        ImpqError: the file lacks a tensor.
-    """
+    more_parts: ClassVar[tuple[str, ...]] = ()
+    """What follows a linear's name in the file in the names of further small tensors, of at most 16 bytes each, if
+    its own tensors are not enough."""
+
+    def variant_bytes(self, checkpoint: Checkpoint) -> int:
+        """Bytes of the tensors of all variants in the file; those of the plan, if the format does not change them."""
+        plan = checkpoint.plan
+        return plan.nbytes - sum(pin.nbytes for pin in plan.space.pinned if pin.choice is None)
+
+    def file_bytes(self, checkpoint: Checkpoint) -> int:
+        """Bytes of variants and dense tensors, and the most bytes of the header."""
+        names = {name: choice for name, choice in checkpoint.widths.items() if choice is not None}
+        keys = [f"{name}.{part}" for name, choice in names.items()
+                for part in (*self.parts(choice).values(), *self.more_parts)]
+        nbytes = (self.variant_bytes(checkpoint) + 16 * len(names) * len(self.more_parts)
+                  + sum(tensor.numel() * tensor.element_size() for tensor in checkpoint.dense.values()))
+        entry = {"dtype": "F8_E4M3", "shape": [10**9] * 2, "data_offsets": [nbytes] * 2}
+        header = json.dumps({key: entry for key in (*keys, *checkpoint.dense)} | {"__metadata__": {"format": "pt"}})
+        return nbytes + len(header) + 16
+
+    def files(self, folder: Path) -> Sequence[Path]:
+        """model.safetensors."""
+        return (folder / WEIGHTS,)
+
+    def restore(self, folder: Path, checkpoint: Checkpoint) -> Mapping[str, Variant]:
+        """Read the packed linears; raises ImpqError if the file lacks one."""
+        with read_model(folder) as tensor:
+            return {name: Variant(choice, {part: tensor(f"{name}.{stored}")
+                                           for part, stored in self.parts(choice).items()})
+                    for name, choice in checkpoint.widths.items() if choice is not None}
+
+    def dense(self, folder: Path, checkpoint: Checkpoint) -> Mapping[str, Callable[[], torch.Tensor]]:
+        """Functions that map a tensor of the file."""
+        with _opened(folder) as file:
+            stored = set(file.keys())
+        return {name: partial(_read, folder, name) for name in checkpoint.dense if name in stored}
+
+
+def _read(folder: Path, name: str) -> torch.Tensor:
     with read_model(folder) as tensor:
-        return {name: Variant(choice, {part: tensor(f"{name}.{suffix}") for part, suffix in suffixes(choice).items()})
-                for name, choice in widths.items() if choice is not None}
+        return tensor(name)
 
 
 @contextmanager
@@ -80,12 +116,6 @@ def read_model(folder: Path) -> Iterator[Callable[[str], torch.Tensor]]:
     """Yields a function that returns a tensor of the file by its name, and raises ImpqError if the file lacks it."""
     with _opened(folder) as file:
         yield file.get_tensor
-
-
-def tensor_names(folder: Path) -> set[str]:
-    """Names of the tensors in the file; raises ImpqError if it cannot be read."""
-    with _opened(folder) as file:
-        return set(file.keys())
 
 
 @contextmanager

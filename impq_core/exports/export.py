@@ -7,21 +7,20 @@ block after block, each behind the quantized ones; the score in the manifest is 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from impq_core.config import from_data, override
-from impq_core.errors import ImpqError, one_line
-from impq_core.exports.checkpoint import WEIGHTS, read_model, tensor_names
+from impq_core.errors import ImpqError
 from impq_core.exports.manifest import FORMAT, MANIFEST, check_target, read_manifest
 from impq_core.files import scratch_folder, write_text
-from impq_core.interfaces import Checkpoint
+from impq_core.interfaces import Checkpoint, Exporter
 from impq_core.model.linears import FromConv1D
 from impq_core.model.names import file_names
-from impq_core.model.placement import Stored
+from impq_core.model.outline import outline, stored_dtype, stored_widths
 from impq_core.parts import load_exporter
 from impq_core.plugins import Plugins
 from impq_core.results import Exported, Score
@@ -30,6 +29,9 @@ from impq_core.runs.prepare import prepare
 from impq_core.runs.session import Session
 from impq_core.trust import NO_TRUST, Trust
 from impq_core.types import Plan
+
+if TYPE_CHECKING:
+    import torch
 
 
 def export_run(run: str | Path, name: str, target: Path | None = None, plugins: Plugins | None = None,
@@ -57,20 +59,25 @@ def export_run(run: str | Path, name: str, target: Path | None = None, plugins: 
     prepared = prepare(config, plugins, trust)
     plan, score = prepared.plan, None
     assert plan is not None
-    checkpoint = bare_checkpoint(plan, config.backend, prepared.config.options.get("backend", {}))
     if exporter.backends:
         session = Session(prepared, plugins)
-        _require_names(session, plan)
+        checkpoint = _outline(session, plan)
+        _require_names(session, checkpoint)
+        exporter.file_bytes(checkpoint)
         evaluator = session.evaluator_of_exports()
         session.quantize_plan(plan)
         score = evaluator.score(prepared.space.assignment(plan.pick))
-        checkpoint = make_checkpoint(session, plan)
+        checkpoint = make_checkpoint(session, checkpoint)
+    else:
+        bare = bare_checkpoint(plan, config.backend, prepared.config.options.get("backend", {}))
+        checkpoint = replace(bare, widths=stored_widths(plan, prepared.parts.backend), config=prepared.source.config(),
+                             files=prepared.source.folder)
     target.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(target.parent, target.name) as scratch:
         work = scratch / "export"
         work.mkdir()
         if exporter.backends:
-            prepared.source.copy_files(work)
+            prepared.source.copy_files(work, exporter.copies)
         exporter.export(checkpoint, work)
         plan.save(work / "plan.json")
         write_text(work / MANIFEST, json.dumps({
@@ -81,72 +88,54 @@ def export_run(run: str | Path, name: str, target: Path | None = None, plugins: 
         if target.exists():
             target.rmdir()
         work.rename(target)
-    exported = Exported(target, name, score, str(prepared.evaluation), plan.nbytes, _file_bytes(target))
+    exported = Exported(target, name, score, str(prepared.evaluation), plan.nbytes, _file_bytes(exporter, target))
     plugins.notify("impq_exported", exported=exported, run=source.path)
     return exported
 
 
-def bare_checkpoint(plan: Plan, backend: str, options: Mapping[str, Any],
-                    names: Mapping[str, str] = MappingProxyType({})) -> Checkpoint:
-    """A checkpoint without tensors.
+def _outline(session: Session, plan: Plan) -> Checkpoint:
+    prepared = session.prepared
+    return outline(prepared.source, session.runner.model, plan, prepared.config.backend, prepared.parts.backend,
+                   session.dtype)
+
+
+def bare_checkpoint(plan: Plan, backend: str, options: Mapping[str, Any]) -> Checkpoint:
+    """A checkpoint without tensors, whose linears have their names in the model.
 
     Args:
         plan: the plan.
-        backend: name of the backend of the variants.
+        backend: name of the backend of the plan.
         options: its options.
-        names: names of weights in the model's files, by their names in the model; other weights have one name.
     """
-    specs = {spec.name: spec for layer in plan.space.everyone for spec in layer.linears}
-    in_files = {name: names.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight") for name in specs}
-    return Checkpoint(plan, {in_files[name]: choice for name, choice in plan.widths().items()},
-                      {in_files[name]: spec for name, spec in specs.items()}, {}, {}, {}, backend, options)
+    return Checkpoint(plan, plan.widths(), {spec.name: spec for layer in plan.space.everyone for spec in layer.linears},
+                      {}, {}, {}, backend, options, Path())
 
 
-def _names(session: Session) -> dict[str, str]:
-    return file_names(session.runner.model, session.runner.model.state_dict())
+def _planned(checkpoint: Checkpoint) -> set[str]:
+    return {f"{name}.weight" for name, choice in checkpoint.widths.items() if choice is not None}
 
 
-def _bare(session: Session, plan: Plan) -> Checkpoint:
-    prepared = session.prepared
-    return bare_checkpoint(plan, prepared.config.backend, asdict(prepared.parts.backend.options), _names(session))
-
-
-def _planned(bare: Checkpoint) -> set[str]:
-    return {f"{name}.weight" for name, choice in bare.widths.items() if choice is not None}
-
-
-def _require_names(session: Session, plan: Plan) -> None:
+def _require_names(session: Session, checkpoint: Checkpoint) -> None:
     """Raises ImpqError if a planned weight is not in the model's files under a name of its own."""
     source = session.prepared.source
-    if lacking := _planned(_bare(session, plan)) - {name for name, _ in source.tensors()}:
+    if lacking := _planned(checkpoint) - {name for name, _ in source.tensors()}:
         raise ImpqError(f"model {source.name} holds no weight named {min(lacking)} in its files: an export replaces "
                         "weights that have a name of their own there, which fused experts have not")
 
 
-def make_checkpoint(session: Session, plan: Plan) -> Checkpoint:
-    """The packed variants of a plan, and every other tensor of the model's files under its own name.
+def make_checkpoint(session: Session, checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint with the packed variants of its plan, and every other tensor of the model's files.
 
-    Floats wider than the dtype of the run are stored in that dtype, as they were measured.
+    Args:
+        session: holds the variants of the plan.
+        checkpoint: the outline, without weights.
     """
-    prepared = session.prepared
-    bare = _bare(session, plan)
-    planned = _planned(bare)
-    dense = {}
-    for name, tensor in prepared.source.tensors():
-        if name in planned:
-            continue
-        if tensor.is_floating_point() and tensor.dtype.itemsize > session.dtype.itemsize:
-            dense[name] = tensor.to(session.dtype)
-        else:
-            dense[name] = tensor
-    config = prepared.source.config()
-    stored = {tensor.dtype for tensor in dense.values() if tensor.is_floating_point()}
-    if len(stored) == 1:
-        config.pop("torch_dtype", None)
-        config["dtype"] = str(stored.pop()).removeprefix("torch.")
-    variants = {name: session.bank.stored(bare.specs[name], choice)
-                for name, choice in bare.widths.items() if choice is not None}
-    return replace(bare, variants=variants, dense=dense, config=config)
+    planned = _planned(checkpoint)
+    dense = {name: tensor.to(stored_dtype(tensor, session.dtype))
+             for name, tensor in session.prepared.source.tensors() if name not in planned}
+    variants = {name: session.bank.stored(checkpoint.specs[name], choice)
+                for name, choice in checkpoint.widths.items() if choice is not None}
+    return replace(checkpoint, variants=variants, dense=dense)
 
 
 def evaluate_folder(path: str | Path, plugins: Plugins | None = None, trust: Trust = NO_TRUST, device: str = "auto",
@@ -176,39 +165,47 @@ def evaluate_folder(path: str | Path, plugins: Plugins | None = None, trust: Tru
     assert plan is not None
     session = Session(prepared, plugins)
     evaluator = session.evaluator_of_exports()
-    bare = _bare(session, plan)
-    for file_name, variant in exporter.restore(folder, bare).items():
-        session.bank.add(bare.specs[file_name], variant)
-    _load_dense(session, folder)
+    checkpoint = _outline(session, plan)
+    for file_name, variant in exporter.restore(folder, checkpoint).items():
+        session.bank.add(checkpoint.specs[file_name], variant)
+    _load_dense(session, exporter.dense(folder, checkpoint), folder)
     score = evaluator.score(prepared.space.assignment(plan.pick))
-    return Exported(folder, name, score, str(prepared.evaluation), plan.nbytes, _file_bytes(folder))
+    return Exported(folder, name, score, str(prepared.evaluation), plan.nbytes, _file_bytes(exporter, folder))
 
 
-def _load_dense(session: Session, folder: Path) -> None:
-    """Give the model the unquantized tensors of an exported folder that it stores one to one."""
-    model, names, stored = session.runner.model, _names(session), tensor_names(folder)
-    transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, FromConv1D)}
-    dense = {name: values for name, values in model.state_dict(keep_vars=True).items() if names.get(name) in stored}
-    with read_model(folder) as tensor:
-        try:
-            found = {name: tensor(names[name]).T if name in transposed else tensor(names[name]) for name in dense}
-            for name, values in found.items():
-                if values.shape != dense[name].shape:
-                    raise RuntimeError(f"{name} is {tuple(values.shape)}, not {tuple(dense[name].shape)}")
-            streamed = {name: dense[name] for name in dense if dense[name].is_meta}
-            model.load_state_dict({name: found[name] for name in dense if name not in streamed}, strict=False)
-        except RuntimeError as error:  # a tensor of another shape
-            raise ImpqError(f"{folder / WEIGHTS} does not fit the model it was made from: {one_line(error)}") from error
-        for name, parameter in streamed.items():
-            session.runner.placement.read_from(parameter, Stored(
-                folder / WEIGHTS, names[name], tuple(found[name].shape), tuple(found[name].stride()), 0,
-                parameter.dtype))
+def _load_dense(session: Session, stored: Mapping[str, Callable[[], torch.Tensor]], folder: Path) -> None:
+    """Give the model the unquantized tensors of an exported folder that it stores one to one.
+
+    Args:
+        session: has the model.
+        stored: reads each tensor, by its name in the model's files.
+        folder: the export.
+    """
+    model = session.runner.model
+    state = model.state_dict(keep_vars=True)
+    names = file_names(model, state)
+    conv1d = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, FromConv1D)}
+    for name, values in state.items():
+        if names.get(name) in stored:
+            read = stored[names[name]]
+            read = partial(_transposed, read) if name in conv1d else read
+            tensor = read()
+            if tensor.shape != values.shape:
+                raise ImpqError(f"{folder} does not fit the model it was made from: {name} is {tuple(tensor.shape)}, "
+                                f"not {tuple(values.shape)}")
+            if values.is_meta:
+                session.runner.placement.read_from(values, read)
+            else:
+                values.data.copy_(tensor)
 
 
-def _file_bytes(folder: Path) -> int:
-    """Bytes of the file with the model's tensors; 0 for a recipe."""
-    file = folder / WEIGHTS
-    return file.stat().st_size if file.exists() else 0
+def _transposed(read: Callable[[], torch.Tensor]) -> torch.Tensor:
+    return read().T
+
+
+def _file_bytes(exporter: Exporter, folder: Path) -> int:
+    """Bytes of the files with the model's tensors; 0 for a recipe."""
+    return sum(file.stat().st_size for file in exporter.files(folder))
 
 
 def _plain(data: dict[str, Any]) -> dict[str, Any]:

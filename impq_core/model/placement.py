@@ -63,7 +63,8 @@ class Placement:
     def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], device: torch.device,
                  stored: Mapping[nn.Parameter, Stored] | None = None) -> None:
         self.device = device
-        self._model, self._blocks, self._stored = model, tuple(blocks), dict(stored or {})
+        self._model, self._blocks = model, tuple(blocks)
+        self._stored: dict[nn.Parameter, Stored | GetWeight] = dict(stored or {})
         self._replaced: dict[nn.Module, GetWeight] = {}
         self._users = [0] * len(self._blocks)
         self._own: dict[tuple[nn.Module, str], nn.Parameter] = {}  # what a loaded block has had before
@@ -86,10 +87,10 @@ class Placement:
         """A linear's own weight on the device."""
         return self._read(self._own.get((linear, "weight"), linear._parameters["weight"]))
 
-    def read_from(self, parameter: nn.Parameter, stored: Stored) -> None:
-        """Read a streamed parameter from another file from now on."""
+    def read_from(self, parameter: nn.Parameter, source: GetWeight) -> None:
+        """Read a streamed parameter from elsewhere from now on."""
         assert parameter.is_meta
-        self._stored[parameter] = stored
+        self._stored[parameter] = source
 
     @contextmanager
     def loaded(self, *indices: int) -> Iterator[None]:
@@ -150,4 +151,7 @@ class Placement:
         assert parameter is not None
         if not parameter.is_meta:
             return parameter.data
-        return self._stored[parameter].read({} if opened is None else opened).to(self.device)
+        stored = self._stored[parameter]
+        if isinstance(stored, Stored):
+            return stored.read({} if opened is None else opened).to(self.device)
+        return stored().to(self.device, parameter.dtype)

@@ -7,8 +7,9 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -245,6 +246,24 @@ class ModelSource:
         self._check_head(model)
         return model, stored_parameters(model)
 
+    @property
+    def unquantized_files(self) -> bool:
+        """Whether the weights are at hand, and are not codes."""
+        return Path(self._files).is_dir() and not self.quantization
+
+    def without_weights(self) -> PreTrainedModel:
+        """The model on the meta device, as ``load`` returns it. Its tensors' names in the files are known as exactly as
+        the files are: those of a hub's model may not be fetched yet."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        from impq_core.model.linears import to_linears
+
+        if self.unquantized_files:
+            return to_linears(self._from_files(device_map="meta"))
+        model = self._on_meta()
+        model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
+        return model
+
     def _from_files(self, **options: Any) -> PreTrainedModel:
         from impq_core.model import dequantize
         from impq_core.model.classes import loader_of
@@ -327,15 +346,16 @@ class ModelSource:
             with safe_open(file, framework="pt") as stored:
                 yield stored
 
-    def copy_files(self, folder: Path) -> None:
-        """Copy every file of the model but its weights: tokenizer, generation settings, code, licence ... Descriptions
-        of a quantization are left out, if its weights are dequantized."""
+    def copy_files(self, folder: Path, patterns: Sequence[str] = ("*",)) -> None:
+        """Copy the files of the model whose names match, but not its weights: tokenizer, generation settings, code,
+        licence ... Descriptions of a quantization are left out, if its weights are dequantized."""
         from impq_core.model.dequantize import STALE
 
         for file in sorted(self.folder.iterdir()):
             if self.quantization and file.name in STALE:
                 continue
-            if file.is_file() and not file.name.startswith(".") and not file.name.endswith(WEIGHT_SUFFIXES):
+            if (file.is_file() and not file.name.startswith(".") and not file.name.endswith(WEIGHT_SUFFIXES)
+                    and any(fnmatchcase(file.name, pattern) for pattern in patterns)):
                 shutil.copyfile(file, folder / file.name)
 
     def tokenizer(self) -> Any:

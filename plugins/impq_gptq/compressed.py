@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from impq_core.errors import ImpqError
-from impq_core.exports.checkpoint import module_names, read_model, write_model
-from impq_core.interfaces import Checkpoint, Exporter, Variant
+from impq_core.exports.checkpoint import SafetensorsExporter, module_names, read_model, write_model
+from impq_core.interfaces import Checkpoint, Variant
 from impq_core.space import Choice
 from impq_gptq.backend import Gptq, Options
 
 
-class CompressedTensorsExporter(Exporter):
+class CompressedTensorsExporter(SafetensorsExporter):
     """The ``pack-quantized`` format: symmetric integer codes, with a config group of full module names for each width.
 
     Symmetric GPTQ codes (``-o symmetric=true``) convert exactly. The format stores neither zeros nor a group index, so
@@ -23,6 +24,22 @@ class CompressedTensorsExporter(Exporter):
     """
 
     backends = frozenset({"gptq", "auto-gptq"})
+
+    def parts(self, choice: Choice) -> Mapping[str, str]:
+        """The names of the format, whose tensors are not the variant's."""
+        return {"qweight": "weight_packed", "scales": "weight_scale"}
+
+    more_parts = ("weight_shape",)
+
+    def variant_bytes(self, checkpoint: Checkpoint) -> int:
+        """Whole words of codes in each row, and 16-bit scales."""
+        total = 0
+        for name, choice in checkpoint.widths.items():
+            if choice is not None:
+                spec = checkpoint.specs[name]
+                words = math.ceil(spec.columns / (32 // int(choice.bits)))
+                total += spec.rows * (4 * words + 2 * math.ceil(spec.columns / (choice.group_size or spec.columns)))
+        return total
 
     def check(self, options: Mapping[str, Any]) -> None:
         """Raises ImpqError if the codes are asymmetric."""

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from impq_core.exports.checkpoint import module_names, read_variants, write_model
+from impq_core.exports.checkpoint import SafetensorsExporter, module_names, write_model
 from impq_core.files import write_text
-from impq_core.interfaces import Checkpoint, Exporter, Variant
+from impq_core.interfaces import Checkpoint
 from impq_core.space import FUSED, Choice
 from impq_gptq.backend import TENSORS
 
@@ -50,10 +50,14 @@ def quantization_config(widths: Mapping[str, Choice | None], options: Mapping[st
             "pack_dtype": "int32", "dynamic": dynamic, "meta": {"quantizer": ["impq"]}}
 
 
-class GptqExporter(Exporter):
+class GptqExporter(SafetensorsExporter):
     """safetensors in the gptq_v2 format (zeros stored as they are), with per-module ``dynamic`` widths."""
 
     backends = frozenset({"gptq", "auto-gptq"})
+
+    def parts(self, choice: Choice) -> Mapping[str, str]:
+        """The variant's tensors under their own names."""
+        return {part: part for part in TENSORS}
 
     def export(self, checkpoint: Checkpoint, folder: Path) -> None:
         """Write model.safetensors, config.json and quantize_config.json."""
@@ -66,7 +70,3 @@ class GptqExporter(Exporter):
         config = quantization_config(widths, checkpoint.options)
         write_model(folder, tensors, {**checkpoint.config, "quantization_config": config})
         write_text(folder / "quantize_config.json", json.dumps(config, indent=2) + "\n")
-
-    def restore(self, folder: Path, checkpoint: Checkpoint) -> Mapping[str, Variant]:
-        """Read the packed linears; raises ImpqError if the file lacks one."""
-        return read_variants(folder, checkpoint.widths, lambda choice: {part: part for part in TENSORS})

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from impq_core.exports.checkpoint import read_variants, require_module_names, write_model
-from impq_core.interfaces import Checkpoint, Exporter, Variant
+from impq_core.exports.checkpoint import SafetensorsExporter, require_module_names, write_model
+from impq_core.interfaces import Checkpoint
+from impq_core.space import Choice
 from impq_hqq.backend import Hqq, Options
 
 _NAMES = {"codes": "W_q", "scale": "scale", "zero": "zero"}
 
 
-class HqqExporter(Exporter):
+class HqqExporter(SafetensorsExporter):
     """safetensors for ``HQQLinear.load_state_dict``, with a width for every linear.
 
     transformers cannot load this format. The configuration makes it fail: transformers 5.23 would load an HQQ
@@ -20,6 +21,13 @@ class HqqExporter(Exporter):
     """
 
     backends = frozenset({"hqq"})
+    more_parts = ("nbits", "group_size", "axis", "packing", "unpack_view_dtype", "view_as_float", "quant_scale",
+                  "quant_zero", "shape", "offload_meta", "encoded_state_dict", "stores_quant_config", "channel_wise",
+                  "optimize", "round_zero")
+
+    def parts(self, choice: Choice) -> Mapping[str, str]:
+        """hqq's names."""
+        return _NAMES
 
     def export(self, checkpoint: Checkpoint, folder: Path) -> None:
         """Write model.safetensors and config.json; raises ImpqError if the files have other names than the modules."""
@@ -32,7 +40,3 @@ class HqqExporter(Exporter):
         widths = {name: int(choice.bits) for name, choice in checkpoint.widths.items() if choice}
         write_model(folder, tensors, {**checkpoint.config, "quantization_config": {
             "quant_method": "hqq", "bits": widths}})
-
-    def restore(self, folder: Path, checkpoint: Checkpoint) -> Mapping[str, Variant]:
-        """Read the packed linears; raises ImpqError if the file lacks one."""
-        return read_variants(folder, checkpoint.widths, lambda choice: _NAMES)

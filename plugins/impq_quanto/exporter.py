@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from impq_core.errors import ImpqError
-from impq_core.exports.checkpoint import read_variants, require_module_names, write_model
+from impq_core.exports.checkpoint import SafetensorsExporter, require_module_names, write_model
 from impq_core.files import write_text
-from impq_core.interfaces import Checkpoint, Exporter, Variant
+from impq_core.interfaces import Checkpoint
 from impq_core.space import Choice
 
 STOCK_GROUP = 128
@@ -20,13 +20,18 @@ _QBITS = {"codes": "weight._data._data", "scale": "weight._scale", "shift": "wei
 _QBYTES = {"codes": "weight._data", "scale": "weight._scale"}
 
 
-class QuantoExporter(Exporter):
+class QuantoExporter(SafetensorsExporter):
     """safetensors and a map from module to qtype, for ``QuantizedModelForCausalLM.from_pretrained``.
 
     Scales are float16, and quanto multiplies in the type of the scales, so all other tensors are float16 too.
     """
 
     backends = frozenset({"quanto"})
+    more_parts = ("input_scale", "output_scale")
+
+    def parts(self, choice: Choice) -> Mapping[str, str]:
+        """quanto's names."""
+        return _QBITS if choice.group_size else _QBYTES
 
     def check(self, options: Mapping[str, Any]) -> None:
         """Raises ImpqError if the group size is not the one that quanto assumes."""
@@ -45,17 +50,10 @@ class QuantoExporter(Exporter):
             if not torch.isfinite(tensors[name]).all():
                 raise ImpqError(f"format 'quanto' stores 16-bit floats, which {name} overflows")
         for name, variant in checkpoint.variants.items():
-            tensors |= {f"{name}.{stored}": variant.tensors[part] for part, stored in _names(variant.choice).items()}
+            parts = self.parts(variant.choice)
+            tensors |= {f"{name}.{stored}": variant.tensors[part] for part, stored in parts.items()}
             tensors |= {f"{name}.{side}_scale": torch.ones((), dtype=torch.float16) for side in ("input", "output")}
         write_model(folder, tensors, {**checkpoint.config, "dtype": "float16"})
         types = {name: {"weights": f"qint{variant.choice}", "activations": "none"}
                  for name, variant in checkpoint.variants.items()}
         write_text(folder / "quanto_qmap.json", json.dumps(types, indent=4) + "\n")
-
-    def restore(self, folder: Path, checkpoint: Checkpoint) -> Mapping[str, Variant]:
-        """Read the packed linears; raises ImpqError if the file lacks one."""
-        return read_variants(folder, checkpoint.widths, _names)
-
-
-def _names(choice: Choice) -> Mapping[str, str]:
-    return _QBITS if choice.group_size else _QBYTES

@@ -1,0 +1,132 @@
+"""A complete GGUF file: metadata, tokenizer, and every tensor, for llama.cpp and the programs that contain it."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from impq_core.interfaces import Checkpoint, Exporter, Variant
+from impq_gguf.layout import Layout
+from impq_gguf.llama import check_loads
+from impq_gguf.metadata import add_architecture, add_general
+from impq_gguf.reader import Reader
+from impq_gguf.tokenizer import read_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+    from gguf import GGUFWriter
+
+NAME = "model.gguf"
+"""The file, or the beginning of the names of its parts: model-00001-of-00002.gguf ..."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the format.
+
+    Args:
+        split_mb: megabytes of a part of the file; a file of at most so many is not split.
+    """
+
+    split_mb: int = 2000
+
+    def __post_init__(self) -> None:
+        if self.split_mb < 1:
+            raise ValueError("split_mb must be at least 1")
+
+
+class GgufExporter(Exporter):
+    """``model.gguf``, in parts above 2 GB.
+
+    Quantized linears are stored as the plan has them; other matrices in the dtype of the run, and vectors and routers
+    in float32. A tied head is not repeated. The folder has no copies of tokenizer and configuration, which are in the
+    file.
+    """
+
+    Options = Options
+    backends = frozenset({"gguf"})
+    copies = ("LICENSE*", "LICENCE*", "NOTICE*", "README*", "USE_POLICY*")
+
+    def file_bytes(self, checkpoint: Checkpoint) -> int:
+        """The exact bytes of the file, all parts together.
+
+        Raises:
+            ImpqError: llama.cpp does not know the architecture, a tensor or the tokenizer, or does not load such a
+                file, or the experts of a block have several types.
+        """
+        layout = Layout.of(checkpoint)
+        with tempfile.TemporaryDirectory() as folder:
+            with self._begun(checkpoint, layout, Path(folder)) as writer:
+                parts = [sum(_padded(info.nbytes) for info in part.values()) for part in writer.tensors]
+            files = self.files(Path(folder))
+            for file, nbytes in zip(files, parts, strict=True):
+                os.truncate(file, _padded(file.stat().st_size) + nbytes)  # a hole in place of the data
+            check_loads(files[0])
+            return sum(file.stat().st_size for file in files)
+
+    def export(self, checkpoint: Checkpoint, folder: Path) -> None:
+        """Write the file or its parts."""
+        layout = Layout.of(checkpoint)
+        with self._begun(checkpoint, layout, folder) as writer:
+            for values in layout.constants.values():
+                writer.write_tensor_data(values)
+            for tensor in layout.tensors:
+                writer.write_tensor_data(layout.data(tensor, checkpoint))
+
+    @contextmanager
+    def _begun(self, checkpoint: Checkpoint, layout: Layout, folder: Path) -> Iterator[GGUFWriter]:
+        """Yields a writer whose file has everything but the data of the tensors."""
+        from gguf import GGMLQuantizationType, GGUFWriter
+
+        limit = self.options.split_mb * 10**6
+        whole = sum(tensor.nbytes for tensor in layout.tensors)
+        writer = GGUFWriter(folder / NAME, layout.architecture.name, split_max_size=limit if whole > limit else 0)
+        kinds: Counter[str] = Counter()
+        for name, values in layout.constants.items():
+            writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
+        for tensor in layout.tensors:
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes,
+                                   GGMLQuantizationType[tensor.kind])
+            kinds[tensor.kind] += math.prod(tensor.shape)
+        add_general(writer, checkpoint, kinds)
+        add_architecture(writer, layout.config, layout.architecture)
+        read_tokenizer(checkpoint.files, layout.config.vocab_size).add_to(writer)
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            yield writer
+        finally:
+            writer.close()
+
+    def files(self, folder: Path) -> Sequence[Path]:
+        """The file or its parts, in order."""
+        stem, suffix = NAME.split(".")
+        return sorted(folder.glob(f"{stem}-*-of-*.{suffix}")) or [folder / NAME]
+
+    def restore(self, folder: Path, checkpoint: Checkpoint) -> Mapping[str, Variant]:
+        """Map the packed linears; raises ImpqError if the file lacks one."""
+        read, layout = Reader(self.files(folder)), Layout.of(checkpoint)
+        return {name: Variant(choice, {"data": read.packed(layout, f"{name}.weight")})
+                for name, choice in checkpoint.widths.items() if choice is not None}
+
+    def dense(self, folder: Path, checkpoint: Checkpoint) -> Mapping[str, Callable[[], torch.Tensor]]:
+        """Functions that read a tensor of the file."""
+        read, layout = Reader(self.files(folder)), Layout.of(checkpoint)
+        return {name: partial(read.dense, layout, name) for name in checkpoint.dense if name in layout.places}
+
+
+def _padded(nbytes: int) -> int:
+    from gguf import GGUF_DEFAULT_ALIGNMENT
+
+    return math.ceil(nbytes / GGUF_DEFAULT_ALIGNMENT) * GGUF_DEFAULT_ALIGNMENT

@@ -1,0 +1,124 @@
+"""GGUF files: llama.cpp computes in them what transformers computes in the model, and their bytes are the promise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from architectures import config_of, with_large_weights
+from impq_gguf.exporter import GgufExporter, Options
+from impq_gguf.names import ARCHITECTURES
+from llamacpp import Model
+from transformers import AutoModelForCausalLM
+
+from impq_core.interfaces import Checkpoint
+from impq_core.model.source import locate_model
+from impq_core.testing.tiny import byte_tokenizer
+from impq_core.types import Plan
+
+IDS = np.concatenate([[256], np.random.default_rng(0).integers(0, 256, 39)])
+
+F16_GELU = 4e-3
+"""Difference of log-probabilities that llama.cpp's table of GELU, in float16, makes after a few blocks."""
+
+NEEDS: dict[str, dict[str, Any]] = {
+    "gemma3_text": {"num_hidden_layers": 7},
+    **{kind: {"sliding_window": 64} for kind in ("ministral", "mistral", "mixtral", "phi3", "starcoder2")},
+    "olmoe": {"num_key_value_heads": 4},
+    "qwen3_moe": {"norm_topk_prob": True},
+}
+"""Settings of tiny models whose defaults llama.cpp does not compute, by model type."""
+
+
+def save(kind: str, folder: Path, settings: Mapping[str, Any] = {}) -> Path:
+    """A tiny model of a type whose norms and biases differ from each other, with a byte tokenizer."""
+    config = config_of(kind).to_dict() | NEEDS.get(kind, {}) | settings
+    config.pop("layer_types", None)
+    model = with_large_weights(AutoModelForCausalLM, type(config_of(kind))(**config))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    byte_tokenizer(adds_start=kind.startswith("gemma")).save_pretrained(folder)
+    return folder
+
+
+def unquantized(folder: Path, dtype: torch.dtype = torch.float32) -> Checkpoint:
+    """The checkpoint of a model of which nothing is planned."""
+    source = locate_model(str(folder))
+    dense = {name: tensor.to(dtype) for name, tensor in source.tensors()}
+    return Checkpoint(Plan.__new__(Plan), {}, {}, {}, dense, source.config(), "gguf", {}, source.folder)
+
+
+def written(checkpoint: Checkpoint, folder: Path, options: Options | None = None) -> Path:
+    """The file of a checkpoint, which has the bytes that were promised from shapes alone."""
+    exporter = GgufExporter(options)
+    outline = replace(checkpoint, dense={name: tensor.to("meta") for name, tensor in checkpoint.dense.items()})
+    promise = exporter.file_bytes(outline)
+    folder.mkdir()
+    exporter.export(checkpoint, folder)
+    files = exporter.files(folder)
+    assert promise == sum(file.stat().st_size for file in files) and len(list(folder.iterdir())) == len(files)
+    for name, read in exporter.dense(folder, outline).items():
+        torch.testing.assert_close(read(), checkpoint.dense[name], rtol=0.0, atol=3e-7)
+    return files[0]
+
+
+def log_probabilities(logits: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(logits).double().log_softmax(-1).numpy()
+
+
+def expected(folder: Path, dtype: torch.dtype = torch.float32) -> np.ndarray:
+    """Log-probabilities by transformers."""
+    model = locate_model(str(folder)).load(dtype).float()
+    with torch.no_grad():
+        return log_probabilities(model(input_ids=torch.from_numpy(IDS)[None]).logits[0].numpy())
+
+
+def computed(file: Path) -> np.ndarray:
+    """Log-probabilities by llama.cpp."""
+    with Model(file, len(IDS)) as model:
+        return log_probabilities(model.logits(IDS))
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_llama_cpp_computes_what_transformers_does(kind: str, tmp_path: Path) -> None:
+    model = save(kind, tmp_path / "model")
+    found = computed(written(unquantized(model), tmp_path / "export"))
+    tolerance = F16_GELU if any("gelu" in name for name in ARCHITECTURES[kind].activations) else 5e-5
+    np.testing.assert_allclose(found, expected(model), rtol=0.0, atol=tolerance)
+
+
+FACTORS = [1.0 + 0.1 * number for number in range(8)]
+THETA = {"rope_type": "default", "rope_theta": 10000.0}
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"rope_parameters": {**THETA, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                                   "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}),
+    ("llama", {"rope_parameters": {**THETA, "rope_type": "linear", "factor": 4.0}}),
+    ("llama", {"rope_parameters": {**THETA, "rope_type": "yarn", "factor": 4.0,
+                                   "original_max_position_embeddings": 16}, "max_position_embeddings": 64}),
+    ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    ("mistral", {"head_dim": 32, "rope_parameters": {**THETA, "rope_theta": 1e6}}),
+    ("qwen3", {"rope_parameters": {**THETA, "rope_type": "yarn", "factor": 4.0,
+                                   "original_max_position_embeddings": 16}, "max_position_embeddings": 64}),
+    ("gemma3_text", {"rope_parameters": {"full_attention": {**THETA, "rope_type": "linear", "factor": 8.0},
+                                         "sliding_attention": THETA}}),
+    ("phi3", {"rope_parameters": {**THETA, "rope_type": "longrope", "short_factor": FACTORS, "long_factor": FACTORS,
+                                  "original_max_position_embeddings": 128, "partial_rotary_factor": 1.0},
+              "original_max_position_embeddings": 128}),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings"), VARIANTS)
+def test_rotary_embeddings_biases_and_tied_heads(kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    model = save(kind, tmp_path / "model", settings)
+    plain = save(kind, tmp_path / "plain")
+    found, right = computed(written(unquantized(model), tmp_path / "export")), expected(model)
+    np.testing.assert_allclose(found, right, rtol=0.0, atol=F16_GELU if kind.startswith("gemma") else 5e-5)
+    assert np.abs(right - expected(plain)).max() > 0.02  # the setting matters
