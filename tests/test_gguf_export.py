@@ -93,3 +93,32 @@ def test_llama_cpp_computes_what_transformers_does(kind: str, tmp_path: Path) ->
     found = computed(written(unquantized(model), tmp_path / "export"))
     tolerance = F16_GELU if any("gelu" in name for name in ARCHITECTURES[kind].activations) else 5e-5
     np.testing.assert_allclose(found, expected(model), rtol=0.0, atol=tolerance)
+
+
+FACTORS = [1.0 + 0.1 * number for number in range(8)]
+THETA = {"rope_type": "default", "rope_theta": 10000.0}
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"rope_parameters": {**THETA, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                                   "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}),
+    ("llama", {"rope_parameters": {**THETA, "rope_type": "linear", "factor": 4.0}}),
+    ("llama", {"rope_parameters": {**THETA, "rope_type": "yarn", "factor": 4.0,
+                                   "original_max_position_embeddings": 16}, "max_position_embeddings": 64}),
+    ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    ("mistral", {"head_dim": 32, "rope_parameters": {**THETA, "rope_theta": 1e6}}),
+    ("qwen3", {"rope_parameters": {**THETA, "rope_type": "yarn", "factor": 4.0,
+                                   "original_max_position_embeddings": 16}, "max_position_embeddings": 64}),
+    ("gemma3_text", {"rope_parameters": {"full_attention": {**THETA, "rope_type": "linear", "factor": 8.0},
+                                         "sliding_attention": THETA}}),
+    ("phi3", {"rope_parameters": {**THETA, "rope_type": "longrope", "short_factor": FACTORS, "long_factor": FACTORS,
+                                  "original_max_position_embeddings": 128, "partial_rotary_factor": 1.0},
+              "original_max_position_embeddings": 128}),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings"), VARIANTS)
+def test_rotary_embeddings_biases_and_tied_heads(kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    model = save(kind, tmp_path / "model", settings)
+    plain = save(kind, tmp_path / "plain")
+    found, right = computed(written(unquantized(model), tmp_path / "export")), expected(model)
+    np.testing.assert_allclose(found, right, rtol=0.0, atol=F16_GELU if kind.startswith("gemma") else 5e-5)
+    assert np.abs(right - expected(plain)).max() > 0.02  # the setting matters
