@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from impq_gguf.layout import Layout
 from impq_gguf.llama import check_loads
 from impq_gguf.metadata import add_architecture, add_general
 from impq_gguf.reader import Reader
-from impq_gguf.tokenizer import read_tokenizer
+from impq_gguf.tokenizer import Tokenizer, read_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +57,10 @@ class GgufExporter(Exporter):
     backends = frozenset({"gguf"})
     holds_ends = True
     copies = ("LICENSE*", "LICENCE*", "NOTICE*", "README*", "USE_POLICY*")
+
+    def __init__(self, options: Any = None) -> None:
+        super().__init__(options)
+        self._tokenizers: dict[tuple[Path, int], Tokenizer] = {}
 
     def file_bytes(self, checkpoint: Checkpoint) -> int:
         """The exact bytes of the file, all parts together.
@@ -101,7 +105,10 @@ class GgufExporter(Exporter):
             kinds[tensor.kind] += math.prod(tensor.shape)
         add_general(writer, checkpoint, kinds)
         add_architecture(writer, layout.config, layout.architecture)
-        read_tokenizer(checkpoint.files, layout.config.vocab_size).add_to(writer)
+        key = checkpoint.files, layout.config.vocab_size
+        if key not in self._tokenizers:
+            self._tokenizers[key] = read_tokenizer(*key)  # seconds for a large vocabulary
+        self._tokenizers[key].add_to(writer)
         try:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
