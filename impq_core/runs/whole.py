@@ -26,7 +26,7 @@ class WholeFile:
 
     Args:
         formats: exporters by name, at least one.
-        backend: of the variants.
+        backend: of the plans.
         checkpoint: of the smallest plan, without variants and with its other tensors on the meta device.
         unquantized: bytes of the model's tensors in the dtype of the run.
     """

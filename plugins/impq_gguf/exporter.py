@@ -56,6 +56,7 @@ class GgufExporter(Exporter):
     Options = Options
     backends = frozenset({"gguf"})
     holds_ends = True
+    alignment = 32
     copies = ("LICENSE*", "LICENCE*", "NOTICE*", "README*", "USE_POLICY*")
 
     def __init__(self, options: Any = None) -> None:
