@@ -96,7 +96,8 @@ class Layout:
             kinds = {planned[name].name if name in planned else _kind(stored, checkpoint.dense[name])
                      for name in ordered}
             shape = _shape(checkpoint, ordered[0])
-            tensors.append(Tensor(stored, one_type(stored, kinds), shape if None in sources else (len(ordered), *shape), ordered))
+            whole = shape if None in sources else (len(ordered), *shape)
+            tensors.append(Tensor(stored, one_type(stored, kinds), whole, ordered))
         tensors.sort(key=lambda tensor: _order(tensor.name))
         return cls(architecture, config, places, tensors, rotary_tensors(config))
 
