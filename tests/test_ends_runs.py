@@ -23,6 +23,7 @@ from impq_core.exports.export import evaluate_folder, export_run
 from impq_core.hookspecs import Component, hookimpl
 from impq_core.interfaces import Checkpoint
 from impq_core.plugins import Plugins
+from impq_core.runs.allocate import allocate_run
 from impq_core.runs.footprint import MemoryPlan
 from impq_core.runs.forecast import forecast_run
 from impq_core.runs.layout import lay_out
@@ -237,6 +238,19 @@ def test_planted_budgets_of_a_file_are_met_by_every_format(backend: str, options
             pick = rng.integers(0, 3, len(layout.space))
             plan = Plan(layout.space, pick, layout.space.bytes_of(pick))
             assert layout.whole.promise(plan) <= plan.nbytes + most
+
+
+def test_other_plans_of_a_run_keep_to_the_file(tiny_config: RunConfig) -> None:
+    config = replace(tiny_config, estimator="random", granularity="group", budget="30%", whole=True, options={},
+                     tracking_uri="none")
+    result = run(config)
+    [planned] = allocate_run(result.folder, ["31%"])
+    layout = lay_out(replace(config, budget="31%", plan=str(planned.file)), Plugins())
+    assert layout.whole is not None and layout.plan is not None
+    assert layout.plan.file_bytes is not None and planned.plan.file_bytes is not None
+    assert layout.plan.file_bytes <= planned.plan.file_bytes <= 0.31 * layout.whole.unquantized
+    with pytest.raises(UsageError, match="whole"):
+        allocate_run(result.folder, ["3bits"])
 
 
 @pytest.mark.parametrize("given", [["--whole"], ["--whole", "--budget", "3bits"], ["--whole", "--budget", "3.5bpw"],

@@ -7,7 +7,7 @@ import shutil
 import traceback
 import warnings
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -104,10 +104,11 @@ def play(config: RunConfig, plugins: Plugins | None = None, trust: Trust = NO_TR
 
 def make_folder(prepared: Prepared, parent: Path | None = None, name: str = "") -> RunFolder:
     """A new folder with the files that a run is resumed from."""
+    file = {"file": asdict(prepared.whole.account)} if prepared.whole else {}
     return RunFolder.create(parent or Path(prepared.config.output), {
         "impq.toml": recorded(prepared.config).to_toml(),
         "provenance.json": json.dumps(prepared.key.to_dict(), indent=1) + "\n",
-        "space.json": json.dumps(prepared.space.to_dict(), indent=1) + "\n"}, name)
+        "space.json": json.dumps({**prepared.space.to_dict(), **file}, indent=1) + "\n"}, name)
 
 
 def _start(prepared: Prepared, plugins: Plugins, folder: RunFolder) -> None:

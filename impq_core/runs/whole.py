@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 
+import numpy as np
 import torch
 
 from impq_core.budget import FileAccount
@@ -37,9 +38,16 @@ class WholeFile:
     unquantized: int
 
     def promise(self, plan: Plan) -> int:
-        """The most bytes of the file of a plan of the same space."""
-        checkpoint = self._of(plan)
-        return max(exporter.file_bytes(checkpoint) for exporter in self.formats.values())
+        """The most bytes of the file of a plan of the same space; raises ImpqError if a format does not hold it."""
+        return self._promise(tuple(plan.pick.tolist()))
+
+    @cached_property
+    def _promise(self) -> Callable[[tuple[int, ...]], int]:
+        @cache
+        def promise(pick: tuple[int, ...]) -> int:
+            checkpoint = self._of(_plan(self.checkpoint.plan.space, np.array(pick)))
+            return max(exporter.file_bytes(checkpoint) for exporter in self.formats.values())
+        return promise
 
     @cached_property
     def account(self) -> FileAccount:

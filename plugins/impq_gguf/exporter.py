@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import tempfile
@@ -20,7 +21,7 @@ from impq_gguf.layout import Layout
 from impq_gguf.llama import check_loads
 from impq_gguf.metadata import add_architecture, add_general
 from impq_gguf.reader import Reader
-from impq_gguf.tokenizer import Tokenizer, read_tokenizer
+from impq_gguf.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +62,7 @@ class GgufExporter(Exporter):
 
     def __init__(self, options: Any = None) -> None:
         super().__init__(options)
-        self._tokenizers: dict[tuple[Path, int], Tokenizer] = {}
+        self._tokenizer = functools.cache(read_tokenizer)  # proven once for the sizes of many plans
 
     def file_bytes(self, checkpoint: Checkpoint) -> int:
         """The exact bytes of the file, all parts together.
@@ -106,10 +107,7 @@ class GgufExporter(Exporter):
             kinds[tensor.kind] += math.prod(tensor.shape)
         add_general(writer, checkpoint, kinds)
         add_architecture(writer, layout.config, layout.architecture)
-        key = checkpoint.files, layout.config.vocab_size
-        if key not in self._tokenizers:
-            self._tokenizers[key] = read_tokenizer(*key)  # seconds for a large vocabulary
-        self._tokenizers[key].add_to(writer)
+        self._tokenizer(checkpoint.files, layout.config.vocab_size).add_to(writer)
         try:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()

@@ -96,8 +96,8 @@ class Layout:
             kinds = {planned[name].name if name in planned else _kind(stored, checkpoint.dense[name])
                      for name in ordered}
             shape = _shape(checkpoint, ordered[0])
-            whole = shape if None in sources else (len(ordered), *shape)
-            tensors.append(Tensor(stored, one_type(stored, kinds), whole, ordered))
+            shape = shape if None in sources else (len(ordered), *shape)
+            tensors.append(Tensor(stored, one_type(stored, kinds), shape, ordered))
         tensors.sort(key=lambda tensor: _order(tensor.name))
         return cls(architecture, config, places, tensors, rotary_tensors(config))
 
