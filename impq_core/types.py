@@ -333,11 +333,11 @@ class Plan:
             "provenance": dict(self.provenance), "layers": layers}, indent=1) + "\n")
 
     @classmethod
-    def load(cls, path: Path, space: SearchSpace) -> Plan:
-        """Read a plan for a space.
+    def read_layers(cls, path: Path) -> dict[str, Choice | None]:
+        """The choice of each layer in a plan file, by its name; None for one that stays unquantized.
 
         Raises:
-            ImpqError: the file is missing, is no plan, names a layer or a width the space lacks, or leaves one out.
+            ImpqError: the file is missing, or is no plan.
         """
         try:
             data = json.loads(Path(path).read_text())
@@ -348,6 +348,16 @@ class Plan:
             raise ImpqError(f"cannot read a plan from {path}: {reason}") from error
         if form != cls.FORMAT:
             raise ImpqError(f"plan {path} is of format {form}; this impq reads {cls.FORMAT}")
+        return stored
+
+    @classmethod
+    def load(cls, path: Path, space: SearchSpace) -> Plan:
+        """Read a plan for a space.
+
+        Raises:
+            ImpqError: the file is missing, is no plan, names a layer or a width the space lacks, or leaves one out.
+        """
+        stored = cls.read_layers(path)
         names = [layer.name for layer in space.everyone]
         for name in stored:
             if name not in names:

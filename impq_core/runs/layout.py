@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Self
 
 import torch
+from transformers import PreTrainedModel
 
 from impq_core.budget import parse_bytes
 from impq_core.config import RunConfig
@@ -152,6 +153,8 @@ def lay_out(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
     check_source(config.evaluation.source, "evaluation")
     source = source or locate_model(config.model, trust.remote_code)
     skeleton = source.skeleton()
+    if config.plan and config.granularity == "auto":
+        parts = replace(parts, granularity=_granularity_of(Path(config.plan), skeleton, parts.granularity))
     layers = layers_of(skeleton, parts.granularity)
     measured = parts.estimate_with if not config.plan else None  # a given plan is measured as it will be deployed
     dense = unstorable(layers, parts.backend, parts.menu)
@@ -193,11 +196,17 @@ def lay_out(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
         dtype=dtype,
         options=parts.options(), granularity=parts.granularity)
     return Layout(resolved, parts, source, space, game_space, tuple(between), mixes_of(parts.backend, space),
-                  budget_bytes,
-                  2 * rest_parameters(skeleton, layers), plan,
+                  budget_bytes, 2 * rest_parameters(skeleton, layers), plan,
                   tuple(sorted({library for name in {config.backend, config.estimate_with} - {""}
                                 for library in plugins.find("backend", name).needs})), covered.share,
                   Shapes.of(skeleton, layers))
+
+
+def _granularity_of(plan: Path, skeleton: PreTrainedModel, default: str) -> str:
+    """The granularity whose layers a plan names; the default if it is one of those, or if there is none."""
+    named = Plan.read_layers(plan).keys()
+    return max((default, "block", "group", "expert", "linear"),
+               key=lambda size: len(named & {layer.name for layer in layers_of(skeleton, size)}))
 
 
 def _absolute(name: str) -> str:
