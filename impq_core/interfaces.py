@@ -530,6 +530,19 @@ class Backend(Part, ABC):
         """
         return {}
 
+    def read_types(self, file: Path, linears: Sequence[LinearSpec]) -> Mapping[str, str]:
+        """The name of the choice of each linear, by the linear's name, in a file that other software made. Optional.
+
+        Args:
+            file: a file of the same model.
+            linears: all linears of the model.
+
+        Raises:
+            ImpqError: the file cannot be read, or is of another model; by default, the backend reads no files.
+        """
+        raise ImpqError(f"{type(self).__module__}.{type(self).__qualname__} reads no plans from files of other "
+                        "software")
+
     @abstractmethod
     def check(self, linear: LinearSpec, choice: Choice) -> None:
         """Raises ImpqError, which names the linear, if its shape cannot be stored at this width."""

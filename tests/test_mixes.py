@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from impq_gguf.backend import Gguf
 from impq_gguf.mixes import BASE, deal
-from impq_gguf.types import TYPES
+from impq_gguf.types import TYPES, stored_as
 
 from impq_core.config import RunConfig
 from impq_core.errors import UsageError
@@ -21,40 +21,53 @@ from impq_core.space import LinearSpec
 HIDDEN = 512
 
 
-def linears(blocks: int = 32, heads_per_key: int = 4, experts: int = 0, head: bool = True) -> list[LinearSpec]:
+def linears(blocks: int = 32, heads_per_key: int = 4, experts: int = 0, head: bool = True,
+            hidden: int = HIDDEN) -> list[LinearSpec]:
     """A Llama, Mistral or Mixtral with embeddings and head."""
-    keys = HIDDEN // heads_per_key
-    found = [LinearSpec("model.embed_tokens", 1000, HIDDEN)]
+    keys, inner = hidden // heads_per_key, 2 * hidden - 96 * (hidden != HIDDEN)
+    found = [LinearSpec("model.embed_tokens", 1000, hidden)]
     for block in range(blocks):
-        attention = [("q_proj", HIDDEN), ("k_proj", keys), ("v_proj", keys), ("o_proj", HIDDEN)]
-        found += [LinearSpec(f"model.layers.{block}.self_attn.{name}", rows, HIDDEN) for name, rows in attention]
+        attention = [("q_proj", hidden), ("k_proj", keys), ("v_proj", keys), ("o_proj", hidden)]
+        found += [LinearSpec(f"model.layers.{block}.self_attn.{name}", rows, hidden) for name, rows in attention]
         for part in [f"experts.{number}." for number in range(experts)] or [""]:
             found += [LinearSpec(f"model.layers.{block}.mlp.{part}{name}", *shape) for name, shape in (
-                ("gate_proj", (1024, HIDDEN)), ("up_proj", (1024, HIDDEN)), ("down_proj", (HIDDEN, 1024)))]
-    return [*found, LinearSpec("lm_head", 1000, HIDDEN)] if head else found
+                ("gate_proj", (inner, hidden)), ("up_proj", (inner, hidden)), ("down_proj", (hidden, inner)))]
+    return [*found, LinearSpec("lm_head", 1000, hidden)] if head else found
 
 
-@pytest.mark.parametrize(("mix", "heads_per_key", "counts"), [
-    # As llama.cpp prints them for published files of models with 32 blocks.
-    ("Q4_K_M", 4, {"Q4_K": 193, "Q6_K": 33}),
-    ("Q4_K_S", 4, {"Q4_K": 217, "Q5_K": 8, "Q6_K": 1}),
-    ("Q5_K_M", 4, {"Q5_K": 193, "Q6_K": 33}),
-    ("Q3_K_S", 4, {"Q3_K": 225, "Q6_K": 1}),
-    ("Q3_K_M", 1, {"Q3_K": 129, "Q4_K": 92, "Q5_K": 4, "Q6_K": 1}),
-    ("Q3_K_L", 1, {"Q3_K": 129, "Q5_K": 96, "Q6_K": 1}),
-    ("Q2_K", 4, {"Q2_K": 129, "Q3_K": 64, "Q4_K": 32, "Q6_K": 1}),
-    ("Q2_K", 1, {"Q2_K": 129, "Q3_K": 96, "Q6_K": 1}),
-    ("IQ3_M", 4, {"IQ3_S": 157, "Q4_K": 68, "Q6_K": 1}),
-    # By the rules.
-    ("IQ2_M", 4, {"IQ2_S": 156, "IQ3_S": 37, "Q4_K": 32, "Q5_K": 1}),
-    ("IQ2_XS", 4, {"IQ2_XS": 188, "Q2_K": 5, "Q4_K": 32, "Q5_K": 1}),
-    ("IQ3_XXS", 4, {"IQ3_XXS": 96, "IQ2_S": 64, "IQ3_S": 33, "Q4_K": 32, "Q5_K": 1}),
-    ("IQ3_XS", 1, {"IQ3_S": 49 + 64, "IQ3_XXS": 64 + 48, "Q6_K": 1}),
-    ("IQ4_XS", 4, {"IQ4_XS": 193, "Q5_K": 32, "Q6_K": 1}),
-    ("Q8_0", 4, {"Q8_0": 226}),
+@pytest.mark.parametrize(("mix", "model", "counts"), [
+    # As llama.cpp prints them for published files.
+    ("Q4_K_M", {}, {"Q4_K": 193, "Q6_K": 33}),
+    ("Q4_K_S", {}, {"Q4_K": 217, "Q5_K": 8, "Q6_K": 1}),
+    ("Q5_K_M", {}, {"Q5_K": 193, "Q6_K": 33}),
+    ("Q3_K_S", {}, {"Q3_K": 225, "Q6_K": 1}),
+    ("Q3_K_M", {"heads_per_key": 1}, {"Q3_K": 129, "Q4_K": 92, "Q5_K": 4, "Q6_K": 1}),
+    ("Q3_K_L", {"heads_per_key": 1}, {"Q3_K": 129, "Q5_K": 96, "Q6_K": 1}),
+    ("Q2_K", {}, {"Q2_K": 129, "Q3_K": 64, "Q4_K": 32, "Q6_K": 1}),
+    ("Q2_K", {"heads_per_key": 1}, {"Q2_K": 129, "Q3_K": 96, "Q6_K": 1}),
+    ("IQ3_M", {}, {"IQ3_S": 157, "Q4_K": 68, "Q6_K": 1}),
+    # As llama_model_quantize deals them out in a dry run with an importance matrix.
+    ("IQ2_M", {}, {"IQ2_S": 156, "IQ3_S": 37, "Q4_K": 32, "Q5_K": 1}),
+    ("IQ2_XS", {}, {"IQ2_XS": 188, "Q2_K": 5, "Q4_K": 32, "Q5_K": 1}),
+    ("IQ3_XXS", {}, {"IQ3_XXS": 96, "IQ2_S": 64, "IQ3_S": 33, "Q4_K": 32, "Q5_K": 1}),
+    ("IQ4_XS", {}, {"IQ4_XS": 193, "Q5_K": 32, "Q6_K": 1}),
+    ("Q8_0", {}, {"Q8_0": 226}),
+    ("Q3_K_M", {"blocks": 80, "heads_per_key": 2}, {"Q3_K": 321, "Q4_K": 155, "Q5_K": 85, "Q6_K": 1}),
+    ("IQ2_XXS", {"blocks": 80, "heads_per_key": 2}, {"IQ2_XXS": 470, "Q2_K": 91, "Q5_K": 1}),
+    ("Q2_K", {"blocks": 80, "heads_per_key": 2}, {"Q2_K": 321, "Q3_K": 160, "Q5_K": 80, "Q6_K": 1}),
+    ("Q3_K_M", {"blocks": 16, "experts": 8}, {"Q3_K": 49, "Q8_0": 32, "Q5_K": 17, "Q4_K": 15, "Q6_K": 1}),
+    ("IQ2_M", {"blocks": 16, "experts": 8}, {"IQ2_S": 62, "Q4_K": 32, "Q5_K": 17, "IQ3_S": 3}),
+    ("IQ3_M", {"blocks": 16, "experts": 8}, {"IQ3_S": 57, "Q8_0": 32, "Q5_K": 16, "Q4_K": 8, "Q6_K": 1}),
+    ("Q4_K_M", {"blocks": 18, "hidden": 320, "heads_per_key": 5}, {"Q5_0": 109, "Q8_0": 19}),
+    ("IQ3_M", {"blocks": 18, "hidden": 320, "heads_per_key": 5}, {"IQ4_NL": 89, "Q5_0": 38, "Q8_0": 1}),
+    ("Q2_K", {"blocks": 18, "hidden": 320, "heads_per_key": 5}, {"Q4_0": 109, "Q5_0": 18, "Q8_0": 1}),
 ])
-def test_a_mix_has_as_many_tensors_of_a_type_as_its_files(mix: str, heads_per_key: int, counts: dict[str, int]) -> None:
-    assert Counter(deal(mix, linears(heads_per_key=heads_per_key)).values()) == counts
+def test_a_mix_has_as_many_tensors_of_a_type_as_llama_cpp_makes(mix: str, model: dict[str, int],
+                                                                counts: dict[str, int]) -> None:
+    found = linears(**model)
+    types = deal(mix, found)
+    stored = {linear.name: stored_as(types[linear.name], linear.columns).name for linear in found}
+    assert Counter(kind for name, kind in stored.items() if "experts" not in name or "experts.0." in name) == counts
 
 
 def test_the_larger_types_of_q4_k_m_are_at_the_ends_and_in_every_third_block_between() -> None:

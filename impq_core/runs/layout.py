@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Self
 
 import torch
+from transformers import PreTrainedModel
 
 from impq_core.budget import parse_bytes
 from impq_core.config import RunConfig
@@ -175,8 +176,10 @@ def lay_out(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
     check_source(config.evaluation.source, "evaluation")
     source = source or locate_model(config.model, trust.remote_code)
     skeleton = source.skeleton()
+    if config.plan and config.granularity == "auto":
+        parts = replace(parts, granularity=_granularity_of(Path(config.plan), skeleton, parts.granularity))
     layers = layers_of(skeleton, parts.granularity)
-    named = [*config.pins, *(Plan.layer_names(Path(config.plan)) if config.plan else ())]
+    named = [*config.pins, *(Plan.read_layers(Path(config.plan)) if config.plan else ())]
     ends = chosen_ends(skeleton, layers, config.quantize_embeddings, named)
     layers = tuple(sorted((*layers, *ends), key=lambda layer: layer.block))
     measured = parts.estimate_with if not config.plan else None  # a given plan is measured as it will be deployed
@@ -192,7 +195,7 @@ def lay_out(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
     menu = by_size(layers, parts.backend, parts.menu, dense)
     if len(menu) < len(parts.menu):
         left = ", ".join(choice.name for choice in parts.menu if choice not in menu)
-        if len(menu) < 2:
+        if len(menu) < 2 and not config.plan:
             raise UsageError(f"all of --bits are stored alike in this model, as {menu[0]}: add other widths")
         warnings.warn(f"{left}: left out of the menu, because the shapes of this model let the backend store nothing "
                       f"else than for {', '.join(choice.name for choice in menu)}", RuntimeWarning, stacklevel=2)
@@ -238,6 +241,13 @@ def lay_out(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
                   tuple(sorted({library for name in {config.backend, config.estimate_with} - {""}
                                 for library in plugins.find("backend", name).needs})), covered.share,
                   Shapes.of(skeleton, layers))
+
+
+def _granularity_of(plan: Path, skeleton: PreTrainedModel, default: str) -> str:
+    """The granularity whose layers a plan names; the default if it is one of those, or if there is none."""
+    named = Plan.read_layers(plan).keys()
+    return max((default, "block", "group", "expert", "linear"),
+               key=lambda size: len(named & {layer.name for layer in layers_of(skeleton, size)}))
 
 
 def _absolute(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from impq_core.errors import ImpqError, UsageError, nearest
@@ -103,6 +104,12 @@ class Gguf(Backend):
             if self.options.importance or not any(kind.needs_importance for kind in stored):
                 found[mix] = {name: TYPES[kind].choice for name, kind in types.items()}
         return found
+
+    def read_types(self, file: Path, linears: Sequence[LinearSpec]) -> Mapping[str, str]:
+        """The types in a GGUF file."""
+        from impq_gguf.importer import read_types
+
+        return read_types(file, linears)
 
     def check(self, linear: LinearSpec, choice: Choice) -> None:
         """Raises ImpqError if the type's block does not divide the inputs, which is true of no stand-in."""
