@@ -1,5 +1,5 @@
-"""Plans of backend gguf in llama.cpp: the exported file computes the measured model, but for the rounding of activations
-that llama.cpp does before it multiplies by quantized weights."""
+"""Plans of backend gguf in llama.cpp: the exported file computes the measured model, but for the rounding of
+activations that llama.cpp does before it multiplies by quantized weights."""
 
 from __future__ import annotations
 
