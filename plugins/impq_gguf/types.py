@@ -75,7 +75,7 @@ def stored_as(name: str, columns: int) -> GgmlType:
 
     It is the type itself if its block divides the row, else its stand-in, else F16 (``tensor_type_fallback`` in
     llama.cpp's src/llama-quant.cpp; llama-quantize refuses types for which it has no stand-in, F16 is taken here).
-    Releases of llama.cpp before 2026 took IQ4_NL for Q2_K and Q3_K, which has the same bytes as Q4_0.
+    Older releases of llama.cpp take IQ4_NL for Q2_K and Q3_K, which has the same bytes as Q4_0.
     """
     kind = TYPES[name]
     if columns % kind.block and kind.stand_in:
