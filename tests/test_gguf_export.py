@@ -14,6 +14,7 @@ import wrappers
 from architectures import config_of, with_large_weights
 from gguf import GGUFReader
 from impq_gguf.exporter import GgufExporter, Options
+from impq_gguf.layout import Layout
 from impq_gguf.names import ARCHITECTURES
 from llamacpp import Model
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 from impq_core.errors import ImpqError
 from impq_core.interfaces import Checkpoint
 from impq_core.model.source import locate_model
+from impq_core.space import Choice, LinearSpec
 from impq_core.testing.tiny import byte_tokenizer
 from impq_core.types import Plan
 
@@ -197,3 +199,16 @@ def test_the_language_model_of_a_multimodal_model(kind: str, tmp_path: Path) -> 
     with Model(file, window) as model:
         found = log_probabilities(model.logits(IDS[:window]))
     np.testing.assert_allclose(found, expected(wrapper)[:window], rtol=0.0, atol=F16_GELU)
+
+
+def test_experts_of_a_block_share_a_type(tmp_path: Path) -> None:
+    checkpoint = unquantized(save("mixtral", tmp_path / "model"))
+    widths = {name.removesuffix(".weight"): Choice(8.5, 32, "Q8_0") for name in checkpoint.dense if ".experts." in name}
+    specs = {name: LinearSpec(name, *checkpoint.dense[f"{name}.weight"].shape) for name in widths}
+    dense = {name: tensor for name, tensor in checkpoint.dense.items() if name.removesuffix(".weight") not in widths}
+    same = replace(checkpoint, widths=widths, specs=specs, dense=dense)
+    [stack] = [tensor for tensor in Layout.of(same).tensors if tensor.name == "blk.0.ffn_gate_exps.weight"]
+    assert (stack.kind, stack.shape) == ("Q8_0", (4, 128, 64)) and stack.nbytes == 4 * 128 * 2 * 34
+    odd = next(name for name in widths if ".layers.0." in name and name.endswith("w1"))
+    with pytest.raises(ImpqError, match=r"Q4_0, Q8_0 for blk\.0\.ffn_gate_exps\.weight: plan with --granularity group"):
+        Layout.of(replace(same, widths=widths | {odd: Choice(4.5, 32, "Q4_0")}))
