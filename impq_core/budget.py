@@ -24,11 +24,26 @@ def parse_bytes(text: str, what: str) -> int:
 
 
 @dataclass(frozen=True)
+class FileAccount:
+    """The file of an export, for a budget that bounds it.
+
+    Args:
+        fixed: the most bytes that it has beside those of the plan: dense tensors, header, metadata.
+        unquantized: bytes of the unquantized model's tensors.
+    """
+
+    fixed: int
+    unquantized: int
+
+
+@dataclass(frozen=True)
 class Budget:
-    """An amount and its unit. Bytes are the stored bytes of the quantizable weights, scales and zeros included.
+    """An amount and its unit. Bytes are the stored bytes of the quantizable weights, scales and zeros included; those
+    of the whole file if the budget is resolved for one.
 
     ``bits`` is the paper's nominal average, ``B(b) = B_low + (b - low)/(high - low) (B_high - B_low)`` (IMPQ, section
-    on allocation); ``bpw`` the true stored bits per quantizable weight; ``%`` a share of the all-high footprint.
+    on allocation); ``bpw`` the true stored bits per quantizable weight; ``%`` a share of the all-high footprint, or of
+    the unquantized model's file.
     """
 
     amount: float
@@ -66,8 +81,18 @@ class Budget:
         if self.unit == "%" and self.amount > 100:
             raise UsageError(f"budget {self} is more than 100% of the all-high footprint")
 
-    def resolve(self, space: SearchSpace) -> int:
-        """The budget in bytes.
+    def check_whole(self) -> None:
+        """Raises UsageError if the budget cannot bound a file."""
+        if self.unit in ("bits", "bpw"):
+            raise UsageError(f"--whole bounds a file, which has a size and no bits a weight: write --budget 60MB, 4GiB "
+                             f"or 40% (of the unquantized file), not {self}")
+
+    def resolve(self, space: SearchSpace, file: FileAccount | None = None) -> int:
+        """The bytes of the budget that are the layers'.
+
+        Args:
+            space: the layers and choices.
+            file: what the file has beside them, if the budget bounds the file.
 
         Raises:
             UsageError: below the smallest plan or above the largest; the reachable range is in the message.
@@ -80,15 +105,26 @@ class Budget:
         elif self.unit == "bpw":
             nbytes = self.amount * space.parameters / 8
         elif self.unit == "%":
-            nbytes = self.amount * high / 100
+            nbytes = self.amount * (file.unquantized if file else high) / 100
         else:
             nbytes = self.amount * _BYTES[self.unit]
+        if file:
+            nbytes -= file.fixed
+            if not low <= nbytes <= high * (1 + 1e-9):
+                raise UsageError(f"budget {self} for the whole file is outside what these widths can reach: "
+                                 f"{self._show_file(low, file)} to {self._show_file(high, file)}, of which "
+                                 f"{file.fixed / 1e6:.6g}MB are no layer's")
         if not low <= nbytes <= high * (1 + 1e-9):
             raise UsageError(
                 f"budget {self} is outside what these widths can reach: {self._show(low, space)} to "
                 f"{self._show(high, space)} ({space.nominal_bits(low):.4g}bits to {space.nominal_bits(high):.4g}bits, "
                 f"{low / 1e6:.4g}MB to {high / 1e6:.4g}MB)")
         return min(int(round(nbytes, 3)), high)  # 60.7MB is 60,700,000 bytes, not one less
+
+    def _show_file(self, nbytes: int, file: FileAccount) -> str:
+        if self.unit == "%":
+            return f"{100 * (nbytes + file.fixed) / file.unquantized:.2f}%"
+        return f"{(nbytes + file.fixed) / _BYTES[self.unit]:.9g}{self.unit}"
 
     def _show(self, nbytes: int, space: SearchSpace) -> str:
         if self.unit == "bits":

@@ -105,9 +105,14 @@ class RunConfig:
             Empty for the backend's default menu.
         budget: such as ``3.0bits`` (nominal average), ``3.25bpw`` (stored), ``60MB`` or ``60%``; empty for the middle
             of the menu.
+        whole: the budget bounds the file that an export writes: embeddings, head, norms, header and metadata included,
+            in whichever installed format of the backend that file is largest. ``%`` is then a share of the unquantized
+            file.
         granularity: ``block``, ``group`` (fused linears), ``expert`` or ``linear``; ``auto`` is ``block`` for an
             estimator that plays the game, because its cost grows with the number of layers, and ``group`` for any
             other.
+        quantize_embeddings: make layers of the input embedding and the head too; a tied pair is one. Otherwise they are
+            only if ``pins`` or ``plan`` name them.
         pins: name of a choice by pattern of layers that stay at it; their bytes count.
         exclude: patterns of layers that stay unquantized; their bytes count at 16 bits a weight.
         calibration: text for quantization statistics and the game.
@@ -143,7 +148,9 @@ class RunConfig:
     refine: int = 0
     bits: tuple[str, ...] = ()
     budget: str = ""
+    whole: bool = False
     granularity: str = "auto"
+    quantize_embeddings: bool = False
     pins: Mapping[str, str] = field(default_factory=dict)
     exclude: tuple[str, ...] = ()
     calibration: TextConfig = TextConfig()

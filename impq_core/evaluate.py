@@ -147,9 +147,11 @@ class Evaluator:
         outputs = self._outputs([*assignments.values(), *([] if self._reference else [self._unquantized])], passed)
         if self._reference is None:
             self._reference = outputs.pop()
-        compared = self._runner.compare(outputs, self._ids, self._reference)
-        scores = {name: Score(found.nll.mean(axis=1), float(found.kl.mean()), float(found.agree.mean()))
-                  for name, found in zip(assignments, compared, strict=True)}
+        names, scores = list(assignments), dict[str, Score]()
+        for numbers in self._walk.by_head([*assignments.values()]):
+            compared = self._runner.compare([outputs[number] for number in numbers], self._ids, self._reference)
+            scores |= {names[number]: Score(found.nll.mean(axis=1), float(found.kl.mean()), float(found.agree.mean()))
+                       for number, found in zip(numbers, compared, strict=True)}
         if self._kept:
             for name, score in scores.items():
                 self._kept.put(assignments[name], score)

@@ -67,6 +67,10 @@ class Parts:
         built = {ESTIMATE_WITH: None, "refiner": None, **{slot: build_part(config, plugins, slot) for slot in slots}}
         menu, game_menu = _menus(config, built["backend"], built["estimate_with"])
         budget = Budget.parse(config.budget) if config.budget else None
+        if config.whole and not config.plan and budget is None:
+            raise UsageError("--whole takes a --budget for the file, such as 60MB or 40%")
+        if config.whole and budget:
+            budget.check_whole()
         exact = type(built["backend"]).stand_in is Backend.stand_in
         if budget and exact and not config.pins:  # a pin, or what is stored for a shape, may lie outside the menu
             budget.check_menu([choice.bits for choice in menu])
@@ -176,8 +180,11 @@ def _menus(config: RunConfig, backend: Backend,
     """The choices of the menu of each of the two backends."""
     other, other_name = estimate_with or backend, config.estimate_with or config.backend
     wanted = config.bits or _unasked(config, backend, other)
-    menus = [tuple(named_choice(part, part_name, name) for name in wanted)
-             for part, part_name in ((backend, config.backend), (other, other_name))]
+    both = ((backend, config.backend), (other, other_name))
+    menus = [tuple(named_choice(part, part_name, name, "--bits") for name in wanted) for part, part_name in both]
+    for pattern, name in config.pins.items():
+        for part, part_name in both:
+            named_choice(part, part_name, name, f"--pin {pattern}={name}")
     if len(set(menus[0])) < len(wanted):
         raise UsageError(f"--bits {','.join(wanted)} names a width twice")
     if len(wanted) < 2 and not config.plan:
@@ -202,14 +209,12 @@ def _unasked(config: RunConfig, backend: Backend, other: Backend) -> tuple[str, 
     return default if set(names.values()) <= set(known) else tuple(choice.name for choice in names.values())
 
 
-def named_choice(backend: Backend, backend_name: str, name: str) -> Choice:
+def named_choice(backend: Backend, backend_name: str, name: str, where: str = "--bits") -> Choice:
     """A backend's choice of a name; raises UsageError if there is none."""
     if choice := backend.choice(name):
         return choice
-    offered = [choice.name for choice in backend.choices()]
-    known = offered if name[:1].isalpha() else sorted(offered, key=lambda text: (len(text), text))
-    raise UsageError(f"backend '{backend_name}' has no {in_bits(name)} (it has: {', '.join(known)})"
-                     + nearest(name, known))
+    raise UsageError(f"{where}: backend '{backend_name}' has no {in_bits(name)}"
+                     + nearest(name, [choice.name for choice in backend.choices()]))
 
 
 def load_exporter(name: str, backend: str, options: Mapping[str, Any], plugins: Plugins) -> Exporter:
@@ -224,6 +229,19 @@ def load_exporter(name: str, backend: str, options: Mapping[str, Any], plugins: 
         raise ImpqError(f"format '{name}' holds variants of {', '.join(sorted(exporter.backends))}, not of {backend}")
     exporter.check(options)
     return exporter
+
+
+def require_ends(exporter: Exporter, name: str, layer: str) -> None:
+    """Raises ImpqError if a format cannot hold a quantized embedding or head.
+
+    Args:
+        exporter: of the format.
+        name: of the format.
+        layer: name of the embedding or head.
+    """
+    if not exporter.holds_ends:
+        raise ImpqError(f"format '{name}' holds no quantized embedding and head, such as {layer} of this plan: leave "
+                        "out --quantize-embeddings and the pins that name them, or choose another format")
 
 
 def describe_options(plugins: Plugins, role: str, name: str) -> list[str]:

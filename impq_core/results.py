@@ -275,7 +275,7 @@ class RunResult:
         measured_loss: the plan's loss in the game it was estimated from, nats per token above the reference, to compare
             with ``plan.predicted_loss``; None if no calibration text was read.
         forwards: cost of the search in full-model forwards.
-        rest_bytes: bytes at 16 bits of all that is never quantized (embeddings, head, norms).
+        rest_bytes: bytes of all that is in no layer (norms; embeddings and head unless they are layers).
         seconds: by stage.
         digests: of the tokens of both texts, by role.
     """

@@ -169,7 +169,8 @@ def plan_lines(result: RunResult) -> list[str]:
             f"{plan.space.nominal_bits(plan.nbytes):.3f} bits nominal, "
             f"{plan.space.bits_per_weight(plan.nbytes):.3f} stored",
             f"whole model: {result.model_bytes / 1e6:.2f} MB, of which {result.rest_bytes / 1e6:.2f} MB are "
-            "embeddings, head, norms and other parts at 16 bits"]
+            "embeddings, head, norms and other parts that are no layers"
+            + (f"; its file: at most {plan.file_bytes / 1e6:.6g} MB" if plan.file_bytes else "")]
 
 
 def width_counts(plan: Plan) -> str:
@@ -277,9 +278,12 @@ def _size_lines(search: SearchForecast) -> list[str]:
     low, high = search.smallest, search.largest
     for size in search.budgets:
         lines.append(f"  budget {size.budget}: {_size(size.bytes)}, {size.bits_nominal:.3f} bits nominal, "
-                     f"{size.bits_stored:.3f} stored")
+                     f"{size.bits_stored:.3f} stored"
+                     + (f"; a file of at most {_size(size.file_bytes)}" if size.file_bytes else ""))
     lines.append(f"  reachable: {_size(low.bytes)} to {_size(high.bytes)}, {low.bits_nominal:.3f} to "
-                 f"{high.bits_nominal:.3f} bits nominal, {low.bits_stored:.3f} to {high.bits_stored:.3f} stored")
+                 f"{high.bits_nominal:.3f} bits nominal, {low.bits_stored:.3f} to {high.bits_stored:.3f} stored"
+                 + (f"; files of {_size(low.file_bytes)} to {_size(high.file_bytes)}"
+                    if low.file_bytes and high.file_bytes else ""))
     return lines
 
 

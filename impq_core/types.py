@@ -286,6 +286,7 @@ class Plan:
         method: name of the allocator or refiner that made it, such as ``qp``.
         provenance: names and digests of its run, model, text and versions.
         is_loss: whether the prediction is a loss; false if it is the score of an estimate that only ranks.
+        file_bytes: the most bytes of the file that an export of it writes, in any format; None if that is unknown.
     """
 
     FORMAT: ClassVar[str] = "impq-plan/1"
@@ -298,6 +299,7 @@ class Plan:
     method: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     is_loss: bool = True
+    file_bytes: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pick", frozen(self.space.check_pick(self.pick)))
@@ -325,8 +327,9 @@ class Plan:
         """Write plan.json: a map from layer name to width and group size, to read, edit and apply again."""
         choices = zip(self.space.everyone, self.space.assignment(self.pick), strict=True)
         layers = {layer.name: choice.to_plan() if choice else None for layer, choice in choices}
+        promise = {} if self.file_bytes is None else {"file_bytes": self.file_bytes}
         write_text(path, json.dumps({
-            "format": self.FORMAT, "bytes": self.nbytes, "budget_bytes": self.budget_bytes,
+            "format": self.FORMAT, "bytes": self.nbytes, "budget_bytes": self.budget_bytes, **promise,
             "bits_nominal": round(self.space.nominal_bits(self.nbytes), 4),
             "bits_stored": round(self.space.bits_per_weight(self.nbytes), 4),
             "predicted_loss": self.predicted_loss, "bound": self.bound, "is_loss": self.is_loss, "method": self.method,

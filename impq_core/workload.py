@@ -17,7 +17,8 @@ class Workload:
     Args:
         losses: float64 (blocks,). Entry b is the number of losses whose evaluation begins at block b: the pick differs
             from the pick measured before first in that block, so the blocks in front of it are not run again. A loss
-            that shares no block with the one before is counted at block 0.
+            that shares no block with the one before is counted at block 0, and so is one that differs in the embedding;
+            one that differs in the head alone, behind the last block.
         sets: number of sets of calibration windows that the losses are on.
         slopes: calls of ``Probe.slopes``.
         traces: calls of ``Probe.hessian_traces``.
@@ -44,7 +45,7 @@ def losses_by_block(space: SearchSpace, moves: Sequence[float] | FloatArray, who
         moves: (n,) number of losses that differ from the loss before in one layer, by layer.
         whole: number of losses that share no block with the loss before.
     """
-    blocks = [layer.block for layer in space.layers]
+    blocks = [max(0, layer.block) for layer in space.layers]
     count = 1 + max(layer.block for layer in space.everyone)
     losses: FloatArray = np.bincount(blocks, np.asarray(moves, np.float64), count).astype(np.float64)
     losses[0] += whole

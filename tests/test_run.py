@@ -44,8 +44,8 @@ def test_a_run_leaves_everything_behind(result: RunResult, tiny_config: RunConfi
     # The plan's own loss can be looked up: it is what the game measured for that pick.
     measured = dict(rows)[tuple(result.plan.pick)] - measurements.reference_loss
     assert result.measured_loss == measured
-    # 259 tokens of width 64, twice as the head is not tied; two norms a block and the last.
-    assert result.rest_bytes == 2 * (2 * 259 * 64 + (2 * 4 + 1) * 64)
+    # 259 tokens of width 64, twice as the head is not tied; two norms a block and the last; float32.
+    assert result.rest_bytes == 4 * (2 * 259 * 64 + (2 * 4 + 1) * 64)
     assert result.model_bytes == result.plan.nbytes + result.rest_bytes
 
 

@@ -74,8 +74,12 @@ def run_options(several: bool = False) -> Callable[[Command], Command]:
                                "[the backend's default]."),
         click.option("--budget", help=f"Size of the plan: 3.0bits (nominal average), 3.25bpw (stored), 60MB, 4GiB or "
                                       f"60%{more} [the middle of the menu]."),
+        click.option("--whole", is_flag=True, default=None,
+                     help="The budget bounds the file of an export, with embeddings, head and metadata."),
         click.option("--granularity", help="Size of a layer: block, group (fused linears), expert or linear "
                                            "[group, or block for estimators that play the game]."),
+        click.option("--quantize-embeddings", is_flag=True, default=None,
+                     help="Make layers of the input embedding and the head too."),
         click.option("--pin", "pins", multiple=True, metavar="PATTERN=WIDTH",
                      help="Fix the width of matching layers, such as 'model.layers.0*=4'; their bytes count."),
         click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave matching layers unquantized."),

@@ -47,13 +47,16 @@ RESUME = click.option("--resume", metavar="FOLDER", help="Continue the run in th
 def run(context: click.Context, /, resume: str | None, exports: tuple[str, ...], dry_run: bool, as_json: bool,
         trust: bool, **given: Any) -> None:
     """Estimate, allocate, quantize and evaluate: one tracked run."""
-    from impq_core.parts import Parts, load_exporter
+    from impq_core.parts import Parts, load_exporter, require_ends
 
     check_dry_run(dry_run, as_json)
     permitted = Trust(trust)
     plugins, config = _configure(context, resume, given)
     options = Parts.build(config, plugins).options().get("backend", {})
     exporters = [load_exporter(name, config.backend, options, plugins) for name in exports]
+    if config.quantize_embeddings:
+        for name, exporter in zip(exports, exporters, strict=True):
+            require_ends(exporter, name, "the embedding")
     warn(config, plugins)
     if dry_run:
         from impq_core.terminal import quiet_libraries

@@ -21,7 +21,7 @@ from impq_core.interfaces import Checkpoint, Exporter
 from impq_core.model.linears import FromConv1D
 from impq_core.model.names import file_names
 from impq_core.model.outline import outline, stored_dtype, stored_widths
-from impq_core.parts import load_exporter
+from impq_core.parts import load_exporter, require_ends
 from impq_core.plugins import Plugins
 from impq_core.results import Exported, Score
 from impq_core.runs.folder import RunFolder, recorded
@@ -59,6 +59,8 @@ def export_run(run: str | Path, name: str, target: Path | None = None, plugins: 
     prepared = prepare(config, plugins, trust)
     plan, score = prepared.plan, None
     assert plan is not None
+    if quantized := [layer.name for layer in prepared.ends if plan.widths()[layer.name]]:
+        require_ends(exporter, name, quantized[0])
     if exporter.backends:
         session = Session(prepared, plugins)
         checkpoint = _outline(session, plan)
@@ -79,6 +81,8 @@ def export_run(run: str | Path, name: str, target: Path | None = None, plugins: 
         if exporter.backends:
             prepared.source.copy_files(work, exporter.copies)
         exporter.export(checkpoint, work)
+        if exporter.backends:
+            _require_size(exporter, name, checkpoint, work)
         plan.save(work / "plan.json")
         write_text(work / MANIFEST, json.dumps({
             "format": FORMAT, "exporter": name, "run": _plain(asdict(recorded(prepared.config))),
@@ -91,6 +95,16 @@ def export_run(run: str | Path, name: str, target: Path | None = None, plugins: 
     exported = Exported(target, name, score, str(prepared.evaluation), plan.nbytes, _file_bytes(exporter, target))
     plugins.notify("impq_exported", exported=exported, run=source.path)
     return exported
+
+
+def _require_size(exporter: Exporter, name: str, checkpoint: Checkpoint, folder: Path) -> None:
+    """Raises ImpqError if an export is larger than the format or the plan promised."""
+    written, promised = _file_bytes(exporter, folder), [exporter.file_bytes(checkpoint)]
+    if checkpoint.plan.file_bytes is not None:
+        promised.append(checkpoint.plan.file_bytes)
+    if written > min(promised):
+        raise ImpqError(f"bug of format '{name}': its file takes {written} bytes, more than the {min(promised)} that "
+                        "were promised")
 
 
 def _outline(session: Session, plan: Plan) -> Checkpoint:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -31,9 +31,9 @@ class ModelGame:
     them, so the next picks run only the blocks from their first difference to it on. Losses are memoised. Nothing is
     quantized here.
 
-    The cost of losses is that of the blocks that are run and of the head (for ``kl`` once more in each batch, because
-    the reference's logits are computed again). A loss in the log of an earlier process is not measured again, but
-    charged: the cost of a game does not depend on interruptions.
+    The cost of losses is that of the blocks that are run and of the head (for ``kl`` once more in each batch and for
+    each choice of the head in it, because the reference's logits are computed again). A loss in the log of an earlier
+    process is not measured again, but charged: the cost of a game does not depend on interruptions.
 
     Args:
         space: the layers and choices of the game.
@@ -155,24 +155,29 @@ class ModelGame:
             assignments = [self.space.assignment(pick) for pick in missing]
             outputs, self._last = self._walk.outputs(
                 assignments, self._last, True, partial(self._report, len(missing)))
-            for pick, losses in zip(missing, self._losses(outputs), strict=True):
+            for number, losses in self._losses(outputs, assignments):
+                pick = missing[number]
                 if self._log:
                     self._log.add(pick, losses, self._number)
                 found[pick.tobytes()] = losses
         charged = [self.space.assignment(pick) for pick in picks]
         runs, self._known = self._walk.runs(charged, self._known), charged[-1]
-        heads = len(picks) + (self._unquantized is not None)
+        heads = len(picks) + (self._walk.heads(charged) if self._unquantized is not None else 0)
         self._flops += int(np.dot(runs, self._cost.blocks)) + self._cost.head * heads
         self._memo.update(found)
         self._progress(self.evaluations, max(self._expected, self.evaluations))
 
-    def _losses(self, outputs: list[Hidden]) -> Iterator[FloatArray]:
-        """Losses (windows,) of last hidden states."""
-        if self._unquantized is None:
-            yield from (self._runner.nll(hidden, self._ids).mean(axis=1) for hidden in outputs)
-        else:
-            yield from (found.kl.mean(axis=1)
-                        for found in self._runner.compare(outputs, self._ids, self._unquantized))
+    def _losses(self, outputs: Sequence[Hidden],
+                assignments: Sequence[Assignment]) -> Iterator[tuple[int, FloatArray]]:
+        """Number of each assignment, and the losses (windows,) of its last hidden states."""
+        for numbers in self._walk.by_head(assignments):
+            some = [outputs[number] for number in numbers]
+            if self._unquantized is None:
+                found = (self._runner.nll(hidden, self._ids).mean(axis=1) for hidden in some)
+            else:
+                found = (compared.kl.mean(axis=1)
+                         for compared in self._runner.compare(some, self._ids, self._unquantized))
+            yield from zip(numbers, found, strict=True)
 
     def _report(self, count: int, block: int) -> None:
         done = self.evaluations + count * (block + 1) // (len(self._runner) + 1)

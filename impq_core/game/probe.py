@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, partial
 from typing import Any
 
@@ -13,11 +13,13 @@ from torch import nn
 from torch.nn import functional
 
 from impq_core.errors import ImpqError
+from impq_core.game.ends import Rows, embedded_changes, watching_embedding, watching_head
 from impq_core.ledger import Ledger
 from impq_core.model.bank import Bank
 from impq_core.model.blockwise import BlockwiseModel, Hidden
 from impq_core.model.cost import ForwardCost, flop_counter
 from impq_core.model.device import on_host
+from impq_core.model.ends import ends_of
 from impq_core.model.text import Windows
 from impq_core.space import Choice, FloatArray, IntArray, LinearSpec, SearchSpace
 
@@ -29,7 +31,7 @@ STEP = 3e-3
 models its relative error is 0.001; it is up to 0.01 for steps from 0.0001 to 0.01, and at least 0.08 for any step in
 bfloat16."""
 
-Changes = Callable[[LinearSpec], Sequence[torch.Tensor]]
+Changes = Callable[[LinearSpec], Iterable[torch.Tensor]]
 """Returns changes (rows, columns) of a linear's weight on the device, float32; the same number for every linear. Called
 while the linear's block is loaded."""
 
@@ -129,9 +131,9 @@ class ModelProbe:
                 else:
                     self._bank.switch(layer, pinned[layer - len(self.space)])
 
-        def changes(linear: LinearSpec) -> list[torch.Tensor]:
+        def changes(linear: LinearSpec) -> Iterator[torch.Tensor]:
             weight = self._bank.module(linear).weight.float()
-            return [self._bank.variant(linear, choice) - weight for choice in self.space.choices]
+            return (self._bank.variant(linear, choice) - weight for choice in self.space.choices)
 
         products = self._products(changes, len(self.space.choices))  # (windows, m) by linear
         return np.stack([np.sum([products[linear] for linear in layer.linears], axis=0) for layer in self.space.layers],
@@ -228,8 +230,10 @@ class ModelProbe:
         inputs = [runner.embed(ids, self._batch_tokens)]
         for first, _ in parts[:-1]:
             inputs.append(runner.run(first, inputs[-1]))
-        gradients = self._head_gradients(runner.run(last, inputs[-1]), ids, some.start)
         products: dict[LinearSpec, FloatArray] = {linear: np.zeros((len(ids), number)) for linear in self._linears}
+        states = runner.run(last, inputs[-1])
+        with self._watching_head(changes, products, ids.shape[1] - 1) as rows:
+            gradients = self._head_gradients(states, ids, some.start, rows)
         for first, behind in reversed(parts):
             states = inputs.pop()
             with runner.placement.loaded(*range(first, behind + 1)):
@@ -238,9 +242,11 @@ class ModelProbe:
                 made = {linear: [change.to(self._bank.module(linear).weight.dtype) for change in changes(linear)]
                         for linear in here if runner.partial}  # else they would be of all blocks at once
                 ways: Changes = made.__getitem__ if runner.partial else changes
+                moved = [] if first else self._moved_embedding(changes, torch.cat([batch.ids for batch in states]))
                 row = 0
                 for place, batch in enumerate(states):
-                    with self._watching(here, ways, batch.ids, products, row):
+                    with self._watching(here, ways, batch.ids, products, row), (
+                            self._watching_embedding(moved, products, slice(row, row + len(batch.ids)))):
                         found = runner.forward.backward(
                             batch.ids, first, batch.states if first else None, behind, gradients[place])
                     if found is not None:
@@ -248,11 +254,11 @@ class ModelProbe:
                     row += len(batch.ids)
         return products
 
-    def _head_gradients(self, hidden: Hidden, ids: IntArray, window: int) -> list[torch.Tensor]:
+    def _head_gradients(self, hidden: Hidden, ids: IntArray, window: int, head: Rows) -> list[torch.Tensor]:
         """The gradient of the sum of the windows' losses in the last block's output, by batch. Logits exist for a few
-        positions at a time. ``window`` is the number of the first window."""
+        positions at a time. ``window`` is the number of the first window; ``head`` is told which rows they are of."""
         forward, scored = self._runner.forward, ids.shape[1] - 1
-        gradients = []
+        gradients, done = [], 0
         for batch in hidden:
             count, axis = len(batch.ids), forward.axis
             rows, reference = forward.rows(batch.states, scored), None
@@ -264,19 +270,50 @@ class ModelProbe:
             for first in range(0, len(tokens), self._runner.head_rows):
                 some = slice(first, first + self._runner.head_rows)
                 size = len(tokens[some])
+                head.first, head.count = done + first, size
                 leaf = rows.narrow(axis, first, size).clone().requires_grad_()
                 logits = forward.logits(tokens[some], leaf)
                 if reference is None:
                     loss = functional.cross_entropy(logits, followed[some], reduction="sum")
                 else:
-                    target = forward.logits(tokens[some], reference.narrow(axis, first, size)).log_softmax(dim=-1)
+                    with self._runner.placement.unreplaced_outside():
+                        target = forward.logits(tokens[some], reference.narrow(axis, first, size)).log_softmax(dim=-1)
                     loss = functional.kl_div(logits.log_softmax(dim=-1), target, reduction="sum", log_target=True)
                 (loss / scored).backward()  # type: ignore[no-untyped-call]
                 assert leaf.grad is not None
                 parts.append(leaf.grad)
             gradients.append(forward.from_rows(torch.cat(parts, dim=axis), count, scored + 1))
             window += count
+            done += len(tokens)
         return gradients
+
+    def _in_play(self, layer: int | None) -> LinearSpec | None:
+        """The linear of the embedding's or the head's layer, if that plays."""
+        if layer is None or layer >= len(self.space):
+            return None
+        [linear] = self.space.layers[layer].linears
+        return linear
+
+    def _moved_embedding(self, changes: Changes, ids: torch.Tensor) -> list[torch.Tensor]:
+        """Changes of what the embedding returns for ids (windows, length); empty if it does not play."""
+        linear = self._in_play(self._bank.embedding)
+        return embedded_changes(ends_of(self._runner.model).embedding, changes(linear), ids) if linear else []
+
+    def _watching_embedding(self, moved: Sequence[torch.Tensor], products: Mapping[LinearSpec, FloatArray],
+                            rows: slice) -> AbstractContextManager[None]:
+        """The context in which a backward pass over some of the windows adds to the embedding's ``products``."""
+        linear = self._in_play(self._bank.embedding)
+        if linear is None or not moved:
+            return nullcontext()
+        embedding = ends_of(self._runner.model).embedding
+        return watching_embedding(embedding, [change[rows] for change in moved], products[linear][rows])
+
+    def _watching_head(self, changes: Changes, products: Mapping[LinearSpec, FloatArray],
+                       scored: int) -> AbstractContextManager[Rows]:
+        """The context in which a backward pass through the head adds to its ``products``."""
+        if (linear := self._in_play(self._bank.head)) is None:
+            return nullcontext(Rows())
+        return watching_head(ends_of(self._runner.model).head, changes(linear), products[linear], scored)
 
     @contextmanager
     def _watching(self, linears: Sequence[LinearSpec], changes: Changes, ids: torch.Tensor,

@@ -16,6 +16,7 @@ from impq_core.files import write_text
 from impq_core.interfaces import Backend, Variant
 from impq_core.model.blockwise import BlockwiseModel
 from impq_core.model.cache import Shelf
+from impq_core.model.ends import ends_of
 from impq_core.space import Choice, LayerSpec, LinearSpec, in_bits
 
 Assignment = Sequence[Choice | None]
@@ -35,13 +36,18 @@ class Bank:
     """The variants of a model's layers, and the choice of each layer.
 
     A layer's weights are unpacked when its block is loaded (``Placement``), so unpacked weights of one block exist at a
-    time. Variants on a shelf are mapped from its files for as long as they are unpacked, and take no memory otherwise.
+    time. Embedding and head are unpacked at once. Variants on a shelf are mapped from its files for as long as they are
+    unpacked, and take no memory otherwise.
 
     Args:
         runner: the model.
         layers: its layers in order.
         backend: quantizes and dequantizes the variants.
         shelf: the cache of the variants; None keeps them in memory.
+
+    Attributes:
+        embedding: number of the layer that is the input embedding; None if it is no layer.
+        head: number of the layer that is the head: the embedding's if they are tied; None if it is no layer.
     """
 
     def __init__(self, runner: BlockwiseModel, layers: Sequence[LayerSpec], backend: Backend,
@@ -49,10 +55,14 @@ class Bank:
         self.layers = tuple(layers)
         self.backend = backend
         self._placement, self._shelf = runner.placement, shelf
-        self._modules = {spec.name: _linear(runner.model, spec.name) for layer in layers for spec in layer.linears}
+        self._modules = {spec.name: _module(runner.model, spec.name) for layer in layers for spec in layer.linears}
+        self.embedding, self.head = (
+            next((i for i, layer in enumerate(layers) if layer.block == block), None) for block in (-1, len(runner)))
+        if self.embedding is not None and ends_of(runner.model).tied:
+            self.head = self.embedding
         self._kept: dict[tuple[str, Choice], _Kept] = {}
 
-    def module(self, linear: LinearSpec) -> nn.Linear:
+    def module(self, linear: LinearSpec) -> nn.Linear | nn.Embedding:
         """The module of the model that holds a linear's weight when its block is loaded."""
         return self._modules[linear.name]
 
@@ -131,9 +141,9 @@ class Bank:
 
     def switch(self, layer: int, choice: Choice | None) -> None:
         """Let a layer's linears have the weights of a choice from the next time that their block is loaded; None is the
-        unquantized weights."""
+        unquantized weights. Embedding and head have them at once."""
         for spec in self.layers[layer].linears:
-            self._placement.replace(self._modules[spec.name], partial(self.variant, spec, choice) if choice else None)
+            self._placement.replace(self._modules[spec.name], _Unpacked(self, spec, choice) if choice else None)
 
     def blend(self, layer: int, shares: Mapping[Choice, float]) -> None:
         """Let a layer's linears have the weighted sum of the weights of several choices."""
@@ -158,7 +168,19 @@ class Bank:
         write_text(path, json.dumps(rows, indent=0) + "\n")
 
 
-def _linear(model: nn.Module, name: str) -> nn.Linear:
+@dataclass(frozen=True)
+class _Unpacked:
+    """Returns the weight of a variant; equal if bank, linear and choice are."""
+
+    bank: Bank
+    linear: LinearSpec
+    choice: Choice
+
+    def __call__(self) -> torch.Tensor:
+        return self.bank.variant(self.linear, self.choice)
+
+
+def _module(model: nn.Module, name: str) -> nn.Linear | nn.Embedding:
     module = model.get_submodule(name)
-    assert isinstance(module, nn.Linear)
+    assert isinstance(module, (nn.Linear, nn.Embedding))
     return module

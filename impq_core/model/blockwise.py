@@ -122,6 +122,12 @@ class BlockwiseModel:
             self._learnt = True
         return [Batch(batch, self.forward.first_input(batch)) for batch in batches]
 
+    def check_ends(self, ids: IntArray) -> None:
+        """Check on the first window of ``ids`` (windows, length) that embedding and head can have other weights; raises
+        ImpqError if not."""
+        [batch] = self.embed(ids[:1])
+        self.forward.check_ends(batch.ids)
+
     def state_bytes(self, ids: IntArray) -> int:
         """Bytes of the hidden states of one window of the length of ``ids`` (windows, length)."""
         [batch] = self.embed(ids[:1])
@@ -187,12 +193,14 @@ class BlockwiseModel:
                 at += len(some)
 
     def compare(self, hidden: Sequence[Hidden], ids: IntArray, reference: Hidden) -> list[Comparison]:
-        """Compare the last hidden states of models with a reference's. Logits are computed a few rows at a time,
-        because hidden states take thousands of times less memory; the reference's, once for all models."""
+        """Compare the last hidden states of models with those of the unquantized model. Logits are computed a few rows
+        at a time, because hidden states take thousands of times less memory; the reference's, once for all models, by
+        the model's own head. The models share the head's weight."""
         shape = ids.shape[0], ids.shape[1] - 1
         found = [[np.empty(shape[0] * shape[1]) for _ in range(3)] for _ in hidden]
         for rows, logits, targets in self.scored(ids, reference, *hidden):
-            reference_logits = next(logits)
+            with self.placement.unreplaced_outside():
+                reference_logits = next(logits)
             log_reference, likeliest = functional.log_softmax(reference_logits, dim=-1), reference_logits.argmax(dim=1)
             for (nll, kl, agree), part in zip(found, logits, strict=True):
                 log_p = functional.log_softmax(part, dim=-1)

@@ -56,3 +56,18 @@ def input_statistics(runner: BlockwiseModel, index: int, hidden: Hidden,
     reached = {module: shared[leader] for module, leader in leaders.items()}
     return {linear: reached.get(linear) or Statistics(
         torch.zeros(linear.in_features, linear.in_features, device=runner.device), 0) for linear in linears}
+
+
+def head_statistics(runner: BlockwiseModel, hidden: Hidden) -> Statistics:
+    """The sum of x xT over the inputs x of the head at every position, and their number.
+
+    Args:
+        runner: the model.
+        hidden: output of the last block.
+    """
+    gram, tokens = torch.zeros((), device=runner.device), 0
+    for batch in hidden:
+        inputs = runner.forward.head_inputs(batch.ids.flatten(), runner.forward.rows(batch.states)).float()
+        gram = gram + inputs.T @ inputs
+        tokens += len(inputs)
+    return Statistics(gram, tokens)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from impq_core.errors import ImpqError, one_line
 from impq_core.model.arguments import leaves, unlike
+from impq_core.model.ends import ends_of
 
 UNSUPPORTED = "impq cannot run this architecture block by block yet"
 
@@ -265,6 +266,62 @@ class OwnForward:
         logits = self._run(ids[:, None], forwards, graph=rows.requires_grad)
         with torch.inference_mode(not rows.requires_grad):
             return logits.flatten(0, 1).float() if not stop else logits
+
+    def head_inputs(self, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """The inputs (positions, width) of the head, by whatever the model has between its last block and its head.
+
+        Args:
+            ids: token ids (positions,).
+            rows: output (positions, width) of the last block for them, as ``rows`` returns it.
+        """
+        found: list[torch.Tensor] = []
+
+        def catch(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            found.append(args[0].flatten(0, -2))
+            raise _Stop
+
+        handle = ends_of(self.model).head.register_forward_pre_hook(catch)
+        try:
+            self._run(ids[:, None], self._memory(len(self.blocks), rows.unsqueeze(self.axis + 1)))
+        finally:
+            handle.remove()
+        return found[0]
+
+    def check_ends(self, ids: torch.Tensor) -> None:
+        """Check that hidden states are all that the blocks, and all behind them but a tied head, have of the embedding:
+        blocks that answer from memory while tokens are embedded as others are must be called with the same arguments.
+        Costs about a forward of ``CHECKED`` tokens.
+
+        Args:
+            ids: one window (1, length).
+
+        Raises:
+            ImpqError: they have more of it, such as inputs for each layer.
+        """
+        ids, ends = ids[:, :CHECKED], ends_of(self.model)
+        plain, called = self._watch(ids), list[dict[str, Any]]()
+
+        def answering(index: int) -> Replacement:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                called.append(leaves(*_with_hidden(args, kwargs, plain.states[index - 1] if index else before)))
+                return self._answer(index, plain.states[index].clone())
+            return forward
+
+        before = self.first_input(ids)
+        own = ends.embedding._parameters["weight"]
+        assert own is not None
+        try:
+            ends.embedding._parameters["weight"] = nn.Parameter(own.roll(1, 0), requires_grad=False)
+            logits = self._run(ids, [answering(index) for index in range(len(self.blocks))])
+        finally:
+            ends.embedding._parameters["weight"] = own
+        different = not torch.equal(logits, plain.logits)
+        if not self.handed:  # else every forward runs all blocks
+            different = different or any(
+                unlike(ours, theirs) for ours, theirs in zip(called, plain.arguments, strict=True))
+        if different:
+            raise ImpqError(f"embedding and head of {type(self.model).__name__} cannot be quantized: it reads its "
+                            "embedding more than once; leave out --quantize-embeddings")
 
     def _memory(self, count: int, states: torch.Tensor | None) -> list[Replacement]:
         """Forwards for the first ``count`` blocks: the last of them answers with ``states``, the others with their

@@ -1,4 +1,5 @@
-"""The weights of a model's blocks: a block has them on the device while it works, and only then."""
+"""The weights of a model's blocks: a block has them on the device while it works, and only then. Embedding and head are
+always there, and may have other weights than their own."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from safetensors import safe_open
 from torch import nn
 
 GetWeight = Callable[[], torch.Tensor]
-"""Returns a weight (rows, columns) in place of a linear's own, on the device, of any float type."""
+"""Returns a weight (rows, columns) in place of a module's own, on the device, of any float type. Equal ones return the
+same weight."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Placement:
     """Gives blocks their weights for as long as they work.
 
     Outside of ``loaded`` a streamed block has no weights, and no weight of a linear is replaced: memory does not grow
-    with the number of blocks. The rest of the model (embeddings, head, norms) is always resident.
+    with the number of blocks. The rest of the model (embeddings, head, norms) is always resident. A replaced embedding
+    or head is resident twice: with its own weight, and with the other.
 
     Args:
         model: on ``device``, but for the parameters of ``stored``, which are on the meta device.
@@ -66,6 +69,10 @@ class Placement:
         self._model, self._blocks = model, tuple(blocks)
         self._stored: dict[nn.Parameter, Stored | GetWeight] = dict(stored or {})
         self._replaced: dict[nn.Module, GetWeight] = {}
+        inside = {module for block in self._blocks for module in block.modules()}
+        self._outside = [module for module in model.modules() if module not in inside]
+        self._own_outside: dict[nn.Module, nn.Parameter] = {}  # of replaced modules outside the blocks
+        self._holders: dict[nn.Module, list[nn.Module]] = {}  # the modules that have the same weight: of a tied pair
         self._users = [0] * len(self._blocks)
         self._own: dict[tuple[nn.Module, str], nn.Parameter] = {}  # what a loaded block has had before
         self._float32 = False
@@ -75,17 +82,54 @@ class Placement:
         """Whether weights of blocks stay on disk until a block works."""
         return bool(self._stored)
 
-    def replace(self, linear: nn.Linear, source: GetWeight | None) -> None:
-        """Let a linear of a block have another weight from the next time that the block is loaded; None is its own."""
+    def replace(self, module: nn.Module, source: GetWeight | None) -> None:
+        """Let a linear of a block have another weight from the next time that the block is loaded; None is its own. A
+        module outside the blocks has it at once, and so has the module that is tied to it."""
         assert not self._own, "a block is loaded"
-        if source is None:
-            self._replaced.pop(linear, None)
+        if module in self._outside:
+            self._replace_resident(module, source)
+        elif source is None:
+            self._replaced.pop(module, None)
         else:
-            self._replaced[linear] = source
+            self._replaced[module] = source
 
-    def original(self, linear: nn.Linear) -> torch.Tensor:
-        """A linear's own weight on the device."""
-        return self._read(self._own.get((linear, "weight"), linear._parameters["weight"]))
+    def _replace_resident(self, module: nn.Module, source: GetWeight | None) -> None:
+        if self._replaced.get(module) == source:
+            return
+        if module not in self._holders:
+            weight = module._parameters["weight"]
+            self._holders[module] = [other for other in self._outside if other._parameters.get("weight") is weight]
+        if self._replaced.pop(module, None):  # the weight before ends its memory first
+            self._install(module, self._own_outside.pop(module))
+        if source:
+            own = module._parameters["weight"]
+            assert own is not None
+            with torch.inference_mode(False), torch.no_grad():  # a backward pass may read it
+                weight = nn.Parameter(source().to(own.dtype), requires_grad=False)
+            self._own_outside[module], self._replaced[module] = own, source
+            self._install(module, weight)
+
+    def _install(self, module: nn.Module, weight: nn.Parameter) -> None:
+        for holder in self._holders[module]:
+            holder._parameters["weight"] = weight
+
+    @contextmanager
+    def unreplaced_outside(self) -> Iterator[None]:
+        """The context in which embedding and head have their own weights, which are resident all the time."""
+        others = {module: module._parameters["weight"] for module in self._own_outside}
+        try:
+            for module, own in self._own_outside.items():
+                self._install(module, own)
+            yield
+        finally:
+            for module, other in others.items():
+                assert other is not None
+                self._install(module, other)
+
+    def original(self, module: nn.Module) -> torch.Tensor:
+        """A module's own weight on the device."""
+        own = self._own_outside.get(module, module._parameters["weight"])
+        return self._read(self._own.get((module, "weight"), own))
 
     def read_from(self, parameter: nn.Parameter, source: GetWeight) -> None:
         """Read a streamed parameter from elsewhere from now on."""
@@ -112,7 +156,7 @@ class Placement:
     @contextmanager
     def in_float32(self) -> Iterator[None]:
         """The context in which all parameters are float32, in blocks when they are loaded."""
-        assert not self._own, "a block is loaded"
+        assert not self._own and not self._own_outside, "a block is loaded, or the embedding or the head is replaced"
         inside = {parameter for block in self._blocks for parameter in block.parameters()}
         kept = [(parameter, parameter.data) for parameter in self._model.parameters() if parameter not in inside]
         try:

@@ -8,11 +8,12 @@ from functools import partial
 from types import MappingProxyType
 
 import torch
+from torch import nn
 
 from impq_core.interfaces import Statistics, Variant
 from impq_core.model.bank import Bank
 from impq_core.model.blockwise import BlockwiseModel, Hidden
-from impq_core.model.calibration import input_statistics
+from impq_core.model.calibration import head_statistics, input_statistics
 from impq_core.model.threads import side_by_side
 from impq_core.space import Choice, LinearSpec
 
@@ -36,6 +37,10 @@ def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden | None, menus: 
     used expert, is quantized as if no token reached it. One warning reports the variants with ``unreached`` in their
     record.
 
+    An embedding is quantized in front of the blocks, also as if no token reached it: it reads numbers of tokens. The
+    head is quantized behind them, and so is an embedding that is tied to it: the statistics are those of the head's
+    inputs, and the blocks' are behind the unquantized embedding.
+
     Args:
         bank: the bank to fill.
         runner: the same model, block by block.
@@ -48,17 +53,18 @@ def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden | None, menus: 
         ImpqError: the backend cannot quantize a linear, which the message names.
     """
     progress(0, len(runner))
-    blocks = [[i for i, layer in enumerate(bank.layers) if layer.block == index] for index in range(len(runner))]
-    missing = [[(spec, choice) for layer in layers for spec in bank.layers[layer].linears
-                for choice in dict.fromkeys(bank.backend.stand_in(spec, wanted)
-                                            for wanted in [*menus[layer], *further.get(spec.name, ())])
-                if not bank.take(spec, choice)] for layers in blocks]
-    for index, layers in enumerate(blocks):
+    places = [len(runner) if i == bank.head else layer.block for i, layer in enumerate(bank.layers)]
+    blocks = {index: [i for i, place in enumerate(places) if place == index] for index in range(-1, len(runner) + 1)}
+    missing = {index: [(spec, choice) for layer in layers for spec in bank.layers[layer].linears
+                       for choice in dict.fromkeys(bank.backend.stand_in(spec, wanted)
+                                                   for wanted in [*menus[layer], *further.get(spec.name, ())])
+                       if not bank.take(spec, choice)] for index, layers in blocks.items()}
+    for index, layers in blocks.items():
         for layer in layers:
             bank.switch(layer, None)
-        statistics = {}
+        statistics: Mapping[nn.Module, Statistics] = {}
         if hidden is not None and missing[index]:
-            statistics = input_statistics(runner, index, hidden, {bank.module(spec) for spec, _ in missing[index]})
+            statistics = _statistics(bank, runner, index, hidden, [spec for spec, _ in missing[index]])
         tasks = [partial(_quantize, bank, runner, wanted, seen) for wanted, seen in _shared(
             missing[index], [statistics.get(bank.module(spec)) for spec, _ in missing[index]])]
         # A task at a time on an accelerator, whose work is side by side already.
@@ -67,15 +73,30 @@ def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden | None, menus: 
                 bank.add(spec, variant)
         for layer in layers:
             bank.switch(layer, menus[layer][0] if menus[layer] else None)
-        if hidden is not None and any(missing[index + 1:]):
-            hidden = runner.run(index, hidden)
-        progress(index + 1, len(runner))
-    unreached = [spec.name for layer, menu in zip(bank.layers, menus, strict=True) for spec in layer.linears
-                 if any(bank.record(spec, choice).get("unreached") for choice in menu)]
+        if 0 <= index < len(runner):
+            if hidden is not None and any(missing[behind] for behind in range(index + 1, len(runner) + 1)):
+                hidden = runner.run(index, hidden)
+            progress(index + 1, len(runner))
+    unreached = [spec.name for layer, menu, place in zip(bank.layers, menus, places, strict=True)
+                 for spec in layer.linears if place >= 0
+                 and any(bank.record(spec, choice).get("unreached") for choice in menu)]
     if unreached:
         warnings.warn(f"{len(unreached)} linears (first: {unreached[0]}) are quantized without statistics: hardly "
                       "a token of the calibration text reaches them; more calibration text may", RuntimeWarning,
                       stacklevel=2)
+
+
+def _statistics(bank: Bank, runner: BlockwiseModel, index: int, hidden: Hidden,
+                linears: Sequence[LinearSpec]) -> Mapping[nn.Module, Statistics]:
+    """Statistics of the inputs of linears of a block, of the embedding (index -1) or of the head, by module."""
+    modules = {bank.module(spec): spec.columns for spec in linears}
+    if index < 0:
+        return {module: Statistics(torch.zeros(columns, columns, device=runner.device), 0)
+                for module, columns in modules.items()}
+    if index == len(runner):
+        statistics = head_statistics(runner, hidden)
+        return {module: statistics for module in modules}
+    return input_statistics(runner, index, hidden, [module for module in modules if isinstance(module, nn.Linear)])
 
 
 def _shared(wanted: Wanted, statistics: Sequence[Statistics | None]) -> Iterator[tuple[Wanted, Statistics | None]]:

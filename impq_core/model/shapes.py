@@ -43,6 +43,7 @@ class Shapes:
         architecture: class of the model.
         parameters: number of parameters; a tied head counts once.
         embeddings: those of the embeddings and of a head that is not tied to them.
+        tied: whether the head has the weight of the embeddings.
         encoders: those of a multimodal model beside its language model: encoders of images and audio, projectors.
         blocks: of each block.
         hidden: width of the hidden states.
@@ -56,6 +57,7 @@ class Shapes:
     architecture: str
     parameters: int
     embeddings: int
+    tied: bool
     encoders: int
     blocks: tuple[BlockShape, ...]
     hidden: int
@@ -96,7 +98,7 @@ class Shapes:
         if expert := _setting(config, "moe_intermediate_size"):
             inner = expert * max(1, _setting(config, *EXPERTS_CHOSEN))
         return cls(type(model).__name__, sum(p.numel() for p in parameters.values()), sum(ends.values()),
-                   _encoders(model, ends), tuple(blocks), width, heads * head,
+                   output is not None and len(ends) == 1, _encoders(model, ends), tuple(blocks), width, heads * head,
                    BACKWARD if getattr(config, "_attn_implementation", None) == "eager" else FUSED_BACKWARD,
                    inner or 4 * width, embeddings.weight.shape[0], max(loose, key=loose.__getitem__, default=""))
 
@@ -106,19 +108,20 @@ class Shapes:
         return ForwardCost(tuple(round(2 * length * block.active) + self._pairs(length) for block in self.blocks),
                            2 * (length - 1) * self.hidden * self.vocabulary)
 
-    def slopes_flops(self, length: int, weights_on_play: int, value: str) -> int:
+    def slopes_flops(self, length: int, weights_on_play: int, value: str, head_plays: bool = False) -> int:
         """FLOPs of the slopes of the loss of a window: a forward, each block once more and backwards, the gradient of
         each weight on play, and, for ``kl``, the logits of the unquantized model.
 
         Args:
             length: tokens in the window.
-            weights_on_play: number of weights whose gradient is read.
+            weights_on_play: number of weights in blocks whose gradient is read.
             value: the loss, ``nll`` or ``kl``.
+            head_plays: whether the gradient of the head's weight is read, too.
         """
         products = 2 * length * sum(block.active for block in self.blocks)
         gradients = products * weights_on_play / sum(block.weights for block in self.blocks)
         attention = len(self.blocks) * self._pairs(length) * (2 + self.attention_backward)
-        head = 2 * self.hidden * self.vocabulary * (length - 1) * (2 + (value == "kl"))
+        head = 2 * self.hidden * self.vocabulary * (length - 1) * (2 + (value == "kl") + head_plays)
         return round(3 * products + gradients + attention + head)
 
     def _pairs(self, length: int) -> int:

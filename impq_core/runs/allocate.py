@@ -53,7 +53,8 @@ def allocate_run(run: str | Path, budgets: Sequence[str], surrogate: str | None 
     every = [replace(config, budget=budget) for budget in budgets]
     parts = [Parts.build(one, plugins) for one in every]
     space = folder.read_space()
-    sizes = [part.wanted(space).resolve(space) for part in parts]
+    account = folder.read_file_account()
+    sizes = [part.wanted(space).resolve(space, account) for part in parts]
     made = []
     for one, part, size in zip(every, parts, sizes, strict=True):
         if measurements:
@@ -63,7 +64,8 @@ def allocate_run(run: str | Path, budgets: Sequence[str], surrogate: str | None 
             estimate = folder.read_estimate()
         plan = part.allocator.allocate(estimate.on(space), size)
         plan = replace(plan, is_loss=estimate.is_loss,
-                       provenance={"run": str(folder.path), "estimate": estimate.method})
+                       provenance={"run": str(folder.path), "estimate": estimate.method},
+                       file_bytes=plan.nbytes + account.fixed if account else None)
         size_name = one.budget.replace("%", "percent")
         name = re.sub(r"[^\w.]+", "-", f"{config.allocator}-{surrogate or 'estimate'}-{size_name}")
         file = folder.path / "plans" / f"{name}.json"

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
+from impq_core.budget import FileAccount
 from impq_core.config import RunConfig, read_toml
 from impq_core.credentials import without_secret
 from impq_core.errors import ImpqError, one_line
@@ -170,6 +171,11 @@ class RunFolder:
     def read_space(self) -> SearchSpace:
         """The search space of plans; raises ImpqError if it cannot be read."""
         return _readable(self.space, lambda path: SearchSpace.from_dict(self.read_json(path)))
+
+    def read_file_account(self) -> FileAccount | None:
+        """The file of an export, if the run's budget bounds it; raises ImpqError if it cannot be read."""
+        account = _readable(self.space, lambda path: self.read_json(path).get("file"))
+        return _readable(self.space, lambda path: FileAccount(**account)) if account else None
 
     def read_estimate(self) -> SensitivityEstimate:
         """The estimate; raises ImpqError if it cannot be read."""

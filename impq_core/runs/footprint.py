@@ -129,6 +129,8 @@ def memory(layout: Layout, work: Workload | None, plan: MemoryPlan) -> dict[str,
     block = max(block.weights for block in shapes.blocks)
     resident = shapes.parameters - sum(block.weights for block in shapes.blocks) * plan.streamed
     base = {"libraries": LIBRARIES, "model": item * resident}
+    if ends := [end.parameters for end in layout.ends]:  # other weights than their own, one in float32 at first
+        base["ends"] = item * sum(ends) + (item < 4) * 4 * max(ends)
     rows = HEAD_ROWS if layout.device.type == "cpu" else HEAD_ROWS_ELSEWHERE
     loaded = {**base, "block": item * block * (2 if plan.streamed else 1) + _block_packed(layout),
               "logits": rows * shapes.vocabulary * 4 * LOGITS}
@@ -180,7 +182,8 @@ def disk(layout: Layout, work: Workload | None, runs: int, scores: int, exports:
         folder += round(float(work.losses.sum()) * (config.game_windows * NUMBER + 3 * n))
         folder += work.slopes * windows_probed(config) * n * m * NUMBER
     return {"cache_bytes": (packed + VARIANT_FILE * count) * config.cache, "run_bytes": folder,
-            "export_bytes": exports * (layout.budget_bytes + layout.rest_bytes)}
+            "export_bytes": exports * (layout.budget_bytes + (
+                layout.whole.account.fixed if layout.whole else layout.rest_bytes))}
 
 
 def windows_probed(config: RunConfig) -> int:
@@ -259,14 +262,21 @@ def _gradients(layout: Layout, work: Workload | None, plan: MemoryPlan) -> dict[
     kept = hidden * shapes.hidden + inner * shapes.intermediate + inputs  # of a token in a block
     states = (1 + len(shapes.blocks)) * windows_probed(config) * length * shapes.hidden * item
     block = max(block.weights for block in shapes.blocks)
-    largest = max(linear.parameters for layer in layout.space.everyone for linear in layer.linears)
+    ends = [end.parameters for end in layout.ends]
+    largest = max(linear.parameters for layer in layout.space.everyone if layer not in layout.ends
+                  for linear in layer.linears)
+    choices = len(layout.space.choices)
+    ways = 1 if traces else choices
     sizes = {"graph": round(tokens * kept),
              "probe_states": min(states, max(plan.room, states // windows_probed(config))) + 2 * tokens * item,
-             "changes": item * block * (1 if traces else len(layout.space.choices)) + 4 * largest * (
-                 1 + len(layout.space.choices))}
+             "changes": max(item * block * ways + 4 * largest * (1 + choices),
+                            (item * ways + 3 * 4) * max(ends, default=0))}
+    if ends:  # what the embedding returns at each choice, while states in front of every block are kept
+        sizes["probe_states"] += 4 * ways * sizes["probe_states"] // (item * (1 + len(shapes.blocks)))
     if config.value == "kl":
         sizes["unquantized_states"] = windows_probed(config) * length * shapes.hidden * ITEM[config.dtype]
     if traces:
-        sizes["float32_model"] = 4 * (shapes.parameters - sum(block.weights for block in shapes.blocks) + block)
+        sizes["float32_model"] = 4 * (shapes.parameters - sum(block.weights for block in shapes.blocks) + block
+                                      + sum(ends))
         sizes["signs"] = layout.space.parameters
     return sizes

@@ -45,17 +45,21 @@ class Size:
         bytes: stored bytes, scales and zeros included.
         bits_nominal: nominal average width.
         bits_stored: stored bits a weight.
+        file_bytes: the most bytes of the file of an export; None if the budget does not bound it.
     """
 
     budget: str
     bytes: int
     bits_nominal: float
     bits_stored: float
+    file_bytes: int | None
 
     @classmethod
-    def of(cls, budget: str, nbytes: int, space: SearchSpace) -> Size:
+    def of(cls, budget: str, nbytes: int, layout: Layout) -> Size:
         """A size in bytes in all units."""
-        return cls(budget, nbytes, space.nominal_bits(nbytes), space.bits_per_weight(nbytes))
+        space, whole = layout.space, layout.whole
+        return cls(budget, nbytes, space.nominal_bits(nbytes), space.bits_per_weight(nbytes),
+                   nbytes + whole.account.fixed if whole else None)
 
 
 @dataclass(frozen=True)
@@ -261,7 +265,7 @@ def _search(layouts: Sequence[Layout], first: bool = True, exports: int = 0) -> 
     if first:
         scores += 1 + len(space.choices) + len(layout.between) + len(layout.mixes) + (1 + RANDOM_PLANS) * len(budgets)
     forwards = {"quantize": _statistics_forwards(layout) if first else 0.0,
-                "estimate": work_forwards(work, layout.shapes, config, weights) if work else None,
+                "estimate": work_forwards(work, layout.shapes, config, space) if work else None,
                 "plan": _plan_forwards(layout, work, len(layouts)), "refine": float(config.refine),
                 "evaluate": _evaluation_forwards(layout, scores, first)}
     if layout.plan:
@@ -274,8 +278,8 @@ def _search(layouts: Sequence[Layout], first: bool = True, exports: int = 0) -> 
         config.backend, config.estimate_with, config.estimator, config.granularity, len(space),
         weights, tuple(choice.name for choice in space.choices),
         (*_pins(layout), *_other_parts(layout)),
-        tuple(Size.of(budget, nbytes, space) for budget, nbytes in budgets.items()),
-        Size.of("smallest", space.low_bytes, space), Size.of("largest", space.high_bytes, space),
+        tuple(Size.of(budget, nbytes, layout) for budget, nbytes in budgets.items()),
+        Size.of("smallest", space.low_bytes, layout), Size.of("largest", space.high_bytes, layout),
         None if work is None else float(work.losses.sum()), forwards, plan.streamed,
         memory(layout, work, plan), takes)
 
@@ -296,44 +300,50 @@ def _other_parts(layout: Layout) -> list[Fixed]:
     """The parameters that are in no layer, by kind."""
     shapes = layout.shapes
     loose = sum(block.weights - block.held for block in shapes.blocks)
-    small = shapes.parameters - layout.space.parameters - shapes.embeddings - shapes.encoders - loose
-    parts = [("embeddings and head", shapes.embeddings, "never quantized"),
+    ends = shapes.embeddings - sum(layer.parameters for layer in layout.ends)
+    small = shapes.parameters - layout.space.parameters - ends - shapes.encoders - loose
+    parts = [("embeddings and head", ends, "never quantized" if not layout.ends else "no layer"),
              ("encoders and projectors", shapes.encoders, "outside the language model"),
              ("other weights of blocks", loose, f"in no linear, such as {shapes.loose}"),
              ("norms, biases and the rest", small, "never quantized")]
-    return [Fixed(name, weights, "16", 2 * weights, reason) for name, weights, reason in parts if weights]
+    return [Fixed(name, weights, f"{8 * layout.item}", layout.item * weights, reason)
+            for name, weights, reason in parts if weights]
 
 
-def work_forwards(work: Workload, shapes: Shapes, config: RunConfig, weights_on_play: int) -> float:
+def work_forwards(work: Workload, shapes: Shapes, config: RunConfig, space: SearchSpace) -> float:
     """Full-model forwards of the game's windows that an estimator's work costs.
 
     Args:
         work: of the estimator.
         shapes: of the model.
         config: decides the windows and the value of the game.
-        weights_on_play: number of weights in the layers that play.
+        space: the layers that play.
     """
+    inside = sum(layer.parameters for layer in space.layers if 0 <= layer.block < len(shapes.blocks))
+    head_plays = any(layer.block >= len(shapes.blocks) or (layer.block < 0 and shapes.tied) for layer in space.layers)
     cost = shapes.cost(config.calibration.length)
     divergence = config.value == "kl"
     game = sum(count * (cost.behind(block) + cost.head) for block, count in enumerate(work.losses))
-    # The unquantized model's logits are made again for each batch of picks, here taken to be full.
-    game += divergence * math.ceil(work.losses.sum() / PICKS) * cost.head
+    # The unquantized model's logits are made again for each batch of picks, here taken to be full, and for each choice
+    # of the head in it.
+    game += divergence * math.ceil(work.losses.sum() / PICKS) * cost.head * (len(space.choices) if head_plays else 1)
     if divergence and work.sets:  # the unquantized states of each set of windows, and of the first once more
         game += (work.sets + (work.sets > 1)) * cost.behind(0)
     passes = work.slopes + 2 * work.traces
-    probe = passes * shapes.slopes_flops(config.calibration.length, weights_on_play, config.value)
+    probe = passes * shapes.slopes_flops(config.calibration.length, inside, config.value, head_plays)
     probe += (work.states + (divergence and passes > 0)) * cost.behind(0)
     return float(game + probe * windows_probed(config) / config.game_windows) / cost.total
 
 
 def _statistics_forwards(layout: Layout) -> float:
     """Forwards in which statistics for quantizing are collected: every block once over the calibration text, and once
-    more at the widest width, on the way to the next block."""
+    more at the widest width, on the way to the next block or to a head that is a layer."""
     config, cost = layout.config, layout.shapes.cost(layout.config.calibration.length)
     backends = {layout.game_backend, layout.parts.backend}
     passes = sum(bool(backend.needs) for backend in backends)
     windows = config.calibration.windows / config.game_windows
-    return passes * windows * (2 * cost.behind(0) - cost.blocks[-1]) / cost.total
+    last = 0 if layout.head_is_layer else cost.blocks[-1]
+    return passes * windows * (2 * cost.behind(0) - last) / cost.total
 
 
 def _plan_forwards(layout: Layout, work: Workload | None, plans: int) -> float:

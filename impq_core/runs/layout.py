@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Self
 
@@ -17,6 +18,7 @@ from impq_core.config import RunConfig
 from impq_core.errors import UsageError
 from impq_core.interfaces import Backend
 from impq_core.model.device import resolve_device, resolve_dtype
+from impq_core.model.ends import chosen_ends
 from impq_core.model.layers import by_size, coverage, layers_of, rest_parameters, search_space, unstorable
 from impq_core.model.shapes import Shapes
 from impq_core.model.source import ModelSource, locate_model
@@ -24,7 +26,8 @@ from impq_core.model.text import check_source
 from impq_core.parts import Parts
 from impq_core.plugins import Plugins
 from impq_core.references import Mix, mixes_of
-from impq_core.space import Choice, LinearSpec, SearchSpace
+from impq_core.runs.whole import WholeFile, whole_file
+from impq_core.space import Choice, LayerSpec, LinearSpec, SearchSpace
 from impq_core.trust import NO_TRUST, Trust
 from impq_core.types import Plan
 
@@ -43,7 +46,10 @@ class Layout:
             of the uniform model at that choice.
         mixes: plans of other software, for the table of references.
         budget_bytes: budget of the plan.
-        rest_bytes: bytes of embeddings, head and everything else that is never quantized, at 16 bits a weight.
+        item: bytes of a number that stays unquantized: in the dtype of the run, or in that of the files if it is
+            narrower.
+        rest_bytes: bytes of everything in no layer: norms, embeddings and head unless they are layers ...
+        whole: the file of the plans, if the budget bounds it.
         plan: the plan of ``--plan``.
         libraries: import names of the backends' libraries.
         coverage: share of the weights in the model's blocks that the layers hold.
@@ -58,7 +64,9 @@ class Layout:
     between: tuple[tuple[Choice, int], ...]
     mixes: tuple[Mix, ...]
     budget_bytes: int
+    item: int
     rest_bytes: int
+    whole: WholeFile | None
     plan: Plan | None
     libraries: tuple[str, ...]
     coverage: float
@@ -68,6 +76,20 @@ class Layout:
     def device(self) -> torch.device:
         """Where blocks compute."""
         return torch.device(self.config.device)
+
+    def promise(self, plan: Plan) -> int | None:
+        """The most bytes of the file of a plan; None if the budget does not bound it."""
+        return self.whole.promise(plan) if self.whole else None
+
+    @property
+    def ends(self) -> tuple[LayerSpec, ...]:
+        """The input embedding and the head, if they are layers."""
+        return tuple(layer for layer in self.space.everyone if not 0 <= layer.block < len(self.shapes.blocks))
+
+    @property
+    def head_is_layer(self) -> bool:
+        """Whether the head, or an embedding that is tied to it, is a layer."""
+        return any(end.block >= 0 or self.shapes.tied for end in self.ends)
 
     @property
     def measures_another_backend(self) -> bool:
@@ -120,7 +142,8 @@ class Layout:
         budget = parts.wanted(self.space)
         resolved = replace(self.config, surrogate=config.surrogate, allocator=config.allocator, budget=str(budget),
                            options=parts.options())
-        return replace(self, config=resolved, parts=parts, budget_bytes=budget.resolve(self.space))
+        account = self.whole.account if self.whole else None
+        return replace(self, config=resolved, parts=parts, budget_bytes=budget.resolve(self.space, account))
 
 
 def _menus(space: SearchSpace, between: Sequence[tuple[Choice, int]] = ()) -> list[list[Choice]]:
@@ -156,14 +179,26 @@ def lay_out(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
     if config.plan and config.granularity == "auto":
         parts = replace(parts, granularity=_granularity_of(Path(config.plan), skeleton, parts.granularity))
     layers = layers_of(skeleton, parts.granularity)
+    named = [*config.pins, *(Plan.read_layers(Path(config.plan)) if config.plan else ())]
+    ends = chosen_ends(skeleton, layers, config.quantize_embeddings, named)
+    layers = tuple(sorted((*layers, *ends), key=lambda layer: layer.block))
     measured = parts.estimate_with if not config.plan else None  # a given plan is measured as it will be deployed
     dense = unstorable(layers, parts.backend, parts.menu)
     if measured:
         dense = unstorable(layers, measured, parts.game_menu) | dense
+    for end in ends:
+        if end.name in dense and not any(fnmatchcase(end.name, pattern) for pattern in (*config.pins, *config.exclude)):
+            raise UsageError(f"{dense[end.name]}: leave it unquantized with --exclude {end.name}")
     covered = coverage(skeleton, layers, dense)
     if not config.partial:
         covered.require(config.model, dense)
     menu = by_size(layers, parts.backend, parts.menu, dense)
+    if len(menu) < len(parts.menu):
+        left = ", ".join(choice.name for choice in parts.menu if choice not in menu)
+        if len(menu) < 2 and not config.plan:
+            raise UsageError(f"all of --bits are stored alike in this model, as {menu[0]}: add other widths")
+        warnings.warn(f"{left}: left out of the menu, because the shapes of this model let the backend store nothing "
+                      f"else than for {', '.join(choice.name for choice in menu)}", RuntimeWarning, stacklevel=2)
     game_menu = tuple(parts.game_menu[parts.menu.index(choice)] for choice in menu)
     space = search_space(layers, parts.backend, menu, config.pins, config.exclude, dense)
     game_space = search_space(layers, measured, game_menu, config.pins, config.exclude, dense) if measured else space
@@ -179,24 +214,30 @@ def lay_out(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
         alone = search_space(layers, parts.backend, (choice,), config.pins, config.exclude, dense)
         if space.low_bytes < alone.high_bytes < space.high_bytes:
             between.append((choice, alone.high_bytes))
+    dtype = resolve_dtype(config.dtype, device)
+    item = min(dtype.itemsize, skeleton.dtype.itemsize)
+    whole = None
+    if config.whole:
+        whole = whole_file(config, parts, plugins, source, space, [end.name for end in ends], dtype, item)
     wanted = parts.wanted(space)
-    budget, budget_bytes = str(wanted), wanted.resolve(space)
+    budget, budget_bytes = str(wanted), wanted.resolve(space, whole.account if whole and parts.budget else None)
     plan = Plan.load(Path(config.plan), space) if config.plan else None
+    if plan and whole:
+        plan = replace(plan, file_bytes=whole.promise(plan))
     if plan and parts.budget and plan.nbytes > budget_bytes:
         raise UsageError(f"plan {config.plan} takes {plan.nbytes} bytes, more than the {budget_bytes} of --budget "
                          f"{config.budget}: leave out --budget, or give a smaller plan")
     if plan and not parts.budget:  # the plan's size is the budget
-        budget, budget_bytes = f"{plan.nbytes}B", plan.nbytes
-    dtype = str(resolve_dtype(config.dtype, device)).removeprefix("torch.")
+        budget, budget_bytes = f"{plan.nbytes + (whole.account.fixed if whole else 0)}B", plan.nbytes
     resolved = replace(
         config, model=_absolute(config.model), plan=_absolute(config.plan),
         calibration=replace(config.calibration, source=_absolute(config.calibration.source)),
         evaluation=replace(config.evaluation, source=_absolute(config.evaluation.source)),
         bits=tuple(choice.name for choice in menu), budget=budget, device=str(device),
-        dtype=dtype,
+        dtype=str(dtype).removeprefix("torch."),
         options=parts.options(), granularity=parts.granularity)
     return Layout(resolved, parts, source, space, game_space, tuple(between), mixes_of(parts.backend, space),
-                  budget_bytes, 2 * rest_parameters(skeleton, layers), plan,
+                  budget_bytes, item, item * rest_parameters(skeleton, layers), whole, plan,
                   tuple(sorted({library for name in {config.backend, config.estimate_with} - {""}
                                 for library in plugins.find("backend", name).needs})), covered.share,
                   Shapes.of(skeleton, layers))

@@ -7,7 +7,7 @@ import shutil
 import traceback
 import warnings
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -104,10 +104,11 @@ def play(config: RunConfig, plugins: Plugins | None = None, trust: Trust = NO_TR
 
 def make_folder(prepared: Prepared, parent: Path | None = None, name: str = "") -> RunFolder:
     """A new folder with the files that a run is resumed from."""
+    file = {"file": asdict(prepared.whole.account)} if prepared.whole else {}
     return RunFolder.create(parent or Path(prepared.config.output), {
         "impq.toml": recorded(prepared.config).to_toml(),
         "provenance.json": json.dumps(prepared.key.to_dict(), indent=1) + "\n",
-        "space.json": json.dumps(prepared.space.to_dict(), indent=1) + "\n"}, name)
+        "space.json": json.dumps({**prepared.space.to_dict(), **file}, indent=1) + "\n"}, name)
 
 
 def _start(prepared: Prepared, plugins: Plugins, folder: RunFolder) -> None:
@@ -215,7 +216,8 @@ def keep_estimate(plugins: Plugins, folder: RunFolder, estimate: SensitivityEsti
 def allocate(prepared: Prepared, estimate: SensitivityEstimate) -> Plan:
     """The plan of a run's allocator, with its provenance."""
     plan = prepared.parts.allocator.allocate(estimate.on(prepared.space), prepared.budget_bytes)
-    return replace(plan, is_loss=estimate.is_loss, provenance={**prepared.key.to_dict(), "estimate": estimate.method})
+    return replace(plan, is_loss=estimate.is_loss, provenance={**prepared.key.to_dict(), "estimate": estimate.method},
+                   file_bytes=prepared.promise(plan))
 
 
 def _refine(session: Session, folder: RunFolder, search: Search) -> Search:
@@ -239,6 +241,7 @@ def _refine(session: Session, folder: RunFolder, search: Search) -> Search:
         estimate = search.estimate.on(prepared.space) if search.estimate else None
         plan = prepared.parts.refiner.refine(plan, estimate, game, referee, float(config.refine),
                                              np.random.default_rng([config.seed, *REFINE_STREAM]))
+        plan = replace(plan, file_bytes=prepared.promise(plan))
         plan.save(folder.plan)
         session.plugins.notify("impq_plan_ready", plan=plan)
         report(config.refine, config.refine)

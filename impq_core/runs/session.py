@@ -65,6 +65,8 @@ class Session:
         self.dtype = resolve_dtype(prepared.config.dtype, self.device)
         self.runner = runner or self._load()
         self.bank = Bank(self.runner, prepared.space.everyone, prepared.parts.backend)
+        if self.bank.embedding is not None or self.bank.head is not None:
+            self.runner.check_ends(prepared.evaluation.ids)
 
     def _load(self) -> BlockwiseModel:
         plan, source = plan_memory(self.prepared), self.prepared.source

@@ -89,7 +89,7 @@ class EstimatorSuite(PartSuite):
             if work is None:
                 return
             config = RunConfig(calibration=TextConfig("random bytes", 4, 24), game_windows=4)
-            forecast = work_forwards(work, table.shapes(), config, table.space.parameters)
+            forecast = work_forwards(work, table.shapes(), config, table.space)
             self.estimate(table.game, table.game.probe)
             charged = table.game.forwards
             assert abs(forecast - charged) <= 0.2 * charged, f"{forecast:.2f} forwards forecast, {charged:.2f} charged"

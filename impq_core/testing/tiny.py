@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
 
 
-def tiny_model(folder: Path, architecture: str = "llama", blocks: int = 3, seed: int = 0) -> Path:
+def tiny_model(folder: Path, architecture: str = "llama", blocks: int = 3, seed: int = 0,
+               vocabulary: int = 259) -> Path:
     """Write a random causal language model with a byte tokenizer to ``folder``.
 
-    Hidden width 64, feed-forward width 128, vocabulary 259. The weights are larger than those of an initialisation, so
+    Hidden width 64, feed-forward width 128. The weights are larger than those of an initialisation, so
     that quantizing them changes the loss. As in the real model, Gemma's tokenizer adds a beginning-of-sequence token.
 
     Args:
@@ -30,16 +31,17 @@ def tiny_model(folder: Path, architecture: str = "llama", blocks: int = 3, seed:
         architecture: one of ``ARCHITECTURES``.
         blocks: number of blocks.
         seed: seed of the weights.
+        vocabulary: rows of the embedding, at least the 259 tokens of the tokenizer.
 
     Returns:
         ``folder``.
     """
-    _random_model(architecture, blocks, seed).save_pretrained(folder)
+    _random_model(architecture, blocks, seed, vocabulary).save_pretrained(folder)
     byte_tokenizer(adds_start=architecture.startswith("gemma")).save_pretrained(folder)
     return folder
 
 
-def _random_model(architecture: str, blocks: int, seed: int) -> Any:
+def _random_model(architecture: str, blocks: int, seed: int, vocabulary: int = 259) -> Any:
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -50,7 +52,7 @@ def _random_model(architecture: str, blocks: int, seed: int) -> Any:
         special = {"head_dim": 16}
     kind = "gemma3_text" if architecture == "gemma3" else architecture
     config = CONFIG_MAPPING[kind](
-        vocab_size=259, hidden_size=64, intermediate_size=128, num_hidden_layers=blocks, num_attention_heads=4,
+        vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=blocks, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=512, bos_token_id=256, eos_token_id=257, pad_token_id=258,
         **special)
     state = torch.random.get_rng_state()

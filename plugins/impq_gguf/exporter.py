@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import tempfile
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -55,7 +56,13 @@ class GgufExporter(Exporter):
 
     Options = Options
     backends = frozenset({"gguf"})
+    holds_ends = True
+    alignment = 32
     copies = ("LICENSE*", "LICENCE*", "NOTICE*", "README*", "USE_POLICY*")
+
+    def __init__(self, options: Any = None) -> None:
+        super().__init__(options)
+        self._tokenizer = functools.cache(read_tokenizer)  # proven once for the sizes of many plans
 
     def file_bytes(self, checkpoint: Checkpoint) -> int:
         """The exact bytes of the file, all parts together.
@@ -100,7 +107,7 @@ class GgufExporter(Exporter):
             kinds[tensor.kind] += math.prod(tensor.shape)
         add_general(writer, checkpoint, kinds)
         add_architecture(writer, layout.config, layout.architecture)
-        read_tokenizer(checkpoint.files, layout.config.vocab_size).add_to(writer)
+        self._tokenizer(checkpoint.files, layout.config.vocab_size).add_to(writer)
         try:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -95,12 +95,9 @@ class Layout:
             ordered = tuple(sources[number] for number in sorted(sources, key=lambda number: number or 0))
             kinds = {planned[name].name if name in planned else _kind(stored, checkpoint.dense[name])
                      for name in ordered}
-            if len(kinds) > 1:
-                raise ImpqError(f"format gguf has one type for all experts of a block, but the plan has "
-                                f"{', '.join(sorted(kinds))} for {stored}: plan with --granularity group or block")
-            shapes = {_shape(checkpoint, name) for name in ordered}
-            shape = shapes.pop()
-            tensors.append(Tensor(stored, kinds.pop(), shape if None in sources else (len(ordered), *shape), ordered))
+            shape = _shape(checkpoint, ordered[0])
+            shape = shape if None in sources else (len(ordered), *shape)
+            tensors.append(Tensor(stored, one_type(stored, kinds), shape, ordered))
         tensors.sort(key=lambda tensor: _order(tensor.name))
         return cls(architecture, config, places, tensors, rotary_tensors(config))
 
@@ -143,6 +140,14 @@ class Layout:
         if ".q_proj." in name:
             return int(self.config.num_attention_heads)
         return int(self.config.num_key_value_heads) if ".k_proj." in name else 0
+
+
+def one_type(stored: str, kinds: Collection[str]) -> str:
+    """The type of a tensor of the file; raises ImpqError if there are several, as a plan can have for experts."""
+    if len(kinds) > 1:
+        raise ImpqError(f"a GGUF file has one type for all experts of a block, but the plan has "
+                        f"{', '.join(sorted(kinds))} for {stored}: plan with --granularity group or block")
+    return next(iter(kinds))
 
 
 def _shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:

@@ -8,12 +8,14 @@ layers keep the wide choice until the budget is spent.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from impq_core.errors import ImpqError
 from impq_core.interfaces import Inspector, Probe
+from impq_core.references import depths
 from impq_core.space import FloatArray, SearchSpace
 from impq_core.types import SensitivityEstimate
 from impq_core.workload import Workload
@@ -26,6 +28,12 @@ def from_importance(space: SearchSpace, importance: FloatArray, method: str,
     cost = (importance - importance.min()) / spread + 1e-3
     return SensitivityEstimate(space, cost[:, None] * space.rounding_errors, method=method, forwards=forwards,
                                is_loss=False)
+
+
+def of_blocks(space: SearchSpace, scores: Mapping[int, float]) -> FloatArray:
+    """Scores (n,) of layers from those of blocks by number. Layers below block level share the score of their block;
+    the embedding has that of the first block, and the head that of the last."""
+    return np.array([scores[min(max(layer.block, min(scores)), max(scores))] for layer in space.layers])
 
 
 class Random(Inspector):
@@ -49,8 +57,7 @@ class FirstLast(Inspector):
 
     def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
         """Costs no forward and reads neither weights nor text."""
-        last = max(layer.block for layer in probe.space.everyone)
-        depth = np.array([float(min(layer.block, last - layer.block)) for layer in probe.space.layers])
+        depth = depths(probe.space).astype(np.float64)
         return from_importance(probe.space, -depth, "first-last")
 
 
@@ -114,7 +121,7 @@ class Lim(Inspector):
             cosines = [torch.cosine_similarity(a.flatten(1).float(), b.flatten(1).float(), dim=1)
                        for a, b in zip(inputs, outputs, strict=True)]
             scores[index] = -float(torch.cat(cosines).mean())
-        importance = np.array([scores[layer.block] for layer in probe.space.layers])
+        importance = of_blocks(probe.space, scores)
         return from_importance(probe.space, importance, "lim", probe.forwards)
 
 
@@ -136,5 +143,5 @@ class Activation(Inspector):
         if bad:
             raise ImpqError(f"the output of block {bad[0]} is not finite: try --dtype float32")
         smallest = min(norms.values())
-        importance = np.array([100 * smallest / norms[layer.block] for layer in probe.space.layers])
+        importance = 100 * smallest / of_blocks(probe.space, norms)
         return from_importance(probe.space, importance, "activation", probe.forwards)

@@ -1,0 +1,98 @@
+"""Gradients of a loss in the weights of embedding and head, as inner products with changes of these weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from impq_core.model.device import on_host
+from impq_core.space import FloatArray
+
+HEAD_TOKENS = 2**14
+"""Rows of the gradient of a head's weight that exist at once."""
+
+
+@torch.no_grad()
+def embedded_changes(embedding: nn.Embedding, changes: Iterable[torch.Tensor],
+                     ids: torch.Tensor) -> list[torch.Tensor]:
+    """What an embedding returns for ids (windows, length) if its weight is a change (tokens, width): float32 (windows,
+    length, width) for each change. It is linear in its weight, so this is the change of what it returns."""
+    return [functional_call(embedding, {"weight": change.to(embedding.weight.dtype)}, (ids,)).float()
+            for change in changes]
+
+
+@contextmanager
+def watching_embedding(embedding: nn.Embedding, moved: Sequence[torch.Tensor], products: FloatArray) -> Iterator[None]:
+    """The context in which a backward pass through the first block adds inner products to ``products`` (windows,
+    changes): those of the gradient in the embedding's output with ``moved``, the changes of that output (windows,
+    length, width)."""
+    def backward(grad: torch.Tensor) -> None:
+        if moved:
+            products[:] += on_host(torch.stack([(grad.float() * change).flatten(1).sum(dim=1) for change in moved],
+                                               dim=1))
+
+    def forward(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        leaf = output.detach().clone().requires_grad_()  # no parameter requires a gradient: the graph starts here
+        leaf.register_hook(backward)  # type: ignore[no-untyped-call]
+        return leaf
+
+    handle = embedding.register_forward_hook(forward)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@dataclass(eq=False)
+class Rows:
+    """The rows that logits are computed of: the number of the first among those of all windows, and their number."""
+
+    first: int = 0
+    count: int = 0
+
+
+@contextmanager
+def watching_head(head: nn.Linear, changes: Iterable[torch.Tensor], products: FloatArray,
+                  scored: int) -> Iterator[Rows]:
+    """The context in which a backward pass through the head adds inner products to ``products`` (windows, changes):
+    those of the gradient of its weight with changes of it (tokens, width).
+
+    Args:
+        head: the module.
+        changes: made once, and kept in the type of the weight.
+        products: added to.
+        scored: rows of a window.
+
+    Yields:
+        To be told the rows of each pass before it begins.
+    """
+    rows, made = Rows(), [change.to(head.weight.dtype) for change in changes]
+
+    def forward(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        if not output.requires_grad:
+            return  # the logits of the unquantized model
+        inputs, first, end = args[0].detach().flatten(0, -2), rows.first, rows.first + rows.count
+
+        def backward(grad: torch.Tensor) -> None:
+            outputs = grad.flatten(0, -2)
+            for window in range(first // scored, (end - 1) // scored + 1):
+                part = slice(max(first, window * scored) - first, min(end, (window + 1) * scored) - first)
+                for start in range(0, head.out_features, HEAD_TOKENS):
+                    tokens = slice(start, start + HEAD_TOKENS)
+                    gradient = (outputs[part, tokens].T @ inputs[part]).flatten().float()
+                    if made:
+                        products[window] += on_host(torch.stack(
+                            [gradient.dot(change[tokens].flatten().float()) for change in made]))
+
+        output.register_hook(backward)  # type: ignore[no-untyped-call]
+
+    handle = head.register_forward_hook(forward)
+    try:
+        yield rows
+    finally:
+        handle.remove()
