@@ -10,16 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import wrappers
 from architectures import config_of, with_large_weights
 from gguf import GGUFReader
 from impq_gguf.exporter import GgufExporter, Options
+from impq_gguf.layout import Layout
 from impq_gguf.names import ARCHITECTURES
 from llamacpp import Model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from impq_core.errors import ImpqError
 from impq_core.interfaces import Checkpoint
 from impq_core.model.source import locate_model
+from impq_core.space import Choice, LinearSpec
 from impq_core.testing.tiny import byte_tokenizer
 from impq_core.types import Plan
 
@@ -174,3 +177,38 @@ def test_llama_cpp_refuses_tensors_that_it_does_not_read(tmp_path: Path) -> None
     more = {"model.layers.0.self_attn.q_proj.bias": torch.zeros(32, device="meta")}  # of another shape
     with pytest.raises(ImpqError, match=r"does not load .*blk\.0\.attn_q\.bias"):
         GgufExporter().file_bytes(replace(checkpoint, dense=checkpoint.dense | more))
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "llava", "mistral3"])
+def test_the_language_model_of_a_multimodal_model(kind: str, tmp_path: Path) -> None:
+    wrapper, config = tmp_path / "model", wrappers.config_of(kind)
+    if kind == "gemma3":
+        config.text_config.layer_types = ["sliding_attention"] * config.text_config.num_hidden_layers
+    with_large_weights(AutoModelForMultimodalLM, config).save_pretrained(wrapper)
+    byte_tokenizer().save_pretrained(wrapper)
+    checkpoint = unquantized(wrapper)
+    exporter = GgufExporter()
+    (tmp_path / "export").mkdir()
+    with pytest.warns(RuntimeWarning, match="language model alone: .* multi_modal_projector"):
+        exporter.export(checkpoint, tmp_path / "export")
+    [file] = exporter.files(tmp_path / "export")
+    assert file.stat().st_size == exporter.file_bytes(checkpoint)
+    restored = exporter.dense(tmp_path / "export", checkpoint)
+    assert {name for name in checkpoint.dense if "language_model" in name} == set(restored)
+    window = 16  # the models' sliding window
+    with Model(file, window) as model:
+        found = log_probabilities(model.logits(IDS[:window]))
+    np.testing.assert_allclose(found, expected(wrapper)[:window], rtol=0.0, atol=F16_GELU)
+
+
+def test_experts_of_a_block_share_a_type(tmp_path: Path) -> None:
+    checkpoint = unquantized(save("mixtral", tmp_path / "model"))
+    widths = {name.removesuffix(".weight"): Choice(8.5, 32, "Q8_0") for name in checkpoint.dense if ".experts." in name}
+    specs = {name: LinearSpec(name, *checkpoint.dense[f"{name}.weight"].shape) for name in widths}
+    dense = {name: tensor for name, tensor in checkpoint.dense.items() if name.removesuffix(".weight") not in widths}
+    same = replace(checkpoint, widths=widths, specs=specs, dense=dense)
+    [stack] = [tensor for tensor in Layout.of(same).tensors if tensor.name == "blk.0.ffn_gate_exps.weight"]
+    assert (stack.kind, stack.shape) == ("Q8_0", (4, 128, 64)) and stack.nbytes == 4 * 128 * 2 * 34
+    odd = next(name for name in widths if ".layers.0." in name and name.endswith("w1"))
+    with pytest.raises(ImpqError, match=r"Q4_0, Q8_0 for blk\.0\.ffn_gate_exps\.weight: plan with --granularity group"):
+        Layout.of(replace(same, widths=widths | {odd: Choice(4.5, 32, "Q4_0")}))

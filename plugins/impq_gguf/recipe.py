@@ -9,7 +9,7 @@ from impq_core.errors import ImpqError
 from impq_core.files import write_text
 from impq_core.interfaces import Checkpoint, Exporter
 from impq_gguf.layout import one_type
-from impq_gguf.names import architecture_of, gguf_places
+from impq_gguf.names import architecture_of, gguf_places, text_config, text_name
 
 
 class LlamaCppRecipe(Exporter):
@@ -29,11 +29,12 @@ class LlamaCppRecipe(Exporter):
         if checkpoint.backend != "gguf":
             raise ImpqError(f"recipe-llama.cpp needs llama.cpp's types, and the plan is one of backend "
                             f"{checkpoint.backend}: run with --backend gguf")
-        architecture = architecture_of(checkpoint.config)
-        blocks = int(checkpoint.config["num_hidden_layers"])
-        types = {f"{name}.weight": choice.name if choice else "F16" for name, choice in checkpoint.widths.items()}
+        settings = text_config(checkpoint.config)
+        architecture, wrapped = architecture_of(settings), settings is not checkpoint.config
+        types = {(text_name(f"{name}.weight") if wrapped else None) or f"{name}.weight":
+                 choice.name if choice else "F16" for name, choice in checkpoint.widths.items()}
         tensors: dict[str, set[str]] = {}
-        for name, place in gguf_places(architecture.name, blocks, types).items():
+        for name, place in gguf_places(architecture.name, int(settings["num_hidden_layers"]), types).items():
             tensors.setdefault(place.name, set()).add(types[name])
         lines = [f"^{re.escape(name)}$={one_type(name, kinds).lower()}" for name, kinds in tensors.items()]
         write_text(folder / "tensor-types.txt", "\n".join(lines) + "\n")
