@@ -105,9 +105,10 @@ def assert_same(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
         np.testing.assert_array_equal(values, theirs[name], err_msg=name)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_every_reading_is_that_of_the_processor(backend: str, model: Path, base: RunConfig, plugins: Plugins) -> None:
-    config = replace(base, model=str(model), backend=backend, estimator="aumann-shapley",
+@pytest.mark.parametrize(("backend", "ends"), [*((backend, False) for backend in BACKENDS), ("rounding", True)])
+def test_every_reading_is_that_of_the_processor(backend: str, ends: bool, model: Path, base: RunConfig,
+                                                plugins: Plugins) -> None:
+    config = replace(base, model=str(model), backend=backend, estimator="aumann-shapley", quantize_embeddings=ends,
                      options={"backend": BACKENDS[backend]})
     expected = readings(config, plugins)
     with device_there() as device:

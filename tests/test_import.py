@@ -20,6 +20,7 @@ from impq_core.cli import main
 from impq_core.compare.read import gather
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError
+from impq_core.model.ends import end_layers
 from impq_core.model.layers import layers_of
 from impq_core.model.source import locate_model
 from impq_core.plugins import Plugins
@@ -30,7 +31,10 @@ from impq_core.testing import tiny_model
 
 
 def linears_of(model: Path) -> list[LinearSpec]:
-    return [linear for layer in layers_of(locate_model(str(model)).skeleton(), "linear") for linear in layer.linears]
+    """The linears of a model, head and embedding last."""
+    skeleton = locate_model(str(model)).skeleton()
+    layers = layers_of(skeleton, "linear") + end_layers(skeleton)[::-1]
+    return [linear for layer in layers for linear in layer.linears]
 
 
 def write_gguf(file: Path, linears: list[LinearSpec], types: dict[str, str], architecture: str = "llama",
@@ -53,7 +57,8 @@ def write_gguf(file: Path, linears: list[LinearSpec], types: dict[str, str], arc
 
 @pytest.fixture
 def linears(tiny_llama: Path) -> list[LinearSpec]:
-    return linears_of(tiny_llama)
+    """Those of the blocks."""
+    return linears_of(tiny_llama)[:-2]
 
 
 @pytest.fixture
@@ -86,6 +91,26 @@ def test_an_imported_plan_is_measured_and_compared_beside_others(
     [contest], notes = gather([theirs.folder, ours.folder])
     assert not notes and {contest.label(each).partition(",")[0] for each in contest.contestants} == {
         "given theirs.json", "zscore"}
+
+
+def test_embedding_and_head_are_read_on_demand_and_are_those_of_the_mix(tiny_config: RunConfig, tiny_llama: Path,
+                                                                        tmp_path: Path) -> None:
+    linears = linears_of(tiny_llama)
+    dealt = deal("Q4_K_M", linears)
+    types = {linear.name: stored_as(dealt[linear.name], linear.columns).name for linear in linears}
+    assert types["model.embed_tokens"] == "Q5_0" and types["lm_head"] == "Q8_0"
+    file = write_gguf(tmp_path / "whole.gguf", linears, types)
+    inside = import_plan(file, str(tiny_llama), "gguf", Plugins())
+    whole = import_plan(file, str(tiny_llama), "gguf", Plugins(), embeddings=True)
+    assert {name: str(choice) for name, choice in whole.widths().items()} == types
+    assert whole.nbytes == inside.nbytes + sum(linear.parameters * (8.5 if linear.name == "lm_head" else 5.5) / 8
+                                               for linear in linears[-2:])
+    whole.save(tmp_path / "whole.json")
+    result = run(replace(tiny_config, backend="gguf", bits=(), granularity="auto", options={},
+                         plan=str(tmp_path / "whole.json")))
+    assert result.plan and result.evaluation and result.plan.nbytes == whole.nbytes
+    mix = result.evaluation.row("mix Q4_K_M")
+    assert mix.nbytes == whole.nbytes and (mix.window_nll == result.evaluation.rows[0].window_nll).all()
 
 
 def test_experts_have_the_type_of_their_tensor(tmp_path: Path) -> None:

@@ -57,9 +57,10 @@ def allocate(run: str, budgets: str, surrogate: str | None, allocator: str | Non
 @click.option("--backend", default="gguf", show_default=True, help="Backend: whose widths the file has.")
 @click.option("--to", "target", type=click.Path(path_type=Path), default=Path("plan.json"), show_default=True,
               help="Plan file to write.")
+@click.option("--quantize-embeddings", "embeddings", is_flag=True, help="Read the widths of embedding and head, too.")
 @trust_option
 @plugin_option
-def import_file(file: Path, model: str, backend: str, target: Path, trust: bool,
+def import_file(file: Path, model: str, backend: str, target: Path, embeddings: bool, trust: bool,
                 plugin_files: tuple[Path, ...]) -> None:
     """Read the widths in a file that other software made, such as a GGUF, as a plan of single linears."""
     plugins = Plugins(plugin_files)
@@ -71,7 +72,7 @@ def import_file(file: Path, model: str, backend: str, target: Path, trust: bool,
     from impq_core.trust import Trust
 
     quiet_libraries()
-    plan = import_plan(file, model, backend, plugins, Trust(trust))
+    plan = import_plan(file, model, backend, plugins, Trust(trust), embeddings)
     plan.save(target)
     counts = Counter(str(choice) for choice in plan.widths().values())
     click.echo(f"{file.name}: {', '.join(f'{count} linears {name}' for name, count in counts.most_common())}; "

@@ -70,7 +70,7 @@ class Placement:
         self._stored: dict[nn.Parameter, Stored | GetWeight] = dict(stored or {})
         self._replaced: dict[nn.Module, GetWeight] = {}
         inside = {module for block in self._blocks for module in block.modules()}
-        self._outside = [module for module in model.modules() if module not in inside]
+        self._outside = dict.fromkeys(module for module in model.modules() if module not in inside)
         self._own_outside: dict[nn.Module, nn.Parameter] = {}  # of replaced modules outside the blocks
         self._holders: dict[nn.Module, list[nn.Module]] = {}  # the modules that have the same weight: of a tied pair
         self._users = [0] * len(self._blocks)

@@ -9,6 +9,7 @@ import numpy as np
 
 from impq_core.errors import ImpqError
 from impq_core.interfaces import Backend
+from impq_core.model.ends import end_layers
 from impq_core.model.layers import by_size, layers_of, search_space
 from impq_core.model.source import locate_model
 from impq_core.parts import named_choice
@@ -17,7 +18,8 @@ from impq_core.trust import NO_TRUST, Trust
 from impq_core.types import Plan
 
 
-def import_plan(file: Path, model: str, backend: str, plugins: Plugins, trust: Trust = NO_TRUST) -> Plan:
+def import_plan(file: Path, model: str, backend: str, plugins: Plugins, trust: Trust = NO_TRUST,
+                embeddings: bool = False) -> Plan:
     """The choices that a file of other software has for the linears of a model, as a plan of single linears.
 
     Args:
@@ -26,6 +28,7 @@ def import_plan(file: Path, model: str, backend: str, plugins: Plugins, trust: T
         backend: name of the backend whose choices they are.
         plugins: the source of the backend.
         trust: the permissions of the command line.
+        embeddings: whether embedding and head are in the plan, too.
 
     Raises:
         ImpqError: the backend reads no files, or the file cannot be read, or is of another model.
@@ -33,7 +36,8 @@ def import_plan(file: Path, model: str, backend: str, plugins: Plugins, trust: T
     part: Backend = plugins.load("backend", backend, Backend)()
     if not file.is_file():
         raise ImpqError(f"{file}: no such file")
-    layers = layers_of(locate_model(model, trust.remote_code).skeleton(), "linear")
+    skeleton = locate_model(model, trust.remote_code).skeleton()
+    layers = layers_of(skeleton, "linear") + (end_layers(skeleton) if embeddings else ())
     names = part.read_types(file, [linear for layer in layers for linear in layer.linears])
     choices = {linear: named_choice(part, backend, name) for linear, name in names.items()}
     space = search_space(layers, part, by_size(layers, part, list(dict.fromkeys(choices.values())), ()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 
 from impq_core.space import Choice
@@ -27,7 +28,7 @@ class GgmlType:
     stand_in: str = ""
     needs_importance: bool = False
 
-    @property
+    @cached_property
     def choice(self) -> Choice:
         """The choice of this type: its true bits a weight, and its block as the group."""
         return Choice(8 * self.nbytes / self.block, self.block, self.name)
