@@ -18,7 +18,8 @@ from test_gguf_export import save, unquantized, written
 from torch import nn
 
 from impq_core.config import RunConfig, TextConfig
-from impq_core.exports.export import evaluate_folder, export_run
+from impq_core.errors import ImpqError
+from impq_core.exports.export import check_formats, evaluate_folder, export_run
 from impq_core.interfaces import Exporter
 from impq_core.model.outline import outline
 from impq_core.model.source import locate_model
@@ -133,6 +134,18 @@ def test_only_what_llama_cpp_users_need_is_in_the_folder(exports: Exports, tmp_p
             name = rf"^blk\.{block}\.{theirs}\.weight$"
             assert lines[name] == kinds[f"model.layers.{block}.{ours}"].lower()
             assert re.match(name, f"blk.{block}.{theirs}.weight")
+
+
+@pytest.mark.parametrize(("kind", "granularity", "named"), [("gpt_neox", "block", "gpt_neox"),
+                                                            ("mixtral", "expert", "--granularity group")])
+def test_a_format_that_will_not_hold_the_plan_is_refused_before_the_run(
+        kind: str, granularity: str, named: str, tiny_config: RunConfig, tmp_path: Path) -> None:
+    config = replace(tiny_config, model=str(save(kind, tmp_path / "model")), backend="gguf", bits=("Q8_0", "Q4_0"),
+                     granularity=granularity, options={})
+    with pytest.raises(ImpqError, match=named):
+        check_formats(config, ["gguf"], Plugins())
+    check_formats(config, ["recipe-gptqmodel"], Plugins())
+    check_formats(replace(config, model=str(save("llama", tmp_path / "other"))), ["gguf"], Plugins())
 
 
 @pytest.mark.llamacpp
