@@ -13,7 +13,7 @@ import torch
 import wrappers
 from architectures import config_of, with_large_weights
 from gguf import GGUFReader
-from impq_gguf.exporter import GgufExporter, Options
+from impq_gguf.exporter import GgufExporter
 from impq_gguf.layout import Layout
 from impq_gguf.names import ARCHITECTURES
 from llamacpp import Model
@@ -61,9 +61,13 @@ def unquantized(folder: Path, dtype: torch.dtype = torch.float32) -> Checkpoint:
     return Checkpoint(Plan.__new__(Plan), {}, {}, {}, dense, source.config(), "gguf", {}, source.folder)
 
 
-def written(checkpoint: Checkpoint, folder: Path, options: Options | None = None) -> Path:
+class InParts(GgufExporter):
+    part_bytes = 4 * 10**6
+
+
+def written(checkpoint: Checkpoint, folder: Path, kind: type[GgufExporter] = GgufExporter) -> Path:
     """The file of a checkpoint, which has the bytes that were promised from shapes alone."""
-    exporter = GgufExporter(options)
+    exporter = kind()
     outline = replace(checkpoint, dense={name: tensor.to("meta") for name, tensor in checkpoint.dense.items()})
     promise = exporter.file_bytes(outline)
     folder.mkdir()
@@ -131,7 +135,7 @@ def test_rotary_embeddings_biases_and_tied_heads(kind: str, settings: dict[str, 
 
 def test_a_large_file_is_split_into_parts_that_llama_cpp_finds(tmp_path: Path) -> None:
     model = save("llama", tmp_path / "model", {"hidden_size": 256, "intermediate_size": 512})
-    first = written(unquantized(model), tmp_path / "export", Options(split_mb=4))
+    first = written(unquantized(model), tmp_path / "export", InParts)
     parts = GgufExporter().files(tmp_path / "export")
     assert first == parts[0] and len(parts) > 1 and max(part.stat().st_size for part in parts) < 4.1e6
     assert [part.name for part in parts] == [f"model-{number:05}-of-{len(parts):05}.gguf"

@@ -68,8 +68,10 @@ def run(context: click.Context, /, resume: str | None, exports: tuple[str, ...],
         show_forecast(forecast_run(config, plugins, permitted, checkpoints), as_json)
         return
     config = watched(config, plugins)
+    from impq_core.exports.export import check_formats
     from impq_core.runs import pipeline
 
+    check_formats(config, exports, plugins, permitted)
     result = (pipeline.resume(resume, plugins, permitted, config.memory) if resume
               else pipeline.run(config, plugins, trust=permitted))
     for name in exports:

@@ -7,17 +7,21 @@ block after block, each behind the quantized ones; the score in the manifest is 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from impq_core.config import from_data, override
+import numpy as np
+
+from impq_core.config import RunConfig, from_data, override
 from impq_core.errors import ImpqError
 from impq_core.exports.manifest import FORMAT, MANIFEST, check_target, read_manifest
 from impq_core.files import scratch_folder, write_text
 from impq_core.interfaces import Checkpoint, Exporter
+from impq_core.model.device import resolve_dtype
 from impq_core.model.linears import FromConv1D
 from impq_core.model.names import file_names
 from impq_core.model.outline import outline, stored_dtype, stored_widths
@@ -25,6 +29,7 @@ from impq_core.parts import load_exporter, require_ends
 from impq_core.plugins import Plugins
 from impq_core.results import Exported, Score
 from impq_core.runs.folder import RunFolder, recorded
+from impq_core.runs.layout import lay_out
 from impq_core.runs.prepare import prepare
 from impq_core.runs.session import Session
 from impq_core.trust import NO_TRUST, Trust
@@ -111,6 +116,35 @@ def _outline(session: Session, plan: Plan) -> Checkpoint:
     prepared = session.prepared
     return outline(prepared.source, session.runner.model, plan, prepared.config.backend, prepared.parts.backend,
                    session.dtype)
+
+
+def check_formats(config: RunConfig, names: Sequence[str], plugins: Plugins, trust: Trust = NO_TRUST) -> None:
+    """Check, before a run, that formats will hold its plans, as far as that is known from shapes and tokenizer.
+
+    Args:
+        config: of the run.
+        names: of the formats.
+        plugins: the source of the parts.
+        trust: what the caller permits.
+
+    Raises:
+        ImpqError: a format does not hold plans of this model, layers and backend.
+    """
+    options = config.options.get("backend", {})
+    exporters = [load_exporter(name, config.backend, options, plugins) for name in names]
+    if not any(exporter.backends for exporter in exporters):
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run will say it
+        layout = lay_out(config, plugins, trust)
+        ends = (0, len(layout.space.choices) - 1)
+        pick = np.array([ends[layer % 2] for layer in range(len(layout.space))])  # neighbours differ
+        plan = layout.plan or Plan(layout.space, pick, layout.space.bytes_of(pick))
+        checkpoint = outline(layout.source, layout.source.without_weights(), plan, config.backend, layout.parts.backend,
+                             resolve_dtype(layout.config.dtype, layout.device))
+        for exporter in exporters:
+            if exporter.backends:
+                exporter.file_bytes(checkpoint)
 
 
 def bare_checkpoint(plan: Plan, backend: str, options: Mapping[str, Any]) -> Checkpoint:

@@ -40,7 +40,7 @@ def outline(source: ModelSource, model: PreTrainedModel, plan: Plan, name: str, 
         config.pop("torch_dtype", None)
         config["dtype"] = str(stored.pop()).removeprefix("torch.")
     return Checkpoint(plan, widths, {in_files[name]: spec for name, spec in specs.items()}, {}, dense, config, name,
-                      asdict(backend.options), source.folder)
+                      asdict(backend.options), source.folder_with_tokenizer())
 
 
 def stored_widths(plan: Plan, backend: Backend) -> dict[str, Choice | None]:

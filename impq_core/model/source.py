@@ -309,6 +309,12 @@ class ModelSource:
             raise ImpqError(f"model {self.name} has no local copy")
         return Path(config).parent
 
+    def folder_with_tokenizer(self) -> Path:
+        """``folder``; a hub's model has its tokenizer there afterwards."""
+        if not Path(self._files).is_dir():
+            self.tokenizer()
+        return self.folder
+
     def config(self) -> dict[str, Any]:
         """The content of config.json, without the settings of a quantization."""
         from impq_core.model.dequantize import PLACES

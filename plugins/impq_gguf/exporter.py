@@ -10,10 +10,9 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -32,21 +31,6 @@ NAME = "model.gguf"
 """The file, or the beginning of the names of its parts: model-00001-of-00002.gguf ..."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """Options of the format.
-
-    Args:
-        split_mb: megabytes of a part of the file; a file of at most so many is not split.
-    """
-
-    split_mb: int = 2000
-
-    def __post_init__(self) -> None:
-        if self.split_mb < 1:
-            raise ValueError("split_mb must be at least 1")
-
-
 class GgufExporter(Exporter):
     """``model.gguf``, in parts above 2 GB.
 
@@ -55,11 +39,12 @@ class GgufExporter(Exporter):
     file. Of a multimodal model, the file holds the language model.
     """
 
-    Options = Options
     backends = frozenset({"gguf"})
     holds_ends = True
     alignment = 32
     copies = ("LICENSE*", "LICENCE*", "NOTICE*", "README*", "USE_POLICY*")
+    part_bytes: ClassVar[int] = 2 * 10**9
+    """Bytes of tensors in a part of the file; a file of at most so many is not split."""
 
     def __init__(self, options: Any = None) -> None:
         super().__init__(options)
@@ -100,7 +85,7 @@ class GgufExporter(Exporter):
         """Yields a writer whose file has everything but the data of the tensors."""
         from gguf import GGMLQuantizationType, GGUFWriter
 
-        limit = self.options.split_mb * 10**6
+        limit = self.part_bytes
         whole = sum(tensor.nbytes for tensor in layout.tensors)
         writer = GGUFWriter(folder / NAME, layout.architecture.name, split_max_size=limit if whole > limit else 0)
         kinds: Counter[str] = Counter()
