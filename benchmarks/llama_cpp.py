@@ -8,14 +8,12 @@ so that all their linears but down_proj are stored in llama.cpp's stand-ins, of 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 from common import Bench, heading, plus_minus, table, write
 
 from impq_core.config import RunConfig, TextConfig
-from impq_core.interfaces import Backend
 from impq_core.model.calibration import input_statistics
 from impq_core.parts import Parts
 from impq_core.plugins import Plugins
@@ -24,9 +22,9 @@ from impq_core.space import Choice
 from impq_core.types import Plan, SensitivityEstimate
 
 MENU = ("Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS")
-MIXES = ("Q4_K_M", "IQ3_M", "Q3_K_M", "Q2_K")
+MIXES = "Q4_K_M,Q4_K_S,IQ4_XS,IQ3_M,Q3_K_M,Q3_K_S,IQ3_XS,IQ3_XXS,Q2_K,IQ2_M"
 BASE = RunConfig(tracking_uri="none", backend="gguf", bits=MENU, granularity="linear", estimator="aumann-shapley",
-                 evaluation=TextConfig(windows=64))
+                 options={"backend": {"mixes": MIXES}}, evaluation=TextConfig(windows=64))
 
 
 def main() -> None:
@@ -48,33 +46,31 @@ def report(config: RunConfig) -> list[str]:
     bench = Bench.build(config)
     prepared, space = bench.prepared, bench.prepared.space
     linears = [linear for layer in space.layers for linear in layer.linears]
-    mixes = {name: [choices[linear.name] for linear in linears] for name, choices in backend.mixes(linears).items()
-             if name in MIXES}
-    bench.session.quantize_also(sorted({choice for mix in mixes.values() for choice in mix}, key=str))
     estimate, _ = bench.estimate(config)
     tensors = tensor_errors(bench)
     rows: list[list[str]] = []
-    for name, nbytes, choices in [*_mixes(mixes, backend, bench), *_uniforms(bench)]:
+    for name, nbytes, choices in [*_mixes(bench), *_uniforms(bench)]:
         reference = bench.evaluator.score(choices)
-        cells = [name, f"{nbytes / 1e6:.2f}", f"{space.bits_per_weight(nbytes):.3f}", _shown(reference)]
+        cells = [name, f"{nbytes / 1e6:.2f}", f"{space.bits_per_weight(nbytes):.3f}", _shown(reference),
+                 f"{reference.kl:.3f}"]
         if space.low_bytes <= nbytes < space.high_bytes:
             for made, allocator in ((estimate, "qp"), (tensors, "greedy")):
                 plan = _plan(config, made, allocator, nbytes)
                 score = bench.score(plan)
                 cells += [_shown(score), plus_minus(*score.minus(reference), sign=True), f"{score.kl:.3f}"]
-        rows.append([*cells, *[""] * (10 - len(cells))])
+        rows.append([*cells, *[""] * (11 - len(cells))])
     unquantized = bench.evaluator.score([None] * len(space.everyone))
     stored = {(backend.stand_in(linear, choice).name, choice.name) for linear in linears for choice in space.choices}
     standing = ", ".join(f"{choice} as {found}" for found, choice in sorted(stored) if found != choice)
-    header = ["at the bytes of", "MB", "bits stored", "its NLL", "plan", "minus it", "KL", "by tensor error", "minus it",
-              "KL"]
+    header = ["at the bytes of", "MB", "bits stored", "its NLL", "KL", "plan", "minus it", "KL", "by tensor error",
+              "minus it", "KL"]
     return [f"## {config.model if config.model == 'demo' else prepared.source.name}", "",
-            f"Held-out NLL, nats per token, on {prepared.evaluation}, {prepared.evaluation.scored_tokens} scored tokens; "
-            f"unquantized {_shown(unquantized)}. {len(space)} linears, {space.parameters / 1e6:.1f} M weights; "
-            f"embeddings and head at 16 bits in all rows. Menu {', '.join(config.bits)}"
+            f"Held-out NLL, nats per token, on {prepared.evaluation}, {prepared.evaluation.scored_tokens} scored "
+            f"tokens; unquantized {_shown(unquantized)}. {len(space)} linears, {space.parameters / 1e6:.1f} M "
+            f"weights; embeddings and head at 16 bits in all rows. Menu {', '.join(config.bits)}"
             + (f"; stand-ins: {standing}" if standing else "") + f". Plan: {estimate.method}, "
-            f"{estimate.forwards:.1f} forwards, qp. By tensor error: squared error of the weights, weighted by the mean "
-            "squares of the inputs; greedy. Differences are paired over windows.", "", *table(header, rows)]
+            f"{estimate.forwards:.1f} forwards, qp. By tensor error: squared error of the weights, weighted by the "
+            "mean squares of the inputs; greedy. Differences are paired over windows.", "", *table(header, rows)]
 
 
 def tensor_errors(bench: Bench) -> SensitivityEstimate:
@@ -102,12 +98,10 @@ def _plan(config: RunConfig, estimate: SensitivityEstimate, allocator: str, nbyt
     return Parts.build(replace(config, allocator=allocator), Plugins()).allocator.allocate(estimate, nbytes)
 
 
-def _mixes(mixes: dict[str, list[Choice]], backend: Backend, bench: Bench) -> list[tuple[str, int, list[Choice]]]:
-    layers = bench.prepared.space.layers
-    sized = [(f"mix {name}", sum(backend.nbytes(layer.linears[0], backend.stand_in(layer.linears[0], choice))
-                                 for layer, choice in zip(layers, choices, strict=True)), choices)
-             for name, choices in mixes.items()]
-    return sorted(sized, key=lambda row: -row[1])
+def _mixes(bench: Bench) -> list[tuple[str, int, list[Choice]]]:
+    names = [layer.name for layer in bench.prepared.space.layers]
+    return sorted([(f"mix {mix.name}", mix.nbytes, [mix.choices[name] for name in names])
+                   for mix in bench.prepared.mixes], key=lambda row: -row[1])
 
 
 def _uniforms(bench: Bench) -> list[tuple[str, int, list[Choice]]]:

@@ -47,8 +47,8 @@ def cli(debug: bool) -> None:
 
 
 for _command in (running.run, running.estimate, running.sweep, running.export, running.evaluate, planning.fit,
-                 planning.allocate, planning.compare, maintenance.plugins, maintenance.cache, maintenance.doctor,
-                 maintenance.ui):
+                 planning.allocate, planning.import_file, planning.compare, maintenance.plugins, maintenance.cache,
+                 maintenance.doctor, maintenance.ui):
     cli.add_command(_command)
 
 

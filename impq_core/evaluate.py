@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from impq_core.model.blockwise import BlockwiseModel, Hidden
 from impq_core.model.cache import Shelf
 from impq_core.model.text import Windows
 from impq_core.model.walk import Prefix, Walk
-from impq_core.references import first_last_high, random_plan
+from impq_core.references import Mix, first_last_high, random_plan
 from impq_core.results import Evaluation, Row, Score
 from impq_core.space import Choice, LayerSpec
 from impq_core.types import Plan
@@ -89,11 +90,20 @@ class Evaluator:
 
     def __init__(self, runner: BlockwiseModel, bank: Bank, windows: Windows, log: ScoreLog | None = None,
                  kept: KeptScores | None = None) -> None:
-        self._runner, self._ids, self._log, self._kept = runner, windows.ids, log, kept
+        self._runner, self._bank, self._ids, self._log, self._kept = runner, bank, windows.ids, log, kept
         self._walk, self._unquantized = Walk(runner, bank), [None] * len(bank.layers)
         self._scores: dict[str, Score] = log.scores if log else {}
         # Computed while the model has its unquantized weights, unless every score may be in the log or the cache.
         self._reference = None if self._scores or kept else self._outputs([self._unquantized])[0]
+
+    def of_linears(self) -> Evaluator:
+        """An evaluator of allocations with a choice for each linear of the layers, in their order. It has the same
+        scores and log."""
+        other = copy(self)
+        other._bank = self._bank.of_linears(self._runner)
+        other._walk, other._unquantized = Walk(self._runner, other._bank), [None] * len(other._bank.layers)
+        other._kept = replace(self._kept, layers=other._bank.layers) if self._kept else None
+        return other
 
     def score(self, assignment: Assignment) -> Score:
         """Score an allocation, once."""
@@ -157,16 +167,17 @@ def _name(assignment: Assignment) -> str:
     return " ".join(f"{choice}/{choice.group_size}" if choice else "-" for choice in assignment)
 
 
-def evaluate_plan(evaluator: Evaluator, plan: Plan, between: Sequence[tuple[Choice, int]], windows: Windows, seed: int,
-                  progress: Callable[[int, int], None]) -> Evaluation:
-    """Score a plan and its references: the unquantized model, every uniform width, first/last-high, random plans, and
-    straight lines between uniform models at the plan's bytes.
+def evaluate_plan(evaluator: Evaluator, plan: Plan, between: Sequence[tuple[Choice, int]], mixes: Sequence[Mix],
+                  windows: Windows, seed: int, progress: Callable[[int, int], None]) -> Evaluation:
+    """Score a plan and its references: the unquantized model, every uniform width, mixes of other software,
+    first/last-high, random plans, and straight lines between uniform models at the plan's bytes.
 
     Args:
         evaluator: the evaluator of the model.
         plan: the plan.
         between: choices between the widest and the narrowest that are not on the plan's menu, each with the bytes of
             the uniform model at that choice.
+        mixes: plans of other software.
         windows: the evaluator's windows.
         seed: seed of the random plans.
         progress: called with the number of scored allocations and the number of all allocations.
@@ -182,10 +193,17 @@ def evaluate_plan(evaluator: Evaluator, plan: Plan, between: Sequence[tuple[Choi
     references += [(f"random {i + 1}", random_plan(space, plan.budget_bytes, np.random.default_rng([seed, i])))
                    for i in range(RANDOM_PLANS)]
     allocations += [(name, space.bytes_of(pick), space.assignment(pick)) for name, pick in references]
-    progress(0, len(allocations))
-    scores = evaluator.scores([assignment for *_, assignment in allocations], progress)
+    total = len(allocations) + len(mixes)
+    progress(0, total)
+    scores = evaluator.scores([assignment for *_, assignment in allocations], lambda done, _: progress(done, total))
     rows = []
-    for (name, nbytes, _), score in zip(allocations, scores, strict=True):
+    sizes = [(name, nbytes) for name, nbytes, _ in allocations]
+    if mixes:
+        linears = [linear.name for layer in space.everyone for linear in layer.linears]
+        scores += evaluator.of_linears().scores([[mix.choices[name] for name in linears] for mix in mixes],
+                                                lambda done, _: progress(len(allocations) + done, total))
+        sizes += [(f"mix {mix.name}", mix.nbytes) for mix in mixes]
+    for (name, nbytes), score in zip(sizes, scores, strict=True):
         row = Row(name, score.window_nll, nbytes, score=score)
         if nbytes is not None:
             row = replace(row, bits_nominal=space.nominal_bits(nbytes), bits_stored=space.bits_per_weight(nbytes))

@@ -22,7 +22,7 @@ from impq_core.interfaces import InputFile, Part
 LIBRARIES = ("torch", "transformers", "numpy")
 """Libraries that every number depends on."""
 
-MAKES_VARIANTS = ("interfaces.py", "space.py", "model")
+MAKES_VARIANTS = ("interfaces", "space.py", "model")
 """Modules and packages of ``impq_core`` whose source decides a variant, beside the backend's own package."""
 
 LABEL = "label"

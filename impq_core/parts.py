@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from impq_core.errors import ImpqError, UsageError, nearest
 from impq_core.interfaces import Allocator, Backend, Drift, Estimator, Exporter, Game, Probe, Refiner, Surrogate
 from impq_core.plugins import ROLES, Plugins, build_options, option_names
 from impq_core.space import Choice, IntArray, SearchSpace, in_bits
-from impq_core.types import Measurements, SensitivityEstimate
+from impq_core.types import Measurements, Plan, SensitivityEstimate
 
 ESTIMATE_WITH = "estimate_with"
 """The slot of a second backend: its variants are measured, those of ``backend`` are deployed."""
@@ -176,28 +177,44 @@ def build_part(config: RunConfig, plugins: Plugins, slot: str) -> Any:
 
 def _menus(config: RunConfig, backend: Backend,
            estimate_with: Backend | None) -> tuple[tuple[Choice, ...], tuple[Choice, ...]]:
-    """The choices of the menu of each of the two backends. Without ``--bits``, those of the backend's default menu that
-    both have."""
+    """The choices of the menu of each of the two backends."""
     other, other_name = estimate_with or backend, config.estimate_with or config.backend
-    wanted = config.bits or tuple(name for name in backend.default_bits if other.choice(name))
-    menus = [tuple(named_choice(part, part_name, name) for name in wanted)
-             for part, part_name in ((backend, config.backend), (other, other_name))]
+    wanted = config.bits or _unasked(config, backend, other)
+    both = ((backend, config.backend), (other, other_name))
+    menus = [tuple(named_choice(part, part_name, name, "--bits") for name in wanted) for part, part_name in both]
+    for pattern, name in config.pins.items():
+        for part, part_name in both:
+            named_choice(part, part_name, name, f"--pin {pattern}={name}")
     if len(set(menus[0])) < len(wanted):
         raise UsageError(f"--bits {','.join(wanted)} names a width twice")
-    if len(wanted) < 2:
+    if len(wanted) < 2 and not config.plan:
         raise UsageError("--bits needs at least two widths to choose between")
     order = sorted(range(len(wanted)), key=lambda number: -menus[0][number].bits)
     return tuple(menus[0][number] for number in order), tuple(menus[1][number] for number in order)
 
 
-def named_choice(backend: Backend, backend_name: str, name: str) -> Choice:
+def _unasked(config: RunConfig, backend: Backend, other: Backend) -> tuple[str, ...]:
+    """The menu without ``--bits``: the backend's default menu as far as both backends have it; the choices of a given
+    plan if it has others, those of pins aside."""
+    default = tuple(name for name in backend.default_bits if other.choice(name))
+    if not config.plan:
+        return default
+    known = [choice for name in (*default, *config.pins.values()) if (choice := backend.choice(name))]
+    names = {}
+    for given in Plan.read_layers(Path(config.plan)).values():
+        if given:
+            spelled = (given.name, f"{given.bits:g}@{given.group_size}")
+            found = (choice for name in spelled if (choice := backend.choice(name)) and given.replaces(choice))
+            names[given] = next(found, given)
+    return default if set(names.values()) <= set(known) else tuple(choice.name for choice in names.values())
+
+
+def named_choice(backend: Backend, backend_name: str, name: str, where: str = "--bits") -> Choice:
     """A backend's choice of a name; raises UsageError if there is none."""
     if choice := backend.choice(name):
         return choice
-    offered = [choice.name for choice in backend.choices()]
-    known = offered if name[:1].isalpha() else sorted(offered, key=lambda text: (len(text), text))
-    raise UsageError(f"backend '{backend_name}' has no {in_bits(name)} (it has: {', '.join(known)})"
-                     + nearest(name, known))
+    raise UsageError(f"{where}: backend '{backend_name}' has no {in_bits(name)}"
+                     + nearest(name, [choice.name for choice in backend.choices()]))
 
 
 def load_exporter(name: str, backend: str, options: Mapping[str, Any], plugins: Plugins) -> Exporter:

@@ -336,20 +336,22 @@ class Plan:
             "provenance": dict(self.provenance), "layers": layers}, indent=1) + "\n")
 
     @classmethod
-    def layer_names(cls, path: Path) -> tuple[str, ...]:
-        """The names of the layers in a plan file; raises ImpqError if it is missing or is no plan."""
-        return tuple(cls._read(path)[1])
+    def read_layers(cls, path: Path) -> dict[str, Choice | None]:
+        """The choice of each layer in a plan file, by its name; None for one that stays unquantized.
 
-    @classmethod
-    def _read(cls, path: Path) -> tuple[str, dict[str, Choice | None]]:
-        """Format of a plan file, and the choices by name of the layer."""
+        Raises:
+            ImpqError: the file is missing, or is no plan.
+        """
         try:
             data = json.loads(Path(path).read_text())
             form = data.get("format", cls.FORMAT)
-            return form, {str(name): Choice.of(c) if c else None for name, c in data["layers"].items()}
+            stored = {name: Choice.of(c) if c else None for name, c in data["layers"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
             raise ImpqError(f"cannot read a plan from {path}: {reason}") from error
+        if form != cls.FORMAT:
+            raise ImpqError(f"plan {path} is of format {form}; this impq reads {cls.FORMAT}")
+        return stored
 
     @classmethod
     def load(cls, path: Path, space: SearchSpace) -> Plan:
@@ -358,9 +360,7 @@ class Plan:
         Raises:
             ImpqError: the file is missing, is no plan, names a layer or a width the space lacks, or leaves one out.
         """
-        form, stored = cls._read(path)
-        if form != cls.FORMAT:
-            raise ImpqError(f"plan {path} is of format {form}; this impq reads {cls.FORMAT}")
+        stored = cls.read_layers(path)
         names = [layer.name for layer in space.everyone]
         for name in stored:
             if name not in names:

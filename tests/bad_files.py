@@ -28,7 +28,7 @@ CONFIGS = [
     toml("budget = 3.0", "'budget'", "a number for a text"),
     toml("bits = 4", "'bits'", "a number for a list"),
     toml("bits = [nan, 4]", "nan", "NaN for a width"),
-    toml("[pins]\na = 'four'", "'pins'", "a word for a width"),
+    toml("[pins]\na = 'four'", "--pin a=four", "a word for a width"),
     toml('model = "a\\u0000b"', "'model'", "a NUL in a name"),
     toml("model = ''", "model", "an empty name"),
     toml("evaluation = ''", "text", "a text without a name"),

@@ -132,7 +132,7 @@ NUMBERS = [
     Case("run --pin *=4", 2),
     Case("run --pin model.layers.0=4 --exclude model.layers.?", 2, "model.layers.0"),
     Case("run --exclude nothing*", 2, "'nothing*'"),
-    Case("run --estimate-with quanto --pin model.layers.0=3", 2, "Quanto"),
+    Case("run --estimate-with quanto --pin model.layers.0=3", 2, "quanto"),
     Case("run --refine -3", 2, "refine"),
     Case("run --refine 10 --game-windows 5", 2, "game_windows"),
     Case("run --calibration-length 1", 2, "1 window"),

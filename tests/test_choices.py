@@ -118,6 +118,14 @@ def test_more_scales_count_as_wider() -> None:
     assert errors[0] == 0 and errors[-1] == 1 and (np.diff(errors) > 0).all()
 
 
+def test_choices_that_are_stored_alike_everywhere_are_one() -> None:
+    _, space, backend = _formats()
+    short = [layer for layer in space.layers if not layer.name.endswith("down_proj")]
+    menu = (backend.forms[2], backend.forms[0], backend.forms[1])
+    assert [choice.name for choice in by_size(short, backend, menu, ())] == ["WIDE", "PLAIN"]
+    assert [choice.name for choice in by_size(space.layers, backend, menu, ())] == ["WIDE", "PLAIN", "THIN"]
+
+
 def test_orders_that_differ_between_layers_are_refused() -> None:
     layers = [LayerSpec(name, 0, (LinearSpec(name, 64, columns),)) for name, columns in (("a", 128), ("b", 64))]
     choices = (Choice(3.0, 0, "EVEN"), Choice(2.0, 128, "ODD"))

@@ -129,7 +129,7 @@ def test_budgets_and_backends(tmp_path: Path, config: RunConfig) -> None:
     [contest], _ = gather([tmp_path / "gptq", tmp_path])  # a run that is named twice is one run
     shown = {budget: sorted(map(contest.label, those)) for budget, those in contest.budgets.items()}
     assert shown == {
-        "3bits": ["plan given, gptq, 2/4 bits, unrefined", "spqe, gptq, 2/4 bits, refined 40 by swaps",
+        "3bits": ["given plan.json, gptq, 2/4 bits, unrefined", "spqe, gptq, 2/4 bits, refined 40 by swaps",
                   "spqe, gptq, 2/4 bits, unrefined (3bits)", "spqe, gptq, 2/4 bits, unrefined (again)",
                   "spqe, hqq, 2/4 bits, unrefined"],
         "60% of 4 bits": ["spqe, gptq, 2/4 bits, unrefined", "spqe, hqq, 2/4 bits, unrefined"],

@@ -6,13 +6,19 @@ import importlib.util
 import json
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from impq_core import ImpqError, gather
+from impq_core.config import RunConfig
+from impq_core.exports.export import export_run
+from impq_core.runs.pipeline import run
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NUMBER = re.compile(r"[+-]?\d+\.\d+")
@@ -76,11 +82,11 @@ def test_a_sweep_is_read_back(example: Example) -> None:
     out = example("sweep_from_python", "--budgets", "2.5bits,3bits")
     [contest], _ = gather(["out"])
     assert len(contest.contestants) == 4
-    for run in contest.contestants:
-        [[_, *rest]] = rows(out, run.budget, run.config.allocator)
-        predicted = json.loads((run.folder / "plan.json").read_text())["predicted_loss"]
+    for contestant in contest.contestants:
+        [[_, *rest]] = rows(out, contestant.budget, contestant.config.allocator)
+        predicted = json.loads((contestant.folder / "plan.json").read_text())["predicted_loss"]
         assert rest[0] == pytest.approx(predicted, abs=1e-4)
-        assert any(number == pytest.approx(run.plan.nll, abs=1e-4) for number in rest)
+        assert any(number == pytest.approx(contestant.plan.nll, abs=1e-4) for number in rest)
 
 
 @pytest.mark.parametrize("form", ["gptq", "compressed-tensors"])
@@ -103,17 +109,26 @@ def test_a_checkpoint_for_vllm_is_what_was_measured(example: Example, form: str)
 
 
 def test_a_recipe_for_llama_cpp_names_every_tensor(example: Example) -> None:
-    with pytest.warns(RuntimeWarning, match="28 of 28 lines.*256"):  # rows of 64 and 128 weights
-        out = example("plan_for_llama_cpp")
+    out = example("plan_for_llama_cpp", "--bits", "Q8_0,Q5_1,IQ4_NL")
     file = run_folder().absolute() / "recipe-llama.cpp" / "tensor-types.txt"
     lines = file.read_text().splitlines()
     assert len(lines) == 4 * 7
-    assert all(re.fullmatch(r"\^blk\\\.\d\\\.\w+\\\.weight\$=q[234]_k", line) for line in lines)
+    assert all(re.fullmatch(r"\^blk\\\.\d\\\.\w+\\\.weight\$=(q8_0|q5_1|iq4_nl)", line) for line in lines)
     assert f"--tensor-type-file {file}" in out
-    widths = json.loads((file.parents[1] / "plan.json").read_text())["layers"].values()
-    for bits in (2, 3, 4):
-        count = sum(width["bits"] == bits for width in widths)
-        assert (f"{count} tensors q{bits}_k" in out) == (count > 0)
+    planned = [choice["name"].lower() for choice in json.loads((file.parents[1] / "plan.json").read_text())["layers"]
+               .values()]
+    for name in ("q8_0", "q5_1", "iq4_nl"):
+        count = planned.count(name)
+        assert (f"{count} tensors {name}" in out) == (count > 0)
+
+
+def test_a_conversation_needs_nothing_but_the_file(tiny_config: RunConfig, tmp_path: Path) -> None:
+    result = run(replace(tiny_config, backend="gguf", bits=("Q8_0", "Q4_0"), estimator="random", options={}))
+    folder = export_run(result.folder, "gguf", tmp_path / "gguf").folder
+    program = [sys.executable, str(EXAMPLES / "chat_with_gguf.py"), str(folder), "Hello", "--tokens", "4"]
+    done = subprocess.run(program, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert subprocess.run([*program[:2], str(tmp_path)], capture_output=True, timeout=300).returncode == 1
 
 
 def test_a_text_of_ones_own_makes_another_plan(example: Example) -> None:

@@ -171,8 +171,7 @@ def test_patterns_match_one_module_and_no_other() -> None:
 def test_recipes_name_every_linear_with_its_width(tiny_config: RunConfig, tmp_path: Path) -> None:
     result = run(replace(tiny_config, granularity="linear", estimator="random", exclude=("model.layers.3*",),
                          options={"backend": {"clip_search": False}}))
-    files = {"recipe-gptqmodel": "dynamic.json", "recipe-auto-round": "layer_config.json",
-             "recipe-llama.cpp": "tensor-types.txt"}
+    files = {"recipe-gptqmodel": "dynamic.json", "recipe-auto-round": "layer_config.json"}
     written = {}
     for name, file in files.items():
         export_run(str(result.folder), name, tmp_path / name, Plugins())
@@ -186,11 +185,10 @@ def test_recipes_name_every_linear_with_its_width(tiny_config: RunConfig, tmp_pa
         assert dynamic[module_pattern(name)]["bits"] == rounds[name]["bits"] == width
     assert dynamic[module_pattern("model.layers.3.mlp.up_proj").replace("+", "-")] == {}
     assert rounds["model.layers.3.mlp.up_proj"] == {"bits": 16}
-    lines = dict(line.split("=") for line in written["recipe-llama.cpp"].splitlines())
-    assert lines[r"^blk\.0\.attn_q\.weight$"] == f"q{bits['model.layers.0.self_attn.q_proj']}_k"
-    assert lines[r"^blk\.3\.ffn_down\.weight$"] == "f16" and len(lines) == 28
     with pytest.raises(ImpqError, match="a recipe, not weights"):
         evaluate_folder(str(tmp_path / "recipe-gptqmodel"), Plugins())
+    with pytest.raises(ImpqError, match=r"gptq.*--backend gguf"):
+        export_run(str(result.folder), "recipe-llama.cpp", tmp_path / "x", Plugins())
 
 
 def test_what_cannot_be_exported_or_loaded(tiny_config: RunConfig, tmp_path: Path) -> None:

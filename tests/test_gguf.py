@@ -155,5 +155,7 @@ def test_a_run_stores_stand_ins_with_their_bytes(tiny_config: RunConfig) -> None
     assert [choice.name for choice in space.choices] == ["Q8_0", "Q5_K", "IQ4_XS"]
     assert space.bits.tolist() == [[8.5, 6.0, 4.5]] * len(space)
     assert space.low_bytes == space.parameters * 4.5 / 8
-    assert {row.name for row in result.evaluation.rows} >= {"uniform Q8_0", "uniform Q5_K", "uniform IQ4_XS"}
+    rows = {row.name: row for row in result.evaluation.rows}
+    assert rows.keys() >= {"uniform Q8_0", "uniform Q5_K", "uniform IQ4_XS", "mix Q4_K_M"}
+    assert rows["uniform IQ4_XS"].nbytes < rows["mix Q4_K_M"].nbytes < rows["uniform Q8_0"].nbytes
     assert Choice(8.5, 32, "Q8_0") in set(result.plan.widths().values()) | {space.choices[0]}

@@ -10,14 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import wrappers
 from architectures import config_of, with_large_weights
+from gguf import GGUFReader
 from impq_gguf.exporter import GgufExporter, Options
+from impq_gguf.layout import Layout
 from impq_gguf.names import ARCHITECTURES
 from llamacpp import Model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
+from impq_core.errors import ImpqError
 from impq_core.interfaces import Checkpoint
 from impq_core.model.source import locate_model
+from impq_core.space import Choice, LinearSpec
 from impq_core.testing.tiny import byte_tokenizer
 from impq_core.types import Plan
 
@@ -66,7 +71,7 @@ def written(checkpoint: Checkpoint, folder: Path, options: Options | None = None
     files = exporter.files(folder)
     assert promise == sum(file.stat().st_size for file in files) and len(list(folder.iterdir())) == len(files)
     for name, read in exporter.dense(folder, outline).items():
-        torch.testing.assert_close(read(), checkpoint.dense[name], rtol=0.0, atol=3e-7)
+        torch.testing.assert_close(read().to(checkpoint.dense[name].dtype), checkpoint.dense[name], rtol=0.0, atol=3e-7)
     return files[0]
 
 
@@ -122,3 +127,88 @@ def test_rotary_embeddings_biases_and_tied_heads(kind: str, settings: dict[str, 
     found, right = computed(written(unquantized(model), tmp_path / "export")), expected(model)
     np.testing.assert_allclose(found, right, rtol=0.0, atol=F16_GELU if kind.startswith("gemma") else 5e-5)
     assert np.abs(right - expected(plain)).max() > 0.02  # the setting matters
+
+
+def test_a_large_file_is_split_into_parts_that_llama_cpp_finds(tmp_path: Path) -> None:
+    model = save("llama", tmp_path / "model", {"hidden_size": 256, "intermediate_size": 512})
+    first = written(unquantized(model), tmp_path / "export", Options(split_mb=4))
+    parts = GgufExporter().files(tmp_path / "export")
+    assert first == parts[0] and len(parts) > 1 and max(part.stat().st_size for part in parts) < 4.1e6
+    assert [part.name for part in parts] == [f"model-{number:05}-of-{len(parts):05}.gguf"
+                                             for number in range(1, len(parts) + 1)]
+    np.testing.assert_allclose(computed(first), expected(model), rtol=0.0, atol=5e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_matrices_have_the_dtype_of_the_run(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = save("qwen3_moe", tmp_path / "model")
+    file = written(unquantized(model, dtype), tmp_path / "export")
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(file).tensors}
+    name = {torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
+    assert kinds["token_embd.weight"] == kinds["blk.0.ffn_up_exps.weight"] == name
+    assert kinds["blk.0.ffn_gate_inp.weight"] == kinds["blk.0.attn_norm.weight"] == "F32"
+    # llama.cpp rounds activations to the type of the weights.
+    np.testing.assert_allclose(computed(file), expected(model, dtype), rtol=0.0, atol=0.2)
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("gpt_neox", {}, "gpt_neox"),
+    ("qwen2", {"use_sliding_window": True}, "use_sliding_window"),
+    ("gemma3_text", {"layer_types": ["full_attention"] * 7}, "layer_types"),
+    ("llama", {"hidden_act": "gelu"}, "hidden_act"),
+    ("gemma2", {"query_pre_attn_scalar": 99}, "query_pre_attn_scalar"),
+    ("llama", {"rope_parameters": {**THETA, "rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
+    ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob"),
+    ("stablelm", {"qk_layernorm": True}, "layernorm"),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings", "named"), REFUSED)
+def test_what_llama_cpp_does_not_compute_is_refused(kind: str, settings: dict[str, Any], named: str,
+                                                    tmp_path: Path) -> None:
+    checkpoint = unquantized(save(kind, tmp_path / "model", settings))
+    with pytest.raises(ImpqError, match=named) as error:
+        GgufExporter().file_bytes(replace(checkpoint, config=checkpoint.config | settings))
+    assert "\n" not in str(error.value)
+
+
+def test_llama_cpp_refuses_tensors_that_it_does_not_read(tmp_path: Path) -> None:
+    checkpoint = unquantized(save("llama", tmp_path / "model"))
+    more = {"model.layers.0.self_attn.q_proj.bias": torch.zeros(32, device="meta")}  # of another shape
+    with pytest.raises(ImpqError, match=r"does not load .*blk\.0\.attn_q\.bias"):
+        GgufExporter().file_bytes(replace(checkpoint, dense=checkpoint.dense | more))
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "llava", "mistral3"])
+def test_the_language_model_of_a_multimodal_model(kind: str, tmp_path: Path) -> None:
+    wrapper, config = tmp_path / "model", wrappers.config_of(kind)
+    if kind == "gemma3":
+        config.text_config.layer_types = ["sliding_attention"] * config.text_config.num_hidden_layers
+    with_large_weights(AutoModelForMultimodalLM, config).save_pretrained(wrapper)
+    byte_tokenizer().save_pretrained(wrapper)
+    checkpoint = unquantized(wrapper)
+    exporter = GgufExporter()
+    (tmp_path / "export").mkdir()
+    with pytest.warns(RuntimeWarning, match="language model alone: .* multi_modal_projector"):
+        exporter.export(checkpoint, tmp_path / "export")
+    [file] = exporter.files(tmp_path / "export")
+    assert file.stat().st_size == exporter.file_bytes(checkpoint)
+    restored = exporter.dense(tmp_path / "export", checkpoint)
+    assert {name for name in checkpoint.dense if "language_model" in name} == set(restored)
+    window = 16  # the models' sliding window
+    with Model(file, window) as model:
+        found = log_probabilities(model.logits(IDS[:window]))
+    np.testing.assert_allclose(found, expected(wrapper)[:window], rtol=0.0, atol=F16_GELU)
+
+
+def test_experts_of_a_block_share_a_type(tmp_path: Path) -> None:
+    checkpoint = unquantized(save("mixtral", tmp_path / "model"))
+    widths = {name.removesuffix(".weight"): Choice(8.5, 32, "Q8_0") for name in checkpoint.dense if ".experts." in name}
+    specs = {name: LinearSpec(name, *checkpoint.dense[f"{name}.weight"].shape) for name in widths}
+    dense = {name: tensor for name, tensor in checkpoint.dense.items() if name.removesuffix(".weight") not in widths}
+    same = replace(checkpoint, widths=widths, specs=specs, dense=dense)
+    [stack] = [tensor for tensor in Layout.of(same).tensors if tensor.name == "blk.0.ffn_gate_exps.weight"]
+    assert (stack.kind, stack.shape) == ("Q8_0", (4, 128, 64)) and stack.nbytes == 4 * 128 * 2 * 34
+    odd = next(name for name in widths if ".layers.0." in name and name.endswith("w1"))
+    with pytest.raises(ImpqError, match=r"Q4_0, Q8_0 for blk\.0\.ffn_gate_exps\.weight: plan with --granularity group"):
+        Layout.of(replace(same, widths=widths | {odd: Choice(4.5, 32, "Q4_0")}))

@@ -20,7 +20,8 @@ from impq_core.testing import made_text
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 TRAINED = [*PROBES, made_text(0, 20_000), "don't I'LL 100 200 2024 10000 x == y; ...\n\n\n    \t\t"] * 2
-UNSEEN = [made_text(1, 3_000), "It's 98765 o'clock\n\n  - item 3.14; \t\tYOU'LL see <|end|> naïve日本 🙂🙂 == != x_y\r\n",
+UNSEEN = [made_text(1, 3_000),
+          "It's 98765 o'clock\n\n  - item 3.14; \t\tYOU'LL see <|end|> naïve日本 🙂🙂 == != x_y\r\n",
           "<|end|>user\n1234567 \n \n", "  a  b   c    d"]
 
 

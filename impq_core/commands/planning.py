@@ -1,13 +1,16 @@
-"""Commands that need no model: fit, allocate, compare."""
+"""Commands that read no weights: fit, allocate, import, compare."""
 
 from __future__ import annotations
 
+import shlex
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
-from impq_core.commands.common import part_options, plugin_option, read_pairs
+from impq_core.commands.common import part_options, plugin_option, read_pairs, trust_option
+from impq_core.errors import UsageError
 from impq_core.plugins import Plugins
 
 
@@ -46,6 +49,36 @@ def allocate(run: str, budgets: str, surrogate: str | None, allocator: str | Non
     make_console().print(plans_table(plans))
     first = plans[0].file
     click.echo(f"score one on held-out text: impq run --config {first.parent.parent / 'impq.toml'} --plan {first}")
+
+
+@click.command("import")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--model", required=True, help="The unquantized model: demo, a folder, or a hub name.")
+@click.option("--backend", default="gguf", show_default=True, help="Backend: whose widths the file has.")
+@click.option("--to", "target", type=click.Path(path_type=Path), default=Path("plan.json"), show_default=True,
+              help="Plan file to write.")
+@click.option("--quantize-embeddings", "embeddings", is_flag=True, help="Read the widths of embedding and head, too.")
+@trust_option
+@plugin_option
+def import_file(file: Path, model: str, backend: str, target: Path, embeddings: bool, trust: bool,
+                plugin_files: tuple[Path, ...]) -> None:
+    """Read the widths in a file that other software made, such as a GGUF, as a plan of single linears."""
+    plugins = Plugins(plugin_files)
+    plugins.find("backend", backend)
+    if target.exists():
+        raise UsageError(f"{target} exists: give another file with --to")
+    from impq_core.runs.importing import import_plan
+    from impq_core.terminal import quiet_libraries
+    from impq_core.trust import Trust
+
+    quiet_libraries()
+    plan = import_plan(file, model, backend, plugins, Trust(trust), embeddings)
+    plan.save(target)
+    counts = Counter(str(choice) for choice in plan.widths().values())
+    click.echo(f"{file.name}: {', '.join(f'{count} linears {name}' for name, count in counts.most_common())}; "
+               f"{plan.nbytes / 1e6:.2f} MB, {plan.space.bits_per_weight(plan.nbytes):.2f} stored bits a weight")
+    click.echo(f"measure it: impq run --model {shlex.quote(model)} --backend {backend} --plan "
+               f"{shlex.quote(str(target))}")
 
 
 @click.command()

@@ -78,7 +78,9 @@ class Contestant:
         """Components and settings of the run, a word or two each; empty for a component that was not used."""
         c = self.config
         measured = f", measured with {c.estimate_with}" if c.estimate_with else ""
-        search = ("plan given", "", "") if c.plan else (c.estimator, c.surrogate if self.measured else "", c.allocator)
+        search = (c.estimator, c.surrogate if self.measured else "", c.allocator)
+        if c.plan:
+            search = (f"given {Path(c.plan).name}", "", "")
         return (*search, f"{c.backend}{measured}", c.granularity, in_bits(*narrowest_first(c.bits)),
                 f"refined {c.refine} by {c.refiner}" if c.refine else "unrefined", f"value {c.value}", f"seed {c.seed}")
 

@@ -124,6 +124,13 @@ class Bank:
         assert self._shelf is None and not self._kept
         self._shelf, self._kept = other._shelf, dict(other._kept)
 
+    def of_linears(self, runner: BlockwiseModel) -> Bank:
+        """A bank of the same model and variants with a layer for each linear."""
+        single = Bank(runner, [LayerSpec(linear.name, layer.block, (linear,)) for layer in self.layers
+                               for linear in layer.linears], self.backend)
+        single.add_all(self)
+        return single
+
     def _keep(self, linear: LinearSpec, variant: Variant, on_shelf: bool) -> None:
         self._kept[linear.name, variant.choice] = _Kept(variant.nbytes, variant.record, None if on_shelf else variant)
 

@@ -165,7 +165,8 @@ def rest_parameters(model: PreTrainedModel, layers: Sequence[LayerSpec]) -> int:
 
 def by_size(layers: Sequence[LayerSpec], backend: Backend, choices: Sequence[Choice],
             dense: Collection[str]) -> tuple[Choice, ...]:
-    """Choices in the order of the bytes of all layers, then of their bits, the widest first.
+    """Choices in the order of the bytes of all layers, then of their bits, the widest first. Of choices that are stored
+    alike in every linear, the first stays.
 
     Args:
         layers: all layers.
@@ -174,9 +175,10 @@ def by_size(layers: Sequence[LayerSpec], backend: Backend, choices: Sequence[Cho
         dense: names of linears that stay unquantized.
     """
     linears = [linear for layer in layers for linear in layer.linears if linear.name not in dense]
-    sizes = {choice: sum(backend.nbytes(linear, backend.stand_in(linear, choice)) for linear in linears)
-             for choice in choices}
-    return tuple(sorted(choices, key=lambda choice: (-sizes[choice], -choice.bits)))
+    stored = {choice: tuple(backend.stand_in(linear, choice) for linear in linears) for choice in choices}
+    sizes = {choice: sum(map(backend.nbytes, linears, found)) for choice, found in stored.items()}
+    ordered = sorted(choices, key=lambda choice: (-sizes[choice], -choice.bits))
+    return tuple({stored[choice]: choice for choice in reversed(ordered)}.values())[::-1]
 
 
 def search_space(layers: tuple[LayerSpec, ...], backend: Backend, choices: tuple[Choice, ...],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -24,7 +25,8 @@ Wanted = Sequence[tuple[LinearSpec, Choice]]
 
 
 def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden | None, menus: Sequence[Sequence[Choice]],
-              progress: Callable[[int, int], None]) -> None:
+              progress: Callable[[int, int], None],
+              further: Mapping[str, Sequence[Choice]] = MappingProxyType({})) -> None:
     """Quantize every linear at every choice of its layer's menu, block after block. Variants on the bank's shelf are
     not made again.
 
@@ -45,6 +47,7 @@ def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden | None, menus: 
         hidden: the first block's input over the calibration windows; None for a backend that needs no activations.
         menus: choices of each of the bank's layers, widest first; an empty menu leaves the layer unquantized.
         progress: called with the number of finished blocks and the number of all blocks.
+        further: choices beyond its layer's menu that a linear is also quantized to, by its name.
 
     Raises:
         ImpqError: the backend cannot quantize a linear, which the message names.
@@ -53,7 +56,8 @@ def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden | None, menus: 
     places = [len(runner) if i == bank.head else layer.block for i, layer in enumerate(bank.layers)]
     blocks = {index: [i for i, place in enumerate(places) if place == index] for index in range(-1, len(runner) + 1)}
     missing = {index: [(spec, choice) for layer in layers for spec in bank.layers[layer].linears
-                       for choice in dict.fromkeys(bank.backend.stand_in(spec, wanted) for wanted in menus[layer])
+                       for choice in dict.fromkeys(bank.backend.stand_in(spec, wanted)
+                                                   for wanted in [*menus[layer], *further.get(spec.name, ())])
                        if not bank.take(spec, choice)] for index, layers in blocks.items()}
     for index, layers in blocks.items():
         for layer in layers:

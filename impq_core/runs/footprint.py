@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -174,8 +175,7 @@ def disk(layout: Layout, work: Workload | None, runs: int, scores: int, exports:
     n, m = layout.space.nbytes.shape
     config = layout.config
     backends = _made(layout)
-    count = sum(len(menu) * len(layer.linears) for _, menus in backends
-                for layer, menu in zip(layout.space.everyone, menus, strict=True))
+    count = sum(len(choices) for made in backends for choices in layout.stored(*made).values())
     packed = sum(_packed(layout, backend, menus) for backend, menus in backends)
     folder = runs * (FOLDER + VARIANT_ROW * count) + scores * config.evaluation.windows * NUMBER
     if work:
@@ -202,27 +202,29 @@ def _made(layout: Layout) -> list[tuple[Backend, Sequence[Sequence[Choice]]]]:
 
 def _packed(layout: Layout, backend: Backend, menus: Sequence[Sequence[Choice]]) -> int:
     """Bytes of all variants of a backend."""
-    return sum(backend.nbytes(linear, choice) for layer, menu in zip(layout.space.everyone, menus, strict=True)
-               for linear in layer.linears for choice in menu)
+    return sum(backend.nbytes(linear, choice) for linear, choices in layout.stored(backend, menus).items()
+               for choice in choices)
 
 
 def _block_packed(layout: Layout) -> int:
     """Bytes of the variants of a block at its widest choices."""
-    sizes: dict[int, int] = {}
-    for layer, menu in zip(layout.space.everyone, layout.deployed_menus, strict=True):
-        sizes[layer.block] = sizes.get(layer.block, 0) + sum(
-            layout.parts.backend.nbytes(linear, menu[0]) for linear in layer.linears if menu)
+    backend, sizes = layout.parts.backend, Counter[int]()
+    stored = layout.stored(backend, layout.deployed_menus)
+    for layer in layout.space.everyone:
+        sizes[layer.block] += sum(backend.nbytes(linear, stored[linear][0]) for linear in layer.linears
+                                  if stored[linear])
     return max(sizes.values())
 
 
 def _inputs(layout: Layout) -> dict[int, dict[str, list[tuple[LinearSpec, int]]]]:
     """Linears, and the number of their choices, by block and by what they read: q, k and v read one input."""
     found: dict[int, dict[str, list[tuple[LinearSpec, int]]]] = {}
-    for layer, menu in zip(layout.space.everyone, layout.deployed_menus, strict=True):
+    stored = layout.stored(layout.parts.backend, layout.deployed_menus)
+    for layer in layout.space.everyone:
         for linear in layer.linears:
             parent, _, leaf = linear.name.rpartition(".")
             found.setdefault(layer.block, {}).setdefault(f"{parent}.{_ENGINES.get(leaf, leaf)}", []).append(
-                (linear, len(menu)))
+                (linear, len(stored[linear])))
     return found
 
 

@@ -263,7 +263,7 @@ def _search(layouts: Sequence[Layout], first: bool = True, exports: int = 0) -> 
     weights = sum(layer.parameters for layer in space.layers)
     scores = len(layouts)
     if first:
-        scores += 1 + len(space.choices) + len(layout.between) + (1 + RANDOM_PLANS) * len(budgets)
+        scores += 1 + len(space.choices) + len(layout.between) + len(layout.mixes) + (1 + RANDOM_PLANS) * len(budgets)
     forwards = {"quantize": _statistics_forwards(layout) if first else 0.0,
                 "estimate": work_forwards(work, layout.shapes, config, space) if work else None,
                 "plan": _plan_forwards(layout, work, len(layouts)), "refine": float(config.refine),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Self
 
 import torch
+from transformers import PreTrainedModel
 
 from impq_core.budget import parse_bytes
 from impq_core.config import RunConfig
@@ -24,8 +25,9 @@ from impq_core.model.source import ModelSource, locate_model
 from impq_core.model.text import check_source
 from impq_core.parts import Parts
 from impq_core.plugins import Plugins
+from impq_core.references import Mix, mixes_of
 from impq_core.runs.whole import WholeFile, whole_file
-from impq_core.space import Choice, LayerSpec, SearchSpace
+from impq_core.space import Choice, LayerSpec, LinearSpec, SearchSpace
 from impq_core.trust import NO_TRUST, Trust
 from impq_core.types import Plan
 
@@ -42,6 +44,7 @@ class Layout:
         game_space: the same layers and choices with the sizes of the backend of the measured variants.
         between: choices of the deployed backend between those of the menu, for uniform references, each with the bytes
             of the uniform model at that choice.
+        mixes: plans of other software, for the table of references.
         budget_bytes: budget of the plan.
         item: bytes of a number that stays unquantized: in the dtype of the run, or in that of the files if it is
             narrower.
@@ -59,6 +62,7 @@ class Layout:
     space: SearchSpace
     game_space: SearchSpace
     between: tuple[tuple[Choice, int], ...]
+    mixes: tuple[Mix, ...]
     budget_bytes: int
     item: int
     rest_bytes: int
@@ -107,6 +111,19 @@ class Layout:
         """The backend of the measured variants."""
         return self.parts.estimate_with if self.measures_another_backend and self.parts.estimate_with else (
             self.parts.backend)
+
+    def further_choices(self, backend: Backend) -> dict[str, list[Choice]]:
+        """The choices of each linear, by its name, that a backend quantizes to for the mixes alone."""
+        mixes = self.mixes if backend is self.parts.backend else ()
+        names = [linear.name for layer in self.space.everyone for linear in layer.linears]
+        return {name: [choice for mix in mixes if (choice := mix.choices[name])] for name in names}
+
+    def stored(self, backend: Backend, menus: Sequence[Sequence[Choice]]) -> dict[LinearSpec, list[Choice]]:
+        """The choices at which a backend stores each linear, for the menus of the layers and for the mixes."""
+        further = self.further_choices(backend)
+        return {linear: list(dict.fromkeys(backend.stand_in(linear, choice)
+                                           for choice in [*menu, *further[linear.name]]))
+                for layer, menu in zip(self.space.everyone, menus, strict=True) for linear in layer.linears}
 
     @property
     def game_budget(self) -> int:
@@ -159,8 +176,10 @@ def lay_out(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
     check_source(config.evaluation.source, "evaluation")
     source = source or locate_model(config.model, trust.remote_code)
     skeleton = source.skeleton()
+    if config.plan and config.granularity == "auto":
+        parts = replace(parts, granularity=_granularity_of(Path(config.plan), skeleton, parts.granularity))
     layers = layers_of(skeleton, parts.granularity)
-    named = [*config.pins, *(Plan.layer_names(Path(config.plan)) if config.plan else ())]
+    named = [*config.pins, *(Plan.read_layers(Path(config.plan)) if config.plan else ())]
     ends = chosen_ends(skeleton, layers, config.quantize_embeddings, named)
     layers = tuple(sorted((*layers, *ends), key=lambda layer: layer.block))
     measured = parts.estimate_with if not config.plan else None  # a given plan is measured as it will be deployed
@@ -174,6 +193,12 @@ def lay_out(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
     if not config.partial:
         covered.require(config.model, dense)
     menu = by_size(layers, parts.backend, parts.menu, dense)
+    if len(menu) < len(parts.menu):
+        left = ", ".join(choice.name for choice in parts.menu if choice not in menu)
+        if len(menu) < 2 and not config.plan:
+            raise UsageError(f"all of --bits are stored alike in this model, as {menu[0]}: add other widths")
+        warnings.warn(f"{left}: left out of the menu, because the shapes of this model let the backend store nothing "
+                      f"else than for {', '.join(choice.name for choice in menu)}", RuntimeWarning, stacklevel=2)
     game_menu = tuple(parts.game_menu[parts.menu.index(choice)] for choice in menu)
     space = search_space(layers, parts.backend, menu, config.pins, config.exclude, dense)
     game_space = search_space(layers, measured, game_menu, config.pins, config.exclude, dense) if measured else space
@@ -211,11 +236,18 @@ def lay_out(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
         bits=tuple(choice.name for choice in menu), budget=budget, device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         options=parts.options(), granularity=parts.granularity)
-    return Layout(resolved, parts, source, space, game_space, tuple(between), budget_bytes, item,
-                  item * rest_parameters(skeleton, layers), whole, plan,
+    return Layout(resolved, parts, source, space, game_space, tuple(between), mixes_of(parts.backend, space),
+                  budget_bytes, item, item * rest_parameters(skeleton, layers), whole, plan,
                   tuple(sorted({library for name in {config.backend, config.estimate_with} - {""}
                                 for library in plugins.find("backend", name).needs})), covered.share,
                   Shapes.of(skeleton, layers))
+
+
+def _granularity_of(plan: Path, skeleton: PreTrainedModel, default: str) -> str:
+    """The granularity whose layers a plan names; the default if it is one of those, or if there is none."""
+    named = Plan.read_layers(plan).keys()
+    return max((default, "block", "group", "expert", "linear"),
+               key=lambda size: len(named & {layer.name for layer in layers_of(skeleton, size)}))
 
 
 def _absolute(name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -57,7 +57,7 @@ class Prepared(Layout):
             prefix = digest_of(sorted([linear.name, *([choice.name, choice.group_size] if choice else [])]
                                       for linear, choice in widest.items()))
         return VariantsKey(self.source.digest, self.config.dtype, hardware(self.device), type(backend).__module__,
-                           asdict(backend.options), versions(self.libraries),
+                           backend.variant_options(), versions(self.libraries),
                            code_digest(backend, core=MAKES_VARIANTS), calibration, prefix, self.config.model)
 
     @cached_property

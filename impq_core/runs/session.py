@@ -101,7 +101,8 @@ class Session:
         with self.clock.stage("quantize"):
             self.bank.apply([None] * len(self.bank.layers))  # its layers may differ from the new bank's
             self.bank = Bank(self.runner, space.everyone, backend, self._shelf(backend, menus))
-            fill_bank(self.bank, self.runner, self._statistics_input(backend), menus, self.report("quantize"))
+            fill_bank(self.bank, self.runner, self._statistics_input(backend), menus, self.report("quantize"),
+                      self.prepared.further_choices(backend))
 
     def quantize_plan(self, plan: Plan) -> None:
         """Quantize a plan block after block, each behind the quantized ones. Afterwards the model has the plan's
@@ -200,8 +201,8 @@ class Session:
     def evaluate(self, evaluator: Evaluator, plan: Plan) -> Evaluation:
         """Score a plan and its references."""
         prepared = self.prepared
-        return evaluate_plan(evaluator, plan, prepared.between, prepared.evaluation, prepared.config.seed,
-                             self.report("evaluate"))
+        return evaluate_plan(evaluator, plan, prepared.between, prepared.mixes, prepared.evaluation,
+                             prepared.config.seed, self.report("evaluate"))
 
     def with_prepared(self, prepared: Prepared) -> Session:
         """A session with the same model and bank for another estimator or budget of the same space."""

@@ -6,6 +6,7 @@ import functools
 import math
 import os
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -51,7 +52,7 @@ class GgufExporter(Exporter):
 
     Quantized linears are stored as the plan has them; other matrices in the dtype of the run, and vectors and routers
     in float32. A tied head is not repeated. The folder has no copies of tokenizer and configuration, which are in the
-    file.
+    file. Of a multimodal model, the file holds the language model.
     """
 
     Options = Options
@@ -82,8 +83,12 @@ class GgufExporter(Exporter):
             return sum(file.stat().st_size for file in files)
 
     def export(self, checkpoint: Checkpoint, folder: Path) -> None:
-        """Write the file or its parts."""
+        """Write the file or its parts. Warns if encoders of a multimodal model are left out."""
         layout = Layout.of(checkpoint)
+        if layout.others:
+            warnings.warn(f"format gguf holds the language model alone: {len(layout.others)} tensors of other parts "
+                          f"are left out (first: {layout.others[0]}); llama.cpp reads encoders from another file",
+                          RuntimeWarning, stacklevel=2)
         with self._begun(checkpoint, layout, folder) as writer:
             for values in layout.constants.values():
                 writer.write_tensor_data(values)

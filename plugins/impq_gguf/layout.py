@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from impq_core.errors import ImpqError
 from impq_core.interfaces import Checkpoint
 from impq_gguf.metadata import rotary_tensors
-from impq_gguf.names import Architecture, Place, architecture_of, gguf_places
+from impq_gguf.names import Architecture, Place, architecture_of, gguf_places, text_config, text_name
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +60,7 @@ class Layout:
         places: where each tensor of the model's files is.
         tensors: in the order of the file, after ``constants``.
         constants: tensors that follow from the configuration, by name.
+        others: names of tensors of a multimodal model that are not in its language model, nor in the file.
     """
 
     architecture: Architecture
@@ -67,6 +68,7 @@ class Layout:
     places: Mapping[str, Place]
     tensors: Sequence[Tensor]
     constants: Mapping[str, NDArray[np.float32]]
+    others: Sequence[str] = ()
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Layout:
@@ -78,13 +80,17 @@ class Layout:
         """
         from transformers import CONFIG_MAPPING
 
-        architecture_of(checkpoint.config)
-        config = CONFIG_MAPPING[checkpoint.config["model_type"]].from_dict(dict(checkpoint.config))
+        settings = text_config(checkpoint.config)
+        architecture_of(settings)
+        config = CONFIG_MAPPING[settings["model_type"]].from_dict(dict(settings))
         architecture = architecture_of(config.to_dict())
         planned = {f"{name}.weight": choice for name, choice in checkpoint.widths.items() if choice is not None}
-        names = [name for name in (*planned, *checkpoint.dense) if not name.endswith(_LEFT_OUT)
-                 and not (config.tie_word_embeddings and name == "lm_head.weight")]
-        places = gguf_places(architecture.name, config.num_hidden_layers, names)
+        everything = {name: text_name(name) if settings is not checkpoint.config else name
+                      for name in (*planned, *checkpoint.dense)}
+        names = {name: text for name, text in everything.items() if text and not text.endswith(_LEFT_OUT)
+                 and not (config.tie_word_embeddings and text == "lm_head.weight")}
+        by_text = gguf_places(architecture.name, config.num_hidden_layers, names.values())
+        places = {name: by_text[text] for name, text in names.items()}
         parts: dict[str, dict[int | None, str]] = {}
         for name, place in places.items():
             parts.setdefault(place.name, {})[place.expert] = name
@@ -95,14 +101,12 @@ class Layout:
             ordered = tuple(sources[number] for number in sorted(sources, key=lambda number: number or 0))
             kinds = {planned[name].name if name in planned else _kind(stored, checkpoint.dense[name])
                      for name in ordered}
-            if len(kinds) > 1:
-                raise ImpqError(f"format gguf has one type for all experts of a block, but the plan has "
-                                f"{', '.join(sorted(kinds))} for {stored}: plan with --granularity group or block")
-            shapes = {_shape(checkpoint, name) for name in ordered}
-            shape = shapes.pop()
-            tensors.append(Tensor(stored, kinds.pop(), shape if None in sources else (len(ordered), *shape), ordered))
+            shape = _shape(checkpoint, ordered[0])
+            shape = shape if None in sources else (len(ordered), *shape)
+            tensors.append(Tensor(stored, one_type(stored, kinds), shape, ordered))
         tensors.sort(key=lambda tensor: _order(tensor.name))
-        return cls(architecture, config, places, tensors, rotary_tensors(config))
+        others = tuple(name for name, text in everything.items() if text is None)
+        return cls(architecture, config, places, tensors, rotary_tensors(config), others)
 
     def data(self, tensor: Tensor, checkpoint: Checkpoint) -> NDArray[Any]:
         """The data of a tensor, for a checkpoint with weights.
@@ -143,6 +147,14 @@ class Layout:
         if ".q_proj." in name:
             return int(self.config.num_attention_heads)
         return int(self.config.num_key_value_heads) if ".k_proj." in name else 0
+
+
+def one_type(stored: str, kinds: Collection[str]) -> str:
+    """The type of a tensor of the file; raises ImpqError if there are several, as a plan can have for experts."""
+    if len(kinds) > 1:
+        raise ImpqError(f"a GGUF file has one type for all experts of a block, but the plan has "
+                        f"{', '.join(sorted(kinds))} for {stored}: plan with --granularity group or block")
+    return next(iter(kinds))
 
 
 def _shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:

@@ -79,11 +79,28 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({
 """The architectures whose files are known to give transformers' logits in llama.cpp (tests/test_gguf_export.py)."""
 
 
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of a multimodal model's language model; of any other model, its own."""
+    inner = config.get("text_config")
+    if config.get("model_type") in ARCHITECTURES or not isinstance(inner, Mapping):
+        return config
+    tied = {name: config[name] for name in ("tie_word_embeddings",) if name in config}
+    return {**inner, **tied}
+
+
+def text_name(name: str) -> str | None:
+    """The name that a tensor of a multimodal model has in the language model alone; None if it is of another part."""
+    for before, after in (("model.language_model.", "model."), ("language_model.", "")):
+        if name.startswith(before):
+            return after + name.removeprefix(before)
+    return name if name.startswith("lm_head.") else None
+
+
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
     """The architecture of a model.
 
     Args:
-        config: the content of config.json, defaults included.
+        config: the content of config.json, or of its ``text_config``; defaults included.
 
     Raises:
         ImpqError: it is not known, or has a setting that llama.cpp does not compute.

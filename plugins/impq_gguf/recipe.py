@@ -3,44 +3,38 @@
 from __future__ import annotations
 
 import re
-import warnings
 from pathlib import Path
 
 from impq_core.errors import ImpqError
 from impq_core.files import write_text
 from impq_core.interfaces import Checkpoint, Exporter
+from impq_gguf.layout import one_type
+from impq_gguf.names import architecture_of, gguf_places, text_config, text_name
 
 
 class LlamaCppRecipe(Exporter):
-    """Lines ``tensor=type`` for ``llama-quantize --tensor-type-file``: GGUF tensor names and k-quants."""
+    """Lines ``tensor=type`` for ``llama-quantize --tensor-type-file``, of a plan of backend ``gguf``.
 
-    TYPES = {8: "q8_0", 6: "q6_k", 5: "q5_k", 4: "q4_k", 3: "q3_k", 2: "q2_k"}  # noqa: RUF012
-    NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",  # noqa: RUF012
-             "self_attn.o_proj": "attn_output", "self_attn.qkv_proj": "attn_qkv", "mlp.gate_proj": "ffn_gate",
-             "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "mlp.gate_up_proj": "ffn_up"}
-    ROW = 256
-    """Weights in a block of a k-quant; llama-quantize takes another type if a tensor's rows are no multiple of it."""
+    The types are those that the plan has in impq, stand-ins for rows of other lengths included. llama-quantize makes
+    the weights again, from its own importance matrix and the unquantized prefix.
+    """
 
     def export(self, checkpoint: Checkpoint, folder: Path) -> None:
-        """Write tensor-types.txt, and warn of tensors for which llama-quantize will take another type.
+        """Write tensor-types.txt.
 
         Raises:
-            ImpqError: llama.cpp has no name for a linear, or no k-quant of a width.
+            ImpqError: the plan is of another backend, llama.cpp does not know the architecture or a linear, or the
+                experts of a block have several types.
         """
-        lines = []
-        for name, choice in checkpoint.widths.items():
-            match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
-            if not match or match[2] not in self.NAMES:
-                raise ImpqError(f"llama.cpp has no tensor name for {name}")
-            if choice and int(choice.bits) not in self.TYPES:
-                raise ImpqError(f"llama.cpp has no k-quant of {choice} bits (for {name})")
-            kind = self.TYPES[int(choice.bits)] if choice else "f16"
-            lines.append(rf"^blk\.{match[1]}\.{self.NAMES[match[2]]}\.weight$={kind}")
+        if checkpoint.backend != "gguf":
+            raise ImpqError(f"recipe-llama.cpp needs llama.cpp's types, and the plan is one of backend "
+                            f"{checkpoint.backend}: run with --backend gguf")
+        settings = text_config(checkpoint.config)
+        architecture, wrapped = architecture_of(settings), settings is not checkpoint.config
+        types = {(text_name(f"{name}.weight") if wrapped else None) or f"{name}.weight":
+                 choice.name if choice else "F16" for name, choice in checkpoint.widths.items()}
+        tensors: dict[str, set[str]] = {}
+        for name, place in gguf_places(architecture.name, int(settings["num_hidden_layers"]), types).items():
+            tensors.setdefault(place.name, set()).add(types[name])
+        lines = [f"^{re.escape(name)}$={one_type(name, kinds).lower()}" for name, kinds in tensors.items()]
         write_text(folder / "tensor-types.txt", "\n".join(lines) + "\n")
-        plan = checkpoint.plan
-        odd = [linear for layer, choice in zip(plan.space.everyone, plan.space.assignment(plan.pick), strict=True)
-               for linear in layer.linears if choice and choice.bits < 8 and linear.columns % self.ROW]
-        if odd:
-            warnings.warn(f"llama-quantize will not follow {len(odd)} of {len(lines)} lines: k-quants take rows of a "
-                          f"multiple of {self.ROW} weights, not the {odd[0].columns} of {odd[0].name}; such tensors "
-                          "get types of 4 bits and more", RuntimeWarning, stacklevel=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -91,6 +92,7 @@ def read_tokenizer(files: Path, rows: int) -> Tokenizer:
     """
     from transformers import AutoTokenizer
 
+    logging.getLogger("gguf").setLevel(logging.ERROR)  # what it doubts is tested here
     try:
         tokenizer = AutoTokenizer.from_pretrained(files)
         content = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -100,7 +102,7 @@ def read_tokenizer(files: Path, rows: int) -> Tokenizer:
     expected = [tokenizer(text)["input_ids"] for text in PROBES]
     reasons, tried, name = [], 0, described(files).name or ""
     with tempfile.TemporaryDirectory() as folder:
-        for rules in _candidates(found.model):
+        for rules in _candidates(found.model, content):
             candidate, tried = replace(found, rules=rules), tried + 1
             try:
                 if _split(candidate, name, Path(folder) / "vocabulary.gguf") == expected:
@@ -111,9 +113,11 @@ def read_tokenizer(files: Path, rows: int) -> Tokenizer:
                     f"splits texts otherwise{f' ({reasons[0]})' if len(reasons) == tried else ''}")
 
 
-def _candidates(model: str) -> list[Mapping[str, str | bool]]:
+def _candidates(model: str, content: Mapping[str, Any]) -> list[Mapping[str, str | bool]]:
+    """The rules to try, the likeliest first."""
     if model == "llama":
-        return [{"pre": "default", "add_space_prefix": prefix} for prefix in (True, False)]
+        likely = "prepend" in json.dumps([content.get("normalizer"), content.get("pre_tokenizer")]).lower()
+        return [{"pre": "default", "add_space_prefix": prefix} for prefix in (likely, not likely)]
     return [{"pre": name} for name in PRE_TOKENIZERS]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 
 from impq_core.space import Choice
@@ -27,7 +28,7 @@ class GgmlType:
     stand_in: str = ""
     needs_importance: bool = False
 
-    @property
+    @cached_property
     def choice(self) -> Choice:
         """The choice of this type: its true bits a weight, and its block as the group."""
         return Choice(8 * self.nbytes / self.block, self.block, self.name)
@@ -75,7 +76,7 @@ def stored_as(name: str, columns: int) -> GgmlType:
 
     It is the type itself if its block divides the row, else its stand-in, else F16 (``tensor_type_fallback`` in
     llama.cpp's src/llama-quant.cpp; llama-quantize refuses types for which it has no stand-in, F16 is taken here).
-    Releases of llama.cpp before 2026 took IQ4_NL for Q2_K and Q3_K, which has the same bytes as Q4_0.
+    Older releases of llama.cpp take IQ4_NL for Q2_K and Q3_K, which has the same bytes as Q4_0.
     """
     kind = TYPES[name]
     if columns % kind.block and kind.stand_in:

@@ -1,0 +1,28 @@
+"""The base classes of parts: estimator, surrogate, allocator, refiner, backend, exporter. Imports no torch.
+
+A search space has n layers and m choices; a *pick* (n,) has the number of a choice for each layer, 0 being the widest.
+Costs are counted in *forwards*: one forward is the whole model over the windows of the game (``model/cost.py``).
+
+A plugin's class derives from one of these. Its options are a frozen dataclass named ``Options``: each field is an
+option ``-o name=value``, and ``__post_init__`` raises ValueError if a value is invalid. Heavy libraries are imported
+inside the methods, so that a typo on the command line is reported before they load.
+"""
+
+from impq_core.interfaces.backend import Backend, Statistics, Variant
+from impq_core.interfaces.estimator import (
+    Drift,
+    Estimator,
+    Game,
+    GameEstimator,
+    Inspector,
+    Probe,
+    Sampler,
+    unknown_drift,
+)
+from impq_core.interfaces.exporter import Checkpoint, Exporter
+from impq_core.interfaces.part import NO_FILE, InputFile, NoOptions, Part
+from impq_core.interfaces.planner import Allocator, Refiner, Surrogate
+
+__all__ = ["NO_FILE", "Allocator", "Backend", "Checkpoint", "Drift", "Estimator", "Exporter", "Game", "GameEstimator",
+           "InputFile", "Inspector", "NoOptions", "Part", "Probe", "Refiner", "Sampler", "Statistics", "Surrogate",
+           "Variant", "unknown_drift"]
