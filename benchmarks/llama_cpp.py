@@ -1,46 +1,58 @@
 """Plans of llama.cpp's types beside llama.cpp's own mixes, uniform types, and plans by tensor error, at equal bytes.
 
-The demo model, and any model folder that is named. Rows of SmolLM2 (576) and Gemma-3-270M (640) are no multiple of 256,
-so that all their linears but down_proj are stored in llama.cpp's stand-ins, of 4.5 bits and more.
+The demo model, the same model widened, and any model folder that is named. Rows of SmolLM2 (576) and Gemma-3-270M (640)
+are no multiple of 256, so that all their linears but down_proj are stored in llama.cpp's stand-ins, of 4.5 bits and
+more. The widened model computes what SmolLM2 computes, with rows of 768 weights, which are no longer on the grid of the
+4-bit file that the demo was made from.
 (A file named gguf.py would hide the library of that name.)
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import torch
 from common import Bench, heading, plus_minus, table, write
+from torch.nn.functional import pad
 
 from impq_core.config import RunConfig, TextConfig
 from impq_core.model.calibration import input_statistics
+from impq_core.model.demo import cache_folder
+from impq_core.model.source import locate_model
 from impq_core.parts import Parts
 from impq_core.plugins import Plugins
 from impq_core.results import Score
 from impq_core.space import Choice
 from impq_core.types import Plan, SensitivityEstimate
 
-MENU = ("Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS")
-MIXES = "Q4_K_M,Q4_K_S,IQ4_XS,IQ3_M,Q3_K_M,Q3_K_S,IQ3_XS,IQ3_XXS,Q2_K,IQ2_M"
+MENU = ("Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S")
+MIXES = "Q4_K_M,Q4_K_S,IQ3_M,Q3_K_M,Q3_K_S,IQ3_XS,IQ3_XXS,Q2_K,IQ2_M"
 BASE = RunConfig(tracking_uri="none", backend="gguf", bits=MENU, granularity="linear", estimator="aumann-shapley",
                  options={"backend": {"mixes": MIXES}}, evaluation=TextConfig(windows=64))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", action="append", default=[], help="A model folder; may be repeated.")
+    parser.add_argument("--model", action="append", default=[],
+                        help="A model folder, demo or widened; may be repeated [demo, widened].")
     parser.add_argument("--windows", type=int, default=64, help="Windows of calibration, and of evaluation.")
     parser.add_argument("--output", default="llama_cpp.md", help="Name of the file in benchmarks/results.")
     given = parser.parse_args()
     lines = heading("Types of llama.cpp: plans beside its own mixes", "python benchmarks/llama_cpp.py")
-    for model in ("demo", *given.model):
-        text = TextConfig(windows=given.windows)
-        lines += report(replace(BASE, model=model, calibration=text, evaluation=text))
+    for model in given.model or ("demo", "widened"):
+        text, folder = TextConfig(windows=given.windows), cache_folder() / "benchmarks" / "smollm2-768"
+        if model == "widened" and not (folder / "config.json").exists():
+            widen(locate_model("demo").folder, folder)
+        config = replace(BASE, model=str(folder) if model == "widened" else model, calibration=text, evaluation=text)
+        lines += report(config, "SmolLM2-135M, widened to 768 and rotated" if model == "widened" else Path(model).name)
         write(given.output, lines)
 
 
-def report(config: RunConfig) -> list[str]:
+def report(config: RunConfig, title: str) -> list[str]:
     """The section of one model."""
     backend = Parts.build(config, Plugins()).backend
     bench = Bench.build(config)
@@ -48,29 +60,81 @@ def report(config: RunConfig) -> list[str]:
     linears = [linear for layer in space.layers for linear in layer.linears]
     estimate, _ = bench.estimate(config)
     tensors = tensor_errors(bench)
+    references = [*_mixes(bench), *_uniforms(bench)]
+    plans = {(name, allocator): _plan(config, made, allocator, nbytes) for name, nbytes, _ in references
+             for made, allocator in ((estimate, "qp"), (tensors, "greedy"))
+             if space.low_bytes < nbytes < space.high_bytes}
+    allocations = [[None] * len(space.everyone), *(choices for *_, choices in references),
+                   *(space.assignment(plan.pick) for plan in plans.values())]
+    unquantized, *scores = bench.evaluator.scores(
+        allocations, lambda done, total: print(f"score: {done} of {total}", flush=True))
+    planned = dict(zip(plans, scores[len(references):], strict=True))
     rows: list[list[str]] = []
-    for name, nbytes, choices in [*_mixes(bench), *_uniforms(bench)]:
-        reference = bench.evaluator.score(choices)
+    for (name, nbytes, _), reference in zip(references, scores, strict=False):
         cells = [name, f"{nbytes / 1e6:.2f}", f"{space.bits_per_weight(nbytes):.3f}", _shown(reference),
                  f"{reference.kl:.3f}"]
-        if space.low_bytes <= nbytes < space.high_bytes:
-            for made, allocator in ((estimate, "qp"), (tensors, "greedy")):
-                plan = _plan(config, made, allocator, nbytes)
-                score = bench.score(plan)
-                cells += [_shown(score), plus_minus(*score.minus(reference), sign=True), f"{score.kl:.3f}"]
-        rows.append([*cells, *[""] * (11 - len(cells))])
-    unquantized = bench.evaluator.score([None] * len(space.everyone))
+        for score in (planned.get((name, "qp")), planned.get((name, "greedy"))):
+            cells += ["", "", ""] if score is None else [
+                _shown(score), plus_minus(*score.minus(reference), sign=True), f"{score.kl:.3f}"]
+        rows.append(cells)
     stored = {(backend.stand_in(linear, choice).name, choice.name) for linear in linears for choice in space.choices}
     standing = ", ".join(f"{choice} as {found}" for found, choice in sorted(stored) if found != choice)
     header = ["at the bytes of", "MB", "bits stored", "its NLL", "KL", "plan", "minus it", "KL", "by tensor error",
               "minus it", "KL"]
-    return [f"## {config.model if config.model == 'demo' else prepared.source.name}", "",
+    return [f"## {title}", "",
             f"Held-out NLL, nats per token, on {prepared.evaluation}, {prepared.evaluation.scored_tokens} scored "
             f"tokens; unquantized {_shown(unquantized)}. {len(space)} linears, {space.parameters / 1e6:.1f} M "
             f"weights; embeddings and head at 16 bits in all rows. Menu {', '.join(config.bits)}"
             + (f"; stand-ins: {standing}" if standing else "") + f". Plan: {estimate.method}, "
             f"{estimate.forwards:.1f} forwards, qp. By tensor error: squared error of the weights, weighted by the "
             "mean squares of the inputs; greedy. Differences are paired over windows.", "", *table(header, rows)]
+
+
+def widen(source: Path, target: Path, width: int = 768) -> None:
+    """Write a Llama model that computes what another does, with wider hidden states and more heads.
+
+    The gains of norms are multiplied into the linears behind them. Hidden states get zeros as further components and
+    are rotated by a random orthogonal matrix, so that all weights of a row matter. Further heads are zero.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    old = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    config = copy.deepcopy(old.config)
+    narrow, size = config.hidden_size, config.head_dim
+    share, heads = narrow / width, width // size
+    config.num_key_value_heads = heads * config.num_key_value_heads // config.num_attention_heads
+    config.hidden_size, config.num_attention_heads, config.tie_word_embeddings = width, heads, False
+    config.rms_norm_eps *= share  # of the mean square over more components
+    config.dtype = torch.bfloat16
+    rotation = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(0)).double()).Q.float()
+
+    def reader(weight: torch.Tensor, gain: torch.Tensor, rows: int) -> torch.Tensor:
+        return pad(weight * gain, (0, width - narrow, 0, rows - len(weight))) @ rotation.T
+
+    def writer(weight: torch.Tensor, columns: int) -> torch.Tensor:
+        return rotation @ pad(weight, (0, columns - weight.shape[1], 0, width - narrow))
+
+    new = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        new.model.embed_tokens.weight.copy_(pad(old.model.embed_tokens.weight, (0, width - narrow)) @ rotation.T)
+        new.lm_head.weight.copy_(reader(old.lm_head.weight, old.model.norm.weight, config.vocab_size))
+        new.model.norm.weight.fill_(share**0.5)
+        for there, here in zip(new.model.layers, old.model.layers, strict=True):
+            for name in ("q_proj", "k_proj", "v_proj"):
+                into = getattr(there.self_attn, name).weight
+                into.copy_(reader(getattr(here.self_attn, name).weight, here.input_layernorm.weight, len(into)))
+            for name in ("gate_proj", "up_proj"):
+                into = getattr(there.mlp, name).weight
+                into.copy_(reader(getattr(here.mlp, name).weight, here.post_attention_layernorm.weight, len(into)))
+            there.self_attn.o_proj.weight.copy_(writer(here.self_attn.o_proj.weight, width))
+            there.mlp.down_proj.weight.copy_(writer(here.mlp.down_proj.weight, config.intermediate_size))
+            there.input_layernorm.weight.fill_(share**0.5)
+            there.post_attention_layernorm.weight.fill_(share**0.5)
+        ids = torch.arange(1000, 1064)[None]
+        difference = (new(ids).logits - old(ids).logits).abs().max() / old(ids).logits.abs().max()
+        assert difference < 1e-4, f"the widened model computes other logits: {difference}"
+    new.to(torch.bfloat16).save_pretrained(target)
+    AutoTokenizer.from_pretrained(source).save_pretrained(target)
 
 
 def tensor_errors(bench: Bench) -> SensitivityEstimate:

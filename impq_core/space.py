@@ -111,7 +111,8 @@ class LinearSpec:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """A player of the game: one or more linears of a block that share a width."""
+    """A player of the game: one or more linears of a block that share a width. The input embedding is one at block -1,
+    and the head at the block behind the last; each has one linear, with a row for each token."""
 
     name: str
     block: int

@@ -53,6 +53,11 @@ BUDGETS = [
     Case("allocate finished --budget 1GB", 2, "1GB"),
     Case("sweep --budget 1GB,2GB", 2, "1GB"),
     Case("run --pin model.layers.0=8 --budget 2.5bits", 2, "2.5bits"),
+    light("run --whole", 2, "--budget"),
+    light("run --whole --budget 3bits", 2, "3bits"),
+    Case("run --whole --budget 1MB", 2, "1MB"),
+    Case("run --quantize-embeddings", 2, "model.embed_tokens", "an embedding that the backend cannot store"),
+    light("run --quantize-embeddings --export recipe-auto-round", 1, "recipe-auto-round"),
 ]
 
 NAMES = [

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter, SpecialVocab
 
 PRE_TOKENIZERS = (
-    "llama-bpe", "qwen2", "gpt-2", "smollm", "tekken", "gpt-4o", "starcoder", "deepseek-v3", "qwen35", "deepseek-llm",
+    "llama-bpe", "qwen2", "smollm", "gpt-2", "tekken", "gpt-4o", "starcoder", "deepseek-v3", "qwen35", "deepseek-llm",
     "deepseek-coder", "command-r", "stablelm2", "olmo", "dbrx", "falcon", "falcon3", "refact", "chatglm-bpe", "viking",
     "bloom", "poro-chat", "gpt3-finnish", "codeshell", "exaone", "exaone-moe", "chameleon", "minerva-7b", "superbpe",
     "trillion", "bailingmoe", "seed-coder", "hunyuan", "hunyuan-dense", "kimi-k2", "minimax-m2", "grok-2", "afmoe",
