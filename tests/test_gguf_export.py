@@ -224,7 +224,7 @@ def test_damaged_and_foreign_files_are_refused_in_one_line(tmp_path: Path) -> No
     other = written(unquantized(save("phi3", tmp_path / "other")), tmp_path / "more").read_bytes()
     for content in (file.read_bytes()[:100_000], b"GGUF", b"not a file of llama.cpp", other):
         file.write_bytes(content)
-        with pytest.raises(ImpqError, match="model.gguf") as error:
+        with pytest.raises(ImpqError, match=r"model\.gguf") as error:
             for read in GgufExporter().dense(file.parent, checkpoint).values():
                 read()
         assert "\n" not in str(error.value)
