@@ -19,7 +19,7 @@ from impq_core.cli import main
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError, UsageError
 from impq_core.exports.checkpoint import SafetensorsExporter, write_model
-from impq_core.exports.export import evaluate_folder, export_run
+from impq_core.exports.export import check_formats, evaluate_folder, export_run
 from impq_core.hookspecs import Component, hookimpl
 from impq_core.interfaces import Checkpoint
 from impq_core.plugins import Plugins
@@ -180,7 +180,11 @@ def test_a_format_that_holds_no_quantized_embedding_is_refused_first(
     with pytest.raises(SystemExit):
         main(["run", "--export", "gptq"])
     assert "format 'gptq'" in capsys.readouterr().err
-    result = run(replace(config, quantize_embeddings=False, pins={"lm_head": "4"}, estimator="random", options={}))
+    pinned = replace(config, quantize_embeddings=False, pins={"lm_head": "4"}, estimator="random", options={})
+    for format in ("gptq", "recipe-auto-round"):
+        with pytest.raises(ImpqError, match="lm_head"):
+            check_formats(pinned, [format], Plugins())
+    result = run(pinned)
     monkeypatch.setattr(Session, "quantize_plan", None)
     with pytest.raises(ImpqError, match="lm_head"):
         export_run(result.folder, "gptq")
@@ -214,6 +218,16 @@ def test_a_file_with_a_quantized_embedding_holds_the_measured_model_and_is_no_la
     with pytest.raises(ImpqError, match="bug of format 'greedy'"):
         export_run(result.folder, "greedy", plugins=plugins())
     assert not (result.folder / "greedy").exists()
+
+
+def test_a_file_of_llama_cpp_takes_the_bytes_that_were_promised(config: RunConfig, models: dict[str, Path]) -> None:
+    pytest.importorskip("xllamacpp")
+    config = replace(config, model=str(models["gemma3"]), backend="gguf", estimator="random", granularity="group",
+                     bits=("Q4_0", "Q5_0", "Q8_0"), whole=True, budget="90000B", options={})
+    result = run(config)
+    assert result.plan is not None and result.plan.widths()["model.embed_tokens"] is not None
+    assert export_run(result.folder, "gguf").file_bytes == result.plan.file_bytes
+    assert result.plan.file_bytes is not None and 88_000 < result.plan.file_bytes <= 90_000
 
 
 @pytest.mark.parametrize(("backend", "options"), [("gptq", {}), ("gptq", {"symmetric": True}), ("hqq", {})])

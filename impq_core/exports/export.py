@@ -29,7 +29,7 @@ from impq_core.parts import load_exporter, require_ends
 from impq_core.plugins import Plugins
 from impq_core.results import Exported, Score
 from impq_core.runs.folder import RunFolder, recorded
-from impq_core.runs.layout import lay_out
+from impq_core.runs.layout import Layout, lay_out
 from impq_core.runs.prepare import prepare
 from impq_core.runs.session import Session
 from impq_core.trust import NO_TRUST, Trust
@@ -64,8 +64,7 @@ def export_run(run: str | Path, name: str, target: Path | None = None, plugins: 
     prepared = prepare(config, plugins, trust)
     plan, score = prepared.plan, None
     assert plan is not None
-    if quantized := [layer.name for layer in prepared.ends if plan.widths()[layer.name]]:
-        require_ends(exporter, name, quantized[0])
+    _require_ends(exporter, name, prepared, plan)
     if exporter.backends:
         session = Session(prepared, plugins)
         checkpoint = _outline(session, plan)
@@ -102,6 +101,13 @@ def export_run(run: str | Path, name: str, target: Path | None = None, plugins: 
     return exported
 
 
+def _require_ends(exporter: Exporter, name: str, layout: Layout, plan: Plan) -> None:
+    """Raises ImpqError if the plan has a quantized embedding or head, and the format cannot hold it."""
+    for layer in layout.ends:
+        if plan.widths()[layer.name]:
+            require_ends(exporter, name, layer.name)
+
+
 def _require_size(exporter: Exporter, name: str, checkpoint: Checkpoint, folder: Path) -> None:
     """Raises ImpqError if an export is larger than the format or the plan promised."""
     written, promised = _file_bytes(exporter, folder), [exporter.file_bytes(checkpoint)]
@@ -132,7 +138,7 @@ def check_formats(config: RunConfig, names: Sequence[str], plugins: Plugins, tru
     """
     options = config.options.get("backend", {})
     exporters = [load_exporter(name, config.backend, options, plugins) for name in names]
-    if not any(exporter.backends for exporter in exporters):
+    if not exporters:
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run will say it
@@ -140,6 +146,10 @@ def check_formats(config: RunConfig, names: Sequence[str], plugins: Plugins, tru
         ends = (0, len(layout.space.choices) - 1)
         pick = np.array([ends[layer % 2] for layer in range(len(layout.space))])  # neighbours differ
         plan = layout.plan or Plan(layout.space, pick, layout.space.bytes_of(pick))
+        for name, exporter in zip(names, exporters, strict=True):
+            _require_ends(exporter, name, layout, plan)
+        if not any(exporter.backends for exporter in exporters):
+            return
         checkpoint = outline(layout.source, layout.source.without_weights(), plan, config.backend, layout.parts.backend,
                              resolve_dtype(layout.config.dtype, layout.device))
         for exporter in exporters:
