@@ -216,3 +216,15 @@ def test_experts_of_a_block_share_a_type(tmp_path: Path) -> None:
     odd = next(name for name in widths if ".layers.0." in name and name.endswith("w1"))
     with pytest.raises(ImpqError, match=r"Q4_0, Q8_0 for blk\.0\.ffn_gate_exps\.weight: plan with --granularity group"):
         Layout.of(replace(same, widths=widths | {odd: Choice(4.5, 32, "Q4_0")}))
+
+
+def test_damaged_and_foreign_files_are_refused_in_one_line(tmp_path: Path) -> None:
+    checkpoint = unquantized(save("llama", tmp_path / "model"))
+    file = written(checkpoint, tmp_path / "export")
+    other = written(unquantized(save("phi3", tmp_path / "other")), tmp_path / "more").read_bytes()
+    for content in (file.read_bytes()[:100_000], b"GGUF", b"not a file of llama.cpp", other):
+        file.write_bytes(content)
+        with pytest.raises(ImpqError, match=r"model\.gguf") as error:
+            for read in GgufExporter().dense(file.parent, checkpoint).values():
+                read()
+        assert "\n" not in str(error.value)

@@ -49,23 +49,38 @@ class GgufExporter(Exporter):
     def __init__(self, options: Any = None) -> None:
         super().__init__(options)
         self._tokenizer = functools.cache(read_tokenizer)  # proven once for the sizes of many plans
+        self._tokenizer_bytes: dict[tuple[Path, int], int] = {}
 
     def file_bytes(self, checkpoint: Checkpoint) -> int:
         """The exact bytes of the file, all parts together.
+
+        The first time, llama.cpp loads a file of these sizes, without data. A large vocabulary takes seconds to write,
+        so it is written once for the sizes of many plans.
 
         Raises:
             ImpqError: llama.cpp does not know the architecture, a tensor or the tokenizer, or does not load such a
                 file, or the experts of a block have several types.
         """
         layout = Layout.of(checkpoint)
+        key = checkpoint.files, layout.config.vocab_size
+        parts = self._sizes(checkpoint, layout, tokenizer=False)
+        if key not in self._tokenizer_bytes:
+            self._tokenizer_bytes[key] = self._sizes(checkpoint, layout, tokenizer=True)[0][0] - parts[0][0]
+        more = [self._tokenizer_bytes[key], *[0] * (len(parts) - 1)]
+        return sum(_padded(header + extra) + data for (header, data), extra in zip(parts, more, strict=True))
+
+    def _sizes(self, checkpoint: Checkpoint, layout: Layout, tokenizer: bool) -> list[tuple[int, int]]:
+        """Bytes of the header and of the data of each part; with a tokenizer, llama.cpp has loaded such a file."""
         with tempfile.TemporaryDirectory() as folder:
-            with self._begun(checkpoint, layout, Path(folder)) as writer:
-                parts = [sum(_padded(info.nbytes) for info in part.values()) for part in writer.tensors]
+            with self._begun(checkpoint, layout, Path(folder), tokenizer) as writer:
+                data = [sum(_padded(info.nbytes) for info in part.values()) for part in writer.tensors]
             files = self.files(Path(folder))
-            for file, nbytes in zip(files, parts, strict=True):
-                os.truncate(file, _padded(file.stat().st_size) + nbytes)  # a hole in place of the data
-            check_loads(files[0])
-            return sum(file.stat().st_size for file in files)
+            headers = [file.stat().st_size for file in files]
+            if tokenizer:
+                for file, header, nbytes in zip(files, headers, data, strict=True):
+                    os.truncate(file, _padded(header) + nbytes)  # a hole in place of the data
+                check_loads(files[0])
+            return list(zip(headers, data, strict=True))
 
     def export(self, checkpoint: Checkpoint, folder: Path) -> None:
         """Write the file or its parts. Warns if encoders of a multimodal model are left out."""
@@ -81,8 +96,9 @@ class GgufExporter(Exporter):
                 writer.write_tensor_data(layout.data(tensor, checkpoint))
 
     @contextmanager
-    def _begun(self, checkpoint: Checkpoint, layout: Layout, folder: Path) -> Iterator[GGUFWriter]:
-        """Yields a writer whose file has everything but the data of the tensors."""
+    def _begun(self, checkpoint: Checkpoint, layout: Layout, folder: Path,
+               tokenizer: bool = True) -> Iterator[GGUFWriter]:
+        """Yields a writer whose file has everything but the data of the tensors, and perhaps the tokenizer."""
         from gguf import GGMLQuantizationType, GGUFWriter
 
         limit = self.part_bytes
@@ -97,7 +113,8 @@ class GgufExporter(Exporter):
             kinds[tensor.kind] += math.prod(tensor.shape)
         add_general(writer, checkpoint, kinds)
         add_architecture(writer, layout.config, layout.architecture)
-        self._tokenizer(checkpoint.files, layout.config.vocab_size).add_to(writer)
+        if tokenizer:
+            self._tokenizer(checkpoint.files, layout.config.vocab_size).add_to(writer)
         try:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()

@@ -109,11 +109,7 @@ class Layout:
         return cls(architecture, config, places, tensors, rotary_tensors(config), others)
 
     def data(self, tensor: Tensor, checkpoint: Checkpoint) -> NDArray[Any]:
-        """The data of a tensor, for a checkpoint with weights.
-
-        Raises:
-            ImpqError: a number is too large for float16.
-        """
+        """The data of a tensor, for a checkpoint with weights."""
         parts = [self._rows(name, self._one(tensor, name, checkpoint)) for name in tensor.sources]
         return parts[0] if len(parts) == 1 else np.stack(parts)
 
