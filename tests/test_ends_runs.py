@@ -16,6 +16,7 @@ from test_resume import cut, outcome
 from transformers import AutoModelForCausalLM
 
 from impq_core.cli import main
+from impq_core.compare.read import read_contestant
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError, UsageError
 from impq_core.exports.checkpoint import SafetensorsExporter, write_model
@@ -147,6 +148,12 @@ def test_the_score_of_a_plan_is_that_of_the_model_with_its_weights(kind: str, co
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(dim=1)
     np.testing.assert_allclose(result.evaluation.plan.window_nll, nll.numpy(), rtol=1e-5)
+
+
+def test_a_map_of_widths_has_the_ends_at_its_ends(config: RunConfig) -> None:
+    folder = run(replace(config, pins={"lm_head": "4", "*embed*": "2"}, estimator="random", options={})).folder
+    names = list(read_contestant(folder).widths)
+    assert names[0] == "model.embed_tokens" and names[-1] == "lm_head"
 
 
 def test_ends_are_layers_if_a_pin_or_a_plan_names_them(config: RunConfig, tmp_path: Path) -> None:

@@ -167,8 +167,10 @@ class Contest:
         return None if run is best else run.plan.minus(best.plan)
 
 
-def block_of(layer: str) -> int:
-    """The block that a layer belongs to: the first number in its name, -1 if there is none. Plan files name pinned
-    layers last; sorting by block restores the model's order."""
+def block_of(layer: str) -> float:
+    """The block that a layer belongs to: the first number in its name; -1 for an embedding, and infinity for a head.
+    Plan files name pinned layers last; sorting by block restores the model's order."""
     number = re.search(r"(?<![^.])\d+(?![^.])", layer)
-    return int(number[0]) if number else -1
+    if number:
+        return int(number[0])
+    return -1 if re.search("emb|wte", layer) else math.inf

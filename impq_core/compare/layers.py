@@ -135,7 +135,8 @@ def _layer_axis(axes: Any, names: tuple[str, ...], most: int = 40) -> None:
         return
     firsts = _firsts(names)
     shown = firsts[::-(-len(firsts) // most)]
-    axes.set_xticks(np.array(shown) - 0.5, [str(block_of(names[i])) for i in shown], fontsize=9)
+    labels = [f"{block:g}" if 0 <= (block := block_of(names[i])) < np.inf else "" for i in shown]
+    axes.set_xticks(np.array(shown) - 0.5, labels, fontsize=9)
     axes.set_xlabel(f"layer in model order ({len(names)}); numbers: first layer of a block")
 
 
