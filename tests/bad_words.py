@@ -144,8 +144,6 @@ NUMBERS = [
     light("run --backend gguf --bits IQ2_XS,Q4_K -o importance=false", 2, "IQ2_XS"),
     Case("run --backend gguf --bits Q8_0,Q4_0 --budget 1kB", 2, "1kB"),
     Case("run --backend gguf --bits Q8_0,Q4_0 --budget 1kB --whole", 2, "1kB"),
-    Case("run --budget 3bits --whole", 2, "whole"),
-    Case("run --whole", 2, "--whole"),
     Case("run --quantize-embeddings --export hqq", 1, "--quantize-embeddings"),
     Case("export finished gguf", 1, "'gguf'"),
     Case("export finished recipe-llama.cpp", 1, "recipe-llama.cpp"),
