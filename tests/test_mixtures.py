@@ -104,7 +104,7 @@ def test_a_shape_that_a_backend_refuses_stays_at_16_bits_at_any_granularity() ->
             assert space.parameters == sum(layer.parameters for layer in layers)
             assert len(space) == len(layers) - (granularity != "block")
         assert by_name.fingerprint == by_pattern.fingerprint
-        for given in ({}, {"pins": {"*.gate": 4.0}, "dense": dense}):
+        for given in ({}, {"pins": {"*.gate": "4"}, "dense": dense}):
             with pytest.raises(ImpqError, match=r"layers\.1\.feed\.gate is 1 x 64"):
                 search_space(layers, backend, choices, **given)
     with pytest.raises(UsageError, match="matches no layer"):

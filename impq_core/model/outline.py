@@ -32,6 +32,9 @@ def outline(source: ModelSource, model: PreTrainedModel, plan: Plan, name: str, 
     in_files = {name: names.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight") for name in specs}
     widths = {in_files[name]: choice for name, choice in stored_widths(plan, backend).items()}
     tensors = source.tensors() if source.unquantized_files else _by_names(model, names)
+    if (given := source.dequantized_dtype) is not None:
+        tensors = ((name, torch.empty_like(tensor, dtype=stored_dtype(tensor, given), device="meta"))
+                   for name, tensor in tensors)
     dense = {name: torch.empty_like(tensor, dtype=stored_dtype(tensor, dtype), device="meta")
              for name, tensor in tensors if widths.get(name.removesuffix(".weight")) is None}
     config = source.config()

@@ -251,6 +251,13 @@ class ModelSource:
         """Whether the weights are at hand, and are not codes."""
         return Path(self._files).is_dir() and not self.quantization
 
+    @property
+    def dequantized_dtype(self) -> torch.dtype | None:
+        """The dtype in which ``tensors`` gives dequantized weights; None if the files are not quantized."""
+        from impq_core.model import dequantize
+
+        return dequantize.stored_dtype(self._config()) if self.quantization else None
+
     def without_weights(self) -> PreTrainedModel:
         """The model on the meta device, as ``load`` returns it. Its tensors' names in the files are known as exactly as
         the files are: those of a hub's model may not be fetched yet."""
@@ -330,8 +337,8 @@ class ModelSource:
         tensor of the dequantized model, at 16 bits, by its name in files that are not."""
         from impq_core.model import dequantize
 
-        if self.quantization:
-            yield from dequantize.tensors(self._from_files(dtype=dequantize.stored_dtype(self._config())))
+        if self.dequantized_dtype is not None:
+            yield from dequantize.tensors(self._from_files(dtype=self.dequantized_dtype))
             return
         for stored in self._opened():
             for name in stored.keys():  # noqa: SIM118
