@@ -79,8 +79,8 @@ def report(config: RunConfig, title: str) -> list[str]:
         rows.append(cells)
     stored = {(backend.stand_in(linear, choice).name, choice.name) for linear in linears for choice in space.choices}
     standing = ", ".join(f"{choice} as {found}" for found, choice in sorted(stored) if found != choice)
-    header = ["at the bytes of", "MB", "bits stored", "its NLL", "KL", "plan", "minus it", "KL", "plan by KL", "minus it",
-              "KL", "by tensor error", "minus it", "KL"]
+    header = ["at the bytes of", "MB", "bits stored", "its NLL", "KL",
+              *(cell for name in ("plan", "plan by KL", "by tensor error") for cell in (name, "minus it", "KL"))]
     return [f"## {title}", "",
             f"Held-out NLL, nats per token, on {prepared.evaluation}, {prepared.evaluation.scored_tokens} scored "
             f"tokens; unquantized {_shown(unquantized)}. {len(space)} linears, {space.parameters / 1e6:.1f} M "
