@@ -388,4 +388,5 @@ class Plan:
 
 def _described(choice: Choice) -> str:
     """All that a plan file says of a choice."""
-    return f"{choice} ({choice.bits:g} bits, groups of {choice.group_size})"
+    form = f"{choice.bits:g} bits in groups of {choice.group_size}"
+    return form if choice.is_width else f"{choice} ({form})"
