@@ -72,7 +72,8 @@ class Parts:
         if config.whole and budget:
             budget.check_whole()
         exact = type(built["backend"]).stand_in is Backend.stand_in
-        if budget and exact and not config.pins:  # a pin, or what is stored for a shape, may lie outside the menu
+        # A pin, or what is stored for a shape, may lie outside the menu; a file has more than the menu's widths.
+        if budget and exact and not config.pins and not config.whole:
             budget.check_menu([choice.bits for choice in menu])
         granularity = config.granularity
         if granularity == "auto":
@@ -181,13 +182,18 @@ def _menus(config: RunConfig, backend: Backend,
     other, other_name = estimate_with or backend, config.estimate_with or config.backend
     wanted = config.bits or _unasked(config, backend, other)
     both = ((backend, config.backend), (other, other_name))
-    menus = [tuple(named_choice(part, part_name, name, "--bits") for name in wanted) for part, part_name in both]
+    where = f"plan {config.plan}" if config.plan and not config.bits else "--bits"
+    menus = [tuple(named_choice(part, part_name, name, where) for name in wanted) for part, part_name in both]
     for pattern, name in config.pins.items():
         for part, part_name in both:
             named_choice(part, part_name, name, f"--pin {pattern}={name}")
     if len(set(menus[0])) < len(wanted):
         raise UsageError(f"--bits {','.join(wanted)} names a width twice")
     if len(wanted) < 2 and not config.plan:
+        if not config.bits and other is not backend:
+            raise UsageError(f"--estimate-with {other_name}: backends '{config.backend}' and '{other_name}' have fewer "
+                             f"than two of the default widths of '{config.backend}' in common: give --bits with widths "
+                             "that both have, or leave out --estimate-with")
         raise UsageError("--bits needs at least two widths to choose between")
     order = sorted(range(len(wanted)), key=lambda number: -menus[0][number].bits)
     return tuple(menus[0][number] for number in order), tuple(menus[1][number] for number in order)

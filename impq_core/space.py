@@ -59,14 +59,14 @@ class Choice:
 
     @property
     def is_width(self) -> bool:
-        """Whether its name is its bits, with or without a group size."""
-        return self.name.partition("@")[0] == f"{self.bits:g}"
+        """Whether its name is its bits, with or without its group size."""
+        return self.name in (f"{self.bits:g}", f"{self.bits:g}@{self.group_size}")
 
     def replaces(self, other: Choice) -> bool:
         """Whether it stores what ``other`` does. A width in groups has a name with and without its group size, by the
-        backend's options; any other name stands for one form."""
-        return self == other or ((self.bits, self.group_size) == (other.bits, other.group_size)
-                                 and self.is_width and other.is_width)
+        backend's options; any other name stands for one form, in upper or lower case."""
+        alike = self.name.lower() == other.name.lower() or (self.is_width and other.is_width)
+        return alike and (self.bits, self.group_size) == (other.bits, other.group_size)
 
     def to_plan(self) -> dict[str, Any]:
         """Plain data for a plan file, in which users edit bits and group sizes: a width has no further name there."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from impq_core.errors import ImpqError, InvalidArrays, nearest
 from impq_core.files import write_npz, write_text
-from impq_core.space import Choice, FloatArray, IntArray, SearchSpace, frozen, in_bits
+from impq_core.space import Choice, FloatArray, IntArray, SearchSpace, frozen
 
 _ROWS = ("path", "step", "replicate", "windows")
 """The columns of Measurements that say where a loss belongs."""
@@ -378,9 +378,15 @@ class Plan:
             choice = stored[layer.name]
             matches = [k for k, offered in enumerate(space.choices) if choice and choice.replaces(offered)]
             if not matches:
-                menu = ", ".join(f"{c} (groups of {c.group_size})" for c in space.choices)
-                given = f"{in_bits(choice.name)} in groups of {choice.group_size}" if choice else "no width"
+                menu = ", ".join(map(_described, space.choices))
+                given = _described(choice) if choice else "no width"
                 raise ImpqError(f"plan {path} gives '{layer.name}' {given}; the widths asked for are {menu}")
             pick.append(matches[0])
         picked = np.array(pick, dtype=np.int64)
         return cls(space, picked, space.bytes_of(picked), method=f"plan file {Path(path).name}")
+
+
+def _described(choice: Choice) -> str:
+    """All that a plan file says of a choice."""
+    form = f"{choice.bits:g} bits in groups of {choice.group_size}"
+    return form if choice.is_width else f"{choice} ({form})"

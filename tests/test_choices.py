@@ -19,7 +19,7 @@ from impq_core.errors import ImpqError, UsageError
 from impq_core.interfaces import Backend, Statistics, Variant
 from impq_core.model.bank import Bank
 from impq_core.model.blockwise import BlockwiseModel
-from impq_core.model.layers import by_size, layers_of, search_space
+from impq_core.model.layers import by_size, further_choices, layers_of, search_space
 from impq_core.model.quantize import fill_bank
 from impq_core.parts import Parts
 from impq_core.plugins import Plugins
@@ -124,6 +124,10 @@ def test_choices_that_are_stored_alike_everywhere_are_one() -> None:
     menu = (backend.forms[2], backend.forms[0], backend.forms[1])
     assert [choice.name for choice in by_size(short, backend, menu, ())] == ["WIDE", "PLAIN"]
     assert [choice.name for choice in by_size(space.layers, backend, menu, ())] == ["WIDE", "PLAIN", "THIN"]
+    wide, plain, thin = backend.forms
+    assert further_choices(short, backend, [wide], [wide, plain, thin], ()) == [plain]
+    assert further_choices(short, backend, [wide, thin], [plain], ()) == []
+    assert further_choices(space.layers, backend, [wide], [plain, thin], ()) == [plain, thin]
 
 
 def test_orders_that_differ_between_layers_are_refused() -> None:
@@ -200,3 +204,12 @@ def test_names_that_stand_for_nothing(change: dict[str, object], reason: str) ->
 def test_a_name_is_part_of_a_file_name() -> None:
     with pytest.raises(ValueError, match="letters, digits"):
         Choice(4.0, 64, "../4")
+
+
+def test_a_name_with_another_group_size_is_no_width(tmp_path: Path) -> None:
+    """A plan keeps such a name, and what it contradicts is refused."""
+    odd, plain = Choice(3.0, 128, "3@64"), Choice(3.0, 128, "3@128")
+    assert not odd.is_width and plain.is_width and not odd.replaces(plain)
+    assert Choice.of(odd.to_plan()) == odd
+    assert Choice(4.5, 256, "q4_k").replaces(Choice(4.5, 256, "Q4_K"))
+    assert not Choice(4.5, 256, "Q4_K").replaces(Choice(4.5, 256, "Q5_K"))

@@ -136,6 +136,18 @@ def test_budgets_and_backends(tmp_path: Path, config: RunConfig) -> None:
         "60% of 8 bits": ["spqe, gptq, 3/8 bits, unrefined"]}
 
 
+def test_plans_with_and_without_embeddings_have_other_budgets(tmp_path: Path, config: RunConfig) -> None:
+    """Whether the embeddings are layers by a key, a pin or a given plan."""
+    inside = make_run(tmp_path / "inside", replace(config, plan="inside.json"), BASE)
+    both = make_run(tmp_path / "both", replace(config, plan="both.json"), BASE)
+    plan = json.loads((both / "plan.json").read_text())
+    for name in ("inside", "both"):
+        plan["layers"]["lm_head"] = None if name == "inside" else {"bits": 4, "group_size": 64}
+        (tmp_path / name / "plan.json").write_text(json.dumps(plan))
+    [contest], _ = gather([inside, both])
+    assert {budget: len(runs) for budget, runs in contest.budgets.items()} == {"3bits": 1, "3bits with embeddings": 1}
+
+
 def test_what_has_not_finished_is_left_out(tmp_path: Path, config: RunConfig) -> None:
     make_run(tmp_path / "sweep" / "spqe" / "done", config, BASE + 0.5)
     going = make_run(tmp_path / "sweep" / "spqe" / "going", config, BASE + 0.5)

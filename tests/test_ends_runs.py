@@ -275,7 +275,7 @@ def test_other_plans_of_a_run_keep_to_the_file(tiny_config: RunConfig) -> None:
 
 
 @pytest.mark.parametrize("given", [["--whole"], ["--whole", "--budget", "3bits"], ["--whole", "--budget", "3.5bpw"],
-                                   ["--whole", "--budget", "5MB"]])
+                                   ["--whole", "--budget", "5MB"], ["--whole", "--budget", "120%"]])
 def test_budgets_that_bound_no_file_are_refused(given: list[str], capsys: pytest.CaptureFixture[str],
                                                 config: RunConfig, tmp_path: Path,
                                                 monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +283,8 @@ def test_budgets_that_bound_no_file_are_refused(given: list[str], capsys: pytest
     (tmp_path / "impq.toml").write_text(config.to_toml())
     with pytest.raises(SystemExit) as stopped:
         main(["run", "--dry-run", *given])
-    assert stopped.value.code == 2 and capsys.readouterr().err.splitlines()[-1].startswith("impq: ")
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and message.startswith("impq: ") and "whole" in message
 
 
 def test_both_accounts_are_shown(tiny_config: RunConfig, capsys: pytest.CaptureFixture[str], tmp_path: Path,

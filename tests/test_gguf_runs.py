@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType, GGUFReader
 from impq_gguf.types import TYPES
 from llamacpp import Model
 from test_gguf_export import save, unquantized, written
@@ -81,8 +82,8 @@ def exports(tiny_config: RunConfig, tmp_path: Path) -> Exports:
     """A function that runs and exports a tiny model."""
     def export(kind: str, **more: object) -> tuple[RunResult, Exported]:
         model = save(kind, tmp_path / "model", WIDE | (GEMMA if kind.startswith("gemma") else {}))
-        settings: dict[str, Any] = {"granularity": "group", **more}
-        result = run(replace(tiny_config, model=str(model), backend="gguf", bits=BITS, budget="70%",
+        settings: dict[str, Any] = {"granularity": "group", "bits": BITS, **more}
+        result = run(replace(tiny_config, model=str(model), backend="gguf", budget="70%",
                              estimator="random", options={}, **settings))
         return result, export_run(result.folder, "gguf", tmp_path / "export")
     return export
@@ -118,6 +119,17 @@ def test_the_exported_file_computes_the_measured_model(kind: str, ends: bool, ex
     assert ends == any("embed" in name for name in measured.variants)
     assert nll(exact) == pytest.approx(nll(theirs), abs=0.05)
     assert apart(rounded) < 0.7 * apart(exact) < 0.04 * theirs.std()
+
+
+def test_a_file_of_another_plan_is_not_measured(exports: Exports) -> None:
+    """Here one whose types take the same bytes."""
+    _, export = exports("llama", bits=("Q8_0", "Q3_K"))
+    found = {tensor.name: tensor for tensor in GGUFReader(export.folder / "model.gguf", "r+").tensors}
+    changed = next(tensor for tensor in found.values() if tensor.tensor_type.name == "Q3_K")
+    changed.field.parts[4][0] = GGMLQuantizationType.IQ3_S
+    del found
+    with pytest.raises(ImpqError, match=rf"{re.escape(changed.name)} is IQ3_S"):
+        evaluate_folder(export.folder)
 
 
 def test_only_what_llama_cpp_users_need_is_in_the_folder(exports: Exports, tmp_path: Path) -> None:

@@ -19,10 +19,11 @@ from impq_gguf.types import TYPES, stored_as
 from impq_core.cli import main
 from impq_core.compare.read import gather
 from impq_core.config import RunConfig
-from impq_core.errors import ImpqError
+from impq_core.errors import ImpqError, UsageError
 from impq_core.model.ends import end_layers
 from impq_core.model.layers import layers_of
 from impq_core.model.source import locate_model
+from impq_core.parts import Parts
 from impq_core.plugins import Plugins
 from impq_core.runs.importing import import_plan
 from impq_core.runs.pipeline import run
@@ -191,6 +192,19 @@ def test_files_that_cannot_be_used_are_refused_in_one_line(
     [line] = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 1 and named in line and "this is a bug" not in line
     assert not (tmp_path / "plan.json").exists()
+
+
+def test_a_width_of_a_plan_that_the_backend_lacks_is_said_to_be_the_plans(tiny_config: RunConfig,
+                                                                            tmp_path: Path) -> None:
+    plan = tmp_path / "odd.json"
+    plan.write_text(json.dumps({"layers": {"model.layers.0": {"bits": 4.5, "group_size": 256, "name": "Q9_K"}}}))
+    with pytest.raises(UsageError, match=r"odd\.json.* Q9_K"):
+        Parts.build(replace(tiny_config, backend="gguf", bits=(), plan=str(plan), options={}), Plugins())
+
+
+def test_backends_without_common_widths_are_named(tiny_config: RunConfig) -> None:
+    with pytest.raises(UsageError, match="'gguf' and 'hqq'"):
+        Parts.build(replace(tiny_config, backend="gguf", estimate_with="hqq", bits=(), options={}), Plugins())
 
 
 def test_missing_files_other_backends_and_taken_names_are_refused(tiny_llama: Path, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def allocate(run: str, budgets: str, surrogate: str | None, allocator: str | Non
 @click.command("import")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--model", required=True, help="The unquantized model: demo, a folder, or a hub name.")
-@click.option("--backend", default="gguf", show_default=True, help="Backend: whose widths the file has.")
+@click.option("--backend", default="gguf", show_default=True, help="Backend that has the widths of the file.")
 @click.option("--to", "target", type=click.Path(path_type=Path), default=Path("plan.json"), show_default=True,
               help="Plan file to write.")
 @click.option("--quantize-embeddings", "embeddings", is_flag=True, help="Read the widths of embedding and head, too.")

@@ -65,13 +65,15 @@ class Contestant:
         """The budget as configured, because bytes differ between backends. A percentage is relative to the widest width
         of the menu, so that width is added; the budget of a given plan is its own nominal width. A budget for the whole
         file, or for embeddings too, is another one."""
+        embeddings = " with embeddings" * any(not 0 <= block_of(name) < math.inf
+                                              for name, choice in self.widths.items() if choice)
         if self.config.plan or not self.config.budget:
-            return f"{round(self.bits_nominal, 1):g}bits{' with embeddings' * self.config.quantize_embeddings}"
+            return f"{round(self.bits_nominal, 1):g}bits{embeddings}"
         if self.config.whole:
             return f"{self.config.budget} for the file"
         widest = next(reversed(narrowest_first(self.config.bits)), "")
         return (self.config.budget + (f" of {in_bits(widest)}" if self.config.budget.endswith("%") else "")
-                + " with embeddings" * self.config.quantize_embeddings)
+                + embeddings)
 
     @property
     def parts(self) -> tuple[str, ...]:

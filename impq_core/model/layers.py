@@ -174,11 +174,37 @@ def by_size(layers: Sequence[LayerSpec], backend: Backend, choices: Sequence[Cho
         choices: the choices.
         dense: names of linears that stay unquantized.
     """
-    linears = [linear for layer in layers for linear in layer.linears if linear.name not in dense]
-    stored = {choice: tuple(backend.stand_in(linear, choice) for linear in linears) for choice in choices}
+    linears = _stored(layers, dense)
+    stored = {choice: _forms(linears, backend, choice) for choice in choices}
     sizes = {choice: sum(map(backend.nbytes, linears, found)) for choice, found in stored.items()}
     ordered = sorted(choices, key=lambda choice: (-sizes[choice], -choice.bits))
     return tuple({stored[choice]: choice for choice in reversed(ordered)}.values())[::-1]
+
+
+def further_choices(layers: Sequence[LayerSpec], backend: Backend, menu: Sequence[Choice], choices: Sequence[Choice],
+                    dense: Collection[str]) -> list[Choice]:
+    """The first of ``choices`` that are stored alike in every linear, without those that are stored like one of the
+    menu.
+
+    Args:
+        layers: all layers.
+        backend: the backend.
+        menu: other choices.
+        choices: the choices.
+        dense: names of linears that stay unquantized.
+    """
+    linears = _stored(layers, dense)
+    forms = {_forms(linears, backend, choice): choice for choice in reversed((*menu, *choices))}
+    return [choice for choice in choices if choice in forms.values() and choice not in menu]
+
+
+def _stored(layers: Sequence[LayerSpec], dense: Collection[str]) -> list[LinearSpec]:
+    return [linear for layer in layers for linear in layer.linears if linear.name not in dense]
+
+
+def _forms(linears: Sequence[LinearSpec], backend: Backend, choice: Choice) -> tuple[Choice, ...]:
+    """What a backend stores for each linear."""
+    return tuple(backend.stand_in(linear, choice) for linear in linears)
 
 
 def search_space(layers: tuple[LayerSpec, ...], backend: Backend, choices: tuple[Choice, ...],

@@ -19,7 +19,15 @@ from impq_core.errors import UsageError
 from impq_core.interfaces import Backend
 from impq_core.model.device import resolve_device, resolve_dtype
 from impq_core.model.ends import chosen_ends
-from impq_core.model.layers import by_size, coverage, layers_of, rest_parameters, search_space, unstorable
+from impq_core.model.layers import (
+    by_size,
+    coverage,
+    further_choices,
+    layers_of,
+    rest_parameters,
+    search_space,
+    unstorable,
+)
 from impq_core.model.shapes import Shapes
 from impq_core.model.source import ModelSource, locate_model
 from impq_core.model.text import check_source
@@ -197,8 +205,8 @@ def lay_out(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
         left = ", ".join(choice.name for choice in parts.menu if choice not in menu)
         if len(menu) < 2 and not config.plan:
             raise UsageError(f"all of --bits are stored alike in this model, as {menu[0]}: add other widths")
-        warnings.warn(f"{left}: left out of the menu, because the shapes of this model let the backend store nothing "
-                      f"else than for {', '.join(choice.name for choice in menu)}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"{left}: left out of the menu, because they are stored in the shapes of this model as one of "
+                      f"{', '.join(choice.name for choice in menu)} is", RuntimeWarning, stacklevel=2)
     game_menu = tuple(parts.game_menu[parts.menu.index(choice)] for choice in menu)
     space = search_space(layers, parts.backend, menu, config.pins, config.exclude, dense)
     game_space = search_space(layers, measured, game_menu, config.pins, config.exclude, dense) if measured else space
@@ -208,8 +216,9 @@ def lay_out(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
     for part in (parts.estimator, parts.surrogate, parts.allocator):
         part.check_space(game_space)
     between = []
-    for choice in map(parts.backend.choice, parts.backend.default_bits):
-        if choice is None or choice in menu or unstorable(space.layers, parts.backend, (choice,)):
+    defaults = [choice for name in parts.backend.default_bits if (choice := parts.backend.choice(name))]
+    for choice in further_choices(layers, parts.backend, menu, defaults, dense):
+        if unstorable(space.layers, parts.backend, (choice,)):
             continue
         alone = search_space(layers, parts.backend, (choice,), config.pins, config.exclude, dense)
         if space.low_bytes < alone.high_bytes < space.high_bytes:

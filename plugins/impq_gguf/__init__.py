@@ -6,7 +6,7 @@ from impq_core.hookspecs import Component, hookimpl
 @hookimpl
 def impq_backends() -> list[Component]:
     """``gguf``."""
-    return [Component("gguf", "impq_gguf.backend:Gguf", "llama.cpp's types, IQ1_S to Q8_0, quantized by llama.cpp",
+    return [Component("gguf", "impq_gguf.backend:Gguf", "llama.cpp's types, IQ1_S to F16, quantized by llama.cpp",
                       needs=("xllamacpp", "gguf"), extra="gguf")]
 
 

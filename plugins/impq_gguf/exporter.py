@@ -129,15 +129,16 @@ class GgufExporter(Exporter):
         return sorted(folder.glob(f"{stem}-*-of-*.{suffix}")) or [folder / NAME]
 
     def restore(self, folder: Path, checkpoint: Checkpoint) -> Mapping[str, Variant]:
-        """Map the packed linears; raises ImpqError if the file lacks one."""
-        read, layout = Reader(self.files(folder)), Layout.of(checkpoint)
-        return {name: Variant(choice, {"data": read.packed(layout, f"{name}.weight")})
+        """Map the packed linears; raises ImpqError if the file is damaged, or not that of the plan."""
+        read = Reader(self.files(folder), Layout.of(checkpoint))
+        return {name: Variant(choice, {"data": read.packed(f"{name}.weight")})
                 for name, choice in checkpoint.widths.items() if choice is not None}
 
     def dense(self, folder: Path, checkpoint: Checkpoint) -> Mapping[str, Callable[[], torch.Tensor]]:
         """Functions that read a tensor of the file."""
-        read, layout = Reader(self.files(folder)), Layout.of(checkpoint)
-        return {name: partial(read.dense, layout, name) for name in checkpoint.dense if name in layout.places}
+        layout = Layout.of(checkpoint)
+        read = Reader(self.files(folder), layout)
+        return {name: partial(read.dense, name) for name in checkpoint.dense if name in layout.places}
 
 
 def _padded(nbytes: int) -> int:

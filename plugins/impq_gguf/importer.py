@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from impq_core.errors import ImpqError, one_line
+from impq_core.errors import ImpqError
 from impq_core.space import LinearSpec
 from impq_gguf.names import gguf_places
+from impq_gguf.reader import open_file
 from impq_gguf.types import TYPES
 
 _PART = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
@@ -31,7 +32,7 @@ def read_types(file: Path, linears: Sequence[LinearSpec]) -> dict[str, str]:
     fields: dict[str, Any] = {}
     tensors: dict[str, Any] = {}
     for part in _parts(file):
-        reader = _open(part)
+        reader = open_file(part)
         fields |= reader.fields
         tensors |= {tensor.name: tensor for tensor in reader.tensors}
     architecture = _value(file, fields, "general.architecture")
@@ -68,21 +69,6 @@ def _parts(file: Path) -> list[Path]:
         return [file]
     return [file.with_name(f"{match['stem']}-{number:05d}-of-{match['count']}.gguf")
             for number in range(1, int(match["count"]) + 1)]
-
-
-def _open(file: Path) -> Any:
-    """The file's fields and tensors, all of whose bytes are there."""
-    from gguf import GGUFReader
-
-    try:
-        with file.open("rb") as stream:
-            if stream.read(4) != b"GGUF":
-                raise ImpqError(f"{file} is no GGUF file")
-        return GGUFReader(file, "c")
-    except OSError as error:
-        raise ImpqError(f"{file} cannot be read: {error.strerror or error}") from error
-    except (ValueError, KeyError, IndexError, TypeError, OverflowError, MemoryError) as error:
-        raise ImpqError(f"{file} is truncated or damaged: {one_line(error, 80)}") from error
 
 
 def _value(file: Path, fields: Mapping[str, Any], name: str) -> Any:

@@ -16,59 +16,74 @@ if TYPE_CHECKING:
     import torch
 
 
+def open_file(file: Path) -> Any:
+    """The fields and tensors of a GGUF file, all of whose bytes are there.
+
+    Raises:
+        ImpqError: the file is missing, truncated, damaged, or no GGUF.
+    """
+    from gguf import GGUFReader
+
+    try:
+        with file.open("rb") as stream:
+            if stream.read(4) != b"GGUF":
+                raise ImpqError(f"{file} is no GGUF file")
+        return GGUFReader(file, "c")
+    except OSError as error:
+        raise ImpqError(f"{file} cannot be read: {error.strerror or error}") from error
+    except (ValueError, KeyError, IndexError, TypeError, OverflowError, MemoryError) as error:
+        raise ImpqError(f"{file} is truncated or damaged: {one_line(error, 80)}") from error
+
+
 class Reader:
-    """A GGUF file, mapped into memory.
+    """A GGUF file that ``GgufExporter`` wrote, mapped into memory.
 
     Args:
         files: the file, or its parts.
+        layout: of the model that was written.
 
     Raises:
-        ImpqError: a file is missing or damaged.
+        ImpqError: a file is missing or damaged, or lacks a tensor of the layout, or has it in another type or shape.
     """
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        from gguf import GGUFReader
+    def __init__(self, files: Sequence[Path], layout: Layout) -> None:
+        self._layout = layout
+        self._tensors = {tensor.name: tensor for file in files for tensor in open_file(file).tensors}
+        for tensor in layout.tensors:
+            if tensor.name not in self._tensors:
+                raise ImpqError(f"{files[0]} lacks the tensor {tensor.name}")
+            found = self._tensors[tensor.name]
+            kind, shape = found.tensor_type.name, tuple(int(size) for size in reversed(found.shape))
+            if (kind, shape) != (tensor.kind, tensor.shape):
+                raise ImpqError(f"{files[0]} is not the file of this plan: {tensor.name} is {_described(kind, shape)} "
+                                f"in it, not {_described(tensor.kind, tensor.shape)}")
 
-        self._file = files[0]
-        self._tensors: dict[str, Any] = {}
-        for file in files:
-            try:
-                self._tensors |= {tensor.name: tensor for tensor in GGUFReader(file, "c").tensors}
-            except (OSError, ValueError, KeyError, IndexError, UnicodeDecodeError) as error:
-                raise ImpqError(f"{file} cannot be read: {one_line(error)}") from error
-
-    def packed(self, layout: Layout, name: str) -> torch.Tensor:
-        """The bytes uint8 (rows, bytes of a row) of a weight of the model; raises ImpqError if the file lacks it."""
+    def packed(self, name: str) -> torch.Tensor:
+        """The bytes uint8 (rows, bytes of a row) of a weight of the model."""
         import torch
 
-        return torch.from_numpy(self._rows(layout, name))
+        return torch.from_numpy(self._rows(name))
 
-    def dense(self, layout: Layout, name: str) -> torch.Tensor:
-        """An unquantized tensor of the model; raises ImpqError if the file lacks it, or has codes in its place."""
+    def dense(self, name: str) -> torch.Tensor:
+        """An unquantized tensor of the model."""
         import torch
 
         kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-        stored = layout.places[name].name
-        rows = torch.from_numpy(self._rows(layout, name))
-        kind = kinds.get(self._tensors[stored].tensor_type.name)
-        if kind is None:
-            raise ImpqError(f"{self._file} is not the file of this plan: {stored} is quantized in it")
-        values = rows.view(kind)
+        stored = self._layout.places[name].name
+        values = torch.from_numpy(self._rows(name)).view(kinds[self._tensors[stored].tensor_type.name])
         if len(self._tensors[stored].shape) == 1:
             values = values[0]
-        return values - 1 if layout.is_shifted(stored) else values
+        return values - 1 if self._layout.is_shifted(stored) else values
 
-    def _rows(self, layout: Layout, name: str) -> NDArray[np.uint8]:
+    def _rows(self, name: str) -> NDArray[np.uint8]:
         """The bytes (rows, bytes of a row) of a tensor of the model, a vector as one row."""
-        place = layout.places[name]
-        if place.name not in self._tensors:
-            raise ImpqError(f"{self._file} lacks the tensor {place.name}")
+        place = self._layout.places[name]
         tensor = self._tensors[place.name]
         rows = int(np.prod(tensor.shape[1:]))
         data = np.asarray(tensor.data).reshape(-1).view(np.uint8).reshape(rows, -1)
         if place.expert is not None:
             data = data.reshape(int(tensor.shape[2]), int(tensor.shape[1]), -1)[place.expert]
-        if heads := layout.rotated_heads(name):
+        if heads := self._layout.rotated_heads(name):
             vector = len(data) == 1
             if vector:
                 data = data.reshape(-1, tensor.n_bytes // tensor.n_elements)
@@ -76,3 +91,7 @@ class Reader:
             data = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(len(data), -1)
             data = data.reshape(1, -1) if vector else data
         return data
+
+
+def _described(kind: str, shape: Sequence[int]) -> str:
+    return f"{kind} of {' x '.join(map(str, shape))}"
