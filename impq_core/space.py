@@ -77,7 +77,7 @@ class Choice:
     def of(cls, data: Mapping[str, Any]) -> Choice:
         """Read the data of ``asdict`` or ``to_plan``; files of 0.3 and before have no names. Raises KeyError, TypeError
         or ValueError."""
-        return cls(float(data["bits"]), int(data["group_size"]), str(data.get("name", "")))
+        return cls(float(data["bits"]), int(data["group_size"]), str(data.get("name") or ""))
 
 
 def in_bits(*names: str) -> str:

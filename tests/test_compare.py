@@ -148,6 +148,20 @@ def test_plans_with_and_without_embeddings_have_other_budgets(tmp_path: Path, co
     assert {budget: len(runs) for budget, runs in contest.budgets.items()} == {"3bits": 1, "3bits with embeddings": 1}
 
 
+def test_a_given_plan_stands_beside_plans_of_its_size(tmp_path: Path, config: RunConfig) -> None:
+    own = make_run(tmp_path / "own", replace(config, budget="100700B"), BASE + 0.5)
+    make_run(tmp_path / "theirs", replace(config, plan="theirs.json"), BASE + 0.6)
+    [contest], _ = gather([tmp_path])
+    [(budget, runs)] = contest.budgets.items()
+    assert budget == "100700B" and [run.folder.name for run in runs] == ["own", "theirs"]
+    assert contest.behind_best(runs[1]) is not None
+    data = json.loads((own / "evaluation.json").read_text())
+    data["rows"][0]["bytes"] = 101_000  # one per cent more
+    (own / "evaluation.json").write_text(json.dumps(data))
+    [contest], _ = gather([tmp_path])
+    assert set(contest.budgets) == {"100700B", "3bits"}
+
+
 def test_what_has_not_finished_is_left_out(tmp_path: Path, config: RunConfig) -> None:
     make_run(tmp_path / "sweep" / "spqe" / "done", config, BASE + 0.5)
     going = make_run(tmp_path / "sweep" / "spqe" / "going", config, BASE + 0.5)

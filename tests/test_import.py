@@ -208,10 +208,10 @@ def test_backends_without_common_widths_are_named(tiny_config: RunConfig) -> Non
 
 
 def test_missing_files_other_backends_and_taken_names_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(ImpqError, match="no such file"):
+    with pytest.raises(ImpqError, match=r"none\.gguf"):
         import_plan(tmp_path / "none.gguf", str(tiny_llama), "gguf", Plugins())
     (tmp_path / "some.gguf").touch()
-    with pytest.raises(ImpqError, match="Gptq"):
+    with pytest.raises(ImpqError, match="'gptq'"):
         import_plan(tmp_path / "some.gguf", str(tiny_llama), "gptq", Plugins())
     (tmp_path / "plan.json").touch()
     with pytest.raises(SystemExit):

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from impq_core.commands.common import part_options, plugin_option, read_pairs, trust_option
-from impq_core.errors import UsageError
+from impq_core.errors import ImpqError, UsageError
 from impq_core.plugins import Plugins
 
 
@@ -65,6 +65,8 @@ def import_file(file: Path, model: str, backend: str, target: Path, embeddings: 
     """Read the widths in a file that other software made, such as a GGUF, as a plan of single linears."""
     plugins = Plugins(plugin_files)
     plugins.find("backend", backend)
+    if not file.is_file():
+        raise ImpqError(f"{file}: no such file")
     if target.exists():
         raise UsageError(f"{target} exists: give another file with --to")
     from impq_core.runs.importing import import_plan
@@ -78,7 +80,7 @@ def import_file(file: Path, model: str, backend: str, target: Path, embeddings: 
     click.echo(f"{file.name}: {', '.join(f'{count} linears {name}' for name, count in counts.most_common())}; "
                f"{plan.nbytes / 1e6:.2f} MB, {plan.space.bits_per_weight(plan.nbytes):.2f} stored bits a weight")
     click.echo(f"measure it: impq run --model {shlex.quote(model)} --backend {backend} --plan "
-               f"{shlex.quote(str(target))}")
+               f"{shlex.quote(str(target))}; a plan of that size: --budget {plan.nbytes}B")
 
 
 @click.command()

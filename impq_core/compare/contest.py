@@ -15,6 +15,9 @@ from impq_core.results import Difference, Evaluation, Row
 from impq_core.space import Choice, FloatArray, in_bits, narrowest_first
 from impq_core.types import SensitivityEstimate
 
+ALIKE = 0.005
+"""Largest difference in bytes, relative, of a given plan and a plan that it is compared with at the same budget."""
+
 RIVALS = ("line", "first/last", "random")
 """Kinds of references that a plan has to beat at its own size."""
 
@@ -61,12 +64,16 @@ class Contestant:
         return self.evaluation.row("unquantized")
 
     @property
+    def has_ends(self) -> bool:
+        """Whether embedding or head have a width."""
+        return any(not 0 <= block_of(name) < math.inf for name, choice in self.widths.items() if choice)
+
+    @property
     def budget(self) -> str:
         """The budget as configured, because bytes differ between backends. A percentage is relative to the widest width
         of the menu, so that width is added; the budget of a given plan is its own nominal width. A budget for the whole
         file, or for embeddings too, is another one."""
-        embeddings = " with embeddings" * any(not 0 <= block_of(name) < math.inf
-                                              for name, choice in self.widths.items() if choice)
+        embeddings = " with embeddings" * self.has_ends
         if self.config.plan or not self.config.budget:
             return f"{round(self.bits_nominal, 1):g}bits{embeddings}"
         if self.config.whole:
@@ -137,11 +144,28 @@ class Contest:
         return self.contestants[0].evaluation.tokens
 
     @cached_property
+    def _budget_of(self) -> dict[Path, str]:
+        """The budget of each contestant by its folder. A given plan stands beside the plan that a run made of the same
+        layers and as many bytes, the nearest within ``ALIKE``, whatever that run's budget was called."""
+        sizes = {run.folder: run.plan.nbytes or 0 for run in self.contestants}
+        found = {run.folder: run.budget for run in self.contestants}
+        for run in self.contestants:
+            near = [(abs(sizes[other.folder] - sizes[run.folder]), other.budget != run.budget, other.budget)
+                    for other in self.contestants if not other.config.plan and other.has_ends == run.has_ends]
+            if run.config.plan and near and min(near)[0] <= ALIKE * sizes[run.folder]:
+                found[run.folder] = min(near)[2]
+        return found
+
+    def budget_of(self, run: Contestant) -> str:
+        """The budget that a contestant is compared at."""
+        return self._budget_of[run.folder]
+
+    @cached_property
     def budgets(self) -> dict[str, tuple[Contestant, ...]]:
         """The contestants of each budget, the best first; the smallest budget first."""
         groups: dict[str, list[Contestant]] = {}
         for run in sorted(self.contestants, key=lambda run: run.budget_bytes):
-            groups.setdefault(run.budget, []).append(run)
+            groups.setdefault(self.budget_of(run), []).append(run)
         return {budget: tuple(sorted(runs, key=lambda run: (math.isnan(run.plan.nll), run.plan.nll)))
                 for budget, runs in groups.items()}
 
@@ -165,7 +189,7 @@ class Contest:
 
     def behind_best(self, run: Contestant) -> Difference | None:
         """A plan's NLL minus that of the best plan of its budget; None for the best itself."""
-        best = self.budgets[run.budget][0]
+        best = self.budgets[self.budget_of(run)][0]
         return None if run is best else run.plan.minus(best.plan)
 
 

@@ -77,5 +77,5 @@ def legend_below(figure: Any) -> None:
 def shared_name(contest: Contest, runs: Sequence[Contestant]) -> str:
     """One name for several runs: their labels, and their budgets unless all budgets are among them."""
     names = "; ".join(dict.fromkeys(map(contest.label, runs)))
-    budgets = dict.fromkeys(run.budget for run in runs)
+    budgets = dict.fromkeys(map(contest.budget_of, runs))
     return names if len(budgets) == len(contest.budgets) else f"{names} at {', '.join(budgets)}"

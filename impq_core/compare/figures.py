@@ -129,7 +129,7 @@ def _point(axes: Any, contest: Contest, run: Contestant, place: float, error: fl
     """Draw a plan's NLL at a place on the horizontal axis; equal plans of one budget are drawn side by side."""
     from matplotlib.transforms import ScaledTranslation
 
-    same = [other for other in contest.budgets[run.budget]
+    same = [other for other in contest.budgets[contest.budget_of(run)]
             if (other.plan.nbytes, other.plan.nll) == (run.plan.nbytes, run.plan.nll)]
     aside = ScaledTranslation(8 / 72 * same.index(run) if run in same else 0, 0, axes.figure.dpi_scale_trans)
     error = 0.0 if math.isnan(error) else error

@@ -66,7 +66,7 @@ def render(contests: Sequence[Contest]) -> str:
 
 def facts(contest: Contest) -> Iterator[Fact]:
     """Provenance of the runs: configuration, seeds, texts, digests, versions."""
-    recorded = {f"{run.budget}: {contest.label(run)}": _recorded(run) for run in contest.contestants}
+    recorded = {f"{contest.budget_of(run)}: {contest.label(run)}": _recorded(run) for run in contest.contestants}
     for key in dict.fromkeys(key for data in recorded.values() for key in data):
         values: dict[str, list[str]] = {}
         for name, data in recorded.items():

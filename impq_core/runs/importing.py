@@ -34,8 +34,8 @@ def import_plan(file: Path, model: str, backend: str, plugins: Plugins, trust: T
         ImpqError: the backend reads no files, or the file cannot be read, or is of another model.
     """
     part: Backend = plugins.load("backend", backend, Backend)()
-    if not file.is_file():
-        raise ImpqError(f"{file}: no such file")
+    if type(part).read_types is Backend.read_types:
+        raise ImpqError(f"backend '{backend}' reads no plans from files of other software")
     skeleton = locate_model(model, trust.remote_code).skeleton()
     layers = layers_of(skeleton, "linear") + (end_layers(skeleton) if embeddings else ())
     names = part.read_types(file, [linear for layer in layers for linear in layer.linears])
