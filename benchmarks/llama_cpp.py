@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,31 +40,45 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", action="append", default=[],
                         help="A model folder, demo or widened; may be repeated [demo, widened].")
-    parser.add_argument("--windows", type=int, default=64, help="Windows of calibration, and of evaluation.")
+    parser.add_argument("--windows", type=int, default=64, help="Windows of calibration.")
+    parser.add_argument("--probe-windows", type=int, default=64, help="Of those, windows that slopes are read on.")
+    parser.add_argument("--evaluation-windows", type=int, default=64, help="Windows of evaluation.")
+    parser.add_argument("--values", default="nll,kl", help="Losses whose slopes make plans.")
+    parser.add_argument("--at", default="mix,uniform", help="Kinds of references at whose bytes plans are made.")
     parser.add_argument("--output", default="llama_cpp.md", help="Name of the file in benchmarks/results.")
     given = parser.parse_args()
     lines = heading("Types of llama.cpp: plans beside its own mixes", "python benchmarks/llama_cpp.py")
     for model in given.model or ("demo", "widened"):
-        text, folder = TextConfig(windows=given.windows), cache_folder() / "benchmarks" / "smollm2-768"
+        folder = cache_folder() / "benchmarks" / "smollm2-768"
         if model == "widened" and not (folder / "config.json").exists():
             widen(locate_model("demo").folder, folder)
-        config = replace(BASE, model=str(folder) if model == "widened" else model, calibration=text, evaluation=text)
-        lines += report(config, "SmolLM2-135M, widened to 768 and rotated" if model == "widened" else Path(model).name)
+        config = replace(BASE, model=str(folder) if model == "widened" else model, probe_windows=given.probe_windows,
+                         calibration=TextConfig(windows=given.windows),
+                         evaluation=TextConfig(windows=given.evaluation_windows))
+        title = "SmolLM2-135M, widened to 768 and rotated" if model == "widened" else Path(model).name
+        lines += report(config, title, given.values.split(","), given.at.split(","))
         write(given.output, lines)
 
 
-def report(config: RunConfig, title: str) -> list[str]:
-    """The section of one model."""
+def report(config: RunConfig, title: str, values: Sequence[str], kinds: Sequence[str]) -> list[str]:
+    """The section of one model.
+
+    Args:
+        config: of the model and its texts.
+        title: of the section.
+        values: losses whose slopes make plans.
+        kinds: kinds of references at whose bytes plans are made.
+    """
     backend = Parts.build(config, Plugins()).backend
     bench = Bench.build(config)
     prepared, space = bench.prepared, bench.prepared.space
     linears = [linear for layer in space.layers for linear in layer.linears]
-    estimates = [(bench.estimate(replace(config, value=value))[0], "qp") for value in ("nll", "kl")]
+    estimates = [(bench.estimate(replace(config, value=value))[0], "qp") for value in values]
     estimates.append((tensor_errors(bench), "greedy"))
     references = [*_mixes(bench), *_uniforms(bench)]
     plans = {(name, number): _plan(config, estimate, allocator, nbytes) for name, nbytes, _ in references
              for number, (estimate, allocator) in enumerate(estimates)
-             if space.low_bytes < nbytes < space.high_bytes}
+             if space.low_bytes < nbytes < space.high_bytes and name.split()[0] in kinds}
     allocations = [[None] * len(space.everyone), *(choices for *_, choices in references),
                    *(space.assignment(plan.pick) for plan in plans.values())]
     unquantized, *scores = bench.evaluator.scores(
@@ -79,16 +94,17 @@ def report(config: RunConfig, title: str) -> list[str]:
         rows.append(cells)
     stored = {(backend.stand_in(linear, choice).name, choice.name) for linear in linears for choice in space.choices}
     standing = ", ".join(f"{choice} as {found}" for found, choice in sorted(stored) if found != choice)
+    names = [*(f"plan by {value}" for value in values), "by tensor error"]
     header = ["at the bytes of", "MB", "bits stored", "its NLL", "KL",
-              *(cell for name in ("plan", "plan by KL", "by tensor error") for cell in (name, "minus it", "KL"))]
+              *(cell for name in names for cell in (name, "minus it", "KL"))]
     return [f"## {title}", "",
             f"Held-out NLL, nats per token, on {prepared.evaluation}, {prepared.evaluation.scored_tokens} scored "
             f"tokens; unquantized {_shown(unquantized)}. {len(space)} linears, {space.parameters / 1e6:.1f} M "
             f"weights; embeddings and head at 16 bits in all rows. Menu {', '.join(config.bits)}"
-            + (f"; stand-ins: {standing}" if standing else "") + f". Plans: {estimates[0][0].method}, "
-            f"{estimates[0][0].forwards:.1f} forwards (by KL: slopes of the divergence from the unquantized model, "
-            f"{estimates[1][0].forwards:.1f}), qp. By tensor error: squared error of the weights, weighted by the "
-            "mean squares of the inputs; greedy. Differences are paired over windows.", "", *table(header, rows)]
+            + (f"; stand-ins: {standing}" if standing else "") + f". Plans: {estimates[0][0].method} of the loss "
+            f"({', '.join(values)}) on {config.probe_windows} windows, qp. By tensor error: squared error of the "
+            "weights, weighted by the mean squares of the inputs; greedy. Differences are paired over windows.",
+            "", *table(header, rows)]
 
 
 def widen(source: Path, target: Path, width: int = 768) -> None:
