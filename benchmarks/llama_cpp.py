@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -47,7 +49,8 @@ def main() -> None:
     parser.add_argument("--at", default="mix,uniform", help="Kinds of references at whose bytes plans are made.")
     parser.add_argument("--output", default="llama_cpp.md", help="Name of the file in benchmarks/results.")
     given = parser.parse_args()
-    lines = heading("Types of llama.cpp: plans beside its own mixes", "python benchmarks/llama_cpp.py")
+    command = shlex.join(["python", "benchmarks/llama_cpp.py", *sys.argv[1:]])
+    lines = heading("Types of llama.cpp: plans beside its own mixes", command)
     for model in given.model or ("demo", "widened"):
         folder = cache_folder() / "benchmarks" / "smollm2-768"
         if model == "widened" and not (folder / "config.json").exists():

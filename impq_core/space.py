@@ -82,7 +82,12 @@ class Choice:
 
 def in_bits(*names: str) -> str:
     """Names of choices for a reader: ``2/3@128/4 bits``, ``IQ2_XS/Q4_K``."""
-    return "/".join(names) + (" bits" if _are_widths(names) else "")
+    return "/".join(names) + unit_of(names)
+
+
+def unit_of(names: Sequence[str]) -> str:
+    """What follows the names of choices: `` bits`` if all are widths, else nothing."""
+    return " bits" if _are_widths(names) else ""
 
 
 def narrowest_first(names: Sequence[str]) -> tuple[str, ...]:

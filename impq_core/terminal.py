@@ -17,7 +17,7 @@ from rich.table import Table
 from impq_core.errors import ImpqError
 from impq_core.hookspecs import hookimpl
 from impq_core.plugins import Plugins
-from impq_core.space import in_bits
+from impq_core.space import in_bits, unit_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -165,7 +165,8 @@ def plan_lines(result: RunResult) -> list[str]:
     plan = result.plan
     assert plan is not None
     alike = f" (this is uniform {plan.space.choices[plan.pick[0]]})" if (plan.pick == plan.pick[0]).all() else ""
-    return [f"plan: {width_counts(plan)}{alike}; {plan.nbytes / 1e6:.2f} MB = "
+    unit = unit_of([choice.name for choice in plan.space.choices])
+    return [f"plan: {width_counts(plan)}{unit}{alike}; {plan.nbytes / 1e6:.2f} MB = "
             f"{plan.space.nominal_bits(plan.nbytes):.3f} bits nominal, "
             f"{plan.space.bits_per_weight(plan.nbytes):.3f} stored",
             f"whole model: {result.model_bytes / 1e6:.2f} MB, of which {result.rest_bytes / 1e6:.2f} MB are "
@@ -175,8 +176,7 @@ def plan_lines(result: RunResult) -> list[str]:
 
 def width_counts(plan: Plan) -> str:
     """The number of layers at each width: ``6 at 4, 18 at 3``."""
-    counts = [f"{int((plan.pick == k).sum())} at {choice}" for k, choice in enumerate(plan.space.choices)]
-    return ", ".join(counts) + in_bits(*(choice.name for choice in plan.space.choices)).partition(" ")[1:][-1]
+    return ", ".join(f"{int((plan.pick == k).sum())} at {choice}" for k, choice in enumerate(plan.space.choices))
 
 
 def score_line(score: Score) -> str:

@@ -23,8 +23,10 @@ from impq_core.model.layers import by_size, further_choices, layers_of, search_s
 from impq_core.model.quantize import fill_bank
 from impq_core.parts import Parts
 from impq_core.plugins import Plugins
+from impq_core.results import RunResult
 from impq_core.runs.pipeline import run
-from impq_core.space import Choice, LayerSpec, LinearSpec, SearchSpace
+from impq_core.space import Choice, LayerSpec, LinearSpec, SearchSpace, in_bits
+from impq_core.terminal import plan_lines
 from impq_core.testing.tiny import _random_model
 from impq_core.types import Plan
 
@@ -199,6 +201,14 @@ def test_plans_of_before_have_no_names(tmp_path: Path) -> None:
 def test_names_that_stand_for_nothing(change: dict[str, object], reason: str) -> None:
     with pytest.raises(UsageError, match=reason):
         Parts.build(RunConfig(**change), Plugins())  # type: ignore[arg-type]
+
+
+def test_names_have_a_unit_if_all_are_widths() -> None:
+    assert in_bits("2", "3@128", "4") == "2/3@128/4 bits" and in_bits("IQ2_XS", "Q4_K") == "IQ2_XS/Q4_K"
+    space = SearchSpace((LayerSpec("a", 0, (SPEC,)),), (Choice(4.0, 64), Choice(2.0, 64)), np.array([[500, 300]]))
+    plan = Plan(space, np.array([1]), 300)
+    [line, *_] = plan_lines(RunResult(Path(), RunConfig(), plan, None, None, None, None, 0.0, 0, {}, {}))
+    assert line.startswith("plan: 0 at 4, 1 at 2 bits (this is uniform 2); ")
 
 
 def test_a_name_is_part_of_a_file_name() -> None:

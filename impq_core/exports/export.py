@@ -69,7 +69,7 @@ def export_run(run: str | Path, name: str, target: Path | None = None, plugins: 
         session = Session(prepared, plugins)
         checkpoint = _outline(session, plan)
         _require_names(session, checkpoint)
-        exporter.file_bytes(checkpoint)
+        exporter.file_bytes(checkpoint)  # refuses what the format does not hold, before anything is quantized
         evaluator = session.evaluator_of_exports()
         session.quantize_plan(plan)
         score = evaluator.score(prepared.space.assignment(plan.pick))
@@ -154,7 +154,7 @@ def check_formats(config: RunConfig, names: Sequence[str], plugins: Plugins, tru
                              resolve_dtype(layout.config.dtype, layout.device))
         for exporter in exporters:
             if exporter.backends:
-                exporter.file_bytes(checkpoint)
+                exporter.file_bytes(checkpoint)  # refuses what the format does not hold
 
 
 def bare_checkpoint(plan: Plan, backend: str, options: Mapping[str, Any]) -> Checkpoint:

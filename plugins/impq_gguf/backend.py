@@ -27,7 +27,8 @@ class Options:
 
     Args:
         importance: weight the squared error of each input by its mean square over the calibration text, which
-            llama.cpp calls an importance matrix; false quantizes without text, which types below Q2_K do not allow.
+            llama.cpp calls an importance matrix; false quantizes without text, which IQ1, IQ2 and IQ3_XXS types do not
+            allow.
         mixes: llama.cpp's mixes that a plan is compared with, by name and with commas between, or ``none``. One whose
             size is outside the menu is left out.
     """
@@ -84,7 +85,7 @@ class Gguf(Backend):
         kind = TYPES.get(name.upper())
         if kind and kind.needs_importance and not self.options.importance:
             raise UsageError(f"backend gguf: type {kind.name} needs the importance of inputs: leave out "
-                             "-o importance=false, or take Q2_K or a larger type")
+                             "-o importance=false, or take a type such as Q2_K or IQ3_S")
         return kind.choice if kind else None
 
     def stand_in(self, linear: LinearSpec, choice: Choice) -> Choice:
