@@ -16,6 +16,7 @@ from impq_core.errors import UsageError, nearest
 from impq_core.trust import without_permissions
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+SEQUENTIAL = ("auto", "yes", "no")
 GRANULARITIES = ("auto", "block", "group", "expert", "linear")
 VALUES = ("nll", "kl")
 WIDTHS = ("bits", "pins")
@@ -120,6 +121,9 @@ class RunConfig:
         probe_windows: number of calibration windows for gradients and activations; 0 for all but the referee's.
         value: loss of the game: ``nll``, or ``kl`` to the unquantized model.
         evaluation: held-out text.
+        sequential: ``yes`` if plan and references are quantized in sequence, as an export is, before they are scored;
+            ``no`` if every width is quantized behind a prefix at the widest; ``auto`` for the first if it costs no more
+            forwards than the search.
         device: where blocks compute: ``auto`` (an accelerator that torch can use, else the processor), ``cpu``, or the
             name of an accelerator in torch, such as ``cuda``, ``cuda:1``, ``mps`` or ``xpu``.
         dtype: type of the forwards; ``auto`` is bfloat16 if the device multiplies it fast, else float32 on the
@@ -167,6 +171,7 @@ class RunConfig:
     tracking_uri: str = ""
     experiment: str = ""
     cache: bool = True
+    sequential: str = "auto"
     partial: bool = False
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -179,7 +184,8 @@ class RunConfig:
             raise UsageError(f"a seed must not be negative, as {self.seed} is")
         if not re.fullmatch("[a-z][a-z0-9_]*(:[0-9]{1,3})?", self.device):
             raise UsageError(f"device is a name such as auto, cpu, cuda, cuda:1, mps or xpu, not '{self.device}'")
-        for name, allowed in (("dtype", DTYPES), ("granularity", GRANULARITIES), ("value", VALUES)):
+        for name, allowed in (("dtype", DTYPES), ("granularity", GRANULARITIES), ("value", VALUES),
+                              ("sequential", SEQUENTIAL)):
             if getattr(self, name) not in allowed:
                 raise UsageError(f"unknown {name} '{getattr(self, name)}'{nearest(getattr(self, name), allowed)}")
         if not 1 <= self.game_windows <= self.calibration.windows:

@@ -17,11 +17,12 @@ from impq_core.ledger import Ledger
 from impq_core.model.bank import Assignment, Bank
 from impq_core.model.blockwise import BlockwiseModel, Hidden
 from impq_core.model.cache import Shelf
+from impq_core.model.quantize import quantize_in_sequence
 from impq_core.model.text import Windows
 from impq_core.model.walk import Prefix, Walk
 from impq_core.references import Mix, first_last_high, random_plan
 from impq_core.results import Evaluation, Row, Score
-from impq_core.space import Choice, LayerSpec
+from impq_core.space import Choice, IntArray, LayerSpec
 from impq_core.types import Plan
 
 RANDOM_PLANS = 3
@@ -55,11 +56,13 @@ class KeptScores:
         shelf: the shelf of the variants.
         digest: digest of the text's tokens.
         layers: the layers of the bank.
+        sequence: identity of how plans are quantized in sequence; empty if the shelf's variants are scored.
     """
 
     shelf: Shelf
     digest: str
     layers: Sequence[LayerSpec]
+    sequence: str = ""
 
     def get(self, assignment: Assignment) -> Score | None:
         """The score of an allocation; None if no run has measured it."""
@@ -74,7 +77,8 @@ class KeptScores:
         """Name of an allocation's score, from the widths of its linears, which are the same at any granularity."""
         widths = sorted((linear.name, str(choice), choice.group_size if choice else 0)
                         for layer, choice in zip(self.layers, assignment, strict=True) for linear in layer.linears)
-        return "score-" + hashlib.sha256(json.dumps([self.digest, widths]).encode()).hexdigest()[:20]
+        facts = [self.digest, widths, *([self.sequence] if self.sequence else [])]
+        return "score-" + hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:20]
 
 
 class Evaluator:
@@ -123,7 +127,7 @@ class Evaluator:
         names = [_name(assignment) for assignment in assignments]
         new = [(name, assignment) for name, assignment in dict(zip(names, assignments, strict=True)).items()
                if name not in self._scores]
-        side_by_side = max(1, self._runner.room // (len(self._ids) * self._runner.state_bytes(self._ids)))
+        side_by_side = self._side_by_side()
         for first in range(0, len(new), side_by_side):
             some = dict(new[first:first + side_by_side])
             done = sum(name in self._scores for name in names)
@@ -140,6 +144,10 @@ class Evaluator:
                 self._scores[name] = score
         progress(len(names), len(names))
         return [self._scores[name] for name in names]
+
+    def _side_by_side(self) -> int:
+        """Number of allocations whose hidden states have room."""
+        return max(1, self._runner.room // (len(self._ids) * self._runner.state_bytes(self._ids)))
 
     def _measure(self, assignments: Mapping[str, Assignment], passed: Callable[[int], None]) -> dict[str, Score]:
         if not assignments:
@@ -161,6 +169,43 @@ class Evaluator:
                  passed: Callable[[int], None] = lambda block: None) -> list[Hidden]:
         embedded = self._runner.embed(self._ids)  # now: an export brings embeddings of its own
         return self._walk.outputs(assignments, Prefix(None, [embedded]), progress=passed)[0]
+
+
+class SequentialEvaluator(Evaluator):
+    """As ``Evaluator``, but each allocation is quantized in sequence before it is scored, so that the scores are those
+    of exported checkpoints.
+
+    Args:
+        runner: the model.
+        bank: its layers and backend; its variants are not used.
+        windows: the held-out text.
+        calibration: token ids (windows, length) of the calibration text.
+        log: see ``Evaluator``.
+        kept: see ``Evaluator``.
+    """
+
+    def __init__(self, runner: BlockwiseModel, bank: Bank, windows: Windows, calibration: IntArray,
+                 log: ScoreLog | None = None, kept: KeptScores | None = None) -> None:
+        super().__init__(runner, bank, windows, log, kept)
+        self._calibration = calibration
+
+    def _side_by_side(self) -> int:
+        return 1
+
+    def _measure(self, assignments: Mapping[str, Assignment], passed: Callable[[int], None]) -> dict[str, Score]:
+        if not assignments:
+            return {}
+        self._bank.apply(self._unquantized)
+        if self._reference is None:
+            self._reference = self._outputs([self._unquantized])[0]
+        [(name, assignment)] = assignments.items()
+        bank = self._bank.without_variants(self._runner)
+        quantize_in_sequence(bank, self._runner, self._calibration, assignment, lambda done, total: passed(done - 1))
+        other = copy(self)
+        other._bank, other._walk = bank, Walk(self._runner, bank)
+        scores = Evaluator._measure(other, {name: assignment}, lambda block: None)
+        bank.apply(self._unquantized)
+        return scores
 
 
 def _name(assignment: Assignment) -> str:
@@ -208,5 +253,6 @@ def evaluate_plan(evaluator: Evaluator, plan: Plan, between: Sequence[tuple[Choi
         if nbytes is not None:
             row = replace(row, bits_nominal=space.nominal_bits(nbytes), bits_stored=space.bits_per_weight(nbytes))
         rows.append(row)
-    return Evaluation(tuple(rows), str(windows), windows.scored_tokens).with_lines()
+    sequential = isinstance(evaluator, SequentialEvaluator)
+    return Evaluation(tuple(rows), str(windows), windows.scored_tokens, sequential).with_lines()
 

@@ -147,12 +147,13 @@ class SlopesKey(Key):
 
 @dataclass(frozen=True)
 class ScoresKey(Key):
-    """Evaluation scores of allocations: the deployed ``variants``, the ``evaluation`` windows, and the names of the
-    ``layers``, in the order of an allocation's choices."""
+    """Evaluation scores of allocations: the deployed ``variants``, the ``evaluation`` windows, the names of the
+    ``layers``, in the order of an allocation's choices, and how they are quantized in ``sequence``, if they are."""
 
     variants: VariantsKey
     evaluation: TextKey
     layers: tuple[str, ...]
+    sequence: str = ""
 
 
 @dataclass(frozen=True)

@@ -151,6 +151,8 @@ class Evaluation:
         rows: the plan first; among the others, one named ``unquantized``.
         text: description of the held-out text.
         tokens: scored tokens.
+        sequential: whether plan and references were quantized in sequence, as an export is; else every width is
+            quantized behind a prefix at the widest.
 
     Raises:
         ImpqError: the first row is no measured plan, no row is the unquantized model, or rows have different numbers of
@@ -160,6 +162,7 @@ class Evaluation:
     rows: tuple[Row, ...]
     text: str
     tokens: int
+    sequential: bool = False
 
     def __post_init__(self) -> None:
         measured = {row.name for row in self.rows if row.score is not None}
@@ -209,7 +212,7 @@ class Evaluation:
             if (difference := self.against_plan(row)) is not None:
                 data |= {"minus_plan": difference.mean, "minus_plan_stderr": difference.stderr}
             rows.append({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in data.items()})
-        return {"text": self.text, "tokens": self.tokens, "rows": rows}
+        return {"text": self.text, "tokens": self.tokens, "sequential": self.sequential, "rows": rows}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Evaluation:
@@ -225,7 +228,7 @@ class Evaluation:
         if not all(isinstance(entry, Mapping) and isinstance(entry.get("name"), str) for entry in entries):
             raise ImpqError("every row of an evaluation is an object with a name")
         measured = tuple(_measured_row(entry) for entry in entries if "window_nll" in entry)
-        evaluation = cls(measured, data["text"], data["tokens"]).with_lines()
+        evaluation = cls(measured, data["text"], data["tokens"], data.get("sequential") is True).with_lines()
         if names := {entry["name"] for entry in entries} - {row.name for row in evaluation.rows}:
             raise ImpqError(f"row '{min(names)}' of an evaluation has no 'window_nll'")
         return evaluation

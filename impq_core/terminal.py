@@ -155,8 +155,9 @@ def summary(result: RunResult) -> list[str]:
                      f"spread over layers {spread:.4f} nats per token")
     lines.append("seconds: " + ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in result.seconds.items()))
     if result.evaluation:
-        lines.append(f"held-out text: {result.evaluation.text}, {result.evaluation.tokens} scored tokens; every width "
-                     "quantized behind a prefix at the widest")
+        how = ("plan and references quantized in sequence, as an export is" if result.evaluation.sequential
+               else "every width quantized behind a prefix at the widest")
+        lines.append(f"held-out text: {result.evaluation.text}, {result.evaluation.tokens} scored tokens; {how}")
     return lines
 
 

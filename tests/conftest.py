@@ -109,7 +109,7 @@ def _tiny_config(model: Path, texts: tuple[Path, Path], folder: Path) -> RunConf
                      calibration=TextConfig(str(texts[0]), 8, 48), game_windows=4,
                      evaluation=TextConfig(str(texts[1]), 6, 48), dtype="float32", output=str(folder / "runs"),
                      tracking_uri=f"sqlite:///{folder}/mlflow.db",
-                     options={"estimator": {"permutations": 4}, "backend": {"clip_search": False}})
+                     options={"estimator": {"permutations": 4}, "backend": {"grid": "min-max"}})
 
 
 @pytest.fixture(scope="session")
@@ -119,7 +119,7 @@ def tiny_variants(tiny_llama: Path, texts: tuple[Path, Path], tmp_path_factory: 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IMPQ_CACHE", str(folder / "cache"))
         run(replace(_tiny_config(tiny_llama, texts, folder), estimator="random", allocator="greedy",
-                    options={"backend": {"clip_search": False}}))
+                    options={"backend": {"grid": "min-max"}}))
     return folder / "cache"
 
 

@@ -47,7 +47,7 @@ def test_debug_shows_where(tmp_path: Path) -> None:
 
 
 def test_a_run_prints_its_table_and_takes_impq_toml(tmp_path: Path, tiny_arguments: list[str]) -> None:
-    (tmp_path / "impq.toml").write_text("bits = [3, 4]\n[options.backend]\nclip_search = false\n"
+    (tmp_path / "impq.toml").write_text("bits = [3, 4]\n[options.backend]\ngrid = \"min-max\"\n"
                                         "[options.estimator]\npermutations = 4\n")
     # Divergence, because narrower widths may lower the loss of a random model, which is a further warning.
     done = impq(*tiny_arguments, "--backend", "auto-gptq", "--value", "kl", "--export", "recipe-auto-round",

@@ -278,7 +278,7 @@ def test_a_page_is_written_whole_or_not(tmp_path: Path, config: RunConfig, capsy
 
 def test_a_real_run_and_its_convergence(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(tiny_config, tracking_uri="none", surrogate="covariance", options={
-        "estimator": {"permutations": 8}, "backend": {"clip_search": False}})
+        "estimator": {"permutations": 8}, "backend": {"grid": "min-max"}})
     result = run(config)
     monkeypatch.chdir(result.folder.parents[1])
     [contest], _ = gather(["runs"])

@@ -157,7 +157,7 @@ class TestGptqSmallGroups(BackendSuite):
 
 
 class TestGptqUnclipped(BackendSuite):
-    part, options = Gptq, {"clip_search": "false"}
+    part, options = Gptq, {"grid": "min-max"}
 
 
 class TestHqq(BackendSuite):

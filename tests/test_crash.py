@@ -20,7 +20,7 @@ pytestmark = pytest.mark.crash
 KILLS = int(os.environ.get("IMPQ_KILLS", "30"))
 ARGUMENTS = ["run", "--estimator", "spqe", "--granularity", "block", "--bits", "3,4",
              "--calibration-windows", "8", "--calibration-length", "64", "--game-windows", "2",
-             "--evaluation-windows", "2", "--evaluation-length", "64", "-o", "clip_search=false", "-o",
+             "--evaluation-windows", "2", "--evaluation-length", "64", "-o", "grid=min-max", "-o",
              "permutations=2", "--surrogate", "covariance", "--refine", "3",
              "--exclude", "model.layers.[4-9]", "--exclude", "model.layers.1?", "--exclude", "model.layers.2?"]
 """The game has four of the thirty blocks as layers, so that a run takes half a minute."""

@@ -25,7 +25,7 @@ def test_the_real_model_end_to_end(tmp_path: Path) -> None:
         estimator="spqe", granularity="block", bits=(2, 4), budget="3bits", exclude=UNPLANNED,
         calibration=TextConfig(windows=4, length=128), game_windows=2, evaluation=TextConfig(windows=4, length=64),
         dtype="float32", cache=False, output=str(tmp_path), tracking_uri="none",
-        options={"estimator": {"permutations": 2}, "backend": {"clip_search": False}}))
+        options={"estimator": {"permutations": 2}, "backend": {"grid": "min-max"}}))
     assert len(result.plan.space) == 2 and result.plan.space.parameters == 106_168_320
     scores = {row.name: row.score for row in result.evaluation.rows if row.score is not None}
     assert 2.0 < scores["unquantized"].nll < 5.0  # a language model on prose; the log of the vocabulary is 10.8

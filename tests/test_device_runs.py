@@ -22,7 +22,7 @@ from impq_core.runs.session import Session
 from impq_core.testing import tiny_model
 from impq_core.testing.device import NAME, StandIn, device_there
 
-BACKENDS: Mapping[str, dict[str, Any]] = {"gptq": {"clip_search": False, "group_size": 32}, "hqq": {"group_size": 32},
+BACKENDS: Mapping[str, dict[str, Any]] = {"gptq": {"grid": "min-max", "group_size": 32}, "hqq": {"group_size": 32},
                                           "quanto": {}, "rounding": {}}
 
 PLUGIN = """

@@ -85,7 +85,7 @@ def plugins() -> Plugins:
 
 
 CASES: dict[str, dict[str, Any]] = {
-    "losses": {"estimator": "spqe", "options": {"estimator": {"permutations": 2}, "backend": {"clip_search": False}}},
+    "losses": {"estimator": "spqe", "options": {"estimator": {"permutations": 2}, "backend": {"grid": "min-max"}}},
     "divergences": {"estimator": "isolated", "value": "kl", "backend": "hqq", "refine": 4, "options": {}},
     "slopes": {"estimator": "aumann-shapley", "granularity": "group", "backend": "hqq", "options": {}},
     "traces": {"estimator": "hawq", "granularity": "linear", "backend": "hqq", "options": {}},

@@ -75,10 +75,10 @@ def _without_zeros(linear: LinearSpec, choice: Choice) -> int:
 FORMATS = {
     # bfloat16 keeps 8 bits, and GPTQModel rounds the scales to it too: a per cent or two after 12 blocks.
     "gptq": Format("gptq", ("2", "2@32", "3", "4"), torch.bfloat16, 0.03, r"\.(qweight|qzeros|scales|g_idx)$",
-                   {"clip_search": False}),
+                   {"grid": "min-max"}),
     # Products of 16-bit scales round to 11 bits.
     "compressed-tensors": Format("gptq", ("2", "2@32", "3", "4", "8"), torch.float32, 2e-3, r"\.weight_(packed|scale)$",
-                                 {"clip_search": False, "symmetric": True}, _without_zeros),
+                                 {"grid": "min-max", "symmetric": True}, _without_zeros),
     "hqq": Format("hqq", ("2", "2@32", "3", "4", "8"), torch.float32, 1e-6, r"\.(W_q|scale|zero)$"),
     "quanto": Format("quanto", ("2", "4", "8"), torch.float16, 5e-3, r"\.weight\._(data|data\._data|scale|shift)$"),
 }
@@ -170,7 +170,7 @@ def test_patterns_match_one_module_and_no_other() -> None:
 
 def test_recipes_name_every_linear_with_its_width(tiny_config: RunConfig, tmp_path: Path) -> None:
     result = run(replace(tiny_config, granularity="linear", estimator="random", exclude=("model.layers.3*",),
-                         options={"backend": {"clip_search": False}}))
+                         options={"backend": {"grid": "min-max"}}))
     files = {"recipe-gptqmodel": "dynamic.json", "recipe-auto-round": "layer_config.json"}
     written = {}
     for name, file in files.items():
@@ -201,7 +201,7 @@ def test_what_cannot_be_exported_or_loaded(tiny_config: RunConfig, tmp_path: Pat
     grouped = run(replace(tiny_config, estimator="random", backend="quanto", options={"backend": {"group_size": 64}}))
     with pytest.raises(ImpqError, match="group_size=128"):
         export_run(str(grouped.folder), "quanto", tmp_path / "x", found)
-    asymmetric = run(replace(tiny_config, estimator="random", options={"backend": {"clip_search": False}}))
+    asymmetric = run(replace(tiny_config, estimator="random", options={"backend": {"grid": "min-max"}}))
     with pytest.raises(ImpqError, match="symmetric=true"):
         export_run(str(asymmetric.folder), "compressed-tensors", tmp_path / "x", found)
     with pytest.raises(ImpqError, match="no run folder"):

@@ -23,7 +23,7 @@ BASE: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 512, "vocab_size": 259, "bos_token_id": 256,
     "eos_token_id": 257, "pad_token_id": 258}
-OPTIONS = {"backend": {"group_size": 32, "symmetric": True, "clip_search": False}}
+OPTIONS = {"backend": {"group_size": 32, "symmetric": True, "grid": "min-max"}}
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

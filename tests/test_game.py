@@ -35,7 +35,7 @@ class Table:
 
     def __init__(self, folder: Path, granularity: str = "block") -> None:
         self.model = locate_model(str(tiny_model(folder, blocks=BLOCKS))).load(torch.float32)
-        self.runner, backend = BlockwiseModel(self.model), Gptq(Options(clip_search=False))
+        self.runner, backend = BlockwiseModel(self.model), Gptq(Options(grid="min-max"))
         choices = backend.choices()[1:]
         self.space: SearchSpace = search_space(layers_of(self.model, granularity), backend, choices)
         self.bank = Bank(self.runner, self.space.layers, backend)

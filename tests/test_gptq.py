@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -37,7 +37,8 @@ def _data(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _settings(**options: Any) -> Settings:
-    return Settings(**asdict(Options(**options)))
+    given = {"group_size": 64, "symmetric": False, "group_aware": True, "grid": "weight-error", "damping": 0.05}
+    return Settings(**{**given, **options})
 
 
 def _gptqmodel(weight: torch.Tensor, bits: int, gram: torch.Tensor, tokens: int, settings: Settings) -> Solution:
@@ -46,7 +47,7 @@ def _gptqmodel(weight: torch.Tensor, bits: int, gram: torch.Tensor, tokens: int,
         from gptqmodel.quantization.gptq import GPTQ
     config = QuantizeConfig(
         bits=bits, group_size=settings.group_size, sym=settings.symmetric, desc_act=False,
-        act_group_aware=settings.group_aware, mse=2.0 if settings.clip_search else 0.0,
+        act_group_aware=settings.group_aware, mse=2.0 if settings.grid == "weight-error" else 0.0,
         damp_percent=settings.damping, device="cpu", offload_to_disk=False)
     linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight.data = weight.clone()
@@ -71,8 +72,8 @@ def _weight(solution: Solution, size: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"symmetric": True}, {"clip_search": False}, {"group_aware": False, "group_size": 32}, {"damping": 0.3},
-    {"group_size": 16, "clip_search": False, "symmetric": True}], ids=str)
+    {}, {"symmetric": True}, {"grid": "min-max"}, {"group_aware": False, "group_size": 32}, {"damping": 0.3},
+    {"group_size": 16, "grid": "min-max", "symmetric": True}], ids=str)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_codes_and_grids_are_those_of_gptqmodel(bits: int, options: dict[str, Any]) -> None:
     weight, gram = _data(64, 320)
@@ -166,7 +167,7 @@ def test_nothing_waits_for_the_device_inside_the_loop_over_columns() -> None:
 
 
 def test_gptq_beats_rounding_where_inputs_are_correlated() -> None:
-    backend = Gptq(Options(clip_search=False))
+    backend = Gptq(Options(grid="min-max"))
     errors = []
     for statistics in (STATISTICS, Statistics(torch.eye(128), 1)):
         weight = backend.dequantize(backend.quantize(WEIGHT, backend.choices()[2], statistics), SPEC)
@@ -176,7 +177,7 @@ def test_gptq_beats_rounding_where_inputs_are_correlated() -> None:
 
 def test_a_linear_that_no_token_reached_is_rounded_to_nearest() -> None:
     nowhere = Statistics(torch.zeros(128, 128), 0)
-    variant = Gptq(Options(clip_search=False)).quantize(WEIGHT, Choice(3.0, 64), nowhere)
+    variant = Gptq(Options(grid="min-max")).quantize(WEIGHT, Choice(3.0, 64), nowhere)
     assert variant.record["unreached"] == 1
     assert "unreached" not in Gptq().quantize(WEIGHT, Choice(3.0, 64), STATISTICS).record
     groups = WEIGHT.view(96, 2, 64)

@@ -115,7 +115,7 @@ def test_a_run_says_how_many_linears_stay_at_16_bits(tiny_config: RunConfig, tmp
     folder = tmp_path / "m"
     tiny("qwen2_moe").save_pretrained(folder)  # a gate of one row beside each shared expert
     byte_tokenizer().save_pretrained(folder)
-    options = {"backend": {"group_size": 32, "clip_search": False}}
+    options = {"backend": {"group_size": 32, "grid": "min-max"}}
     with pytest.warns(RuntimeWarning, match=rf"^{BLOCKS_OF_TINY} linears stay at 16 bits, 0\.\d% .*shared_expert_gate"):
         prepared = prepare(replace(tiny_config, model=str(folder), options=options), Plugins())
     assert {pin.layer.name.rpartition(".")[2] for pin in prepared.space.pinned} == {"shared_expert_gate"}
@@ -160,7 +160,7 @@ def test_hessian_traces_of_experts_are_finite_and_zero_where_no_token_comes() ->
 def test_experts_that_few_tokens_reach_are_rounded_plainly_and_named(group: int, few: set[str], tmp_path: Path) -> None:
     model = Toy(experts=True)
     with pytest.warns(RuntimeWarning, match=rf"{2 * BLOCKS * len(few)} linears .*layers\.0\.feed\.experts\.{min(few)}"):
-        space, bank, _ = filled(model, Gptq(Options(group_size=group, clip_search=False)))
+        space, bank, _ = filled(model, Gptq(Options(group_size=group, grid="min-max")))
     bank.save_record(tmp_path / "variants.json")
     marked = {row["linear"] for row in json.loads((tmp_path / "variants.json").read_text()) if row.get("unreached")}
     linears = [linear for layer in space.layers for linear in layer.linears]

@@ -169,7 +169,7 @@ def test_an_export_holds_the_dequantized_weights_and_the_plan(make: Make, tiny_c
     dense = make(tmp_path / "model")
     (tmp_path / "model" / "recipe.yaml").write_text("a description of the earlier quantization")
     kept = "model.layers.2.mlp.down_proj"
-    options = {"backend": {"group_size": 32, "symmetric": True, "clip_search": False}}
+    options = {"backend": {"group_size": 32, "symmetric": True, "grid": "min-max"}}
     result = run(replace(tiny_config, model=str(tmp_path / "model"), estimator="random", options=options,
                          granularity="linear", exclude=(kept,)))
     export = export_run(result.folder, "gptq", tmp_path / "export", Plugins())
@@ -187,7 +187,7 @@ def test_an_export_holds_the_dequantized_weights_and_the_plan(make: Make, tiny_c
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::UserWarning")
 def test_an_export_in_compressed_tensors_can_be_planned_again(tiny_config: RunConfig, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"backend": {"symmetric": True, "clip_search": False}}
+    options: dict[str, Any] = {"backend": {"symmetric": True, "grid": "min-max"}}
     first = run(replace(tiny_config, estimator="random", granularity="linear", options=options))
     assert len(set(first.plan.pick.tolist())) == 2
     export = export_run(first.folder, "compressed-tensors", tmp_path / "export", Plugins())

@@ -73,7 +73,7 @@ CASES = {
     "spqe": {"options": SPQE},
     "fresh": {"options": SPQE, "game_windows": 2, "value": "kl", "surrogate": "covariance"},
     "gradients": {"estimator": "aumann-shapley", "granularity": "group", "backend": "gptq",
-                  "options": {"backend": {"clip_search": False}}},
+                  "options": {"backend": {"grid": "min-max"}}},
     "traces": {"estimator": "hawq", "options": {}},
     "refined": {"estimator": "isolated", "refine": 6, "granularity": "group", "options": {}},
     "another's": {"estimate_with": "quanto", "options": {"estimate_with": {"group_size": 32}},

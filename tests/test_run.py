@@ -149,7 +149,7 @@ def test_a_score_is_not_called_a_loss(changes: dict[str, str], tiny_config: RunC
 @pytest.mark.parametrize("estimator", BASELINES)
 def test_every_baseline_makes_a_plan(estimator: str, tiny_config: RunConfig) -> None:
     result = run(replace(tiny_config, estimator=estimator, allocator="greedy", bits=(2, 3, 4),
-                         options={"backend": {"clip_search": False}}))
+                         options={"backend": {"grid": "min-max"}}))
     assert result.estimate is not None and result.estimate.method.startswith(estimator)
     assert (np.diff(result.estimate.linear, axis=1) >= 0).all() or estimator in (
         "isolated", "coarse-to-fine", "llm-mq", "fisher", "aumann-shapley")
@@ -173,7 +173,7 @@ def test_spqe_on_other_backends(backend: str, tiny_config: RunConfig) -> None:
 
 
 def test_one_backend_is_measured_and_another_deployed(tiny_config: RunConfig) -> None:
-    config = replace(tiny_config, bits=(), options={"estimator": {"permutations": 2}, "backend": {"clip_search": False},
+    config = replace(tiny_config, bits=(), options={"estimator": {"permutations": 2}, "backend": {"grid": "min-max"},
                                                     "estimate_with": {"group_size": 32}})
     both = run(replace(config, estimate_with="quanto"))
     assert both.config.bits == ("4", "2")  # of GPTQ's default menu what quanto has
@@ -195,7 +195,7 @@ def test_one_backend_is_measured_and_another_deployed(tiny_config: RunConfig) ->
 @pytest.mark.parametrize("refiner", ["swaps", "evolve"])
 def test_a_plan_is_refined_on_windows_held_back(refiner: str, tiny_config: RunConfig) -> None:
     config = replace(tiny_config, bits=(2, 3, 4), granularity="linear", estimator="random", allocator="greedy",
-                     refine=12, refiner=refiner, options={"backend": {"clip_search": False}})
+                     refine=12, refiner=refiner, options={"backend": {"grid": "min-max"}})
     plain, refined = run(replace(config, refine=0)), run(config)
     assert refined.forwards == pytest.approx(12, abs=2) and plain.forwards == 0
     assert refined.plan.nbytes <= plain.plan.budget_bytes and f"+ {refiner}(" in refined.plan.method

@@ -84,7 +84,7 @@ def config(tmp_path: Path, texts: tuple[Path, Path]) -> RunConfig:
                        calibration=TextConfig(str(texts[0]), 8, 24), game_windows=4, refine=20,
                        evaluation=TextConfig(str(texts[1]), 4, 24), dtype="float32", tracking_uri="none",
                        output=str(tmp_path / "runs"), granularity="group",
-                       options={"backend": {"clip_search": False, "group_size": 32}, "estimator": {"nodes": 1}})
+                       options={"backend": {"grid": "min-max", "group_size": 32}, "estimator": {"nodes": 1}})
     resident, streamed = needed(config, False), needed(config, True)
     assert streamed < resident
     return replace(config, memory=f"{(resident + streamed) // 2}B")

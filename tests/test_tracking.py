@@ -176,7 +176,7 @@ def test_an_export_stands_without_its_store(tiny_config: RunConfig, tmp_path: Pa
 def test_a_sweep_is_a_run_with_runs_below_it(tiny_config: RunConfig) -> None:
     from mlflow import MlflowClient
 
-    base = replace(tiny_config, options={"backend": {"clip_search": False}})
+    base = replace(tiny_config, options={"backend": {"grid": "min-max"}})
     run_sweep(Sweep(base, {"estimator": ["spqe", "random"], "budget": ["2.5bits", "3bits"]}, {"permutations": "4"}),
               watched(base))
     client = MlflowClient(tiny_config.tracking_uri)

@@ -107,7 +107,7 @@ def served(tiny_config: RunConfig, tmp_path: Path) -> Iterator[str]:
     plugins = Plugins()
     for observer in (Tracker(tiny_config.tracking_uri, tiny_config.experiment), ExportTracker()):
         plugins.watch(observer)
-    quick = {"backend": {"clip_search": False}}
+    quick = {"backend": {"grid": "min-max"}}
     first = run(tiny_config, plugins)
     export_run(str(first.folder), "recipe-auto-round", tmp_path / "recipe", plugins)
     run(replace(tiny_config, estimator="hawq", budget="2.5bits", options=quick), plugins)

@@ -29,7 +29,7 @@ from impq_core.testing.tiny import byte_tokenizer
 
 SOME = ("gemma3", "gemma4", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "mistral3", "llava", "internvl",
         "llama4", "paligemma", "voxtral")
-OPTIONS = {"backend": {"group_size": 32, "symmetric": True, "clip_search": False}}
+OPTIONS = {"backend": {"group_size": 32, "symmetric": True, "grid": "min-max"}}
 IDS = torch.from_numpy(np.random.default_rng(0).integers(0, 190, (2, 24)))
 
 

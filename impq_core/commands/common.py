@@ -88,6 +88,10 @@ def run_options(several: bool = False) -> Callable[[Command], Command]:
         click.option("--probe-windows", type=int, help="Number of calibration windows for gradients [all]."),
         click.option("--value", help="Loss of the game: nll, or kl to the unquantized model [nll]."),
         _text_options("evaluation", "Held-out"),
+        click.option("--sequential/--no-sequential", default=None,
+                     callback=lambda _context, _option, given: {None: None, True: "yes", False: "no"}[given],
+                     help="Score plan and references as an export makes them: quantized in sequence [if it costs no "
+                          "more forwards than the search]."),
         click.option("--device", help="Where blocks compute: auto (an accelerator, else the processor), cpu, cuda, "
                                       "cuda:1, mps or xpu [auto]."),
         click.option("--dtype", help="Type of the forwards: auto, float32, bfloat16 or float16 [auto]."),

@@ -51,7 +51,8 @@ def gather(paths: Sequence[str | Path]) -> tuple[tuple[Contest, ...], tuple[str,
         except ImpqError as error:
             problems.append(str(error) if str(path) in str(error) else f"{path}: {error}")
             continue
-        scored = (run.config.model, run.evaluation.text, run.evaluation.tokens, run.unquantized.window_nll.tobytes())
+        scored = (run.config.model, run.evaluation.text, run.evaluation.tokens, run.evaluation.sequential,
+                  run.unquantized.window_nll.tobytes())
         contests.setdefault(scored, []).append(run)
     if not contests:
         more = f" (and {len(problems) - 1} more runs cannot be used)" if len(problems) > 1 else ""

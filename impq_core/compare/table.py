@@ -46,7 +46,8 @@ def contest_lines(contest: Contest) -> dict[str, tuple[Line, ...]]:
 
 def contest_title(contest: Contest) -> str:
     """Model and held-out text of a contest, in one line."""
-    return f"{model_name(contest)} on {contest.text}, {contest.tokens} scored tokens"
+    in_sequence = ", quantized in sequence" if contest.contestants[0].evaluation.sequential else ""
+    return f"{model_name(contest)} on {contest.text}, {contest.tokens} scored tokens{in_sequence}"
 
 
 def model_name(contest: Contest) -> str:

@@ -24,10 +24,18 @@ class Statistics:
     Args:
         gram: float32 (columns, columns), the sum of x xT over tokens.
         tokens: number of inputs x in the sum.
+        guided: float32 (row groups, columns, columns), the same sum with each token weighted by the mean square of the
+            loss's gradient in the outputs of a row group (GuidedQuant, arXiv 2505.07004, section 3), divided by the
+            mean weight; None if the backend does not need ``gradients``.
+        drift: float32 (columns, columns), the sum of (x_fp - x) xT over the same tokens, where x_fp is the input in the
+            unquantized model; None if the layers in front are not those of a plan, or the tokens of both models cannot
+            be paired, as behind the router of a mixture.
     """
 
     gram: torch.Tensor
     tokens: int
+    guided: torch.Tensor | None = None
+    drift: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +63,11 @@ class Backend(Part, ABC):
 
     Class attributes, or properties if they depend on the options:
         default_bits: names of the choices of the menu if the user gives no ``--bits``; uniform references are of these.
-        needs: ``activations`` if ``quantize`` needs Statistics.
+        needs: ``activations`` if ``quantize`` needs Statistics, ``gradients`` if it needs their ``guided``, ``drift``
+            if it uses their ``drift``.
+        row_groups: number of row groups of ``guided``, each of neighbouring rows.
+        stages: whether a plan that is quantized in sequence collects a block's statistics anew behind each of its
+            linears, in the order of the forward.
         devices: types of the devices on which ``quantize`` and ``dequantize`` work, as torch names them. Weights and
             statistics are given, and variants unpacked, on the device of the run if its type is among them, else in
             host memory.
@@ -65,6 +77,8 @@ class Backend(Part, ABC):
     yields = MappingProxyType({"quantize_together": (LinearSpec, Variant)})
     default_bits: ClassVar[tuple[str, ...]]
     needs: ClassVar[frozenset[str]] = frozenset()
+    row_groups: ClassVar[int] = 1
+    stages: ClassVar[bool] = False
     devices: ClassVar[frozenset[str]] = frozenset({"cpu"})
 
     @abstractmethod

@@ -131,6 +131,10 @@ class Bank:
         single.add_all(self)
         return single
 
+    def without_variants(self, runner: BlockwiseModel) -> Bank:
+        """A bank of the same model, layers and backend that holds no variant, and keeps its own in memory."""
+        return Bank(runner, self.layers, self.backend)
+
     def _keep(self, linear: LinearSpec, variant: Variant, on_shelf: bool) -> None:
         self._kept[linear.name, variant.choice] = _Kept(variant.nbytes, variant.record, None if on_shelf else variant)
 
@@ -143,7 +147,11 @@ class Bank:
         """Let a layer's linears have the weights of a choice from the next time that their block is loaded; None is the
         unquantized weights. Embedding and head have them at once."""
         for spec in self.layers[layer].linears:
-            self._placement.replace(self._modules[spec.name], _Unpacked(self, spec, choice) if choice else None)
+            self.put(spec, choice)
+
+    def put(self, linear: LinearSpec, choice: Choice | None) -> None:
+        """As ``switch``, for one linear of a layer."""
+        self._placement.replace(self._modules[linear.name], _Unpacked(self, linear, choice) if choice else None)
 
     def blend(self, layer: int, shares: Mapping[Choice, float]) -> None:
         """Let a layer's linears have the weighted sum of the weights of several choices."""

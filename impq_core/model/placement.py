@@ -126,6 +126,17 @@ class Placement:
                 assert other is not None
                 self._install(module, other)
 
+    @contextmanager
+    def unreplaced(self) -> Iterator[None]:
+        """The context in which all modules have their own weights. No block may be loaded at its beginning."""
+        assert not self._own, "a block is loaded"
+        replaced, self._replaced = self._replaced, {}
+        try:
+            with self.unreplaced_outside():
+                yield
+        finally:
+            self._replaced = replaced
+
     def original(self, module: nn.Module) -> torch.Tensor:
         """A module's own weight on the device."""
         own = self._own_outside.get(module, module._parameters["weight"])

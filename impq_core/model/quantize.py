@@ -1,9 +1,10 @@
-"""Quantization of a model into a bank, block after block."""
+"""Quantization of a model into a bank, block after block: at every width for a search, or one plan in sequence."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 
@@ -11,11 +12,11 @@ import torch
 from torch import nn
 
 from impq_core.interfaces import Statistics, Variant
-from impq_core.model.bank import Bank
+from impq_core.model.bank import Assignment, Bank
 from impq_core.model.blockwise import BlockwiseModel, Hidden
-from impq_core.model.calibration import head_statistics, input_statistics
+from impq_core.model.calibration import Inputs, block_inputs, head_statistics, input_statistics, stages
 from impq_core.model.threads import side_by_side
-from impq_core.space import Choice, LinearSpec
+from impq_core.space import Choice, IntArray, LinearSpec
 
 FEWEST = 32
 """Tokens that must reach a linear for its statistics to be used; as many as a group has weights if there are groups."""
@@ -53,7 +54,7 @@ def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden | None, menus: 
         ImpqError: the backend cannot quantize a linear, which the message names.
     """
     progress(0, len(runner))
-    places = [len(runner) if i == bank.head else layer.block for i, layer in enumerate(bank.layers)]
+    places = _places(bank, runner)
     blocks = {index: [i for i, place in enumerate(places) if place == index] for index in range(-1, len(runner) + 1)}
     missing = {index: [(spec, choice) for layer in layers for spec in bank.layers[layer].linears
                        for choice in dict.fromkeys(bank.backend.stand_in(spec, wanted)
@@ -65,38 +66,124 @@ def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden | None, menus: 
         statistics: Mapping[nn.Module, Statistics] = {}
         if hidden is not None and missing[index]:
             statistics = _statistics(bank, runner, index, hidden, [spec for spec, _ in missing[index]])
-        tasks = [partial(_quantize, bank, runner, wanted, seen) for wanted, seen in _shared(
-            missing[index], [statistics.get(bank.module(spec)) for spec, _ in missing[index]])]
-        # A task at a time on an accelerator, whose work is side by side already.
-        for made in side_by_side(tasks) if _where(bank, runner).type == "cpu" else (task() for task in tasks):
-            for spec, variant in made:
-                bank.add(spec, variant)
+        _make(bank, runner, missing[index], statistics)
         for layer in layers:
             bank.switch(layer, menus[layer][0] if menus[layer] else None)
         if 0 <= index < len(runner):
             if hidden is not None and any(missing[behind] for behind in range(index + 1, len(runner) + 1)):
                 hidden = runner.run(index, hidden)
             progress(index + 1, len(runner))
-    unreached = [spec.name for layer, menu, place in zip(bank.layers, menus, places, strict=True)
-                 for spec in layer.linears if place >= 0
-                 and any(bank.record(spec, choice).get("unreached") for choice in menu)]
-    if unreached:
-        warnings.warn(f"{len(unreached)} linears (first: {unreached[0]}) are quantized without statistics: hardly "
+    _report_unreached(bank, [spec for layer, menu, place in zip(bank.layers, menus, places, strict=True)
+                             for spec in layer.linears if place >= 0
+                             and any(bank.record(spec, choice).get("unreached") for choice in menu)])
+
+
+def quantize_in_sequence(bank: Bank, runner: BlockwiseModel, ids: IntArray | None, assignment: Assignment,
+                         progress: Callable[[int, int], None]) -> None:
+    """Quantize the linears of one plan, each block behind the quantized blocks in front of it, as an export stores
+    them. Afterwards the model has the plan's weights.
+
+    If the backend needs ``drift``, the unquantized model runs beside the quantized one. If it has ``stages``, the
+    statistics of a block are collected anew behind the quantized linears of the same block. An embedding that is not
+    tied to the head is quantized first, and the blocks' statistics are those behind it.
+
+    Memory: with ``drift``, a second set of hidden states, and the inputs of a block's linears over all windows (of one
+    stage's linears, if there are stages).
+
+    Args:
+        bank: a bank without variants.
+        runner: the same model, block by block.
+        ids: token ids (windows, length) of the calibration text; None for a backend that needs no activations.
+        assignment: a choice for each of the bank's layers; None leaves the layer unquantized.
+        progress: called with the number of finished blocks and the number of all blocks.
+
+    Raises:
+        ImpqError: the backend cannot quantize a linear, which the message names.
+    """
+    progress(0, len(runner))
+    backend = bank.backend
+    hidden = exact = None if ids is None else runner.embed(ids)
+    if "drift" not in backend.needs:
+        exact = None
+    places = _places(bank, runner)
+    for index in range(-1, len(runner) + 1):
+        layers = [i for i, place in enumerate(places) if place == index and assignment[i]]
+        wanted = {spec: backend.stand_in(spec, choice) for i in layers for spec in bank.layers[i].linears
+                  if (choice := assignment[i])}
+        inside = 0 <= index < len(runner)
+        following: Hidden | None = None
+        for part in _in_stages(bank, runner, index, hidden, list(wanted)) if inside and backend.stages else [
+                list(wanted)]:
+            inputs: list[Inputs] | None = None
+            if inside and exact is not None and part:
+                with runner.placement.unreplaced():
+                    inputs, following = block_inputs(runner, index, exact, [bank.module(spec) for spec in part])
+            statistics = {} if hidden is None or not part else _statistics(
+                bank, runner, index, hidden, part, inputs, exact)
+            _make(bank, runner, [(spec, wanted[spec]) for spec in part], statistics)
+            for spec in part:
+                bank.put(spec, wanted[spec])
+        if index < 0 and wanted and ids is not None:
+            hidden = runner.embed(ids)
+        if inside:
+            if hidden is not None and index + 1 <= max(places):
+                hidden = runner.run(index, hidden)
+                if exact is not None and following is None:
+                    with runner.placement.unreplaced():
+                        following = runner.run(index, exact)
+            exact = following
+            progress(index + 1, len(runner))
+    _report_unreached(bank, [spec for layer, choice, place in zip(bank.layers, assignment, places, strict=True)
+                             if choice and place >= 0 for spec in layer.linears
+                             if bank.record(spec, choice).get("unreached")])
+
+
+def _in_stages(bank: Bank, runner: BlockwiseModel, index: int, hidden: Hidden | None,
+               linears: Sequence[LinearSpec]) -> list[list[LinearSpec]]:
+    """Linears of a block in the stages of its forward."""
+    if hidden is None or not linears:
+        return [list(linears)]
+    of_module: dict[nn.Module, LinearSpec] = {bank.module(spec): spec for spec in linears}
+    return [[of_module[module] for module in stage] for stage in stages(runner, index, hidden, list(of_module))]
+
+
+def _places(bank: Bank, runner: BlockwiseModel) -> list[int]:
+    """For each layer the number of its block; -1 for an embedding that is not tied, and the number behind the last
+    block for the head."""
+    return [len(runner) if i == bank.head else layer.block for i, layer in enumerate(bank.layers)]
+
+
+def _report_unreached(bank: Bank, linears: Sequence[LinearSpec]) -> None:
+    if linears:
+        warnings.warn(f"{len(linears)} linears (first: {linears[0].name}) are quantized without statistics: hardly "
                       "a token of the calibration text reaches them; more calibration text may", RuntimeWarning,
-                      stacklevel=2)
+                      stacklevel=3)
 
 
-def _statistics(bank: Bank, runner: BlockwiseModel, index: int, hidden: Hidden,
-                linears: Sequence[LinearSpec]) -> Mapping[nn.Module, Statistics]:
-    """Statistics of the inputs of linears of a block, of the embedding (index -1) or of the head, by module."""
+def _make(bank: Bank, runner: BlockwiseModel, wanted: Wanted, statistics: Mapping[nn.Module, Statistics]) -> None:
+    """Quantize linears of a block, and put the variants into the bank."""
+    tasks = [partial(_quantize, bank, runner, some, seen) for some, seen in _shared(
+        wanted, [statistics.get(bank.module(spec)) for spec, _ in wanted])]
+    # A task at a time on an accelerator, whose work is side by side already.
+    for made in side_by_side(tasks) if _where(bank, runner).type == "cpu" else (task() for task in tasks):
+        for spec, variant in made:
+            bank.add(spec, variant)
+
+
+def _statistics(bank: Bank, runner: BlockwiseModel, index: int, hidden: Hidden, linears: Sequence[LinearSpec],
+                inputs: Sequence[Inputs] | None = None,
+                exact: Hidden | None = None) -> Mapping[nn.Module, Statistics]:
+    """Statistics of the inputs of linears of a block, of the embedding (index -1) or of the head, by module; ``inputs``
+    and ``exact`` are those of the unquantized model, for the drift."""
     modules = {bank.module(spec): spec.columns for spec in linears}
     if index < 0:
         return {module: Statistics(torch.zeros(columns, columns, device=runner.device), 0)
                 for module, columns in modules.items()}
     if index == len(runner):
-        statistics = head_statistics(runner, hidden)
+        statistics = head_statistics(runner, hidden, exact)
         return {module: statistics for module in modules}
-    return input_statistics(runner, index, hidden, [module for module in modules if isinstance(module, nn.Linear)])
+    return input_statistics(runner, index, hidden, [module for module in modules if isinstance(module, nn.Linear)],
+                            inputs)
 
 
 def _shared(wanted: Wanted, statistics: Sequence[Statistics | None]) -> Iterator[tuple[Wanted, Statistics | None]]:
@@ -118,11 +205,18 @@ def _quantize(bank: Bank, runner: BlockwiseModel, wanted: Wanted,
     for spec, choice in wanted:
         (few if seen and seen.tokens < (choice.group_size or FEWEST) else enough).append((spec, choice))
     for some, tokens in ((few, 0), (enough, seen.tokens if seen else 0)):
-        statistics = seen and Statistics(seen.gram.to(device) if tokens else torch.zeros_like(seen.gram, device=device),
-                                         tokens)
+        statistics = seen and _on(device, seen, tokens)
         if some:
             made += bank.backend.quantize_together(weights, some, statistics)
     return made
+
+
+def _on(device: torch.device, seen: Statistics, tokens: int) -> Statistics:
+    """Statistics on a device; those of no token if ``tokens`` is 0."""
+    if not tokens:
+        return Statistics(torch.zeros_like(seen.gram, device=device), 0)
+    return replace(seen, gram=seen.gram.to(device), guided=None if seen.guided is None else seen.guided.to(device),
+                   drift=None if seen.drift is None else seen.drift.to(device))
 
 
 def _where(bank: Bank, runner: BlockwiseModel) -> torch.device:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from impq_core.budget import parse_bytes
-from impq_core.config import RunConfig
 from impq_core.errors import ImpqError
 from impq_core.game.model_game import PICKS
 from impq_core.game.probe import BATCH_TOKENS
@@ -18,6 +17,7 @@ from impq_core.machine import free_device_memory
 from impq_core.model.blockwise import HEAD_ROWS, HEAD_ROWS_ELSEWHERE, ROOM
 from impq_core.model.source import MAPPED
 from impq_core.runs.layout import Layout
+from impq_core.runs.work import in_sequence, windows_probed, work_of
 from impq_core.space import FUSED, Choice, LinearSpec
 from impq_core.workload import Workload
 
@@ -102,13 +102,6 @@ def plan_memory(layout: Layout) -> MemoryPlan:
     return replace(plan, shortfall=line)
 
 
-def work_of(layout: Layout) -> Workload | None:
-    """The work of the run's estimator; None if a plan is given, or if it is unknown."""
-    spare = layout.config.calibration.windows - layout.config.game_windows * (2 if layout.config.refine else 1)
-    sets = 1 + max(0, spare) // layout.config.game_windows
-    return None if layout.plan else layout.parts.estimator.workload(layout.game_space, sets)
-
-
 def memory(layout: Layout, work: Workload | None, plan: MemoryPlan) -> dict[str, Bytes]:
     """Resident bytes at the peak of each stage, by content: on the device, but for the contents in ``HOST``.
 
@@ -154,6 +147,13 @@ def memory(layout: Layout, work: Workload | None, plan: MemoryPlan) -> dict[str,
         stages["estimate"] = estimate if layout.plan else {**estimate, **_gradients(layout, work, plan)}
     if config.refine:  # two games
         stages["refine"] = {**loaded, "hidden_states": 2 * (known + PICKS + (config.value == "kl")) * played * token}
+    if in_sequence(layout):
+        exact = "drift" in layout.parts.backend.needs
+        widest = max(sum(shared[0][0].columns for shared in block.values()) for block in _inputs(layout).values())
+        stages["evaluate_sequence"] = {
+            **base, "variants": kept + max(layout.space.nbytes.sum(axis=0)), "block": loaded["block"],
+            "hidden_states": (2 + 2 * exact) * calibration * token + exact * calibration * widest * item,
+            "statistics": (1 + exact) * _statistics(layout), "quantizer": (1 + exact) * _solver(layout, True)}
     held_out = config.evaluation.windows * config.evaluation.length * token
     side_by_side = min(ALLOCATIONS, max(1, plan.room // held_out))
     stages["evaluate"] = {**loaded, "hidden_states": (3 + side_by_side) * held_out}
@@ -184,12 +184,6 @@ def disk(layout: Layout, work: Workload | None, runs: int, scores: int, exports:
     return {"cache_bytes": (packed + VARIANT_FILE * count) * config.cache, "run_bytes": folder,
             "export_bytes": exports * (layout.budget_bytes + (
                 layout.whole.account.fixed if layout.whole else layout.rest_bytes))}
-
-
-def windows_probed(config: RunConfig) -> int:
-    """Number of calibration windows that gradients and activations are read on."""
-    every = config.calibration.windows - (config.game_windows if config.refine else 0)
-    return min(config.probe_windows or every, every)
 
 
 def _made(layout: Layout) -> list[tuple[Backend, Sequence[Sequence[Choice]]]]:

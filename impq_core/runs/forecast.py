@@ -5,7 +5,6 @@ No weight and no text is read, and nothing is written. It takes seconds for a mo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -15,20 +14,25 @@ from typing import Any
 
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError
-from impq_core.evaluate import RANDOM_PLANS
-from impq_core.game.model_game import PICKS
 from impq_core.machine import free_device_memory, free_disk, free_memory
 from impq_core.model.demo import cache_path
 from impq_core.model.device import hardware
-from impq_core.model.shapes import Shapes
 from impq_core.model.source import ModelSource, locate_model
 from impq_core.plugins import Plugins
-from impq_core.runs.footprint import Bytes, disk, memory, plan_memory, windows_probed, work_of
+from impq_core.runs.footprint import Bytes, disk, memory, plan_memory
 from impq_core.runs.grid import Sweep
 from impq_core.runs.layout import Layout, lay_out
-from impq_core.space import LayerSpec, SearchSpace
+from impq_core.runs.work import (
+    evaluation_forwards,
+    in_sequence,
+    plan_forwards,
+    references,
+    statistics_forwards,
+    work_forwards,
+    work_of,
+)
+from impq_core.space import LayerSpec
 from impq_core.trust import NO_TRUST, Trust
-from impq_core.workload import Workload
 
 FORMAT = "impq-forecast/1"
 
@@ -263,11 +267,11 @@ def _search(layouts: Sequence[Layout], first: bool = True, exports: int = 0) -> 
     weights = sum(layer.parameters for layer in space.layers)
     scores = len(layouts)
     if first:
-        scores += 1 + len(space.choices) + len(layout.between) + len(layout.mixes) + (1 + RANDOM_PLANS) * len(budgets)
-    forwards = {"quantize": _statistics_forwards(layout) if first else 0.0,
+        scores += 1 + references(layout, len(budgets))
+    forwards = {"quantize": statistics_forwards(layout) if first else 0.0,
                 "estimate": work_forwards(work, layout.shapes, config, space) if work else None,
-                "plan": _plan_forwards(layout, work, len(layouts)), "refine": float(config.refine),
-                "evaluate": _evaluation_forwards(layout, scores, first)}
+                "plan": plan_forwards(layout, work, len(layouts)), "refine": float(config.refine),
+                "evaluate": evaluation_forwards(layout, scores, first, in_sequence(layout))}
     if layout.plan:
         forwards["estimate"] = 0.0
     plan = plan_memory(layout)
@@ -308,61 +312,3 @@ def _other_parts(layout: Layout) -> list[Fixed]:
              ("norms, biases and the rest", small, "never quantized")]
     return [Fixed(name, weights, f"{8 * layout.item}", layout.item * weights, reason)
             for name, weights, reason in parts if weights]
-
-
-def work_forwards(work: Workload, shapes: Shapes, config: RunConfig, space: SearchSpace) -> float:
-    """Full-model forwards of the game's windows that an estimator's work costs.
-
-    Args:
-        work: of the estimator.
-        shapes: of the model.
-        config: decides the windows and the value of the game.
-        space: the layers that play.
-    """
-    inside = sum(layer.parameters for layer in space.layers if 0 <= layer.block < len(shapes.blocks))
-    head_plays = any(layer.block >= len(shapes.blocks) or (layer.block < 0 and shapes.tied) for layer in space.layers)
-    cost = shapes.cost(config.calibration.length)
-    divergence = config.value == "kl"
-    game = sum(count * (cost.behind(block) + cost.head) for block, count in enumerate(work.losses))
-    # The unquantized model's logits are made again for each batch of picks, here taken to be full, and for each choice
-    # of the head in it.
-    game += divergence * math.ceil(work.losses.sum() / PICKS) * cost.head * (len(space.choices) if head_plays else 1)
-    if divergence and work.sets:  # the unquantized states of each set of windows, and of the first once more
-        game += (work.sets + (work.sets > 1)) * cost.behind(0)
-    passes = work.slopes + 2 * work.traces
-    probe = passes * shapes.slopes_flops(config.calibration.length, inside, config.value, head_plays)
-    probe += (work.states + (divergence and passes > 0)) * cost.behind(0)
-    return float(game + probe * windows_probed(config) / config.game_windows) / cost.total
-
-
-def _statistics_forwards(layout: Layout) -> float:
-    """Forwards in which statistics for quantizing are collected: every block once over the calibration text, and once
-    more at the widest width, on the way to the next block or to a head that is a layer."""
-    config, cost = layout.config, layout.shapes.cost(layout.config.calibration.length)
-    backends = {layout.game_backend, layout.parts.backend}
-    passes = sum(bool(backend.needs) for backend in backends)
-    windows = config.calibration.windows / config.game_windows
-    last = 0 if layout.head_is_layer else cost.blocks[-1]
-    return passes * windows * (2 * cost.behind(0) - last) / cost.total
-
-
-def _plan_forwards(layout: Layout, work: Workload | None, plans: int) -> float:
-    """Forwards in which the losses of plans are measured in the game; that of the reference too, if the estimator has
-    measured none."""
-    if not layout.parts.needs_calibration:
-        return 0.0
-    config, cost = layout.config, layout.shapes.cost(layout.config.calibration.length)
-    divergence = config.value == "kl"
-    measured = bool(work.losses.any()) if work else not layout.plan
-    losses = plans + (not measured)
-    return float(losses * (cost.behind(0) + cost.head)
-                 + divergence * (plans * cost.head + (not measured) * cost.behind(0))) / cost.total
-
-
-def _evaluation_forwards(layout: Layout, scores: int, first: bool) -> float:
-    """Forwards of the game's windows that held-out scores cost: the blocks and the head of each allocation, and those
-    of the unquantized model once."""
-    config, length = layout.config, layout.config.evaluation.length
-    cost, game = layout.shapes.cost(length), layout.shapes.cost(config.calibration.length)
-    done = (scores + first) * (cost.behind(0) + cost.head)
-    return done * config.evaluation.windows / (config.game_windows * game.total)

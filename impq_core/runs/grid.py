@@ -59,6 +59,8 @@ class Sweep:
             raise UsageError("a list of names has nothing between two commas")
         estimators = {name: plugins.load("estimator", name, Estimator) for name in values[VARIED.index("estimator")]}
         base = self.base
+        if base.sequential == "auto":  # so that all tables of a sweep are of one kind
+            base = replace(base, sequential="no")
         if base.granularity == "auto":  # all runs of a sweep have the same layers
             wanted = {kind.default_granularity for kind in estimators.values()}
             base = replace(base, granularity=wanted.pop() if len(wanted) == 1 else "block")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -30,6 +30,7 @@ from impq_core.model.text import Windows, draw_windows, refuse_overlap
 from impq_core.parts import slots_of
 from impq_core.plugins import Plugins
 from impq_core.runs.layout import Layout, lay_out
+from impq_core.runs.work import in_sequence
 from impq_core.space import Choice, SearchSpace
 from impq_core.trust import NO_TRUST, Trust
 
@@ -92,7 +93,13 @@ class Prepared(Layout):
     def scores_key(self) -> ScoresKey:
         """The identity of held-out scores."""
         return ScoresKey(self.deployed_key, TextKey(self.evaluation.digest, str(self.evaluation)),
-                         tuple(layer.name for layer in self.space.everyone))
+                         tuple(layer.name for layer in self.space.everyone), self.sequence)
+
+    @cached_property
+    def sequence(self) -> str:
+        """Identity of how plans are quantized in sequence; empty if the table is of the variants of the bank."""
+        backend = self.parts.backend
+        return digest_of(asdict(backend.options)) if in_sequence(self) else ""
 
     @cached_property
     def key(self) -> RunKey:

@@ -12,25 +12,25 @@ from copy import copy
 from pathlib import Path
 
 from impq_core.errors import ImpqError, one_line
-from impq_core.evaluate import Evaluator, KeptScores, ScoreLog, evaluate_plan
+from impq_core.evaluate import Evaluator, KeptScores, ScoreLog, SequentialEvaluator, evaluate_plan
 from impq_core.files import abandoned, discard, scratch_folder
 from impq_core.game.model_game import ModelGame
 from impq_core.game.probe import ModelProbe
 from impq_core.interfaces import Backend
 from impq_core.ledger import Ledger, MeasurementLog
 from impq_core.model.bank import Bank
-from impq_core.model.blockwise import BlockwiseModel, Hidden
+from impq_core.model.blockwise import BlockwiseModel
 from impq_core.model.cache import Shelf, shelf_for
 from impq_core.model.demo import cache_folder
 from impq_core.model.device import resolve_dtype
-from impq_core.model.quantize import fill_bank
+from impq_core.model.quantize import fill_bank, quantize_in_sequence
 from impq_core.model.text import Windows
 from impq_core.plugins import Plugins
 from impq_core.results import Evaluation
 from impq_core.runs.folder import RunFolder
 from impq_core.runs.footprint import plan_memory
 from impq_core.runs.prepare import Prepared
-from impq_core.space import Choice, SearchSpace
+from impq_core.space import Choice, IntArray, SearchSpace
 from impq_core.types import Plan
 
 SCRATCH = "impq-weights"
@@ -101,8 +101,9 @@ class Session:
         with self.clock.stage("quantize"):
             self.bank.apply([None] * len(self.bank.layers))  # its layers may differ from the new bank's
             self.bank = Bank(self.runner, space.everyone, backend, self._shelf(backend, menus))
-            fill_bank(self.bank, self.runner, self._statistics_input(backend), menus, self.report("quantize"),
-                      self.prepared.further_choices(backend))
+            ids = self._calibration_ids(backend)
+            fill_bank(self.bank, self.runner, None if ids is None else self.runner.embed(ids), menus,
+                      self.report("quantize"), self.prepared.further_choices(backend))
 
     def quantize_plan(self, plan: Plan) -> None:
         """Quantize a plan block after block, each behind the quantized ones. Afterwards the model has the plan's
@@ -110,15 +111,14 @@ class Session:
 
         The session must have no variants yet: those of a run have statistics behind another prefix.
         """
-        backend = self.prepared.parts.backend
-        menus = [[choice] if choice else [] for choice in self.prepared.space.assignment(plan.pick)]
-        fill_bank(self.bank, self.runner, self._statistics_input(backend), menus, self.report("quantize"))
+        quantize_in_sequence(self.bank, self.runner, self._calibration_ids(self.bank.backend),
+                             self.prepared.space.assignment(plan.pick), self.report("quantize"))
 
-    def _statistics_input(self, backend: Backend) -> Hidden | None:
+    def _calibration_ids(self, backend: Backend) -> IntArray | None:
         if not backend.needs:
             return None
         assert self.prepared.calibration is not None
-        return self.runner.embed(self.prepared.calibration.ids)
+        return self.prepared.calibration.ids
 
     def _shelf(self, backend: Backend, menus: Sequence[Sequence[Choice]]) -> Shelf | None:
         if not self.prepared.config.cache:
@@ -179,14 +179,18 @@ class Session:
             yield self.game(log, probe) if prepared.calibration else None, probe
 
     def evaluator(self, log: ScoreLog | None = None) -> Evaluator:
-        """The evaluator of the deployed variants; it reads the scores of other runs from the cache.
+        """The evaluator of the run's table, of the deployed variants or of models quantized in sequence; it reads the
+        scores of other runs from the cache.
 
         Args:
             log: file of held-out scores.
         """
         prepared = self.prepared
         shelf = self._shelf(prepared.parts.backend, prepared.deployed_menus)
-        kept = KeptScores(shelf, prepared.evaluation.digest, self.bank.layers) if shelf else None
+        kept = KeptScores(shelf, prepared.evaluation.digest, self.bank.layers, prepared.sequence) if shelf else None
+        if prepared.sequence:
+            assert prepared.calibration is not None
+            return SequentialEvaluator(self.runner, self.bank, prepared.evaluation, prepared.calibration.ids, log, kept)
         return Evaluator(self.runner, self.bank, prepared.evaluation, log, kept)
 
     def evaluator_of_exports(self) -> Evaluator:

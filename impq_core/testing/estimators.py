@@ -80,7 +80,7 @@ class EstimatorSuite(PartSuite):
     def test_the_work_is_forecast(self) -> None:
         """If the estimator has a ``workload``, the forwards of that work are within a fifth of the forwards that it is
         charged, on a model of eight blocks."""
-        from impq_core.runs.forecast import work_forwards
+        from impq_core.runs.work import work_forwards
 
         for bits in MENUS:
             table = TinyTable(bits, self.part.default_granularity, blocks=8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from impq_core.errors import ImpqError
 from impq_core.interfaces import Backend, Statistics, Variant
@@ -22,6 +22,15 @@ TENSORS = ("qweight", "qzeros", "scales", "g_idx")
 GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 """Group sizes that the format has kernels for."""
 
+GRIDS = ("hessian", "weight-error", "min-max")
+"""Values of the option ``grid``."""
+
+IN_SEQUENCE = ("drift", "drift_strength", "true_sequential")
+"""Options without effect on the variants of a bank."""
+
+CORRECTIONS = ("gptaq", "qep", "none")
+"""Values of the option ``drift``."""
+
 CHUNK = 2**16
 """Weights that are unpacked together on a CPU, so that they stay in its cache."""
 
@@ -36,22 +45,37 @@ class Options:
             accurate at 2 and 3 bits.
         group_aware: the group-aware order of columns (arXiv 2505.14638), which has most of the gain of act-order and
             needs no stored order.
-        clip_search: clip each group's range to minimise the squared weight error.
+        grid: how a group's scale and zero are chosen: ``hessian`` for the least error as GPTQ's objective counts it,
+            ``weight-error`` for the least squared error of the weights, as gptqmodel's clip search, or ``min-max`` for
+            the whole range. Zeros are whole numbers, which is what the file format stores.
         damping: share of the Hessian's mean diagonal that is added to its diagonal, raised in steps of 0.01 if the
             Hessian cannot be factored.
+        drift: how a linear corrects the drift of the quantized layers in front of it, if a plan is quantized in
+            sequence: ``gptaq`` (arXiv 2504.02692), ``qep`` (arXiv 2504.09629) or ``none``.
+        drift_strength: alpha of that correction, from 0 to 1.
+        true_sequential: if a plan is quantized in sequence, collect the statistics of a linear behind the quantized
+            linears of its own block, too.
     """
 
     group_size: int = 64
     symmetric: bool = False
     group_aware: bool = True
-    clip_search: bool = True
+    grid: str = "hessian"
     damping: float = 0.05
+    drift: str = "gptaq"
+    drift_strength: float = 0.25
+    true_sequential: bool = False
 
     def __post_init__(self) -> None:
         if self.group_size not in GROUP_SIZES:
             raise ValueError(f"group_size must be {', '.join(map(str, GROUP_SIZES))}, not {self.group_size}")
         if not 0 < self.damping < 1:
             raise ValueError(f"damping must lie between 0 and 1, not {self.damping}")
+        for name, values in (("grid", GRIDS), ("drift", CORRECTIONS)):
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} must be {', '.join(values)}, not {getattr(self, name)!r}")
+        if not 0 <= self.drift_strength <= 1:
+            raise ValueError(f"drift_strength must lie between 0 and 1, not {self.drift_strength}")
 
 
 class Gptq(Backend):
@@ -64,7 +88,20 @@ class Gptq(Backend):
     Options = Options
     devices = frozenset({"cpu", "cuda", "mps", "xpu"})
     default_bits = ("2", "3", "4")
-    needs = frozenset({"activations"})
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """Activations, and their drift if it is corrected."""
+        return frozenset({"activations"} | ({"drift"} if self.options.drift != "none" else set()))
+
+    @property
+    def stages(self) -> bool:  # type: ignore[override]
+        """The option ``true_sequential``."""
+        return self.options.true_sequential
+
+    def variant_options(self) -> Mapping[str, Any]:
+        """All but what only a plan that is quantized in sequence is made with."""
+        return {name: value for name, value in asdict(self.options).items() if name not in IN_SEQUENCE}
 
     def choices(self) -> tuple[Choice, ...]:
         """8, 4, 3, 2 bits."""
@@ -133,14 +170,16 @@ class Gptq(Backend):
         if not torch.isfinite(statistics.gram).all():
             raise ImpqError("the inputs hold NaN or infinity, which GPTQ cannot use; try --dtype float32")
         reached = statistics.tokens > 0
-        settings = Settings(**asdict(self.options))
+        options = self.options
+        settings = Settings(options.group_size, options.symmetric, options.group_aware, options.grid, options.damping,
+                            options.drift, options.drift_strength)
         solutions: dict[int, Solution] = {}
         try:
             for size in dict.fromkeys(choice.group_size for _, choice in jobs):
                 numbers = [number for number, (_, choice) in enumerate(jobs) if choice.group_size == size]
                 solved = sweep([Job(jobs[number][0], int(jobs[number][1].bits)) for number in numbers],
                                statistics.gram if reached else None, max(1, statistics.tokens),
-                               replace(settings, group_size=size))
+                               replace(settings, group_size=size), statistics.drift)
                 solutions |= zip(numbers, solved, strict=True)
         except NotPositiveDefinite:
             raise ImpqError("GPTQ failed: the Hessian of the inputs is not positive definite, with any damping; more "

@@ -3,10 +3,15 @@
 The columns of a weight are rounded one after another. The rounding error of a column is spread over the columns that
 are left, in proportion to a row of V, where V is upper triangular and VT V is the inverse of the damped Hessian of the
 inputs (the paper's Cholesky reformulation). V depends neither on the weight nor on the width, so that one V and
-one loop serve every linear and width. The algorithm is that of gptqmodel 7.6, the reference in the tests: its clip
-search, its choice of zeros, its order of columns (group-aware reordering, arXiv 2505.14638), and grids that are fixed
-at the start of a block of columns. V is computed from one Cholesky factor of the reversed Hessian; gptqmodel factors
-twice, which is slower and rounds differently.
+one loop serve every linear and width. The algorithm is that of gptqmodel 7.6, the reference in the tests: its order of
+columns (group-aware reordering, arXiv 2505.14638), grids that are fixed at the start of a block of columns, and, if it
+is asked for, its search of grids; see ``impq_gptq.grid``. V is computed from one Cholesky factor of the reversed
+Hessian; gptqmodel factors twice, which is slower and rounds differently.
+
+**Drift.** Behind quantized layers a linear's input x is no longer the x_fp of the unquantized model. With the drift
+D = sum (x_fp - x) xT the linear can repair a part of it, in one of two ways. QEP (arXiv 2504.09629) moves the weight
+before it is quantized: W + alpha W D (H + mean(diag H) I)^-1. GPTAQ (arXiv 2504.02692) moves the columns behind
+column j by w_j P_j, where P = alpha triu(D VT, 1) V, while the column is rounded.
 
 **Bits.** What is computed for a linear at a width does not depend on the other linears and widths of the sweep. Rows
 are worked on together by operations on single elements only, each of which is rounded by itself (a fused product and
@@ -15,8 +20,8 @@ and matrix products are made for each linear and width by themselves, because a 
 of rows.
 
 **Memory**, in bytes beside the weights and the gram given, with C columns and R rows, summed over linears and widths:
-8 C^2 while the Hessian is factored; then at most 4 C^2 + 5 C R + 8 max(128, group size) R, and 20 MB on a CPU or
-500 MB elsewhere for the chunk at work.
+8 C^2 while the Hessian is factored, and 20 C^2 with a drift; then at most 4 C^2 (8 C^2 with GPTAQ) + 5 C R
++ 8 max(128, group size) R, and 20 MB on a CPU or 500 MB elsewhere for the chunk at work.
 
 **Devices.** Everything runs on the device of the weights. Inside the loop over columns nothing waits for the device.
 """
@@ -28,9 +33,12 @@ import itertools
 import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+
+from impq_gptq import grid
+from impq_gptq.grid import additions
 
 BLOCK = 128
 """Columns between two updates of the columns to the right by a matrix product."""
@@ -39,8 +47,8 @@ CPU_CHUNK, DEVICE_CHUNK = 2**17, 2**22
 """Weights whose grids and codes are found together: on a CPU few enough for its cache, elsewhere as many as keep the
 device busy."""
 
-SHRINKS = tuple(1 - step / 100 for step in range(80))
-"""Shares of a group's range that the clip search tries."""
+QEP_RIDGE = 1.0
+"""Share of the Hessian's mean diagonal in the correction of QEP (the paper's lambda in its code)."""
 
 DAMPING_STEP = 0.01
 """Step by which the damping is raised until the Hessian can be factored."""
@@ -85,17 +93,25 @@ class Solution:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to quantize; the fields are those of the backend's options."""
+    """How to quantize; see the backend's options of the same names.
+
+    Args:
+        correction: ``none``, ``gptaq`` or ``qep``.
+        strength: alpha of the correction.
+    """
 
     group_size: int
     symmetric: bool
     group_aware: bool
-    clip_search: bool
+    grid: str
     damping: float
+    correction: str = "none"
+    strength: float = 0.0
 
 
 @torch.no_grad()
-def sweep(jobs: Sequence[Job], gram: torch.Tensor | None, tokens: int, settings: Settings) -> list[Solution]:
+def sweep(jobs: Sequence[Job], gram: torch.Tensor | None, tokens: int, settings: Settings,
+          drift: torch.Tensor | None = None) -> list[Solution]:
     """Quantize linears that share their inputs.
 
     Args:
@@ -104,6 +120,7 @@ def sweep(jobs: Sequence[Job], gram: torch.Tensor | None, tokens: int, settings:
             is the identity as Hessian, which makes GPTQ plain rounding.
         tokens: number of inputs in the sum, at least 1.
         settings: how to quantize.
+        drift: float32 (columns, columns), the sum of (x_fp - x) xT over the same tokens; None for no drift.
 
     Returns:
         A solution for each job.
@@ -119,13 +136,20 @@ def sweep(jobs: Sequence[Job], gram: torch.Tensor | None, tokens: int, settings:
         diagonal.masked_fill_(dead, 1)
     order, groups = _order(diagonal, settings)
     inverse, damping = _inverse_factor(gram, diagonal, order, 2 / tokens, settings.damping)
+    pull = None
+    if drift is not None and gram is not None and settings.correction == "gptaq":
+        pull = _pull(drift, inverse, order, settings.strength * 2 / tokens)
+    elif drift is not None and gram is not None and settings.correction == "qep":
+        moves = _moves(drift, gram, settings.strength)
+        jobs = [replace(job, weight=torch.addmm(job.weight.float(), job.weight.float(), moves)) for job in jobs]
     # Rows of one width are neighbours, so that a chunk of rows has one width.
     ranked = sorted(range(len(jobs)), key=lambda number: jobs[number].bits)
-    rows = _Rows([jobs[number] for number in ranked], order, dead, settings)
+    rows = _Rows([jobs[number] for number in ranked], order, dead, inverse.diagonal().flip(0), settings)
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
         # The rows of V in this block, from column ``start`` on.
-        rows.round(start, stop, inverse[columns - stop:columns - start, :columns - start].flip(0, 1), groups)
+        rows.round(start, stop, inverse[columns - stop:columns - start, :columns - start].flip(0, 1), groups,
+                   None if pull is None else pull[start:stop, start:])
     solutions = dict(zip(ranked, rows.solutions(tokens, damping), strict=True))
     return [solutions[number] for number in range(len(jobs))]
 
@@ -167,6 +191,28 @@ def _inverse_factor(gram: torch.Tensor | None, diagonal: torch.Tensor, order: to
     return torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse), damping
 
 
+def _pull(drift: torch.Tensor, inverse: torch.Tensor, order: torch.Tensor, factor: float) -> torch.Tensor:
+    """P (columns, columns) of GPTAQ, in the order of the columns.
+
+    Args:
+        drift: see ``sweep``.
+        inverse: as ``_inverse_factor`` returns it.
+        order: (columns,) of the columns.
+        factor: alpha times the Hessian's factor.
+    """
+    upper = inverse.flip(0, 1)
+    ordered = drift.index_select(0, order).index_select(1, order)
+    return ((ordered @ upper.T).triu_(1) @ upper).mul_(factor)
+
+
+def _moves(drift: torch.Tensor, gram: torch.Tensor, strength: float) -> torch.Tensor:
+    """alpha D (H + ridge)^-1 (columns, columns), the moves of QEP of each unit of weight."""
+    ridged = gram.clone()
+    ridged.diagonal().add_(QEP_RIDGE * gram.diagonal().mean())
+    lower = torch.linalg.cholesky(ridged)
+    return torch.cholesky_solve(drift.T, lower).T.mul_(strength).contiguous()
+
+
 def _damped_factor(hessian: torch.Tensor, diagonal: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
     """The lower Cholesky factor of a Hessian, which is overwritten, and the share of the mean of its diagonal that was
     added: the damping, or the least share on a grid above it that is enough."""
@@ -198,11 +244,14 @@ class _Rows:
         jobs: in ascending order of bits.
         order: (columns,) of the columns.
         dead: bool (columns,), the columns that no input reaches, in the order of the weight. They are set to zero.
+        diagonal: (columns,) of V.
         settings: how to quantize.
     """
 
-    def __init__(self, jobs: Sequence[Job], order: torch.Tensor, dead: torch.Tensor | None, settings: Settings) -> None:
+    def __init__(self, jobs: Sequence[Job], order: torch.Tensor, dead: torch.Tensor | None, diagonal: torch.Tensor,
+                 settings: Settings) -> None:
         self._settings, self._order, self._jobs = settings, order, jobs
+        self._importance = diagonal.pow(-2)
         self._device = order.device
         self._weights = []
         for job in jobs:
@@ -216,7 +265,8 @@ class _Rows:
                                 for job, size in zip(jobs, self._sizes, strict=True)])
         self._losses = torch.zeros_like(self._tops)
 
-    def round(self, start: int, stop: int, inverse: torch.Tensor, groups: torch.Tensor) -> None:
+    def round(self, start: int, stop: int, inverse: torch.Tensor, groups: torch.Tensor,
+              pull: torch.Tensor | None) -> None:
         """Round the columns from ``start`` to ``stop``, and correct those behind.
 
         Args:
@@ -224,6 +274,7 @@ class _Rows:
             stop: behind the last column.
             inverse: (stop - start, columns - start), the rows of V, from column ``start`` on.
             groups: (groups,), the number that each group has in the weight.
+            pull: (stop - start, columns - start), the rows of P, from column ``start`` on.
         """
         size, count = self._settings.group_size, stop - start
         begins = start % size == 0
@@ -237,32 +288,40 @@ class _Rows:
         codes = torch.empty_like(stacked[:count], dtype=torch.uint8)
         diagonal = inverse.diagonal()[:, None]
         scaled = inverse[:, :count] / diagonal
+        inside = None if pull is None else pull[:, :count].contiguous()
+        pulled = None if pull is None else torch.empty_like(stacked[:count])
         for chunk, narrow in self._chunks(end - start):
             block, tops = stacked[:, chunk].clone(memory_format=torch.contiguous_format), self._tops[chunk]
             if begins:
-                grids[..., chunk] = self._grid(block.view(len(numbers), -1, block.shape[1]), tops, narrow)
+                grids[..., chunk] = self._grid(block.view(len(numbers), -1, block.shape[1]),
+                                               self._importance[start:end].view(len(numbers), -1, 1), tops, narrow)
             scales, zeros = grids[..., chunk].contiguous()
-            errors, codes[:, chunk] = _columns(block[:count], scaled, scales, zeros, tops)
+            before = None if pulled is None else torch.empty_like(block[:count])
+            errors, codes[:, chunk] = _columns(block[:count], scaled, scales, zeros, tops, inside, before)
+            if pulled is not None:
+                pulled[:, chunk] = before
             stacked[:count, chunk] = errors.div_(diagonal)
             errors.mul_(errors)
-            for total, part in _additions(errors):
+            for total, part in additions(errors):
                 total.add_(part)
             self._losses[chunk] += errors[0]
         at = 0
-        for weight, code, grid, rows in zip(self._weights, self._codes, self._grids, self._sizes, strict=True):
+        for weight, code, own_grid, rows in zip(self._weights, self._codes, self._grids, self._sizes, strict=True):
             own = slice(at, at + rows)
             code[self._order[start:stop]] = codes[:, own]
-            grid[:, numbers] = grids[..., own]
+            own_grid[:, numbers] = grids[..., own]
             # Contiguous, and a product for this job alone, so that its bits are those of a sweep of this job alone.
             weight[stop:].addmm_(inverse[:, count:].T, stacked[:count, own].contiguous(), alpha=-1)
+            if pull is not None and pulled is not None:
+                weight[stop:].addmm_(pull[:, count:].T, pulled[:, own].contiguous())
             at += rows
 
     def solutions(self, tokens: int, damping: float) -> Iterator[Solution]:
         """The results, in the order of the jobs."""
         losses = self._losses.split(self._sizes)
-        for codes, grid, loss in zip(self._codes, self._grids, losses, strict=True):
+        for codes, found, loss in zip(self._codes, self._grids, losses, strict=True):
             # An exactly rounded sum has the same bits for any number of threads.
-            yield Solution(codes, grid[0], grid[1], math.fsum(loss.tolist()) / 2 / tokens, damping)
+            yield Solution(codes, found[0], found[1], math.fsum(loss.tolist()) / 2 / tokens, damping)
 
     def _chunks(self, span: int) -> Iterator[tuple[slice, bool]]:
         """Ranges of rows that are worked on together, with ``span`` columns, and whether any of them has 2 bits."""
@@ -276,71 +335,22 @@ class _Rows:
             for start in range(first, behind, most):
                 yield slice(start, min(start + most, behind)), bits[start] == 2
 
-    def _grid(self, weights: torch.Tensor, tops: torch.Tensor, narrow: bool) -> torch.Tensor:
-        """Scales and zeros (2, groups, rows) of weights (groups, group size, rows) with the largest codes (rows,).
-
-        The range of a group is that of its weights and zero; the clip search shrinks it to the share with the least
-        sum of squared errors. At 2 bits the search also tries the other whole number beside the exact zero.
-
-        Args:
-            weights: not changed.
-            tops: the largest code of each row.
-            narrow: whether any row has 2 bits.
-        """
-        low, high = weights.amin(1).clamp_(max=0), weights.amax(1).clamp_(min=0)
-        if self._settings.symmetric:
-            high = torch.maximum(low.abs(), high)
-            low = torch.where(low < 0, -high, low)
-        empty = (low == 0) & (high == 0)
-        low, high = low.masked_fill_(empty, -1), high.masked_fill_(empty, 1)
-        shares = SHRINKS if self._settings.clip_search else SHRINKS[:1]
-        shrinks = torch.tensor(shares, device=weights.device)[:, None, None]
-        scales = (shrinks * high - shrinks * low) / tops
-        if self._settings.symmetric:
-            zeros = ((tops + 1) / 2).expand_as(scales)[None]
-        else:
-            exact = -(shrinks * low) / scales
-            zeros = exact.round()[None]
-            if narrow and self._settings.clip_search:
-                floor, ceiling = exact.floor().clamp_(0), torch.minimum(exact.ceil(), tops)
-                zeros = torch.cat([zeros, torch.where(zeros == floor, ceiling, floor)])
-        if len(shares) == 1:
-            return torch.stack([scales[0], zeros[0, 0]])
-        return _least(weights, scales, zeros, tops)
-
-
-def _least(weights: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, tops: torch.Tensor) -> torch.Tensor:
-    """Of candidates, the scales and zeros (2, groups, rows) with the least squared error; the first of equal ones.
-
-    Args:
-        weights: (groups, group size, rows).
-        scales: candidates (shrinks, groups, rows).
-        zeros: candidates (1 or 2, shrinks, groups, rows); the second is for rows with 2 bits.
-        tops: (rows,), the largest codes.
-    """
-    lowest, highest = ([part[:, :, None].unbind() for part in bound.unbind()] for bound in (-zeros, tops - zeros))
-    errors = scales.new_empty(len(scales), len(zeros), *scales.shape[1:])
-    exact, rounded, error = (torch.empty_like(weights) for _ in range(3))
-    additions = _additions(error)
-    for step, inverse in enumerate((1 / scales)[:, :, None].unbind()):
-        torch.mul(weights, inverse, out=exact)
-        torch.round(exact, out=rounded)
-        for kind in range(len(zeros)):
-            torch.clamp(rounded, lowest[kind][step], highest[kind][step], out=error)
-            error.sub_(exact)
-            error.mul_(error)
-            for total, part in additions:
-                total.add_(part)
-            errors[step, kind] = error[:, 0]
-    errors.mul_(scales[:, None].square())
-    if len(zeros) == 2:
-        errors[:, 1].masked_fill_(tops != 3, torch.inf)
-    best = errors.flatten(0, 1).argmin(0, keepdim=True)
-    return torch.cat([scales.gather(0, best // len(zeros)), zeros.transpose(0, 1).flatten(0, 1).gather(0, best)])
+    def _grid(self, weights: torch.Tensor, importance: torch.Tensor, tops: torch.Tensor,
+              narrow: bool) -> torch.Tensor:
+        """Scales and zeros (2, groups, rows) of weights (groups, group size, rows), which are not changed."""
+        symmetric = self._settings.symmetric
+        match self._settings.grid:
+            case "min-max":
+                return grid.min_max(weights, tops, symmetric)
+            case "weight-error":
+                return grid.weight_error(weights, tops, symmetric, narrow)
+            case _:
+                return grid.hessian_error(weights, importance, tops, symmetric)
 
 
 def _columns(weights: torch.Tensor, inverse: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor,
-             tops: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+             tops: torch.Tensor, pull: torch.Tensor | None,
+             before: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Round columns one after another, and spread each one's error over those behind it.
 
     Args:
@@ -349,6 +359,8 @@ def _columns(weights: torch.Tensor, inverse: torch.Tensor, scales: torch.Tensor,
         scales: (groups, rows), of the columns' groups, which have the same number of columns here.
         zeros: (groups, rows).
         tops: (rows,), the largest codes.
+        pull: (count, count), their part of P, if there is a drift.
+        before: (count, rows), takes the columns as they are before they are rounded, if there is a drift.
 
     Returns:
         Errors (count, rows), and codes float32 (count, rows).
@@ -356,22 +368,15 @@ def _columns(weights: torch.Tensor, inverse: torch.Tensor, scales: torch.Tensor,
     codes = torch.empty_like(weights)
     lowest, highest, steps = (-zeros).unbind(), (tops - zeros).unbind(), scales.unbind()
     factors, size = inverse[:, :, None].unbind(), len(weights) // len(scales)
+    pulls = None if pull is None else pull[:, :, None].unbind()
     for column, (weight, code) in enumerate(zip(weights.unbind(), codes.unbind(), strict=True)):
         group = column // size
         torch.div(weight, steps[group], out=code)
         torch.clamp(code.round_(), lowest[group], highest[group], out=code)
+        if pulls is not None and before is not None:
+            before[column] = weight
+            weights[column + 1:].add_(pulls[column][column + 1:] * before[column])
         weight.sub_(code * steps[group])  # from here on the error
         weights[column + 1:].sub_(factors[column][column + 1:] * weight)
     codes.view(len(scales), size, -1).add_(zeros[:, None])
     return weights, codes
-
-
-def _additions(values: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Pairs of views of values (..., n, rows). If the second of each pair is added to the first, in this order, the
-    sums over n stand at 0. The order in which ``torch.sum`` adds depends on a row's position."""
-    pairs, count = [], values.shape[-2]
-    while count > 1:
-        half = (count + 1) // 2
-        pairs.append((values[..., :count - half, :], values[..., half:count, :]))
-        count = half
-    return pairs
