@@ -92,7 +92,7 @@ def test_statistics_are_those_behind_the_quantized_linears(model: nn.Module, sta
 
 
 def test_an_unquantized_prefix_has_no_drift(model: nn.Module) -> None:
-    backend, runner = Recording(Options(group_size=32)), BlockwiseModel(model)
+    backend, runner = Recording(Options(group_size=32, true_sequential=False)), BlockwiseModel(model)
     space = search_space(layers_of(model, "block"), backend, backend.choices()[2:])
     bank = Bank(runner, space.everyone, backend)
     quantize_in_sequence(bank, runner, IDS, [None, None, Choice(2.0, 32)], lambda done, total: None)

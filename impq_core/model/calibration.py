@@ -42,7 +42,7 @@ def _watching(linears: Iterable[nn.Module],
 def block_inputs(runner: BlockwiseModel, index: int, hidden: Hidden,
                  linears: Sequence[nn.Module]) -> tuple[list[Inputs], Hidden]:
     """The inputs of linears of block ``index`` in each batch, and the block's output. Linears that share an input have
-    it under the first of them.
+    one tensor.
 
     Args:
         runner: the model.
@@ -54,10 +54,14 @@ def block_inputs(runner: BlockwiseModel, index: int, hidden: Hidden,
     with runner.placement.loaded(index):
         for batch in hidden:
             inputs: dict[nn.Module, list[torch.Tensor]] = {}
-            with _watching(linears, lambda module, x, into=inputs: into.setdefault(module, []).append(x)):  # type: ignore[misc]
+
+            def keep(module: nn.Module, x: torch.Tensor, inputs: dict[nn.Module, list[torch.Tensor]] = inputs) -> None:
+                inputs.setdefault(module, []).append(x)
+
+            with _watching(linears, keep) as leaders:
                 outputs.append(runner.run_batch(index, batch))
-            found.append({module: xs[0] for module, xs in inputs.items()
-                          if len(xs) == 1 and len(xs[0]) == batch.ids.numel()})
+            found.append({module: inputs[leader][0] for module, leader in leaders.items()
+                          if len(inputs[leader]) == 1 and len(inputs[leader][0]) == batch.ids.numel()})
     return found, outputs
 
 

@@ -87,8 +87,7 @@ def quantize_in_sequence(bank: Bank, runner: BlockwiseModel, ids: IntArray | Non
     statistics of a block are collected anew behind the quantized linears of the same block. An embedding that is not
     tied to the head is quantized first, and the blocks' statistics are those behind it.
 
-    Memory: with ``drift``, a second set of hidden states, and the inputs of a block's linears over all windows (of one
-    stage's linears, if there are stages).
+    Memory: with ``drift``, a second set of hidden states, and the inputs of a block's linears over all windows.
 
     Args:
         bank: a bank without variants.
@@ -111,13 +110,9 @@ def quantize_in_sequence(bank: Bank, runner: BlockwiseModel, ids: IntArray | Non
         wanted = {spec: backend.stand_in(spec, choice) for i in layers for spec in bank.layers[i].linears
                   if (choice := assignment[i])}
         inside = 0 <= index < len(runner)
-        following: Hidden | None = None
+        inputs, following = _unquantized_inputs(bank, runner, index, exact, list(wanted)) if inside else (None, None)
         for part in _in_stages(bank, runner, index, hidden, list(wanted)) if inside and backend.stages else [
                 list(wanted)]:
-            inputs: list[Inputs] | None = None
-            if inside and exact is not None and part:
-                with runner.placement.unreplaced():
-                    inputs, following = block_inputs(runner, index, exact, [bank.module(spec) for spec in part])
             statistics = {} if hidden is None or not part else _statistics(
                 bank, runner, index, hidden, part, inputs, exact)
             _make(bank, runner, [(spec, wanted[spec]) for spec in part], statistics)
@@ -128,14 +123,20 @@ def quantize_in_sequence(bank: Bank, runner: BlockwiseModel, ids: IntArray | Non
         if inside:
             if hidden is not None and index + 1 <= max(places):
                 hidden = runner.run(index, hidden)
-                if exact is not None and following is None:
-                    with runner.placement.unreplaced():
-                        following = runner.run(index, exact)
             exact = following
             progress(index + 1, len(runner))
     _report_unreached(bank, [spec for layer, choice, place in zip(bank.layers, assignment, places, strict=True)
                              if choice and place >= 0 for spec in layer.linears
                              if bank.record(spec, choice).get("unreached")])
+
+
+def _unquantized_inputs(bank: Bank, runner: BlockwiseModel, index: int, exact: Hidden | None,
+                        linears: Sequence[LinearSpec]) -> tuple[list[Inputs] | None, Hidden | None]:
+    """The inputs of linears of a block in the unquantized model, and the block's output, for its input there."""
+    if exact is None:
+        return None, None
+    with runner.placement.unreplaced():
+        return block_inputs(runner, index, exact, [bank.module(spec) for spec in linears])
 
 
 def _in_stages(bank: Bank, runner: BlockwiseModel, index: int, hidden: Hidden | None,

@@ -100,11 +100,12 @@ def in_sequence(layout: Layout) -> bool:
 
 def sequence_forwards(layout: Layout) -> float:
     """Forwards of the game's windows in which one plan is quantized in sequence: every block over the calibration text
-    for its statistics and once more on the way to the next block; with drift, also in the unquantized model."""
+    for the statistics of each stage and once more on the way to the next block; with drift, also in the unquantized
+    model."""
     config, backend = layout.config, layout.parts.backend
     cost, exact = layout.shapes.cost(config.calibration.length), "drift" in backend.needs
     stages = BLOCK_STAGES if backend.stages else 1
-    passes = stages * (1 + exact) + 1 + backend.stages
+    passes = stages + exact + 1 + backend.stages
     windows = config.calibration.windows / config.game_windows
     return float(passes * windows * cost.behind(0)) / cost.total
 

@@ -64,7 +64,7 @@ class Options:
     damping: float = 0.05
     drift: str = "gptaq"
     drift_strength: float = 0.25
-    true_sequential: bool = False
+    true_sequential: bool = True
 
     def __post_init__(self) -> None:
         if self.group_size not in GROUP_SIZES:
