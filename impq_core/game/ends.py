@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.func import functional_call
 
+from impq_core.model.backward import Rows
 from impq_core.model.device import on_host
 from impq_core.space import FloatArray
 
@@ -46,14 +46,6 @@ def watching_embedding(embedding: nn.Embedding, moved: Sequence[torch.Tensor], p
         yield
     finally:
         handle.remove()
-
-
-@dataclass(eq=False)
-class Rows:
-    """The rows that logits are computed of: the number of the first among those of all windows, and their number."""
-
-    first: int = 0
-    count: int = 0
 
 
 @contextmanager

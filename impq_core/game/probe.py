@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-from torch.nn import functional
 
 from impq_core.errors import ImpqError
-from impq_core.game.ends import Rows, embedded_changes, watching_embedding, watching_head
+from impq_core.game.ends import embedded_changes, watching_embedding, watching_head
 from impq_core.ledger import Ledger
+from impq_core.model.backward import BATCH_TOKENS, Backward, Rows, Watch, by_room, inside, squared_gradients, watching
 from impq_core.model.bank import Bank
-from impq_core.model.blockwise import BlockwiseModel, Hidden
+from impq_core.model.blockwise import BlockwiseModel
 from impq_core.model.cost import ForwardCost, flop_counter
 from impq_core.model.device import on_host
 from impq_core.model.ends import ends_of
 from impq_core.model.text import Windows
-from impq_core.space import Choice, FloatArray, IntArray, LinearSpec, SearchSpace
-
-BATCH_TOKENS = 1024
-"""Tokens in a backward pass through a block."""
+from impq_core.space import Choice, FloatArray, LinearSpec, SearchSpace
 
 STEP = 3e-3
 """Step of a difference of gradients, relative to the root mean square of a linear's own weights. On the tests' tiny
@@ -65,6 +61,7 @@ class ModelProbe:
         self._game_windows = game_windows or (len(windows.ids) if windows else 0)
         self._flops = 0
         self._linears = [linear for layer in space.layers for linear in layer.linears]
+        self._modules = {linear: bank.module(linear) for linear in self._linears}
 
     @property
     def forwards(self) -> float:
@@ -80,10 +77,14 @@ class ModelProbe:
         """FLOPs of the slopes of one window's loss, counted on the first window: a forward, and for each block another
         one, a backward, and the gradient of every weight; without the inner products with the changes (under 1 % with
         windows of 256 tokens). It does not depend on the number of choices."""
+        return self._flops_of(lambda first: self._products_of(first, lambda linear: (), 0))
+
+    def _flops_of(self, work: Callable[[slice], object]) -> int:
+        """FLOPs of what a reading does with one window, counted on the first."""
         _ = self._cost  # the first forward of a model has checks, which are no part of a pass
         self._bank.apply([None] * len(self._bank.layers))  # other weights may route tokens to other experts
         with flop_counter() as counter:
-            self._products_of(slice(0, 1), lambda linear: (), 0)
+            work(slice(0, 1))
         return int(counter.get_total_flops())
 
     @property
@@ -177,6 +178,35 @@ class ModelProbe:
         # The step of a linear's weight is STEP times its root mean square, which divides the difference once.
         return [float((above[linear] - below[linear]).mean()) / (2 * STEP * sizes[linear]) for linear in linears]
 
+    def output_curvature(self, groups: int = 1) -> Iterator[tuple[LinearSpec, torch.Tensor]]:
+        """The curvature of the mean loss in each linear of a block, see ``Probe``; costs about three forwards of the
+        windows, and a product of each linear's inputs with themselves for each group."""
+        some = list(by_room(self._runner, self._text.ids))
+        self._flops += len(self._text.ids) * self._flops_of(
+            lambda first: [0 for _ in self._curvature_of(first, groups)])
+        for part in some:
+            yield from self._curvature_of(part, groups)
+
+    def _curvature_of(self, some: slice, groups: int) -> Iterator[tuple[LinearSpec, torch.Tensor]]:
+        scored, total = self.window_tokens, len(self._text.ids) * self.window_tokens
+        backward = Backward(self._runner, self._text.ids[some])
+        for stage in backward.stages(backward.head()):
+            grams: dict[LinearSpec, torch.Tensor] = {}
+
+            def watch(linear: LinearSpec, inputs: torch.Tensor,
+                      grams: dict[LinearSpec, torch.Tensor] = grams) -> Callable[[torch.Tensor], None]:
+                def seen(gradient: torch.Tensor) -> None:
+                    rows = inputs.reshape(-1, linear.columns).float()
+                    weights = squared_gradients(gradient, scored, groups).T / total  # (groups, tokens)
+                    gram = torch.stack([(rows * weight[:, None]).T @ rows for weight in weights])
+                    grams[linear] = grams[linear] + gram if linear in grams else gram
+                return seen
+
+            with watching(inside(self._runner, stage, self._modules), watch):
+                for number in range(len(stage.batches)):
+                    stage.run(number)
+            yield from grams.items()
+
     def _logged(self, name: str, key: Any, passes: int, compute: Callable[[], Any]) -> Any:
         """A result as plain data: the one that the log holds under a name and key, or that of ``compute``, which is
         then logged. ``passes`` passes over the windows are charged in both cases."""
@@ -198,12 +228,9 @@ class ModelProbe:
             (windows, number) by linear, nats per token.
         """
         ids = self._text.ids
-        per_batch = max(1, self._batch_tokens // ids.shape[1])
-        room = self._runner.room // ((len(self._runner) + 1) * self._runner.state_bytes(ids))
-        some = max(1, room // per_batch) * per_batch
         try:
-            parts = [self._products_of(slice(first, first + some), changes, number)
-                     for first in range(0, len(ids), some)]
+            parts = [self._products_of(some, changes, number)
+                     for some in by_room(self._runner, ids, self._batch_tokens)]
         except _Mixed:  # the inputs of experts: each batch must be a single window
             self._batch_tokens = 1
             return self._products(changes, number)
@@ -219,73 +246,28 @@ class ModelProbe:
             self._flops += len(self._text.ids) * self._cost.behind(0)
 
     def _products_of(self, some: slice, changes: Changes, number: int) -> dict[LinearSpec, FloatArray]:
-        """As ``_products``, for some of the windows.
-
-        The states in front of every block are kept. Then, from the last block to the first, a block's forward is run
-        again with a graph, and backwards: the graph of one block and one batch exists at a time, and changes of a block
-        are made once for all windows. A model without partial forwards is run as if it were one block.
-        """
-        runner, last, ids = self._runner, len(self._runner) - 1, self._text.ids[some]
-        parts = [(block, block) for block in range(last + 1)] if runner.partial else [(0, last)]
-        inputs = [runner.embed(ids, self._batch_tokens)]
-        for first, _ in parts[:-1]:
-            inputs.append(runner.run(first, inputs[-1]))
+        """As ``_products``, for some of the windows. Changes of a block are made once for all of them."""
+        runner, ids = self._runner, self._text.ids[some]
         products: dict[LinearSpec, FloatArray] = {linear: np.zeros((len(ids), number)) for linear in self._linears}
-        states = runner.run(last, inputs[-1])
+        backward = Backward(runner, ids, self._batch_tokens)
+        reference = None if self._unquantized is None else self._unquantized.narrow(
+            runner.forward.axis, some.start, len(ids))
         with self._watching_head(changes, products, ids.shape[1] - 1) as rows:
-            gradients = self._head_gradients(states, ids, some.start, rows)
-        for first, behind in reversed(parts):
-            states = inputs.pop()
-            with runner.placement.loaded(*range(first, behind + 1)):
-                inside = {module for block in runner.blocks[first:behind + 1] for module in block.modules()}
-                here = [linear for linear in self._linears if self._bank.module(linear) in inside]
-                made = {linear: [change.to(self._bank.module(linear).weight.dtype) for change in changes(linear)]
-                        for linear in here if runner.partial}  # else they would be of all blocks at once
-                ways: Changes = made.__getitem__ if runner.partial else changes
-                moved = [] if first else self._moved_embedding(changes, torch.cat([batch.ids for batch in states]))
-                row = 0
-                for place, batch in enumerate(states):
-                    with self._watching(here, ways, batch.ids, products, row), (
-                            self._watching_embedding(moved, products, slice(row, row + len(batch.ids)))):
-                        found = runner.forward.backward(
-                            batch.ids, first, batch.states if first else None, behind, gradients[place])
-                    if found is not None:
-                        gradients[place] = found
-                    row += len(batch.ids)
+            gradients = backward.head(reference, rows)
+        for stage in backward.stages(gradients):
+            here = inside(runner, stage, self._modules)
+            made = {linear: [change.to(self._bank.module(linear).weight.dtype) for change in changes(linear)]
+                    for linear in here if runner.partial}  # else they would be of all blocks at once
+            ways: Changes = made.__getitem__ if runner.partial else changes
+            moved = [] if stage.first else self._moved_embedding(
+                changes, torch.cat([batch.ids for batch in stage.batches]))
+            row = 0
+            for place, batch in enumerate(stage.batches):
+                with watching(here, self._multiply(ways, batch.ids, products, row)), (
+                        self._watching_embedding(moved, products, slice(row, row + len(batch.ids)))):
+                    stage.run(place)
+                row += len(batch.ids)
         return products
-
-    def _head_gradients(self, hidden: Hidden, ids: IntArray, window: int, head: Rows) -> list[torch.Tensor]:
-        """The gradient of the sum of the windows' losses in the last block's output, by batch. Logits exist for a few
-        positions at a time. ``window`` is the number of the first window; ``head`` is told which rows they are of."""
-        forward, scored = self._runner.forward, ids.shape[1] - 1
-        gradients, done = [], 0
-        for batch in hidden:
-            count, axis = len(batch.ids), forward.axis
-            rows, reference = forward.rows(batch.states, scored), None
-            if self._unquantized is not None:
-                states = self._unquantized.narrow(axis, window, count)
-                reference = forward.rows(states.to(rows.dtype), scored)  # float32 for hawq
-            tokens, followed = batch.ids[:, :-1].flatten(), batch.ids[:, 1:].flatten()
-            parts = []
-            for first in range(0, len(tokens), self._runner.head_rows):
-                some = slice(first, first + self._runner.head_rows)
-                size = len(tokens[some])
-                head.first, head.count = done + first, size
-                leaf = rows.narrow(axis, first, size).clone().requires_grad_()
-                logits = forward.logits(tokens[some], leaf)
-                if reference is None:
-                    loss = functional.cross_entropy(logits, followed[some], reduction="sum")
-                else:
-                    with self._runner.placement.unreplaced_outside():
-                        target = forward.logits(tokens[some], reference.narrow(axis, first, size)).log_softmax(dim=-1)
-                    loss = functional.kl_div(logits.log_softmax(dim=-1), target, reduction="sum", log_target=True)
-                (loss / scored).backward()  # type: ignore[no-untyped-call]
-                assert leaf.grad is not None
-                parts.append(leaf.grad)
-            gradients.append(forward.from_rows(torch.cat(parts, dim=axis), count, scored + 1))
-            window += count
-            done += len(tokens)
-        return gradients
 
     def _in_play(self, layer: int | None) -> LinearSpec | None:
         """The linear of the embedding's or the head's layer, if that plays."""
@@ -315,39 +297,26 @@ class ModelProbe:
             return nullcontext(Rows())
         return watching_head(ends_of(self._runner.model).head, changes(linear), products[linear], scored)
 
-    @contextmanager
-    def _watching(self, linears: Sequence[LinearSpec], changes: Changes, ids: torch.Tensor,
-                  products: Mapping[LinearSpec, FloatArray], row: int) -> Iterator[None]:
-        """The context in which a backward pass over a batch adds the inner products with ``changes`` to ``products``,
-        from that row on.
+    def _multiply(self, changes: Changes, ids: torch.Tensor, products: Mapping[LinearSpec, FloatArray],
+                  row: int) -> Watch[LinearSpec]:
+        """What adds the inner products of the gradients of a batch with ``changes`` to ``products``, from that row on.
 
         The gradient of one window is the product of the linear's output gradients and its inputs, in the model's type:
         on the demo model, rounding to bfloat16 moves slopes by 0.2 %. It is multiplied with every change in float32 and
         then dropped, so that gradients of several windows never exist at once.
         """
-        def watch(linear: LinearSpec) -> Any:
-            def forward(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-                if not output.requires_grad:
-                    return  # the loss does not depend on this output
-                inputs = _by_window(args[0].detach(), ids)
+        def watch(linear: LinearSpec, mixed: torch.Tensor) -> Callable[[torch.Tensor], None]:
+            inputs = _by_window(mixed, ids)
 
-                def backward(grad: torch.Tensor) -> None:
-                    outputs = grad.reshape(*inputs.shape[:2], linear.rows)
-                    flat = [change.flatten().float() for change in changes(linear)]
-                    for window in range(len(ids)):
-                        gradient = (outputs[window].T @ inputs[window]).flatten().float()
-                        if flat:
-                            products[linear][row + window] += on_host(torch.stack([gradient.dot(c) for c in flat]))
-
-                output.register_hook(backward)  # type: ignore[no-untyped-call]
-            return self._bank.module(linear).register_forward_hook(forward)
-
-        handles = [watch(linear) for linear in linears]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+            def backward(gradient: torch.Tensor) -> None:
+                outputs = gradient.reshape(*inputs.shape[:2], linear.rows)
+                flat = [change.flatten().float() for change in changes(linear)]
+                for window in range(len(ids)):
+                    weight = (outputs[window].T @ inputs[window]).flatten().float()
+                    if flat:
+                        products[linear][row + window] += on_host(torch.stack([weight.dot(c) for c in flat]))
+            return backward
+        return watch
 
     @property
     def _text(self) -> Windows:

@@ -115,6 +115,25 @@ class Probe(Protocol):
         forwards of the windows that it reads. Needs ``gradients``.
         """
 
+    def output_curvature(self, groups: int = 1) -> Iterator[tuple[LinearSpec, torch.Tensor]]:
+        """The curvature of the loss in the outputs of each linear inside a block, with respect to its weight, at the
+        unquantized weights (GuidedQuant, arXiv 2505.07004). Costs about three forwards of the windows that it reads,
+        and the products x x'. Needs ``gradients``.
+
+        With x_t the linear's input, z_t its output at token t, and L the token-summed negative log-likelihood (whatever
+        the run's value: a divergence from the unquantized model is flat there), ``s_tg`` is the mean over the rows of
+        group g of ``(dL/dz_t)^2``, and ``H_g = sum_t s_tg x_t x_t' / T`` over the T scored tokens. Then
+        ``1/2 sum_g tr(dW_g H_g dW_g')`` is the second-order cost of a change dW, nats per token, if the gradients of
+        tokens and of rows are independent.
+
+        Args:
+            groups: number of groups G that the rows of a linear are split into, in order.
+
+        Yields:
+            A linear and float32 (G, columns, columns), linear by linear from the last block to the first. A linear may
+            come several times, of which the sum counts, or never, which is 0.
+        """
+
 
 _WORKLOAD = {"workload": (Workload, type(None))}
 """Return types of ``Estimator.workload``."""

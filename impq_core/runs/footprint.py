@@ -11,9 +11,9 @@ import torch
 from impq_core.budget import parse_bytes
 from impq_core.errors import ImpqError
 from impq_core.game.model_game import PICKS
-from impq_core.game.probe import BATCH_TOKENS
 from impq_core.interfaces import Backend
 from impq_core.machine import free_device_memory
+from impq_core.model.backward import BATCH_TOKENS
 from impq_core.model.blockwise import HEAD_ROWS, HEAD_ROWS_ELSEWHERE, ROOM
 from impq_core.model.source import MAPPED
 from impq_core.runs.layout import Layout

@@ -195,6 +195,14 @@ class _Overflowing:
         traces = dict(self._probe.hessian_traces(rng))
         return {**traces, next(iter(traces)): self._bad}
 
+    def output_curvature(self, groups: int = 1) -> Iterator[tuple[LinearSpec, Any]]:
+        """Curvatures with a value that is not finite for every linear."""
+        self.was_read = True
+        for linear, gram in self._probe.output_curvature(groups):
+            gram = gram.clone()
+            gram.view(-1)[0] = self._bad
+            yield linear, gram
+
     def block_states(self) -> Iterator[tuple[int, list[Any], list[Any]]]:
         """States with a value that is not finite in the output of block 1."""
         self.was_read = True
@@ -212,7 +220,8 @@ class _Guarded:
         self._probe, self._needs = probe, needs
 
     def __getattr__(self, name: str) -> Any:
-        need = {"block_states": "activations", "slopes": "gradients", "hessian_traces": "gradients"}.get(name)
+        need = {"block_states": "activations", "slopes": "gradients", "hessian_traces": "gradients",
+                "output_curvature": "gradients"}.get(name)
         assert need is None or need in self._needs, f"{name} was called, but needs does not name '{need}'"
         assert name != "window_tokens" or self._needs, "window_tokens was read, but needs is empty"
         return getattr(self._probe, name)

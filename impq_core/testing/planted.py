@@ -139,6 +139,10 @@ class PlantedProbe:
         """Not implemented: there is no model."""
         raise NotImplementedError("a planted probe has no Hessian")
 
+    def output_curvature(self, groups: int = 1) -> Iterator[tuple[LinearSpec, torch.Tensor]]:
+        """Not implemented: there is no model."""
+        raise NotImplementedError("a planted probe has no outputs")
+
 
 def planted_estimate(seed: int, layers: int, bits: Sequence[float] = (4, 2), strength: float = 0.0,
                      rising: bool = False) -> SensitivityEstimate:
