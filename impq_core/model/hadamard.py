@@ -7,7 +7,7 @@ import torch
 from impq_core.errors import UsageError
 
 ORDERS = ("sequency", "sylvester")
-"""Orders of the rows of a Hadamard matrix: by the number of sign changes, or as Sylvester's construction leaves them."""
+"""Orders of the rows of a Hadamard matrix: by the number of sign changes, or as Sylvester constructs them."""
 
 _AT_A_TIME = 2**24
 """Numbers that are in float64 at a time."""

@@ -5,8 +5,8 @@ what is left of it are the additions to the hidden states: the gradient of ``u @
 is added to them (rows of embeddings, outputs of linears, the hidden states themselves) is a multiple of ``u``, for any
 vector u, and in nothing else. A module reads the hidden states if its input is a multiple of such a norm's output.
 
-With one token the attention weights are 1, so the input of the linear behind an attention holds numbers of the output of
-the linear in front of it, which says which column belongs to which row, however rows are fused and heads are shared.
+With one token the attention weights are 1, so the input of the linear behind an attention holds numbers of the output
+of the linear in front of it, which says which column belongs to which row, however rows are fused and heads shared.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from impq_core.errors import ImpqError
+from impq_core.errors import ImpqError, one_line
 from impq_core.model.layers import blocks_of
 
 _CLOSE = 1e-4
@@ -73,8 +73,8 @@ class _Seen:
     order: int
     inputs: list[torch.Tensor] = field(default_factory=list)
     outputs: list[torch.Tensor] = field(default_factory=list)
-    into: list[torch.Tensor] = field(default_factory=list)
-    out: list[torch.Tensor] = field(default_factory=list)
+    into: list[torch.Tensor | None] = field(default_factory=list)
+    out: list[torch.Tensor | None] = field(default_factory=list)
 
 
 def observe(model: PreTrainedModel) -> tuple[Residual, tuple[Heads, ...]]:
@@ -96,6 +96,9 @@ def observe(model: PreTrainedModel) -> tuple[Residual, tuple[Heads, ...]]:
         with torch.enable_grad():
             model(input_ids=tokens)
             u = watch.backward(head, kind)
+    except RuntimeError as error:  # hidden states that are written to in place
+        raise ImpqError(f"the hidden states of {kind} cannot be watched ({one_line(error, 100)}): it cannot be "
+                        "rotated") from error
     finally:
         watch.remove()
     return watch.residual(u), watch.heads()
@@ -200,9 +203,11 @@ class _Watch:
 
     def _norm_in_front(self, name: str, norms: list[str]) -> str:
         """The norm whose output a module reads; empty if there is none."""
-        inputs = self.seen[name].inputs if name in self.seen else []
-        found = [norm for norm in norms if self.seen[norm].order < self.seen[name].order and inputs
-                 and all(_multiple(value, self.seen[norm].outputs[-1][0]) for value in inputs)]
+        if name not in self.seen or not self.seen[name].inputs:
+            return ""
+        seen = self.seen[name]
+        found = [norm for norm in norms if self.seen[norm].order < seen.order
+                 and all(_multiple(value, self.seen[norm].outputs[-1][0]) for value in seen.inputs)]
         return max(found, key=lambda norm: self.seen[norm].order, default="")
 
     def _siblings(self, names: list[str]) -> list[str]:
@@ -262,5 +267,7 @@ def _multiple(rows: torch.Tensor, vector: torch.Tensor) -> bool:
     return bool((rest.norm(dim=1) <= _CLOSE * lengths).all())
 
 
-def _all_multiples(gradients: list[torch.Tensor], vector: torch.Tensor) -> bool:
-    return bool(gradients) and all(_multiple(gradient, vector) for gradient in gradients)
+def _all_multiples(gradients: list[torch.Tensor | None], vector: torch.Tensor) -> bool:
+    """Whether all gradients are multiples of a vector; None is the gradient of what nothing depends on."""
+    found = [gradient for gradient in gradients if gradient is not None]
+    return bool(found) and all(_multiple(gradient, vector) for gradient in found)

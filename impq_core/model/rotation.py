@@ -98,8 +98,8 @@ def _require(model: PreTrainedModel, found: Residual) -> None:
 
 
 def _refused(name: str, reason: str) -> ImpqError:
-    return ImpqError(f"the hidden states of {name} cannot be rotated: {reason}; --no-residual rotates values and outputs "
-                     "of attentions alone")
+    return ImpqError(f"the hidden states of {name} cannot be rotated: {reason}; --no-residual rotates values and "
+                     "outputs of attentions alone")
 
 
 def _require_equivariant(model: str, name: str, norm: nn.Module) -> None:
