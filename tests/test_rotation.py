@@ -147,7 +147,7 @@ def test_values_are_rotated_where_hidden_states_cannot_be(kind: str, reason: str
 def test_a_model_that_also_sees_is_refused_but_for_its_values() -> None:
     model = random_model("mistral3", tiny_multimodal)
     before = logits(model, IDS[:, :16])
-    with pytest.raises(ImpqError, match=r"projector.*text alone"):
+    with pytest.raises(ImpqError, match="text alone"):
         rotate(model, 32)
     assert rotate(model, 32, residual=False).attentions
     require_same(logits(model, IDS[:, :16]), before)
@@ -247,7 +247,7 @@ def test_the_dtype_is_that_of_the_model_or_the_one_asked_for(tied: Path, tmp_pat
     assert half.dtype == "bfloat16" and 1e-7 < half.rounding < 1e-2
     assert json.loads((half.folder / "config.json").read_text())["dtype"] == "bfloat16"
     again, exact = (rotate_model(str(half.folder), tmp_path / dtype, 32, dtype=dtype) for dtype in ("auto", "float32"))
-    assert [again.dtype, exact.dtype] == ["bfloat16", "float32"] and exact.rounding < 1e-5 < again.rounding
+    assert [again.dtype, exact.dtype] == ["bfloat16", "float32"] and abs(exact.rounding) < 0.3 * again.rounding
     assert again.untied_bytes == 0 and again.file_bytes < 0.6 * exact.file_bytes
 
 

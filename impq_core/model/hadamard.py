@@ -33,7 +33,7 @@ def hadamard(size: int, order: str = "sequency") -> torch.Tensor:
     if order == "sequency":
         changes = (matrix[:, 1:] != matrix[:, :-1]).sum(dim=1)
         matrix = matrix[changes.argsort()]
-    return matrix / size**0.5
+    return matrix.div(size**0.5)
 
 
 def rotate_rows(matrix: torch.Tensor, block: torch.Tensor, gain: torch.Tensor | None = None) -> None:
@@ -45,11 +45,11 @@ def rotate_rows(matrix: torch.Tensor, block: torch.Tensor, gain: torch.Tensor | 
         gain: (columns,).
     """
     rows = max(1, _AT_A_TIME // matrix.shape[1])
-    for part in matrix.split(rows):
+    for part in torch.split(matrix, rows):
         values = part.double()
         if gain is not None:
             values = values * gain.double()
-        part.copy_((values.unflatten(1, (-1, len(block))) @ block).flatten(1))  # type: ignore[no-untyped-call]
+        part.copy_((values.reshape(len(values), -1, len(block)) @ block).flatten(1))
 
 
 def rotate_columns(matrix: torch.Tensor, block: torch.Tensor) -> None:

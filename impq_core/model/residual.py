@@ -5,8 +5,9 @@ what is left of it are the additions to the hidden states: the gradient of ``u @
 is added to them (rows of embeddings, outputs of linears, the hidden states themselves) is a multiple of ``u``, for any
 vector u, and in nothing else. A module reads the hidden states if its input is a multiple of such a norm's output.
 
-With one token the attention weights are 1, so the input of the linear behind an attention holds numbers of the output
-of the linear in front of it, which says which column belongs to which row, however rows are fused and heads shared.
+With one token an attention multiplies each value by one number (1, or less if it has sinks), so a head of the input of
+the linear behind it is a multiple of some rows of the output of the linear in front of it. That says which rows they
+are, however linears are fused and heads are shared.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ class _Watch:
 
     def _table(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         seen, leaf = self._of(module), output.detach().clone().requires_grad_()
-        leaf.register_hook(seen.out.append)
+        leaf.register_hook(seen.out.append)  # type: ignore[no-untyped-call]
         return leaf
 
     def _matrix(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -147,7 +148,7 @@ class _Watch:
         if isinstance(output, torch.Tensor):
             seen.outputs.append(output.detach().flatten(0, -2).clone())
             if output.requires_grad:
-                output.register_hook(seen.out.append)
+                output.register_hook(seen.out.append)  # type: ignore[no-untyped-call]
 
     def _norm(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> torch.Tensor | None:
         if (not args or not isinstance(args[0], torch.Tensor) or not isinstance(output, torch.Tensor)
@@ -157,8 +158,8 @@ class _Watch:
         seen.inputs.append(args[0])
         seen.outputs.append(leaf.detach().flatten(0, -2))
         if args[0].requires_grad:
-            args[0].register_hook(seen.into.append)
-        leaf.register_hook(seen.out.append)
+            args[0].register_hook(seen.into.append)  # type: ignore[no-untyped-call]
+        leaf.register_hook(seen.out.append)  # type: ignore[no-untyped-call]
         return leaf
 
     def backward(self, head: nn.Linear, kind: str) -> torch.Tensor:
@@ -196,8 +197,8 @@ class _Watch:
         for names in (*readers.values(), writers):  # experts that no token has reached are as those that one has
             names += [other for other in self._siblings(names) if other not in self.seen]
         worked = {*self.seen, *writers, *(name for names in readers.values() for name in names)}
-        unseen = next((name for name in (*self.tables, *self.matrices) if name not in worked and self.width in
-                       tuple(self.model.get_submodule(name)._parameters["weight"].shape)), "")  # type: ignore
+        unseen = next((name for name in (*self.tables, *self.matrices) if name not in worked and any(
+            self.width in value.shape for value in self.model.get_submodule(name).parameters(recurse=False))), "")
         return Residual(self.width, tables, tuple(writers),
                         {name: tuple(found) for name, found in readers.items()}, after, unseen)
 
@@ -227,20 +228,17 @@ class _Watch:
         return tuple(pairs)
 
     def _pair(self, writer: str, reader: str) -> Heads | None:
-        written, read = self.seen[writer].outputs[0], self.seen[reader].inputs[0]
-        if len(written) != 1 or len(read) != 1:
+        """The heads in which one linear reads what another writes; None if it does not."""
+        written, read, size = self.seen[writer].outputs[0], self.seen[reader].inputs[0], self._head_size(reader)
+        if len(written) != 1 or len(read) != 1 or not size or read.shape[1] % size or written.shape[1] < size:
             return None
-        values, order = written[0].sort()
-        places = torch.searchsorted(values, read[0]).clamp(max=len(values) - 1)
-        if not torch.equal(values[places], read[0]) or len(read[0].unique()) < 2:
+        rows = nn.functional.normalize(written[0].double().unfold(0, size, 1), dim=1)
+        heads = nn.functional.normalize(read[0].double().reshape(-1, size), dim=1)
+        likeness = (heads @ rows.T).abs()
+        first = likeness.argmax(dim=1)
+        if float(likeness.amax(dim=1).min()) < 1 - _CLOSE**2:
             return None
-        rows, size = order[places], self._head_size(reader)
-        if not size or len(rows) % size:
-            return None
-        by_head = rows.view(-1, size)
-        if not torch.equal(by_head, by_head[:, :1] + torch.arange(size)):
-            return None
-        return Heads(writer, reader, tuple(by_head[:, 0].tolist()), size)
+        return Heads(writer, reader, tuple(first.tolist()), size)
 
     def _head_size(self, reader: str) -> int:
         parent = self.model.get_submodule(reader.rpartition(".")[0])

@@ -185,7 +185,8 @@ def _rotate_heads(model: PreTrainedModel, pair: Heads, block: torch.Tensor) -> N
 def _weight(model: PreTrainedModel, name: str) -> torch.Tensor:
     weight = model.get_submodule(name)._parameters["weight"]
     assert weight is not None
-    return weight.data
+    values: torch.Tensor = weight.data
+    return values
 
 
 def random_tokens(model: PreTrainedModel) -> torch.Tensor:

@@ -220,7 +220,7 @@ class ModelSource:
         """
         model = self._from_files(dtype=dtype or self.dequantized_dtype or "auto")
         self._check_head(model)
-        return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+        return model.eval().requires_grad_(False)
 
     def _check_head(self, model: PreTrainedModel) -> None:
         head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
