@@ -77,7 +77,7 @@ def rotate_model(model: str, target: str | Path, block: int = 64, order: str = "
     source = locate_model(model, trust.remote_code)
     skeleton = source.skeleton()
     if residual:
-        rotation.check_block(block, skeleton.get_input_embeddings().embedding_dim)
+        rotation.check_block(block, getattr(skeleton.get_input_embeddings(), "embedding_dim", 0))
     _warn_of_memory(source.name, skeleton)
     own = source.load_own(None)
     dtypes = {name: tensor.dtype if dtype == "auto" else resolve_dtype(dtype, tensor.device)
@@ -85,8 +85,6 @@ def rotate_model(model: str, target: str | Path, block: int = 64, order: str = "
     for parameter in own.parameters():
         parameter.data = parameter.data.float()
     state = own.state_dict()
-    ends = own.get_input_embeddings(), own.get_output_embeddings()
-    embedding, head = (next(f"{name}.weight" for name, module in own.named_modules() if module is end) for end in ends)
     running = to_linears(own)  # whose weights are views of those in the state
     before = rotation.logits_of(running)
     rotated = rotation.rotate(running, block, order, residual, values)
@@ -96,10 +94,12 @@ def rotate_model(model: str, target: str | Path, block: int = 64, order: str = "
         raise ImpqError(f"model {source.name} gives other logits after its rotation (by {difference:.2g} of the "
                         "largest), so nothing is written: something in it reads what was rotated and was not seen"
                         f"{hint}")
-    if running.get_output_embeddings().weight is running.get_input_embeddings().weight:
-        del state[head]
-    else:
-        state[head] = running.get_output_embeddings().weight.data
+    ends = running.get_input_embeddings(), running.get_output_embeddings()
+    embedding, head = (next(f"{name}.weight" for name, module in running.named_modules() if module is end)
+                       for end in ends)
+    state[head] = ends[1].weight.data
+    if ends[0].weight is ends[1].weight:
+        del state[head]  # it is saved once
     for name in dtypes.keys() & state.keys():
         state[name].copy_(state[name].to(dtypes[name]))
     rounded = rotation.logits_of(running)
@@ -112,6 +112,7 @@ def rotate_model(model: str, target: str | Path, block: int = 64, order: str = "
     with scratch_folder(target.parent, target.name) as scratch:
         work = scratch / "model"
         empty.save_pretrained(work, state_dict=state, max_shard_size=SHARD)
+        source.folder_with_tokenizer()
         source.copy_files(work)
         _write_config(work, source.config(), dtype, bool(rotated.untied))
         _require_same(work, trust, rounded)

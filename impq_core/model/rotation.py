@@ -11,6 +11,7 @@ that an outlier is spread over its own group.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,10 +74,10 @@ def rotate(model: PreTrainedModel, block: int = 64, order: str = "sequency", res
         untied = _untie(model)
         _fold(model, found, matrix)
     if values:
-        for pair in heads:
-            _rotate_heads(model, pair, hadamard(math.gcd(block, pair.size), order))
-    return Rotated(block if residual else 0, len({pair.outputs for pair in heads}) if values else 0,
-                   len(blocks_of(model)), untied)
+        _rotate_heads(model, heads, block, order)
+    blocks = [f"{name}." for name, _ in blocks_of(model)]
+    turned = [name for name in blocks if values and any(pair.outputs.startswith(name) for pair in heads)]
+    return Rotated(block if residual else 0, len(turned), len(blocks), untied)
 
 
 def check_block(block: int, width: int) -> None:
@@ -172,14 +173,16 @@ def _fold(model: PreTrainedModel, found: Residual, block: torch.Tensor) -> None:
             _weight(model, norm).fill_(unit)
 
 
-def _rotate_heads(model: PreTrainedModel, pair: Heads, block: torch.Tensor) -> None:
-    """Rotate values in front of an attention, and back behind it."""
-    weight, bias = _weight(model, pair.values), model.get_submodule(pair.values)._parameters.get("bias")
-    for first in sorted(set(pair.rows)):  # heads of queries share a head of values
-        rotate_columns(weight[first:first + pair.size], block)
+def _rotate_heads(model: PreTrainedModel, heads: Sequence[Heads], size: int, order: str) -> None:
+    """Rotate values in front of attentions, and back behind them."""
+    blocks = {(pair.values, first, pair.size) for pair in heads for first in pair.rows}  # several heads read the same
+    for name, first, length in blocks:
+        block, bias = hadamard(math.gcd(size, length), order), model.get_submodule(name)._parameters.get("bias")
+        rotate_columns(_weight(model, name)[first:first + length], block)
         if bias is not None:
-            rotate_rows(bias.data[None, first:first + pair.size], block)
-    rotate_rows(_weight(model, pair.outputs), block)
+            rotate_rows(bias.data[None, first:first + length], block)
+    for pair in heads:
+        rotate_rows(_weight(model, pair.outputs), hadamard(math.gcd(size, pair.size), order))
 
 
 def _weight(model: PreTrainedModel, name: str) -> torch.Tensor:
