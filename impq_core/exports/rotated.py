@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from impq_core.model import rotation
 from impq_core.model.device import resolve_dtype
 from impq_core.model.linears import to_linears
 from impq_core.model.rotation import Rotated
-from impq_core.model.source import locate_model
+from impq_core.model.source import ModelSource, locate_model
 from impq_core.trust import NO_TRUST, Trust
 
 if TYPE_CHECKING:
@@ -108,19 +109,12 @@ def rotate_model(model: str, target: str | Path, block: int = 64, order: str = "
     for name in dtypes.keys() & state.keys():
         state[name] = state[name].to(dtypes[name])
     stored = state[embedding].dtype
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with scratch_folder(target.parent, target.name) as scratch:
-        work = scratch / "model"
-        empty.save_pretrained(work, state_dict=state, max_shard_size=SHARD)
-        source.folder_with_tokenizer()
-        source.copy_files(work)
-        _write_config(work, source.config(), dtype, bool(rotated.untied))
-        _require_same(work, trust, rounded)
-        for file in work.iterdir():
-            file.chmod(0o644)  # safetensors are readable by their owner alone
-        if target.exists():
-            target.rmdir()
-        work.rename(target)
+    config = source.config()
+    if rotated.untied:
+        _set(config, "tie_word_embeddings", False)
+    if dtype != "auto":
+        _set(config, "dtype", dtype)
+    _write(target, source, empty, state, config, rounded)
     return RotatedModel(
         target, rotated, str(stored).removeprefix("torch."), difference, rotation.divergence(before, rounded),
         stored.itemsize * rotated.untied, sum(file.stat().st_size for file in target.glob("*.safetensors")))
@@ -141,29 +135,45 @@ def _without_weights(model: PreTrainedModel) -> PreTrainedModel:
     return empty
 
 
-def _write_config(folder: Path, config: dict[str, Any], dtype: str, untied: bool) -> None:
-    """Write the original's config.json with what has changed.
-
-    Args:
-        folder: the model's.
-        config: content of the original's config.json.
-        dtype: of the weights; ``auto`` if it has not changed.
-        untied: whether the head has become a weight of its own.
-    """
+def _set(config: dict[str, Any], name: str, value: Any) -> None:
+    """Set an entry of a config.json, and that of the language model in it if it has one of its own."""
     for part in (config, config.get("text_config")):
         if isinstance(part, dict):
-            if untied:
-                part["tie_word_embeddings"] = False
-            if dtype != "auto":
-                part.pop("torch_dtype", None)  # the older name
-                part["dtype"] = dtype
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+            if name == "dtype":
+                part.pop("torch_dtype", None)  # its older name
+            part[name] = value
 
 
-def _require_same(folder: Path, trust: Trust, logits: torch.Tensor) -> None:
-    """Raises ImpqError if the model in a folder does not give these logits in float32."""
-    loaded = locate_model(str(folder), trust.remote_code).load(torch.float32)
-    difference = rotation.difference(logits, rotation.logits_of(loaded))
-    if not difference < rotation.SAME:
-        raise ImpqError(f"the rotated model gives other logits after it is loaded from its files (by {difference:.2g} "
-                        "of the largest), so nothing is written: transformers saves this architecture in another form")
+def _write(target: Path, source: ModelSource, empty: PreTrainedModel, state: dict[str, torch.Tensor],
+           config: Mapping[str, Any], logits: torch.Tensor) -> None:
+    """Write a model to a folder, whole or not at all.
+
+    Args:
+        target: the folder, missing or empty.
+        source: the original, whose other files are copied.
+        empty: the model without weights.
+        state: its weights, which this empties.
+        config: content of its config.json.
+        logits: what the model in the folder must give in float32.
+
+    Raises:
+        ImpqError: it gives other logits.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with scratch_folder(target.parent, target.name) as scratch:
+        work = scratch / "model"
+        empty.save_pretrained(work, state_dict=state, max_shard_size=SHARD)
+        source.folder_with_tokenizer()
+        source.copy_files(work)
+        write_text(work / "config.json", json.dumps(config, indent=2) + "\n")
+        loaded = locate_model(str(work), source.trust_remote_code).load(torch.float32)
+        difference = rotation.difference(logits, rotation.logits_of(loaded))
+        if not difference < rotation.SAME:
+            raise ImpqError(f"the rotated model gives other logits after it is loaded from its files (by "
+                            f"{difference:.2g} of the largest), so nothing is written: transformers saves this "
+                            "architecture in another form")
+        for file in work.iterdir():
+            file.chmod(0o644)  # safetensors are readable by their owner alone
+        if target.exists():
+            target.rmdir()
+        work.rename(target)

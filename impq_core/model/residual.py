@@ -97,7 +97,9 @@ def observe(model: PreTrainedModel) -> tuple[Residual, tuple[Heads, ...]]:
         with torch.enable_grad():
             model(input_ids=tokens)
             u = watch.backward(head, kind)
-    except RuntimeError as error:  # hidden states that are written to in place
+    except ImpqError:
+        raise
+    except Exception as error:  # of the model's code, or hidden states that are written to in place
         raise ImpqError(f"the hidden states of {kind} cannot be watched ({one_line(error, 100)}): it cannot be "
                         "rotated") from error
     finally:
@@ -168,9 +170,9 @@ class _Watch:
         Returns:
             u (width,).
         """
-        read = self.seen[self.names[head]].inputs[0]
-        last = [self.seen[name] for name in self.norms if name in self.seen
-                and _multiple(read, self.seen[name].outputs[-1][0])]
+        read = self.seen[self.names[head]].inputs if self.names[head] in self.seen else []
+        last = [self.seen[name] for name in self.norms if read and name in self.seen
+                and _multiple(read[0], self.seen[name].outputs[-1][0])]
         if not last:
             raise ImpqError(f"{kind} has no norm in front of its head that can be watched: it cannot be rotated")
         hidden = max(last, key=lambda seen: seen.order).inputs[-1]
@@ -188,9 +190,11 @@ class _Watch:
         readers: dict[str, list[str]] = {name: [] for name in reading}
         writers = list[str]()
         for name in self.matrices:
-            if found := self._norm_in_front(name, reading):
+            weight = self.model.get_submodule(name)._parameters["weight"]
+            assert weight is not None
+            if weight.shape[1] == self.width and (found := self._norm_in_front(name, reading)):
                 readers[found].append(name)
-            if adds(name):
+            if weight.shape[0] == self.width and adds(name):
                 writers.append(name)
         tables = tuple(name for name in self.tables if adds(name))
         after = tuple(name for name in self.norms if adds(name))
