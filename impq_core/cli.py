@@ -46,9 +46,9 @@ def cli(debug: bool) -> None:
     """Squeeze a language model below 4 bits a weight, with a plan that knows how layers interact."""
 
 
-for _command in (running.run, running.estimate, running.sweep, running.export, running.evaluate, planning.fit,
-                 planning.allocate, planning.import_file, planning.compare, maintenance.plugins, maintenance.cache,
-                 maintenance.doctor, maintenance.ui):
+for _command in (running.run, running.estimate, running.sweep, running.export, running.evaluate, running.rotate,
+                 planning.fit, planning.allocate, planning.import_file, planning.compare, maintenance.plugins,
+                 maintenance.cache, maintenance.doctor, maintenance.ui):
     cli.add_command(_command)
 
 

@@ -159,4 +159,11 @@ NUMBERS = [
     light("sweep --plan plan.json", 2, "--plan"),
     light("run --resume finished --budget 3bits", 2, "--budget"),
     light("sweep --resume swept --budget 3bits", 2, "--budget"),
+    light("rotate model", 2, "--to"),
+    light("rotate model --to turned --block 48", 2, "48"),
+    Case("rotate model --to turned --block 128", 2, "--block 64"),
+    light("rotate model --to turned --no-residual --no-values", 2, "--no-values"),
+    light("rotate model --to turned --order walsh", 2, "'walsh'"),
+    light("rotate model --to finished", 1, "finished"),
+    light("rotate nowhere --to turned", 1, "nowhere"),
 ]

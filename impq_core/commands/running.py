@@ -1,7 +1,8 @@
-"""Commands that load the model: run, estimate, sweep, export, evaluate."""
+"""Commands that load the model: run, estimate, sweep, export, evaluate, rotate."""
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -235,3 +236,45 @@ def evaluate(path: str, device: str, memory: str, trust: bool, plugin_files: tup
     assert exported.score is not None
     click.echo(score_line(exported.score))
     click.echo(f"{_on(exported)}, format {exported.format}")
+
+
+@click.command()
+@click.argument("model")
+@click.option("--to", "target", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("--block", type=int, default=64, show_default=True,
+              help="Size of the Hadamard blocks, a power of two; that of a quantization group is best.")
+@click.option("--order", type=click.Choice(["sequency", "sylvester"]), default="sequency", show_default=True,
+              help="Order of the rows in a block.")
+@click.option("--residual/--no-residual", default=True, help="Rotate the hidden states [yes].")
+@click.option("--values/--no-values", default=True, help="Rotate values and outputs of attentions [yes].")
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
+              help="Type of the stored weights [auto: the model's].")
+@trust_option
+def rotate(model: str, target: Path, block: int, order: str, residual: bool, values: bool, dtype: str,
+           trust: bool) -> None:
+    """Write a model that computes what MODEL computes, and loses less when it is quantized."""
+    from impq_core.exports.manifest import check_target
+    from impq_core.model.source import locate_model
+
+    if not residual and not values:
+        raise UsageError("--no-residual and --no-values together leave nothing to rotate")
+    if block < 2 or block & (block - 1):
+        raise UsageError(f"--block takes a power of two, not {block}")
+    check_target(target)
+    locate_model(model, trust)
+    from impq_core.terminal import quiet_libraries
+
+    quiet_libraries()
+    from impq_core.exports.rotated import rotate_model
+
+    written = rotate_model(model, target, block, order, residual, values, dtype, Trust(trust))
+    done = written.rotated
+    parts = [f"hidden states in blocks of {done.block}"] * bool(done.block) + [
+        f"values and outputs in {done.attentions} of {done.blocks} blocks"] * values
+    click.echo(f"rotated: {'; '.join(parts)}")
+    click.echo(f"in float32 the same logits to {written.difference:.1g} of the largest; stored as {written.dtype}, "
+               f"which costs a divergence of {written.rounding:.2g} nats")
+    if done.untied:
+        click.echo(f"the head was tied, and now has {written.untied_bytes / 1e6:.2f} MB of its own")
+    click.echo(f"{written.file_bytes / 1e6:.2f} MB in {written.folder}; quantize it: impq run --model "
+               f"{shlex.quote(str(written.folder))}")

@@ -207,9 +207,20 @@ class ModelSource:
         """
         from impq_core.model.linears import to_linears
 
-        model = self._from_files(dtype=dtype)
+        return to_linears(self.load_own(dtype))
+
+    def load_own(self, dtype: torch.dtype | None) -> PreTrainedModel:
+        """The model as ``load`` returns it, with the modules that transformers gives it.
+
+        Args:
+            dtype: of the parameters; None for that of the files, or of the dequantized weights.
+
+        Raises:
+            ImpqError: as ``load``.
+        """
+        model = self._from_files(dtype=dtype or self.dequantized_dtype or "auto")
         self._check_head(model)
-        return to_linears(model.eval().requires_grad_(False))
+        return model.eval().requires_grad_(False)
 
     def _check_head(self, model: PreTrainedModel) -> None:
         head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
