@@ -51,7 +51,14 @@ def hqq(folder: str) -> Any:
     return model.eval()
 
 
-FORMATS = {"gptq": gptq, "compressed-tensors": compressed_tensors, "quanto": quanto, "hqq": hqq}
+def dense(folder: str) -> Any:
+    """Load with transformers alone, as any model."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+FORMATS = {"dense": dense, "gptq": gptq, "compressed-tensors": compressed_tensors, "quanto": quanto, "hqq": hqq}
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from impq_core.compare.html import write_page
     from impq_core.compare.read import gather
     from impq_core.exports.export import evaluate_folder, export_run
+    from impq_core.exports.packed import load_quantized
     from impq_core.exports.rotated import rotate_model
     from impq_core.plugins import Plugins
     from impq_core.results import RunResult
@@ -27,13 +28,14 @@ if TYPE_CHECKING:
     from impq_core.terminal import console
 
 __all__ = ["ImpqError", "Plugins", "RunConfig", "RunResult", "Sweep", "TextConfig", "allocate_run", "console",
-           "evaluate_folder", "export_run", "gather", "play", "resume", "rotate_model", "run", "run_sweep",
-           "write_page"]
+           "evaluate_folder", "export_run", "gather", "load_quantized", "play", "resume", "rotate_model", "run",
+           "run_sweep", "write_page"]
 
 _HOMES = {"allocate_run": "runs.allocate", "write_page": "compare.html", "gather": "compare.read",
-          "evaluate_folder": "exports.export", "export_run": "exports.export", "rotate_model": "exports.rotated",
-          "Sweep": "runs.grid", "RunResult": "results", "play": "runs.pipeline", "resume": "runs.pipeline",
-          "run": "runs.pipeline", "Plugins": "plugins", "console": "terminal", "run_sweep": "runs.sweep"}
+          "evaluate_folder": "exports.export", "export_run": "exports.export",
+          "load_quantized": "exports.packed", "rotate_model": "exports.rotated", "Sweep": "runs.grid",
+          "RunResult": "results", "play": "runs.pipeline", "resume": "runs.pipeline", "run": "runs.pipeline",
+          "Plugins": "plugins", "console": "terminal", "run_sweep": "runs.sweep"}
 """Modules of the names that are imported when they are asked for: the command line's help must not import torch."""
 
 

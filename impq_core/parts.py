@@ -14,7 +14,18 @@ import numpy as np
 from impq_core.budget import Budget
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError, UsageError, nearest
-from impq_core.interfaces import Allocator, Backend, Drift, Estimator, Exporter, Game, Probe, Refiner, Surrogate
+from impq_core.interfaces import (
+    EVERY_BACKEND,
+    Allocator,
+    Backend,
+    Drift,
+    Estimator,
+    Exporter,
+    Game,
+    Probe,
+    Refiner,
+    Surrogate,
+)
 from impq_core.plugins import ROLES, Plugins, build_options, option_names
 from impq_core.space import Choice, IntArray, SearchSpace, in_bits
 from impq_core.types import Measurements, Plan, SensitivityEstimate
@@ -231,7 +242,7 @@ def load_exporter(name: str, backend: str, options: Mapping[str, Any], plugins: 
     """
     kind = plugins.load("exporter", name, Exporter)
     exporter: Exporter = kind(build_options(kind, "exporter", name, {}))
-    if exporter.backends and backend not in exporter.backends:
+    if exporter.backends and exporter.backends != EVERY_BACKEND and backend not in exporter.backends:
         raise ImpqError(f"format '{name}' holds variants of {', '.join(sorted(exporter.backends))}, not of {backend}")
     exporter.check(options)
     return exporter

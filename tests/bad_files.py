@@ -260,6 +260,10 @@ RUNS = [
          lambda: edit("exported/impq.json", '"exporter": "hqq"', '"exporter": "hq"')),
     Case("evaluate exported", 1, "model.safetensors", "an export cut short",
          lambda: cut("exported/model.safetensors", 5000)),
+    Case("evaluate packed", 1, "impq.safetensors", "an export without its weights",
+         lambda: os.remove("packed/impq.safetensors")),
+    Case("evaluate exported", 1, "model.layers.0.self_attn.q_proj.weight", "an export of packed weights as dense ones",
+         lambda: edit("exported/impq.json", '"exporter": "hqq"', '"exporter": "dense"')),
     Case("evaluate exported", 1, "GptqModelRecipe", "an export without weights",
          lambda: edit("exported/impq.json", '"exporter": "hqq"', '"exporter": "recipe-gptqmodel"')),
 ]

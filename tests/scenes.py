@@ -85,6 +85,7 @@ class World:
             run(config, plugins).folder.rename("finished")
             run(config, plugins, only_estimate=True).folder.rename("estimated")
             export_run("finished", "hqq", Path("exported"), plugins)
+            export_run("finished", "impq", Path("packed"), plugins)
             run_sweep(Sweep(config, {"budget": ["2.5bits", "3bits"]}), plugins).rename("swept")
             Path("impq-runs").rmdir()
             Path("impq.toml").write_text(replace(config, tracking_uri="", options={}).to_toml())

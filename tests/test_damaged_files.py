@@ -34,6 +34,7 @@ FILES = {
     "exported/impq.json": "evaluate exported",
     "exported/plan.json": "evaluate exported",
     "exported/model.safetensors": "evaluate exported",
+    "packed/impq.safetensors": "evaluate packed",
 }
 
 

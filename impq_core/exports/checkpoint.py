@@ -1,4 +1,4 @@
-"""Formats with the two files model.safetensors and config.json."""
+"""Formats with a safetensors file and a config.json."""
 
 from __future__ import annotations
 
@@ -20,22 +20,30 @@ if TYPE_CHECKING:
     import torch
 
 WEIGHTS = "model.safetensors"
-"""The file that holds every tensor."""
+"""The file that holds every tensor, unless a format gives it another name."""
 
 _EXPERT = re.compile(r".+\.\d+\.(gate_up_proj|gate_proj|up_proj|down_proj)")
 """Names, in the model, of linears of experts."""
 
 
-def write_model(folder: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
-    """Write a model's tensors by name, and its configuration; raises ImpqError if they cannot be written."""
+def write_model(folder: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any],
+                weights: str = WEIGHTS) -> None:
+    """Write a model's tensors by name, and its configuration; raises ImpqError if they cannot be written.
+
+    Args:
+        folder: to write to.
+        tensors: by name.
+        config: the content of config.json.
+        weights: name of the file for the tensors.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS,
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / weights,
                   metadata={"format": "pt"})
     except SafetensorError as error:
-        raise ImpqError(f"{WEIGHTS} cannot be written: {error}") from error
+        raise ImpqError(f"{weights} cannot be written: {error}") from error
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
@@ -61,8 +69,13 @@ def require_module_names(checkpoint: Checkpoint, exporter: str) -> None:
 
 
 class SafetensorsExporter(Exporter):
-    """Base class of formats whose tensors are in one file, model.safetensors: the variants', and the others under their
-    own names."""
+    """Base class of formats whose tensors are in one file: the variants', and the others under their own names.
+
+    Class attributes:
+        weights: name of the file.
+    """
+
+    weights: ClassVar[str] = WEIGHTS
 
     @abstractmethod
     def parts(self, choice: Choice) -> Mapping[str, str]:
@@ -89,41 +102,42 @@ class SafetensorsExporter(Exporter):
         return nbytes + len(header) + 16
 
     def files(self, folder: Path) -> Sequence[Path]:
-        """model.safetensors."""
-        return (folder / WEIGHTS,)
+        """The file."""
+        return (folder / self.weights,)
 
     def restore(self, folder: Path, checkpoint: Checkpoint) -> Mapping[str, Variant]:
         """Read the packed linears; raises ImpqError if the file lacks one."""
-        with read_model(folder) as tensor:
+        with read_model(folder, self.weights) as tensor:
             return {name: Variant(choice, {part: tensor(f"{name}.{stored}")
                                            for part, stored in self.parts(choice).items()})
                     for name, choice in checkpoint.widths.items() if choice is not None}
 
     def dense(self, folder: Path, checkpoint: Checkpoint) -> Mapping[str, Callable[[], torch.Tensor]]:
         """Functions that map a tensor of the file."""
-        with _opened(folder) as file:
+        with open_model(folder, self.weights) as file:
             stored = set(file.keys())
-        return {name: partial(_read, folder, name) for name in checkpoint.dense if name in stored}
+        return {name: partial(_read, folder, self.weights, name) for name in checkpoint.dense if name in stored}
 
 
-def _read(folder: Path, name: str) -> torch.Tensor:
-    with read_model(folder) as tensor:
+def _read(folder: Path, weights: str, name: str) -> torch.Tensor:
+    with read_model(folder, weights) as tensor:
         return tensor(name)
 
 
 @contextmanager
-def read_model(folder: Path) -> Iterator[Callable[[str], torch.Tensor]]:
+def read_model(folder: Path, weights: str = WEIGHTS) -> Iterator[Callable[[str], torch.Tensor]]:
     """Yields a function that returns a tensor of the file by its name, and raises ImpqError if the file lacks it."""
-    with _opened(folder) as file:
+    with open_model(folder, weights) as file:
         yield file.get_tensor
 
 
 @contextmanager
-def _opened(folder: Path) -> Iterator[Any]:
+def open_model(folder: Path, weights: str = WEIGHTS) -> Iterator[Any]:
+    """Yields the open safetensors file; raises ImpqError if it cannot be read."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
+        with safe_open(folder / weights, framework="pt") as file:
             yield file
     except (OSError, SafetensorError) as error:
-        raise ImpqError(f"{folder / WEIGHTS} cannot be read: {error}") from error
+        raise ImpqError(f"{folder / weights} cannot be read: {error}") from error

@@ -18,13 +18,14 @@ import numpy as np
 
 from impq_core.config import RunConfig, from_data, override
 from impq_core.errors import ImpqError
+from impq_core.evaluate import Evaluator
 from impq_core.exports.manifest import FORMAT, MANIFEST, check_target, read_manifest
 from impq_core.files import scratch_folder, write_text
 from impq_core.interfaces import Checkpoint, Exporter
 from impq_core.model.device import resolve_dtype
 from impq_core.model.linears import FromConv1D
 from impq_core.model.names import file_names
-from impq_core.model.outline import outline, stored_dtype, stored_widths
+from impq_core.model.outline import outline, stored_dtype, stored_widths, unpacked_dtype
 from impq_core.parts import load_exporter, require_ends
 from impq_core.plugins import Plugins
 from impq_core.results import Exported, Score
@@ -67,13 +68,14 @@ def export_run(run: str | Path, name: str, target: Path | None = None, plugins: 
     _require_ends(exporter, name, prepared, plan)
     if exporter.backends:
         session = Session(prepared, plugins)
-        checkpoint = _outline(session, plan)
+        checkpoint = _outline(session, plan, exporter)
         _require_names(session, checkpoint)
         exporter.file_bytes(checkpoint)  # refuses what the format does not hold, before anything is quantized
         evaluator = session.evaluator_of_exports()
         session.quantize_plan(plan)
-        score = evaluator.score(prepared.space.assignment(plan.pick))
-        checkpoint = make_checkpoint(session, checkpoint)
+        if exporter.packed:
+            score = evaluator.score(prepared.space.assignment(plan.pick))
+        checkpoint = make_checkpoint(session, checkpoint, exporter)
     else:
         bare = bare_checkpoint(plan, config.backend, prepared.config.options.get("backend", {}))
         checkpoint = replace(bare, widths=stored_widths(plan, prepared.parts.backend), config=prepared.source.config(),
@@ -87,6 +89,8 @@ def export_run(run: str | Path, name: str, target: Path | None = None, plugins: 
         exporter.export(checkpoint, work)
         if exporter.backends:
             _require_size(exporter, name, checkpoint, work)
+        if exporter.backends and not exporter.packed:  # values rounded to 16 bits: the score is that of the file
+            score = _score_dense(session, evaluator, exporter.dense(work, checkpoint), work)
         plan.save(work / "plan.json")
         write_text(work / MANIFEST, json.dumps({
             "format": FORMAT, "exporter": name, "run": _plain(asdict(recorded(prepared.config))),
@@ -111,17 +115,17 @@ def _require_ends(exporter: Exporter, name: str, layout: Layout, plan: Plan) -> 
 def _require_size(exporter: Exporter, name: str, checkpoint: Checkpoint, folder: Path) -> None:
     """Raises ImpqError if an export is larger than the format or the plan promised."""
     written, promised = _file_bytes(exporter, folder), [exporter.file_bytes(checkpoint)]
-    if checkpoint.plan.file_bytes is not None:
+    if checkpoint.plan.file_bytes is not None and exporter.packed:
         promised.append(checkpoint.plan.file_bytes)
     if written > min(promised):
         raise ImpqError(f"bug of format '{name}': its file takes {written} bytes, more than the {min(promised)} that "
                         "were promised")
 
 
-def _outline(session: Session, plan: Plan) -> Checkpoint:
+def _outline(session: Session, plan: Plan, exporter: Exporter) -> Checkpoint:
     prepared = session.prepared
     return outline(prepared.source, session.runner.model, plan, prepared.config.backend, prepared.parts.backend,
-                   session.dtype)
+                   session.dtype, exporter.packed)
 
 
 def check_formats(config: RunConfig, names: Sequence[str], plugins: Plugins, trust: Trust = NO_TRUST) -> None:
@@ -150,11 +154,11 @@ def check_formats(config: RunConfig, names: Sequence[str], plugins: Plugins, tru
             _require_ends(exporter, name, layout, plan)
         if not any(exporter.backends for exporter in exporters):
             return
-        checkpoint = outline(layout.source, layout.source.without_weights(), plan, config.backend, layout.parts.backend,
-                             resolve_dtype(layout.config.dtype, layout.device))
+        model, dtype = layout.source.without_weights(), resolve_dtype(layout.config.dtype, layout.device)
         for exporter in exporters:
             if exporter.backends:
-                exporter.file_bytes(checkpoint)  # refuses what the format does not hold
+                exporter.file_bytes(outline(layout.source, model, plan, config.backend, layout.parts.backend, dtype,
+                                            exporter.packed))  # refuses what the format does not hold
 
 
 def bare_checkpoint(plan: Plan, backend: str, options: Mapping[str, Any]) -> Checkpoint:
@@ -181,19 +185,49 @@ def _require_names(session: Session, checkpoint: Checkpoint) -> None:
                         "weights that have a name of their own there, which fused experts have not")
 
 
-def make_checkpoint(session: Session, checkpoint: Checkpoint) -> Checkpoint:
-    """A checkpoint with the packed variants of its plan, and every other tensor of the model's files.
+def make_checkpoint(session: Session, checkpoint: Checkpoint, exporter: Exporter) -> Checkpoint:
+    """A checkpoint with the variants of its plan, packed or not, and every other tensor of the model's files.
 
     Args:
         session: holds the variants of the plan.
         checkpoint: the outline, without weights.
+        exporter: of the format.
+
+    Raises:
+        ImpqError: an unpacked weight overflows 16 bits.
     """
-    planned = _planned(checkpoint)
-    dense = {name: tensor.to(stored_dtype(tensor, session.dtype))
-             for name, tensor in session.prepared.source.tensors() if name not in planned}
+    planned, dense = _planned(checkpoint), {}
+    for tensor_name, tensor in session.prepared.source.tensors():
+        if tensor_name not in planned:
+            dense[tensor_name] = tensor.to(stored_dtype(tensor, session.dtype))
+        elif not exporter.packed:
+            dense[tensor_name] = _unpacked(session, checkpoint, tensor_name, unpacked_dtype(tensor, session.dtype))
+    if not exporter.packed:
+        return replace(checkpoint, dense=dense)
     variants = {name: session.bank.stored(checkpoint.specs[name], choice)
                 for name, choice in checkpoint.widths.items() if choice is not None}
     return replace(checkpoint, variants=variants, dense=dense)
+
+
+def _unpacked(session: Session, checkpoint: Checkpoint, tensor_name: str, dtype: torch.dtype) -> torch.Tensor:
+    """The quantized values of a planned weight, in the form that the weight has in the model's files."""
+    name = tensor_name.removesuffix(".weight")
+    spec, choice = checkpoint.specs[name], checkpoint.widths[name]
+    assert choice is not None
+    weight = session.bank.variant(spec, choice).to(dtype).cpu()
+    if not weight.isfinite().all():
+        raise ImpqError(f"the quantized values of {name} overflow {str(dtype).removeprefix('torch.')}: run with "
+                        "--dtype bfloat16")
+    return weight.T if isinstance(session.bank.module(spec), FromConv1D) else weight
+
+
+def _score_dense(session: Session, evaluator: Evaluator, stored: Mapping[str, Callable[[], torch.Tensor]],
+                 folder: Path) -> Score:
+    """The score of the model with the tensors of a folder, none of which is packed."""
+    unquantized = [None] * len(session.bank.layers)
+    session.bank.apply(unquantized)
+    _load_dense(session, stored, folder)
+    return evaluator.score(unquantized)
 
 
 def evaluate_folder(path: str | Path, plugins: Plugins | None = None, trust: Trust = NO_TRUST, device: str = "auto",
@@ -223,16 +257,20 @@ def evaluate_folder(path: str | Path, plugins: Plugins | None = None, trust: Tru
     assert plan is not None
     session = Session(prepared, plugins)
     evaluator = session.evaluator_of_exports()
-    checkpoint = _outline(session, plan)
+    checkpoint = _outline(session, plan, exporter)
     for file_name, variant in exporter.restore(folder, checkpoint).items():
         session.bank.add(checkpoint.specs[file_name], variant)
-    _load_dense(session, exporter.dense(folder, checkpoint), folder)
-    score = evaluator.score(prepared.space.assignment(plan.pick))
+    stored = exporter.dense(folder, checkpoint)
+    if exporter.packed:
+        _load_dense(session, stored, folder)
+        score = evaluator.score(prepared.space.assignment(plan.pick))
+    else:
+        score = _score_dense(session, evaluator, stored, folder)
     return Exported(folder, name, score, str(prepared.evaluation), plan.nbytes, _file_bytes(exporter, folder))
 
 
 def _load_dense(session: Session, stored: Mapping[str, Callable[[], torch.Tensor]], folder: Path) -> None:
-    """Give the model the unquantized tensors of an exported folder that it stores one to one.
+    """Give the model the tensors of an exported folder that it stores one to one, as its own.
 
     Args:
         session: has the model.

@@ -19,10 +19,10 @@ from impq_core.interfaces.estimator import (
     Sampler,
     unknown_drift,
 )
-from impq_core.interfaces.exporter import Checkpoint, Exporter
+from impq_core.interfaces.exporter import EVERY_BACKEND, Checkpoint, Exporter
 from impq_core.interfaces.part import NO_FILE, InputFile, NoOptions, Part
 from impq_core.interfaces.planner import Allocator, Refiner, Surrogate
 
-__all__ = ["NO_FILE", "Allocator", "Backend", "Checkpoint", "Drift", "Estimator", "Exporter", "Game", "GameEstimator",
-           "InputFile", "Inspector", "NoOptions", "Part", "Probe", "Refiner", "Sampler", "Statistics", "Surrogate",
-           "Variant", "unknown_drift"]
+__all__ = ["EVERY_BACKEND", "NO_FILE", "Allocator", "Backend", "Checkpoint", "Drift", "Estimator", "Exporter", "Game",
+           "GameEstimator", "InputFile", "Inspector", "NoOptions", "Part", "Probe", "Refiner", "Sampler", "Statistics",
+           "Surrogate", "Variant", "unknown_drift"]

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     import torch
 
 
+EVERY_BACKEND = frozenset({"*"})
+"""``Exporter.backends`` of a format that holds the variants of any backend."""
+
+
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
     """A quantized model for an exporter.
@@ -29,9 +33,12 @@ class Checkpoint:
         plan: the plan.
         widths: the choice of every linear; None for those that stay unquantized.
         specs: name in the model and shape of every linear.
-        variants: the packed form of every quantized linear; empty except in ``Exporter.export``.
+        variants: the packed form of every quantized linear; empty except in ``Exporter.export``, and if the exporter is
+            not ``packed``.
         dense: every other tensor of the model's files, by its name there; on the meta device except in
-            ``Exporter.export``, and empty if the exporter has no ``backends`` (a recipe).
+            ``Exporter.export``, and empty if the exporter has no ``backends`` (a recipe). If the exporter is not
+            ``packed``, also the weights of quantized linears, with the quantized values at 16 bits, in the form that
+            they have in the model's files.
         config: the model's configuration, as its config.json has it.
         backend: name of the backend that made the variants.
         options: that backend's options.
@@ -56,13 +63,17 @@ class Exporter(Part, ABC):
     ``file_bytes``, ``files`` and ``dense``. A recipe needs ``export`` alone.
 
     Class attributes:
-        backends: names of the backends whose variants it writes; empty for a recipe, which needs the widths alone.
+        backends: names of the backends whose variants it writes; EVERY_BACKEND if the format holds those of any; empty
+            for a recipe, which needs the widths alone.
+        packed: whether its files hold the packed variants. If not, they hold unpacked weights with the quantized
+            values, and are not what ``--whole`` bounds.
         alignment: tensors in its files begin at a multiple of this many bytes.
         holds_ends: whether it holds a quantized embedding and head.
         copies: patterns (glob) of the names of the model's files that are copied into the folder before ``export``.
     """
 
     backends: ClassVar[frozenset[str]] = frozenset()
+    packed: ClassVar[bool] = True
     holds_ends: ClassVar[bool] = False
     alignment: ClassVar[int] = 1
     copies: ClassVar[tuple[str, ...]] = ("*",)
@@ -89,7 +100,7 @@ class Exporter(Part, ABC):
         return ()
 
     def restore(self, folder: Path, checkpoint: Checkpoint) -> Mapping[str, Variant]:
-        """The variants that ``export`` wrote, by the names of ``checkpoint``.
+        """The variants that ``export`` wrote, by the names of ``checkpoint``; none if the exporter is not ``packed``.
 
         Raises:
             ImpqError: the format holds no weights, or the file lacks a tensor.
@@ -97,8 +108,8 @@ class Exporter(Part, ABC):
         raise ImpqError(f"{type(self).__name__} writes a recipe, not weights: there is nothing to load")
 
     def dense(self, folder: Path, checkpoint: Checkpoint) -> Mapping[str, Callable[[], torch.Tensor]]:
-        """Functions that read the unquantized tensors which ``export`` wrote one to one, by their names in the model's
-        files, and in the form that they have there.
+        """Functions that read the tensors of ``checkpoint.dense`` which ``export`` wrote one to one, by their names in
+        the model's files, and in the form that they have there.
 
         Raises:
             ImpqError: the format holds no weights, or the file is missing or damaged.

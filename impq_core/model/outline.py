@@ -16,7 +16,7 @@ from impq_core.types import Plan
 
 
 def outline(source: ModelSource, model: PreTrainedModel, plan: Plan, name: str, backend: Backend,
-            dtype: torch.dtype) -> Checkpoint:
+            dtype: torch.dtype, packed: bool = True) -> Checkpoint:
     """The checkpoint of a plan, without variants and with its other tensors on the meta device.
 
     Args:
@@ -26,6 +26,7 @@ def outline(source: ModelSource, model: PreTrainedModel, plan: Plan, name: str, 
         name: of the backend of the variants.
         backend: the backend.
         dtype: of the run. Wider floats are stored in it.
+        packed: as of the exporter.
     """
     names = file_names(model, model.state_dict())
     specs = {spec.name: spec for layer in plan.space.everyone for spec in layer.linears}
@@ -35,8 +36,12 @@ def outline(source: ModelSource, model: PreTrainedModel, plan: Plan, name: str, 
     if (given := source.dequantized_dtype) is not None:
         tensors = ((name, torch.empty_like(tensor, dtype=stored_dtype(tensor, given), device="meta"))
                    for name, tensor in tensors)
-    dense = {name: torch.empty_like(tensor, dtype=stored_dtype(tensor, dtype), device="meta")
-             for name, tensor in tensors if widths.get(name.removesuffix(".weight")) is None}
+    dense = {}
+    for tensor_name, tensor in tensors:
+        planned = widths.get(tensor_name.removesuffix(".weight")) is not None
+        if not (planned and packed):
+            kept_in = unpacked_dtype(tensor, dtype) if planned else stored_dtype(tensor, dtype)
+            dense[tensor_name] = torch.empty_like(tensor, dtype=kept_in, device="meta")
     config = source.config()
     stored = {tensor.dtype for tensor in dense.values() if tensor.is_floating_point()}
     if len(stored) == 1:
@@ -57,6 +62,13 @@ def stored_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
     tensor's is a wider float."""
     wider = tensor.is_floating_point() and tensor.dtype.itemsize > dtype.itemsize
     return dtype if wider else tensor.dtype
+
+
+def unpacked_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The 16-bit dtype in which an export stores the quantized values of a weight unpacked: ``stored_dtype``, or
+    float16 if that is wider."""
+    found = stored_dtype(tensor, dtype)
+    return found if found.itemsize == 2 else torch.float16
 
 
 def _by_names(model: PreTrainedModel, names: Mapping[str, str]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -12,7 +12,7 @@ import torch
 from impq_core.budget import FileAccount
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError, UsageError, one_line
-from impq_core.interfaces import Backend, Checkpoint, Exporter
+from impq_core.interfaces import EVERY_BACKEND, Backend, Checkpoint, Exporter
 from impq_core.model.outline import outline, stored_widths
 from impq_core.model.source import ModelSource
 from impq_core.parts import Parts, load_exporter, require_ends
@@ -23,7 +23,8 @@ from impq_core.types import Plan
 
 @dataclass(frozen=True, eq=False)
 class WholeFile:
-    """The files of all installed formats that hold the variants of a run's backend; a size is that of the largest.
+    """The files of the installed formats that are made for a run's backend, or, if none of them holds its plans, of
+    those for every backend; a size is that of the largest.
 
     Args:
         formats: exporters by name, at least one.
@@ -87,13 +88,13 @@ def whole_file(config: RunConfig, parts: Parts, plugins: Plugins, source: ModelS
     plan = _plan(space, space.uniform(len(space.choices) - 1))
     options = parts.options().get("backend", {})
     checkpoint = outline(source, source.without_weights(), plan, config.backend, parts.backend, dtype)
-    formats, reason = dict[str, Exporter](), "none is of that backend"
+    own, general, reason = dict[str, Exporter](), dict[str, Exporter](), "none is of that backend"
     for name in plugins.names("exporter"):
         try:
             exporter = load_exporter(name, config.backend, options, plugins)
         except ImpqError:
             continue
-        if not exporter.backends:
+        if not exporter.backends or not exporter.packed:
             continue
         try:
             for layer in ends:
@@ -103,7 +104,8 @@ def whole_file(config: RunConfig, parts: Parts, plugins: Plugins, source: ModelS
         except ImpqError as error:
             reason = one_line(error)
         else:
-            formats[name] = exporter
+            (general if exporter.backends == EVERY_BACKEND else own)[name] = exporter
+    formats = own or general
     if not formats:
         raise UsageError(f"--whole bounds the file of an export, and no installed format holds plans of backend "
                          f"{config.backend}: {reason}")

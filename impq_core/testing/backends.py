@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from impq_core.errors import ImpqError
+from impq_core.exports.packed import LONGEST_NAME, MOST_TENSORS
 from impq_core.interfaces import Backend, Statistics
 from impq_core.parts import named_choice
 from impq_core.space import Choice, LinearSpec
@@ -128,12 +129,16 @@ class BackendSuite(PartSuite):
         assert statistics is None or torch.equal(statistics.gram, inputs.T @ inputs), "the statistics were changed"
 
     def test_variants_are_contiguous_in_host_memory(self) -> None:
-        """The tensors of a variant are contiguous and on the CPU, which is among ``devices``."""
+        """The tensors of a variant are contiguous and on the CPU, which is among ``devices``; they are few, with short
+        names."""
         weight, inputs = self.data()
         assert "cpu" in self.part.devices, "a backend must work in host memory"
         for choice in self.choices(LinearSpec("block.linear", *weight.shape)):
-            for name, tensor in self.make().quantize(weight, choice, self.statistics(inputs)).tensors.items():
+            tensors = self.make().quantize(weight, choice, self.statistics(inputs)).tensors
+            for name, tensor in tensors.items():
                 assert tensor.device.type == "cpu" and tensor.is_contiguous(), f"{name} at {choice} bits"
+            # The size of a file of format impq is promised for no more.
+            assert len(tensors) <= MOST_TENSORS and max(map(len, tensors)) <= LONGEST_NAME, list(tensors)
 
     def test_awkward_shapes_are_exact_or_refused_by_name(self) -> None:
         """If a shape cannot be stored, ``check`` raises an ImpqError that names the linear; a shape that it accepts is
