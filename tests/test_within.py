@@ -1,4 +1,4 @@
-"""Backends whose widths mix inside a linear: codebooks and channels of cmpq."""
+"""Backends whose widths mix inside a linear: cmpq, ratio and slim."""
 
 from __future__ import annotations
 
@@ -6,12 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from impq_gptq.backend import Gptq
 from impq_within.cmpq import Cmpq
 from impq_within.cmpq import Options as CmpqOptions
 from impq_within.codes import bytes_of, pack, unpack
 from impq_within.feedback import hessian, inverse_factor, spread
 from impq_within.kmeans import centroids, nearest
+from impq_within.parts import Part, round_parts, settings_of, values
+from impq_within.ratio import Options as RatioOptions
+from impq_within.ratio import Ratio
+from impq_within.slim import Options as SlimOptions
+from impq_within.slim import Slim, best_count
 
+from impq_core.errors import ImpqError
 from impq_core.interfaces import Backend, Statistics
 from impq_core.space import Choice, LinearSpec
 
@@ -70,7 +77,7 @@ def test_k_means_is_a_fixed_point_of_lloyd() -> None:
 def test_feedback_spreads_errors_as_gptq_does() -> None:
     """Against the textbook: after each column the rest moves by the optimal correction, with the inverse updated."""
     inputs, weight = normal(300, 12) @ normal(12, 12, seed=1), normal(5, 12, seed=2)
-    damped, _ = hessian(statistics_of(inputs), 0.05, "cmpq")
+    damped = hessian(statistics_of(inputs), 0.05)
     left, inverse = weight.double().clone(), torch.linalg.inv(damped)
     wanted = torch.zeros_like(left)
     for column in range(12):
@@ -158,3 +165,127 @@ def test_widths_of_cmpq_by_name() -> None:
     backend = Cmpq()
     assert backend.choice("2.25") == Choice(2.25, 0) and backend.choice("3") == Choice(3.0, 0)
     assert [backend.choice(name) for name in ("0.5", "8.5", "2.2555", "x", "2@64", "-2")] == [None] * 6
+
+
+def correlated(columns: int, seed: int = 1) -> torch.Tensor:
+    return normal(20 * columns, columns, seed=seed) @ normal(columns, columns, seed=seed + 1)
+
+
+def output_error(weight: torch.Tensor, found: torch.Tensor, inputs: torch.Tensor) -> float:
+    return float(((found - weight) @ inputs.T).norm() / (weight @ inputs.T).norm())
+
+
+def test_parts_of_one_width_are_one_sweep() -> None:
+    """Two parts of one width, cut where the sweep over all columns has a border, round to the weight of that sweep."""
+    weight, inputs = normal(24, 64), correlated(64) * torch.linspace(2.0, 0.5, 64)
+    statistics, columns = statistics_of(inputs), torch.arange(64)
+    settings = replace(settings_of(32, 0.05), group_aware=False)
+    whole = values(round_parts(weight, statistics, [Part(columns, 3)], settings)[0], 32)
+    halves = [values(solution, 32) for solution in
+              round_parts(weight, statistics, [Part(columns[:32], 3), Part(columns[32:], 3)], settings)]
+    # GPTQ's first block spans all 64 columns here, so that the second group's grid is not the corrected weight's.
+    assert torch.equal(halves[0], whole[:, :32])
+    assert abs(output_error(weight, torch.cat(halves, 1), inputs) / output_error(weight, whole, inputs) - 1) < 0.1
+
+
+def test_a_planted_channel_of_high_impact_is_wide() -> None:
+    weight, inputs = normal(64, 128), normal(2000, 128, seed=1)
+    weight[:, 100] *= 3.0
+    inputs[:, 7] *= 5.0
+    spec, backend = LinearSpec("a", 64, 128), Ratio()
+    choice = backend.stand_in(spec, backend.choice("2+10%"))  # type: ignore[arg-type]
+    variant = backend.quantize(weight, choice, statistics_of(inputs))
+    assert choice == Choice(2.5, 64, "2+50%") and {7, 100} <= set(variant.tensors["order"][:64].tolist())
+    assert output_error(weight, backend.dequantize(variant, spec), inputs) < 0.8 * output_error(
+        weight, restored(backend, weight, "2", statistics_of(inputs)), inputs)
+
+
+def test_guided_impact_is_the_fisher_diagonal() -> None:
+    weight, inputs = normal(64, 128), normal(2000, 128, seed=1)
+    backend, spec = Ratio(RatioOptions(impact="guided")), LinearSpec("a", 64, 128)
+    choice = backend.stand_in(spec, backend.choice("2+10%"))  # type: ignore[arg-type]
+    assert backend.needs == {"activations", "gradients"}
+    with pytest.raises(ImpqError, match="gradients"):
+        backend.quantize(weight, choice, statistics_of(inputs))
+    statistics = statistics_of(inputs)
+    object.__setattr__(statistics, "guided", torch.stack([torch.diag(torch.arange(128.0)), torch.eye(128)]))
+    assert backend.quantize(weight, choice, statistics).tensors["order"][:64].tolist() == list(range(64, 128))
+
+
+@pytest.mark.parametrize("width", ("2", "3", "4"))
+def test_a_ratio_of_nothing_is_gptq(width: str) -> None:
+    weight, statistics = normal(64, 192), statistics_of(correlated(192))
+    assert torch.equal(restored(Ratio(), weight, width, statistics),
+                       restored(Gptq(), weight, width, statistics).half().float()) or torch.allclose(
+        restored(Ratio(), weight, width, statistics), restored(Gptq(), weight, width, statistics), rtol=1e-3, atol=1e-6)
+
+
+def test_ratios_that_round_alike_are_one_choice() -> None:
+    backend, spec = Ratio(), LinearSpec("a", 192, 576)
+    stored = {name: backend.stand_in(spec, backend.choice(name))  # type: ignore[arg-type]
+              for name in ("2", "2+2%", "2+10%", "2+11.11%", "2+11.2%", "2+20%", "2+95%", "3")}
+    assert stored["2+2%"] == stored["2+10%"] == stored["2+11.11%"] == Choice(2 + 64 / 576, 64, "2+11.11%")
+    assert stored["2+11.2%"] == stored["2+20%"] and stored["2+95%"] == stored["3"] == Choice(3.0, 64)
+    for choice in stored.values():
+        assert backend.stand_in(spec, choice) == choice
+        assert backend.stand_in(spec, backend.choice(choice.name)) == choice  # type: ignore[arg-type]
+    codes = 192 * (64 * 3 + 512 * 2) // 8
+    assert backend.nbytes(spec, stored["2+2%"]) == codes + 9 * 192 * 2 + 192 * (3 + 8 * 2) // 8 + 2 * 576
+    assert backend.nbytes(spec, stored["2"]) == 192 * 576 * 2 // 8 + 9 * 192 * 2 + 9 * 192 * 2 // 8
+
+
+def test_names_of_ratios() -> None:
+    backend = Ratio()
+    assert backend.choice("2+10%") == Choice(2.1, 64, "2+10%") and backend.choice("2+0%") == Choice(2.0, 64)
+    assert [backend.choice(name) for name in ("2+100%", "5+10%", "2+10", "2+-1%", "2+1.234%", "1")] == [None] * 6
+
+
+def brute_force_count(plain: torch.Tensor, narrow: torch.Tensor, wide: torch.Tensor, hessian: torch.Tensor,
+                      ranked: list[int], size: int) -> int:
+    losses = []
+    for count in range(len(ranked) // 2 + 1):
+        errors = plain.clone()
+        for groups, other in ((ranked[:count], narrow), (ranked[len(ranked) - count:], wide)):
+            for group in groups:
+                errors[:, group * size:(group + 1) * size] = other[:, group * size:(group + 1) * size]
+        losses.append(float(torch.trace(errors @ hessian @ errors.T)))
+    return losses.index(min(losses))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_count_that_loses_least(seed: int) -> None:
+    plain, inputs = normal(6, 32, seed=seed), correlated(32, seed=seed + 50)
+    narrow, wide = 1.7 * normal(6, 32, seed=seed + 10), 0.6 * normal(6, 32, seed=seed + 20)
+    ranked = torch.randperm(8, generator=torch.Generator().manual_seed(seed))
+    gram = inputs.T @ inputs
+    assert best_count(plain, narrow, wide, gram, ranked) == brute_force_count(plain, narrow, wide, gram,
+                                                                              ranked.tolist(), 4)
+
+
+def test_equal_groups_stay_at_one_width_and_unequal_ones_do_not() -> None:
+    weight, inputs = normal(64, 512), normal(4000, 512, seed=1)
+    choice, backend = Choice(3.0, 64), Slim()
+    even = backend.quantize(weight, choice, statistics_of(inputs))
+    scales = torch.ones(8, 64)
+    scales[2], scales[5] = 20.0, 0.05
+    uneven = backend.quantize(weight, choice, statistics_of(inputs * scales.flatten()))
+    assert even.record["wider"] == 0 and uneven.record["wider"] > 0 and even.nbytes == uneven.nbytes
+    spec = LinearSpec("a", 64, 512)
+    errors = ((backend.dequantize(uneven, spec) - weight) * scales.flatten()).square().view(64, 8, 64).sum((0, 2))
+    plain = Slim(SlimOptions(lowest=2))
+    assert float(errors[2]) < 0.5 * float(((restored(Gptq(), weight, "3", statistics_of(inputs * scales.flatten()))
+                                            - weight) * scales.flatten()).square().view(64, 8, 64).sum((0, 2))[2])
+    assert plain.quantize(weight, Choice(2.0, 64), statistics_of(inputs * scales.flatten())).record["wider"] == 0
+
+
+def test_groups_of_one_bit_have_two_values_around_their_mean() -> None:
+    weight, backend = normal(16, 512) + 0.3, Slim(SlimOptions(lowest=1))
+    scales = torch.logspace(2, -2, 8).repeat_interleave(64)
+    variant = backend.quantize(weight, Choice(2.0, 64), statistics_of(normal(3000, 512, seed=1) * scales))
+    spec = LinearSpec("a", 16, 512)
+    assert variant.record["wider"] > 0 and variant.nbytes == backend.nbytes(spec, Choice(2.0, 64))
+    group = int(unpack(variant.tensors["widths"], 2, (8,)).argmin())
+    found = backend.dequantize(variant, spec).view(16, 8, 64)[:, group]
+    assert all(len(row.unique()) == 2 for row in found)
+    assert float((found.mean(1) - 0.3).abs().mean()) < 0.3
+    assert variant.nbytes - Slim().nbytes(spec, Choice(2.0, 64)) == 16 * 8 * 6 // 8

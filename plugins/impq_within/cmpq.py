@@ -168,16 +168,17 @@ class Cmpq(Backend):
         import torch
 
         from impq_within.codes import pack
-        from impq_within.feedback import hessian
+        from impq_within.feedback import hessian, reached, required
 
         spec = LinearSpec("", *weight.shape)
         layout = self._layout(spec, choice)
-        damped, reached = hessian(statistics, self.options.damping, "cmpq")
-        norms = statistics.gram.diagonal().float().sqrt() if statistics and reached else torch.ones_like(weight[0])
+        statistics = required(statistics, "cmpq")
+        seen = reached(statistics)
+        norms = statistics.gram.diagonal().float().sqrt() if seen else weight.new_ones(spec.columns).float()
         order = norms.argsort(descending=True, stable=True)
         weight, norms = weight.float()[:, order], norms[order]
-        kept, values, codes, books = self._fitted(weight, norms, layout,
-                                                  damped[order][:, order] if reached else None)
+        damped = hessian(statistics, self.options.damping)[order][:, order] if seen and self.options.feedback else None
+        kept, values, codes, books = self._fitted(weight, norms, layout, damped)
         tensors = {"order": _index(order, spec.columns)}
         for (bits, _), code, book in zip(layout.parts, codes, books, strict=True):
             tensors[f"codes_{bits}"] = pack(code if layout.by_row else code.T, bits)
@@ -190,14 +191,14 @@ class Cmpq(Backend):
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
             raise ImpqError(f"the weights overflow 16 bits at {choice} bits")
-        return Variant(choice, tensors, {} if reached else {"unreached": 1.0})
+        return Variant(choice, tensors, {} if seen else {"unreached": 1.0})
 
     def _fitted(self, weight: torch.Tensor, norms: torch.Tensor, layout: _Layout, damped: torch.Tensor | None) -> tuple[
             torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
         """Fit and round a weight (rows, columns) whose columns have descending norms (columns,).
 
         Args:
-            damped: the Hessian in the same order; None if no token reached the linear.
+            damped: the Hessian in the same order; None for no feedback.
 
         Returns:
             Which weights are outliers, bool (rows, columns), and the weight with their values; the codes of each part,
@@ -217,7 +218,7 @@ class Cmpq(Backend):
             errors = (weight - rounded).abs()
             _take(free, (errors * norms if self.options.weigh_errors else errors).masked_fill(~free, -1),
                   layout.outliers[1])
-        if not self.options.feedback or damped is None:
+        if damped is None:
             books, codes = [], []
             for part, keep, scale, bits in _split(weight, free, norms, layout):
                 books.append(self._books(part, keep, scale, bits, layout))

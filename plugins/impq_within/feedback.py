@@ -20,29 +20,34 @@ Rounder = Callable[[torch.Tensor], Callable[[int, torch.Tensor], torch.Tensor]]
 spread over them: a function that rounds column number ``i`` of the part, given as it is when it is reached, (rows,)."""
 
 
-def hessian(statistics: Statistics | None, damping: float, backend: str) -> tuple[torch.Tensor, bool]:
-    """The damped Hessian 2/N sum x xT, float64 (columns, columns), and whether a token reached the linear; if none
-    did, it is the identity. Inputs that are always zero have the diagonal element 1 before the damping.
+def required(statistics: Statistics | None, backend: str) -> Statistics:
+    """The statistics; raises ImpqError, with the backend's name, if they are missing or not finite."""
+    if statistics is None:
+        raise ImpqError(f"backend {backend} needs activation statistics")
+    if not torch.isfinite(statistics.gram).all():
+        raise ImpqError(f"the inputs hold NaN or infinity, which backend {backend} cannot use; try --dtype float32")
+    return statistics
+
+
+def reached(statistics: Statistics) -> bool:
+    """Whether a token reached the linear."""
+    return statistics.tokens > 0 and bool(statistics.gram.diagonal().any())
+
+
+def hessian(statistics: Statistics, damping: float) -> torch.Tensor:
+    """The damped Hessian 2/N sum x xT, float64 (columns, columns); the identity if no token reached the linear. Inputs
+    that are always zero have the diagonal element 1 before the damping.
 
     Args:
         statistics: of the inputs.
         damping: share of the mean diagonal that is added to the diagonal.
-        backend: name for the error.
-
-    Raises:
-        ImpqError: statistics are missing or not finite.
     """
-    if statistics is None:
-        raise ImpqError(f"backend {backend} needs activation statistics")
-    gram = statistics.gram.double()
-    if not torch.isfinite(gram).all():
-        raise ImpqError(f"the inputs hold NaN or infinity, which backend {backend} cannot use; try --dtype float32")
-    if statistics.tokens == 0 or not gram.diagonal().any():
-        return torch.eye(len(gram), dtype=torch.float64, device=gram.device), False
-    gram = gram * (2 / statistics.tokens)
-    gram.diagonal().masked_fill_(gram.diagonal() == 0, 1)
-    gram.diagonal().add_(damping * gram.diagonal().mean())
-    return gram, True
+    if not reached(statistics):
+        return torch.eye(len(statistics.gram), dtype=torch.float64, device=statistics.gram.device)
+    damped = statistics.gram.double() * (2 / statistics.tokens)
+    damped.diagonal().masked_fill_(damped.diagonal() == 0, 1)
+    damped.diagonal().add_(damping * damped.diagonal().mean())
+    return damped
 
 
 def inverse_factor(damped: torch.Tensor) -> torch.Tensor:
