@@ -24,6 +24,9 @@ from impq_spqe.sampler import Spqe
 from impq_surrogates.auto import Auto
 from impq_surrogates.regression import Coverage, Regression
 from impq_surrogates.shapley import Additive, Covariance
+from impq_within.cmpq import Cmpq
+from impq_within.ratio import Ratio
+from impq_within.slim import Slim
 
 from impq_core.plugins import Plugins
 from impq_core.testing import AllocatorSuite, BackendSuite, EstimatorSuite, PluginSuite, RefinerSuite, SurrogateSuite
@@ -174,6 +177,36 @@ class TestQuanto(BackendSuite):
 
 class TestQuantoSmallGroups(BackendSuite):
     part, options = Quanto, {"group_size": "32"}
+
+
+class TestCmpq(BackendSuite):
+    part, fine = Cmpq, 0.05
+
+
+class TestCmpqPaper(BackendSuite):
+    part, fine, options = Cmpq, 0.05, {
+        "codebook": "column", "overhead": "16", "feedback": "false", "weigh_errors": "false"}
+
+
+class TestCmpqRows(BackendSuite):
+    part, fine, options = Cmpq, 0.05, {
+        "codebook": "row", "exchange": "0", "outliers_by_activation": "0", "outliers_by_error": "0"}
+
+
+class TestRatio(BackendSuite):
+    part, fine = Ratio, 0.1
+
+
+class TestRatioSmallGroups(BackendSuite):
+    part, fine, options = Ratio, 0.1, {"group_size": "16"}
+
+
+class TestSlim(BackendSuite):
+    part, fine = Slim, 0.1
+
+
+class TestSlimOneBit(BackendSuite):
+    part, fine, options = Slim, 0.1, {"group_size": "16", "lowest": "1"}
 
 
 FIRST_PARTY = {entry.value: entry for entry in entry_points(group="impq") if entry.dist and entry.dist.name == "impq"}
