@@ -144,7 +144,7 @@ def survey(model: PreTrainedModel, backend: Backend) -> Row:
     runner = BlockwiseModel(model)
     bank = Bank(runner, space.everyone, backend)
     hidden = runner.embed(IDS)
-    fill_bank(bank, runner, hidden if backend.needs else None,
+    fill_bank(bank, runner, IDS if backend.needs else None,
               [choices] * len(space) + [()] * len(space.pinned), lambda done, total: None)
     for choice in (None, *choices):
         bank.apply([choice] * len(space) + [None] * len(space.pinned))

@@ -59,7 +59,7 @@ class Table:
         layers = sorted((*layers_of(self.model, granularity), *end_layers(self.model)), key=lambda layer: layer.block)
         self.space = search_space(tuple(layers), self.backend, choices)
         self.bank = Bank(self.runner, self.space.everyone, self.backend)
-        fill_bank(self.bank, self.runner, self.runner.embed(WINDOWS.ids), [choices] * len(self.space),
+        fill_bank(self.bank, self.runner, WINDOWS.ids, [choices] * len(self.space),
                   lambda done, total: None)
         self.bank.apply([None] * len(self.space))
         self.backend.unpacked.clear()

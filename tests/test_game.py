@@ -39,7 +39,7 @@ class Table:
         choices = backend.choices()[1:]
         self.space: SearchSpace = search_space(layers_of(self.model, granularity), backend, choices)
         self.bank = Bank(self.runner, self.space.layers, backend)
-        fill_bank(self.bank, self.runner, self.runner.embed(WINDOWS.ids),
+        fill_bank(self.bank, self.runner, WINDOWS.ids,
                   [choices] * len(self.space), lambda done, total: None)
 
     def game(self, log: MeasurementLog | None = None) -> ModelGame:

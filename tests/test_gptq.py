@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from impq_gptq import solver
+from impq_gptq import grid, solver
 from impq_gptq.backend import TENSORS, Gptq, Options
 from impq_gptq.packing import pack, unpack
 from impq_gptq.solver import Job, NotPositiveDefinite, Settings, Solution, sweep
@@ -227,3 +227,44 @@ def test_awkward_shapes_are_refused_by_name() -> None:
         Gptq().check(LinearSpec("a.b", 33, 128), choice)
     with pytest.raises(ValueError, match="group_size"):
         Options(group_size=17)
+
+
+def _objective(weight: torch.Tensor, importance: torch.Tensor, grid: torch.Tensor, top: float) -> torch.Tensor:
+    """The sum of importance times squared error (groups, rows) of weights (groups, size, rows) on a grid."""
+    scales, zeros = grid[0][:, None], grid[1][:, None]
+    codes = torch.minimum(torch.maximum((weight / scales).round(), -zeros), top - zeros)
+    return ((codes * scales - weight).square() * importance).sum(1)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_planted_grid_is_found(bits: int) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    top = 2**bits - 1
+    zeros = torch.randint(0, top + 1, (4, 1, 24), generator=generator).float()
+    scales = torch.rand(4, 1, 24, generator=generator) * 0.1 + 0.01
+    codes = torch.randint(0, top + 1, (4, 64, 24), generator=generator).float()
+    codes[:, :2] = torch.tensor([0.0, top])[None, :, None]
+    weights = (codes - zeros) * scales
+    importance = torch.rand(4, 64, 1, generator=generator) + 0.1
+    found = grid.hessian_error(weights, importance, torch.full((24,), float(top)), symmetric=False)
+    assert torch.allclose(found[0], scales[:, 0], rtol=1e-4) and torch.equal(found[1], zeros[:, 0])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_grid_is_near_the_best_of_all(bits: int, symmetric: bool) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    weights = torch.randn(2, 32, 16, generator=generator)
+    weights[:, 0] *= 4
+    importance = torch.rand(2, 32, 1, generator=generator).pow(4) + 1e-3
+    top, tops = float(2**bits - 1), torch.full((16,), 2.0**bits - 1)
+    span = (weights.amax(1).clamp(min=0) - weights.amin(1).clamp(max=0)) / top
+    best = torch.full((2, 16), torch.inf)
+    for share in torch.linspace(0.1, 2.5, 200):
+        for zero in (range(2**bits) if not symmetric else [2 ** (bits - 1)]):
+            candidate = torch.stack([share * span, torch.full_like(span, float(zero))])
+            best = torch.minimum(best, _objective(weights, importance, candidate, top))
+    found = _objective(weights, importance, grid.hessian_error(weights, importance, tops, symmetric), top)
+    plain = _objective(weights, importance, grid.weight_error(weights, tops, symmetric, bits == 2), top)
+    assert float((found / best).mean()) < (1.1 if bits < 4 else 1.15)
+    assert float(found.sum()) < float(plain.sum())

@@ -40,8 +40,8 @@ def filled(model: Toy, backend: Backend, granularity: str = "linear",
     space = search_space(layers_of(model, granularity), backend, choices, exclude=exclude)
     runner = BlockwiseModel(model)
     bank = Bank(runner, space.everyone, backend)
-    hidden = runner.embed(WINDOWS.ids) if backend.needs else None
-    fill_bank(bank, runner, hidden, [choices] * len(space) + [()] * len(space.pinned), lambda done, total: None)
+    ids = WINDOWS.ids if backend.needs else None
+    fill_bank(bank, runner, ids, [choices] * len(space) + [()] * len(space.pinned), lambda done, total: None)
     return space, bank, runner
 
 

@@ -182,6 +182,52 @@ def test_the_same_bits_whatever_else_is_in_the_sweep_of_drifted_linears() -> Non
         assert torch.equal(alone.codes, beside.codes) and torch.equal(alone.scales, beside.scales)
 
 
+def test_token_weights_change_the_gram_as_their_definition_says(model: nn.Module) -> None:
+    backend = Recording(Options(group_size=32, drift="none", hessian="guided", row_groups=2))
+    inputs, runner = _inputs(model), BlockwiseModel(model)
+    modules = {name: module for name, module in model.named_modules() if "layers.1." in name
+               and isinstance(module, nn.Linear)}
+    gradients: dict[str, torch.Tensor] = {}
+    ids = torch.from_numpy(IDS)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)  # so that outputs have gradients
+    hooks = [module.register_full_backward_hook(
+        lambda _module, _inputs, outputs, name=name: gradients.update({name: outputs[0].flatten(0, 1)}))
+        for name, module in modules.items()]
+    model(input_ids=ids, labels=ids).loss.mul(ids[:, 1:].numel()).backward()
+    for hook in hooks:
+        hook.remove()
+    model.requires_grad_(False)
+    space = search_space(layers_of(model, "block"), backend, backend.choices()[2:])
+    bank = Bank(runner, space.everyone, backend)
+    quantize_in_sequence(bank, runner, IDS, [None, Choice(2.0, 32), None], lambda done, total: None)
+    name = "model.layers.1.self_attn.q_proj"
+    found = backend.seen[name].guided
+    assert found is not None and found.shape[0] == 2
+    for group, gradient in enumerate(gradients[name].tensor_split(2, dim=1)):
+        weight = gradient.square().mean(dim=1)
+        expected = (inputs[name] * (weight / weight.mean())[:, None]).T @ inputs[name]
+        cosine = torch.cosine_similarity(found[group].flatten(), expected.flatten(), dim=0)
+        assert cosine > 0.999  # the largest weight is cut off
+    assert backend.seen[name] is not backend.seen["model.layers.1.self_attn.k_proj"]
+
+
+def test_weights_of_tokens_change_the_choice_of_codes() -> None:
+    weight, inputs, _ = _drifted()
+    loud = inputs.clone()
+    loud[:1500] *= 3  # the same as a weight of 9 for half of the tokens
+    weights = torch.ones(len(inputs)).index_fill(0, torch.arange(1500), 9.0)
+    guided = (inputs * weights[:, None]).T @ inputs
+    spec, options = LinearSpec("a", 64, 160), Options(group_size=32, drift="none", hessian="guided")
+    plain = Statistics(inputs.T @ inputs, len(inputs))
+    choice = Choice(3.0, 32)
+    ours = Gptq(options).quantize(weight, choice, replace(plain, guided=guided[None]))
+    expected = Gptq(Options(group_size=32)).quantize(weight, choice, Statistics(loud.T @ loud, len(inputs)))
+    other = Gptq(Options(group_size=32)).quantize(weight, choice, plain)
+    unpacked = [Gptq(options).dequantize(variant, spec) for variant in (ours, expected, other)]
+    assert float((unpacked[0] - unpacked[1]).abs().mean()) < 0.05 * float((unpacked[0] - unpacked[2]).abs().mean())
+
+
 @pytest.fixture
 def config(tiny_config: RunConfig) -> RunConfig:
     return replace(tiny_config, estimator="random", allocator="greedy", sequential="yes", bits=("2", "4"),

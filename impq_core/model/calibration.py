@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -66,7 +68,8 @@ def block_inputs(runner: BlockwiseModel, index: int, hidden: Hidden,
 
 
 def input_statistics(runner: BlockwiseModel, index: int, hidden: Hidden, linears: Iterable[nn.Linear],
-                     unquantized: Sequence[Inputs] | None = None) -> dict[nn.Module, Statistics]:
+                     unquantized: Sequence[Inputs] | None = None,
+                     weights: Mapping[nn.Module, torch.Tensor] = MappingProxyType({})) -> dict[nn.Module, Statistics]:
     """Run block ``index`` once over its input and sum x xT over the inputs x of each linear.
 
     Linears with the same input tensor (q, k and v; gate and up) share their statistics. If no token reaches a linear,
@@ -78,6 +81,7 @@ def input_statistics(runner: BlockwiseModel, index: int, hidden: Hidden, linears
         hidden: the block's input.
         linears: modules of the block.
         unquantized: inputs of the same linears in the unquantized model, for the drift.
+        weights: weights (tokens, row groups) of all tokens for each linear, for ``Statistics.guided``.
 
     Returns:
         The statistics by module, on the device; the matrices are float32 (columns, columns).
@@ -88,13 +92,18 @@ def input_statistics(runner: BlockwiseModel, index: int, hidden: Hidden, linears
     tokens: dict[nn.Module, int] = {}
     shared: dict[nn.Module, nn.Module] = {}
     paired: dict[nn.Module, int] = {}  # tokens in the drift
+    guided: dict[nn.Module, torch.Tensor] = {}
+    first = 0  # token of the batch
 
     with runner.placement.loaded(index):
         for number, batch in enumerate(hidden):
             exact = unquantized[number] if unquantized else {}
+            inputs: Inputs = {}
 
-            def add(module: nn.Module, x: torch.Tensor, exact: Inputs = exact) -> None:
+            def add(module: nn.Module, x: torch.Tensor, exact: Inputs = exact, inputs: Inputs = inputs) -> None:
                 rows = x.float()
+                if weights:
+                    inputs[module] = rows
                 _accumulate(grams, module, rows.T @ rows)
                 tokens[module] = tokens.get(module, 0) + len(rows)
                 if module in exact and len(exact[module]) == len(rows):
@@ -104,10 +113,17 @@ def input_statistics(runner: BlockwiseModel, index: int, hidden: Hidden, linears
             with _watching(linears, add) as leaders:
                 runner.run_batch(index, batch)
             shared |= leaders
+            for linear in weights.keys() & leaders.keys():
+                rows = inputs[leaders[linear]]
+                _accumulate(guided, linear, torch.stack([
+                    (rows * weight[:, None]).T @ rows for weight in weights[linear][first:first + len(rows)].T]))
+            first += batch.ids.numel()
     found = {module: Statistics(gram, tokens[module],
                                 drift=drifts[module] if paired.get(module) == tokens[module] else None)
              for module, gram in grams.items()}
-    return {linear: found[shared[linear]] if linear in shared else Statistics(
+    reached: dict[nn.Module, Statistics] = {linear: found[shared[linear]] for linear in linears if linear in shared}
+    reached |= {linear: replace(reached[linear], guided=gram) for linear, gram in guided.items()}
+    return {linear: reached.get(linear) or Statistics(
         torch.zeros(linear.in_features, linear.in_features, device=runner.device), 0) for linear in linears}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +12,9 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
+from impq_core.errors import ImpqError
 from impq_core.interfaces import Statistics, Variant
+from impq_core.model.backward import token_weights
 from impq_core.model.bank import Assignment, Bank
 from impq_core.model.blockwise import BlockwiseModel, Hidden
 from impq_core.model.calibration import Inputs, block_inputs, head_statistics, input_statistics, stages
@@ -25,7 +28,7 @@ Wanted = Sequence[tuple[LinearSpec, Choice]]
 """Variants that are to be made."""
 
 
-def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden | None, menus: Sequence[Sequence[Choice]],
+def fill_bank(bank: Bank, runner: BlockwiseModel, ids: IntArray | None, menus: Sequence[Sequence[Choice]],
               progress: Callable[[int, int], None],
               further: Mapping[str, Sequence[Choice]] = MappingProxyType({})) -> None:
     """Quantize every linear at every choice of its layer's menu, block after block. Variants on the bank's shelf are
@@ -45,7 +48,7 @@ def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden | None, menus: 
     Args:
         bank: the bank to fill.
         runner: the same model, block by block.
-        hidden: the first block's input over the calibration windows; None for a backend that needs no activations.
+        ids: token ids (windows, length) of the calibration text; None for a backend that needs no activations.
         menus: choices of each of the bank's layers, widest first; an empty menu leaves the layer unquantized.
         progress: called with the number of finished blocks and the number of all blocks.
         further: choices beyond its layer's menu that a linear is also quantized to, by its name.
@@ -60,12 +63,15 @@ def fill_bank(bank: Bank, runner: BlockwiseModel, hidden: Hidden | None, menus: 
                        for choice in dict.fromkeys(bank.backend.stand_in(spec, wanted)
                                                    for wanted in [*menus[layer], *further.get(spec.name, ())])
                        if not bank.take(spec, choice)] for index, layers in blocks.items()}
+    weights = _token_weights(bank, runner, ids, [spec for some in missing.values() for spec, _ in some])
+    hidden = None if ids is None else runner.embed(ids)
     for index, layers in blocks.items():
         for layer in layers:
             bank.switch(layer, None)
         statistics: Mapping[nn.Module, Statistics] = {}
         if hidden is not None and missing[index]:
-            statistics = _statistics(bank, runner, index, hidden, [spec for spec, _ in missing[index]])
+            statistics = _statistics(bank, runner, index, hidden, [spec for spec, _ in missing[index]],
+                                     weights=weights)
         _make(bank, runner, missing[index], statistics)
         for layer in layers:
             bank.switch(layer, menus[layer][0] if menus[layer] else None)
@@ -105,6 +111,8 @@ def quantize_in_sequence(bank: Bank, runner: BlockwiseModel, ids: IntArray | Non
     if "drift" not in backend.needs:
         exact = None
     places = _places(bank, runner)
+    weights = _token_weights(bank, runner, ids, [spec for layer, choice in zip(bank.layers, assignment, strict=True)
+                                                 if choice for spec in layer.linears])
     for index in range(-1, len(runner) + 1):
         layers = [i for i, place in enumerate(places) if place == index and assignment[i]]
         wanted = {spec: backend.stand_in(spec, choice) for i in layers for spec in bank.layers[i].linears
@@ -114,7 +122,7 @@ def quantize_in_sequence(bank: Bank, runner: BlockwiseModel, ids: IntArray | Non
         for part in _in_stages(bank, runner, index, hidden, list(wanted)) if inside and backend.stages else [
                 list(wanted)]:
             statistics = {} if hidden is None or not part else _statistics(
-                bank, runner, index, hidden, part, inputs, exact)
+                bank, runner, index, hidden, part, inputs, exact, weights)
             _make(bank, runner, [(spec, wanted[spec]) for spec in part], statistics)
             for spec in part:
                 bank.put(spec, wanted[spec])
@@ -148,6 +156,33 @@ def _in_stages(bank: Bank, runner: BlockwiseModel, index: int, hidden: Hidden | 
     return [[of_module[module] for module in stage] for stage in stages(runner, index, hidden, list(of_module))]
 
 
+def _token_weights(bank: Bank, runner: BlockwiseModel, ids: IntArray | None,
+                   linears: Sequence[LinearSpec]) -> Mapping[nn.Module, torch.Tensor]:
+    """The weights (tokens, row groups) of tokens for each linear of a block, with a mean of 1, if the backend needs
+    ``gradients``. The model must have its unquantized weights. The largest thousandth of the weights is cut off: their
+    tail is so heavy that a few tokens would decide.
+
+    Raises:
+        ImpqError: a router sends only some of the tokens to a linear.
+    """
+    if ids is None or "gradients" not in bank.backend.needs:
+        return {}
+    modules = {bank.module(spec): spec for spec in linears}
+    inside = {module for block in runner.blocks for module in block.modules()}
+    found = token_weights(runner, ids, {module: module for module in modules if module in inside},
+                          bank.backend.row_groups)
+    weights: dict[nn.Module, torch.Tensor] = {}
+    for module, weight in found.items():
+        if len(weight) != ids.size:
+            raise ImpqError(f"{len(weight)} of {ids.size} tokens of the calibration text reach {modules[module].name}: "
+                            "tokens cannot be weighted by gradients in a mixture of experts, whose routers may send "
+                            "others to a linear once the layers in front of it are quantized")
+        largest = weight.flatten().kthvalue(max(1, math.ceil(0.999 * weight.numel()))).values
+        weight = weight.clamp(max=largest)
+        weights[module] = weight / weight.mean(dim=0).clamp_min(torch.finfo(torch.float32).tiny)
+    return weights
+
+
 def _places(bank: Bank, runner: BlockwiseModel) -> list[int]:
     """For each layer the number of its block; -1 for an embedding that is not tied, and the number behind the last
     block for the head."""
@@ -173,9 +208,10 @@ def _make(bank: Bank, runner: BlockwiseModel, wanted: Wanted, statistics: Mappin
 
 def _statistics(bank: Bank, runner: BlockwiseModel, index: int, hidden: Hidden, linears: Sequence[LinearSpec],
                 inputs: Sequence[Inputs] | None = None,
-                exact: Hidden | None = None) -> Mapping[nn.Module, Statistics]:
+                exact: Hidden | None = None,
+                weights: Mapping[nn.Module, torch.Tensor] = MappingProxyType({})) -> Mapping[nn.Module, Statistics]:
     """Statistics of the inputs of linears of a block, of the embedding (index -1) or of the head, by module; ``inputs``
-    and ``exact`` are those of the unquantized model, for the drift."""
+    and ``exact`` are those of the unquantized model, for the drift, and ``weights`` are those of tokens."""
     modules = {bank.module(spec): spec.columns for spec in linears}
     if index < 0:
         return {module: Statistics(torch.zeros(columns, columns, device=runner.device), 0)
@@ -184,7 +220,7 @@ def _statistics(bank: Bank, runner: BlockwiseModel, index: int, hidden: Hidden, 
         statistics = head_statistics(runner, hidden, exact)
         return {module: statistics for module in modules}
     return input_statistics(runner, index, hidden, [module for module in modules if isinstance(module, nn.Linear)],
-                            inputs)
+                            inputs, {module: weights[module] for module in modules if module in weights})
 
 
 def _shared(wanted: Wanted, statistics: Sequence[Statistics | None]) -> Iterator[tuple[Wanted, Statistics | None]]:

@@ -101,9 +101,8 @@ class Session:
         with self.clock.stage("quantize"):
             self.bank.apply([None] * len(self.bank.layers))  # its layers may differ from the new bank's
             self.bank = Bank(self.runner, space.everyone, backend, self._shelf(backend, menus))
-            ids = self._calibration_ids(backend)
-            fill_bank(self.bank, self.runner, None if ids is None else self.runner.embed(ids), menus,
-                      self.report("quantize"), self.prepared.further_choices(backend))
+            fill_bank(self.bank, self.runner, self._calibration_ids(backend), menus, self.report("quantize"),
+                      self.prepared.further_choices(backend))
 
     def quantize_plan(self, plan: Plan) -> None:
         """Quantize a plan block after block, each behind the quantized ones. Afterwards the model has the plan's

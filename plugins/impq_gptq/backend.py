@@ -28,6 +28,9 @@ GRIDS = ("hessian", "weight-error", "min-max")
 IN_SEQUENCE = ("drift", "drift_strength", "true_sequential")
 """Options without effect on the variants of a bank."""
 
+HESSIANS = ("plain", "guided")
+"""Values of the option ``hessian``."""
+
 CORRECTIONS = ("gptaq", "qep", "none")
 """Values of the option ``drift``."""
 
@@ -48,6 +51,10 @@ class Options:
         grid: how a group's scale and zero are chosen: ``hessian`` for the least error as GPTQ's objective counts it,
             ``weight-error`` for the least squared error of the weights, as gptqmodel's clip search, or ``min-max`` for
             the whole range. Zeros are whole numbers, which is what the file format stores.
+        hessian: ``plain`` counts the squared error of every token and output alike; ``guided`` weighs tokens by the
+            squared gradient of the loss in the linear's outputs (GuidedQuant, arXiv 2505.07004), for ``row_groups``
+            groups of rows, each with a Hessian of its own.
+        row_groups: see ``hessian``.
         damping: share of the Hessian's mean diagonal that is added to its diagonal, raised in steps of 0.01 if the
             Hessian cannot be factored.
         drift: how a linear corrects the drift of the quantized layers in front of it, if a plan is quantized in
@@ -61,6 +68,8 @@ class Options:
     symmetric: bool = False
     group_aware: bool = True
     grid: str = "hessian"
+    hessian: str = "plain"
+    row_groups: int = 1
     damping: float = 0.05
     drift: str = "gptaq"
     drift_strength: float = 0.25
@@ -71,9 +80,13 @@ class Options:
             raise ValueError(f"group_size must be {', '.join(map(str, GROUP_SIZES))}, not {self.group_size}")
         if not 0 < self.damping < 1:
             raise ValueError(f"damping must lie between 0 and 1, not {self.damping}")
-        for name, values in (("grid", GRIDS), ("drift", CORRECTIONS)):
+        for name, values in (("grid", GRIDS), ("drift", CORRECTIONS), ("hessian", HESSIANS)):
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} must be {', '.join(values)}, not {getattr(self, name)!r}")
+        if self.hessian == "guided" and self.drift != "none":
+            raise ValueError("hessian=guided needs drift=none: the drift is not weighted by gradients")
+        if self.row_groups < 1 or (self.row_groups > 1 and self.hessian != "guided"):
+            raise ValueError("row_groups must be at least 1, and more than 1 only with hessian=guided")
         if not 0 <= self.drift_strength <= 1:
             raise ValueError(f"drift_strength must lie between 0 and 1, not {self.drift_strength}")
 
@@ -91,8 +104,14 @@ class Gptq(Backend):
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """Activations, and their drift if it is corrected."""
-        return frozenset({"activations"} | ({"drift"} if self.options.drift != "none" else set()))
+        """Activations, their drift if it is corrected, and gradients if they weigh the tokens."""
+        more = {"drift": self.options.drift != "none", "gradients": self.options.hessian == "guided"}
+        return frozenset({"activations", *(name for name, needed in more.items() if needed)})
+
+    @property
+    def row_groups(self) -> int:  # type: ignore[override]
+        """The option of this name."""
+        return self.options.row_groups
 
     @property
     def stages(self) -> bool:  # type: ignore[override]
@@ -163,7 +182,7 @@ class Gptq(Backend):
                   statistics: Statistics | None) -> Iterator[Variant]:
         import torch
 
-        from impq_gptq.solver import Job, NotPositiveDefinite, Settings, sweep
+        from impq_gptq.solver import Job, NotPositiveDefinite, Settings, guided_sweep, sweep
 
         if statistics is None:
             raise ImpqError("backend gptq needs activation statistics")
@@ -177,9 +196,13 @@ class Gptq(Backend):
         try:
             for size in dict.fromkeys(choice.group_size for _, choice in jobs):
                 numbers = [number for number, (_, choice) in enumerate(jobs) if choice.group_size == size]
-                solved = sweep([Job(jobs[number][0], int(jobs[number][1].bits)) for number in numbers],
-                               statistics.gram if reached else None, max(1, statistics.tokens),
-                               replace(settings, group_size=size), statistics.drift)
+                some = [Job(jobs[number][0], int(jobs[number][1].bits)) for number in numbers]
+                sized = replace(settings, group_size=size)
+                if reached and statistics.guided is not None:
+                    solved = guided_sweep(some, statistics.guided, statistics.tokens, sized)
+                else:
+                    solved = sweep(some, statistics.gram if reached else None, max(1, statistics.tokens), sized,
+                                   statistics.drift)
                 solutions |= zip(numbers, solved, strict=True)
         except NotPositiveDefinite:
             raise ImpqError("GPTQ failed: the Hessian of the inputs is not positive definite, with any damping; more "

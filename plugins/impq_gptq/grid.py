@@ -17,7 +17,7 @@ import torch
 SHRINKS = tuple(1 - step / 100 for step in range(80))
 """Shares of a group's range that the clip search tries."""
 
-SHARES = tuple(1.2 - step * 0.8 / 14 for step in range(15))
+SHARES = tuple(1.2 - step / 20 for step in range(17))
 """Shares of a group's range that ``hessian_error`` tries; above 1 because a zero that leaves the middle of the codes
 needs a larger step for the longer side."""
 

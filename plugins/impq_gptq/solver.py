@@ -154,6 +154,28 @@ def sweep(jobs: Sequence[Job], gram: torch.Tensor | None, tokens: int, settings:
     return [solutions[number] for number in range(len(jobs))]
 
 
+def guided_sweep(jobs: Sequence[Job], grams: torch.Tensor, tokens: int, settings: Settings) -> list[Solution]:
+    """Quantize linears, each group of rows with a Hessian of its own (GuidedQuant, arXiv 2505.07004, algorithm 1).
+
+    Args:
+        jobs: what to quantize; see ``sweep``.
+        grams: float32 (row groups, columns, columns), the weighted sum of x xT of each group of rows.
+        tokens: number of inputs in the sums.
+        settings: how to quantize.
+
+    Returns:
+        A solution for each job; its loss is the sum of those of the groups, its damping the largest of theirs.
+
+    Raises:
+        NotPositiveDefinite: a Hessian cannot be factored.
+    """
+    parts = [sweep([replace(job, weight=job.weight.tensor_split(len(grams))[group]) for job in jobs], gram, tokens,
+                   settings) for group, gram in enumerate(grams)]
+    return [Solution(*(torch.cat([getattr(part, name) for part in of_job], dim=1)
+                       for name in ("codes", "scales", "zeros")), math.fsum(part.loss for part in of_job),
+                     max(part.damping for part in of_job)) for of_job in zip(*parts, strict=True)]
+
+
 def _order(diagonal: torch.Tensor, settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
     """The order of columns (columns,) and that of groups (groups,) for a diagonal (columns,) of the Hessian.
 
