@@ -100,6 +100,15 @@ def slopes(aim: tuple[float, ...]) -> tuple[Method, ...]:
         ("fisher", {"at": 1.0}), ("hawq", {"samples": 4}), ("llm-mq", {})))
 
 
+def metrics(aim: tuple[float, ...]) -> tuple[Method, ...]:
+    """Scores of the field, beside ours on as many windows."""
+    fixed = tuple(Method(name, options, budgets=aim, text=16) for name, options in (
+        ("guided-output", {"form": "token"}), ("guided-output", {"form": "gram", "groups": 1}),
+        ("guided-output", {"form": "gram", "groups": 4}), ("autoscheme", {}), ("aumann-shapley", {"nodes": 2}),
+        ("fisher", {}), ("llm-mq", {}), ("lieq", {}), ("kurtosis", {}), ("nsds", {})))
+    return *fixed, Method("gamma", budgets=aim, text=16, aimed=True)
+
+
 def chance(aim: tuple[float, ...]) -> tuple[Method, ...]:
     return Method("random", seeds=3, budgets=aim), Method("first-last", budgets=aim)
 
@@ -141,7 +150,7 @@ GPTQ, HQQ = AIMS["gptq"], AIMS["hqq"]
 SETTINGS = (  # the expensive ones last
     Setting("gptq", ALL, "group", LOW, (
         *FEW, *slopes(GPTQ), WIDEST, FINE, replace(WIDE, refine=("swaps", 60), budgets=(3.0,)),
-        replace(WIDE, refine=("evolve", 60), budgets=(3.0,)))),
+        replace(WIDE, refine=("evolve", 60), budgets=(3.0,)), *metrics(GPTQ))),
     Setting("gptq", (2.0, 4.0), "block", LOW, (*FEW, *papers(GPTQ), *chance(GPTQ), *slopes(GPTQ))),
     Setting("gptq", ALL, "linear", LOW, (*FEW, WIDEST)),
     Setting("hqq", (3.0, 8.0), "block", HIGH, (*FEW, *chance(HQQ))),

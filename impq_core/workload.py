@@ -20,9 +20,12 @@ class Workload:
             that shares no block with the one before is counted at block 0, and so is one that differs in the embedding;
             one that differs in the head alone, behind the last block.
         sets: number of sets of calibration windows that the losses are on.
-        slopes: calls of ``Probe.slopes``.
+        slopes: calls of ``Probe.slopes`` and ``Probe.absolute_slopes``.
         traces: calls of ``Probe.hessian_traces``.
         states: passes over ``Probe.block_states``.
+        squares: calls of ``Probe.token_squares``.
+        curvatures: groups of ``Probe.output_curvature``; 0 if it is not called.
+        products: FLOPs of the estimator's own matrix products that are in ``Probe.charging``.
     """
 
     losses: FloatArray
@@ -30,11 +33,24 @@ class Workload:
     slopes: int = 0
     traces: int = 0
     states: int = 0
+    squares: int = 0
+    curvatures: int = 0
+    products: int = 0
+
+    @property
+    def backwards(self) -> bool:
+        """Whether there is a backward pass."""
+        return bool(self.slopes or self.traces or self.squares or self.curvatures)
 
     @classmethod
-    def inspection(cls, space: SearchSpace, slopes: int = 0, traces: int = 0, states: int = 0) -> Workload:
-        """The work of an estimator that measures no loss."""
-        return cls(losses_by_block(space, [0.0] * len(space)), slopes=slopes, traces=traces, states=states)
+    def inspection(cls, space: SearchSpace, **readings: int) -> Workload:
+        """The work of an estimator that measures no loss.
+
+        Args:
+            space: the search space.
+            readings: the fields from ``slopes`` on.
+        """
+        return cls(losses_by_block(space, [0.0] * len(space)), **readings)
 
 
 def losses_by_block(space: SearchSpace, moves: Sequence[float] | FloatArray, whole: float = 0.0) -> FloatArray:

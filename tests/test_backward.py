@@ -12,6 +12,7 @@ from impq_core.model.backward import token_weights
 from impq_core.model.bank import Bank
 from impq_core.model.blockwise import BlockwiseModel
 from impq_core.model.layers import layers_of, search_space
+from impq_core.model.quantize import fill_bank
 from impq_core.model.source import locate_model
 from impq_core.model.text import Windows
 from impq_core.testing import tiny_model
@@ -79,3 +80,36 @@ def test_the_curvature_is_the_gram_of_inputs_weighted_by_squared_gradients(model
         for part, gram in zip(gradient.tensor_split(3, dim=1), found[name], strict=True):
             expected = (inputs * part.square().mean(1, keepdim=True)).T @ inputs / (6 * 23)
             np.testing.assert_allclose(gram.numpy(), expected.numpy(), rtol=5e-3, atol=1e-3 * float(expected.max()))
+
+
+def test_squares_and_absolute_slopes_are_those_of_the_gradients_of_tokens_and_weights(model: PreTrainedModel) -> None:
+    runner, backend = BlockwiseModel(model), Rounding()
+    space = search_space(layers_of(model, "group"), backend, backend.choices()[:2], exclude=("*.1.*",))
+    bank = Bank(runner, space.everyone, backend)
+    fill_bank(bank, runner, None, [space.choices] * len(space) + [()] * len(space.pinned), lambda done, total: None)
+    probe = ModelProbe(space, bank, runner, WINDOWS)
+    at = np.random.default_rng(1).dirichlet([1, 1], len(space))
+    squares, absolute = probe.token_squares(at), probe.absolute_slopes(at)
+    assert squares.shape == (6, len(space), 2) and absolute.shape == (6, len(space))
+    expected, sums = np.zeros_like(squares), np.zeros_like(absolute)
+    linears = {spec.name: (i, spec) for i, layer in enumerate(space.layers) for spec in layer.linears}
+    original = {name: model.get_submodule(name).weight.detach().clone() for name in linears}
+    for name, (i, spec) in linears.items():
+        weight = sum(share * bank.variant(spec, choice) for choice, share in zip(space.choices, at[i], strict=True))
+        model.get_submodule(name).weight.data.copy_(weight)
+    try:
+        for name, (inputs, gradient) in by_autograd(model, list(linears)).items():
+            (i, spec), now = linears[name], model.get_submodule(name).weight.detach()
+            for k, choice in enumerate(space.choices):
+                change = bank.variant(spec, choice) - now
+                tokens = ((inputs @ change.T) * gradient).sum(dim=1).square().reshape(6, 24)
+                expected[:, i, k] += tokens.sum(dim=1).numpy() / 23
+            for window in range(6):
+                rows = slice(24 * window, 24 * (window + 1))
+                step = gradient[rows].T @ inputs[rows] / 23 * (original[name] - now)
+                sums[window, i] += float(step.abs().sum())
+    finally:
+        for name, weight in original.items():
+            model.get_submodule(name).weight.data.copy_(weight)
+    np.testing.assert_allclose(squares, expected, rtol=1e-2, atol=1e-3 * expected.max())
+    np.testing.assert_allclose(absolute, sums, rtol=1e-2)

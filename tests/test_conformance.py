@@ -16,10 +16,14 @@ from impq_qp.program import QuadraticProgram
 from impq_quanto.backend import Quanto
 from impq_refine.evolve import Evolve
 from impq_refine.swaps import Swaps
+from impq_scores.curvature import AutoScheme, GuidedOutput
 from impq_scores.fine import CoarseToFine
+from impq_scores.geometry import LieQ
 from impq_scores.gradients import AumannShapley, Fisher, Hawq, LlmMq
 from impq_scores.inspected import Activation, FirstLast, Lim, Random, ZScore
+from impq_scores.learned import Gamma
 from impq_scores.played import Clado, Isolated
+from impq_scores.weights import Kurtosis, Nsds
 from impq_spqe.sampler import Spqe
 from impq_surrogates.auto import Auto
 from impq_surrogates.regression import Coverage, Regression
@@ -70,6 +74,34 @@ class TestHawq(EstimatorSuite):
 
 class TestLlmMq(EstimatorSuite):
     part = LlmMq
+
+
+class TestGuidedOutput(EstimatorSuite):
+    part = GuidedOutput
+
+
+class TestGuidedOutputByGram(EstimatorSuite):
+    part, options = GuidedOutput, {"form": "gram", "groups": "2"}
+
+
+class TestAutoScheme(EstimatorSuite):
+    part = AutoScheme
+
+
+class TestGamma(EstimatorSuite):
+    part = Gamma
+
+
+class TestLieQ(EstimatorSuite):
+    part = LieQ
+
+
+class TestKurtosis(EstimatorSuite):
+    part = Kurtosis
+
+
+class TestNsds(EstimatorSuite):
+    part = Nsds
 
 
 class TestLim(EstimatorSuite):

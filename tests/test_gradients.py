@@ -69,17 +69,18 @@ def table(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return Table(tmp_path_factory.mktemp("gradients") / "m", request.param)
 
 
-def test_slopes_are_the_derivatives_of_each_windows_loss(table: Table) -> None:
+@pytest.mark.parametrize("same", [np.array([0.0, 0.5, 0.5]), None])
+def test_slopes_are_the_derivatives_of_each_windows_loss(table: Table, same: np.ndarray | None) -> None:
     n, m = table.space.nbytes.shape
-    at = np.array([0.0, 0.5, 0.5])
+    at = same if same is not None else np.random.default_rng(2).dirichlet(np.ones(m), n)
     slopes = table.probe().slopes(at)
     assert slopes.shape == (6, n, m)
     step = 1e-2
     for layer, choice in ((0, 2), (3, 0), (n - 1, 2)):
         moved = []
         for sign in (1, -1):
-            shares = np.tile(at, (n, 1))
-            shares[layer] = (1 - sign * step) * at + sign * step * np.eye(m)[choice]
+            shares = np.broadcast_to(at, (n, m)).copy()
+            shares[layer] = (1 - sign * step) * shares[layer] + sign * step * np.eye(m)[choice]
             moved.append(table.losses(shares))
         numeric = (moved[0] - moved[1]) / (2 * step)
         np.testing.assert_allclose(slopes[:, layer, choice], numeric, rtol=0.03, atol=2e-4)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from impq_qp.blocks import parts_of, solve_parts
 from impq_qp.linearized import branch
 from impq_qp.local import search
 from impq_qp.program import Options, QuadraticProgram, solve
@@ -130,3 +131,37 @@ def test_a_dense_program_of_64_layers_is_proven_and_the_same_twice() -> None:
     np.testing.assert_array_equal(first.pick, second.pick)
     assert first.bound == second.bound and first.predicted_loss is not None
     assert first.gap is not None and first.gap < 0.01 * abs(first.predicted_loss)
+
+
+def _in_blocks(seed: int, sizes: tuple[int, ...], bits: tuple[float, ...]) -> SensitivityEstimate:
+    """A planted estimate with pair terms within consecutive blocks of layers only."""
+    estimate = planted_estimate(seed, sum(sizes), bits, 1.0)
+    block = np.repeat(np.arange(len(sizes)), sizes)
+    assert estimate.pairwise is not None
+    return replace(estimate, pairwise=estimate.pairwise * (block[:, None] == block)[:, None, :, None])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_plans_of_separate_blocks_are_the_best(seed: int) -> None:
+    estimate = _in_blocks(seed, (3, 1, 4), (4, 3, 2)[:2 + seed % 2])
+    low, high = estimate.space.low_bytes, estimate.space.high_bytes
+    for budget in (low, low + (high - low) // 3, (low + high) // 2, high):
+        parts = parts_of(estimate)
+        assert parts is not None and sorted(len(part.layers) for part in parts) == [1, 3, 4]
+        pick = solve_parts(estimate, budget, parts)
+        assert pick is not None and estimate.space.bytes_of(pick) <= budget
+        assert float(estimate.predict(pick)[0]) == pytest.approx(least_loss(estimate, budget), abs=1e-9)
+
+
+def test_separate_blocks_are_proven_where_the_whole_program_is_not() -> None:
+    estimate = _in_blocks(1, (7,) * 20, (4, 3, 2))
+    budget = (estimate.space.low_bytes + estimate.space.high_bytes) // 2
+    plan = QuadraticProgram().allocate(estimate, budget)
+    assert plan.gap == 0 and plan.nbytes <= budget
+    heuristic = search(estimate, budget, 2, np.random.default_rng(0))
+    assert plan.predicted_loss is not None and plan.predicted_loss <= float(estimate.predict(heuristic)[0]) + 1e-9
+
+
+def test_parts_that_are_too_large_are_not_enumerated() -> None:
+    assert parts_of(planted_estimate(1, 40, (4, 3, 2), 0.5)) is None
+    assert parts_of(planted_estimate(1, 4, (4, 3, 2))) is None  # no pairs

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property, partial
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,19 @@ import torch
 
 from impq_core.errors import ImpqError
 from impq_core.game.ends import embedded_changes, watching_embedding, watching_head
+from impq_core.game.products import (
+    Mixed,
+    Product,
+    by_window,
+    inner_products,
+    keeping_first,
+    sums_of_absolute,
+    sums_of_squares,
+)
 from impq_core.ledger import Ledger
 from impq_core.model.backward import BATCH_TOKENS, Backward, Rows, Watch, by_room, inside, squared_gradients, watching
 from impq_core.model.bank import Bank
-from impq_core.model.blockwise import BlockwiseModel
+from impq_core.model.blockwise import BlockwiseModel, Hidden
 from impq_core.model.cost import ForwardCost, flop_counter
 from impq_core.model.device import on_host
 from impq_core.model.ends import ends_of
@@ -30,10 +39,6 @@ bfloat16."""
 Changes = Callable[[LinearSpec], Iterable[torch.Tensor]]
 """Returns changes (rows, columns) of a linear's weight on the device, float32; the same number for every linear. Called
 while the linear's block is loaded."""
-
-
-class _Mixed(Exception):
-    """A linear's input holds tokens of several windows, without their windows."""
 
 
 class ModelProbe:
@@ -59,33 +64,36 @@ class ModelProbe:
         self._unquantized: torch.Tensor | None = None
         self._batch_tokens = BATCH_TOKENS
         self._game_windows = game_windows or (len(windows.ids) if windows else 0)
-        self._flops = 0
+        self._spent, self._counted = 0, dict[Hashable, int]()
         self._linears = [linear for layer in space.layers for linear in layer.linears]
         self._modules = {linear: bank.module(linear) for linear in self._linears}
 
     @property
     def forwards(self) -> float:
         """Cost so far in forwards of the game's windows, as ``ForwardCost`` defines them."""
-        return self._flops / (self._game_windows * self._cost.total) if self._flops else 0.0
+        return self._spent / (self._game_windows * self._cost.total) if self._spent else 0.0
 
     @property
     def _cost(self) -> ForwardCost:
         return self._runner.cost(self._text.ids)
 
-    @cached_property
-    def _pass_flops(self) -> int:
-        """FLOPs of the slopes of one window's loss, counted on the first window: a forward, and for each block another
-        one, a backward, and the gradient of every weight; without the inner products with the changes (under 1 % with
-        windows of 256 tokens). It does not depend on the number of choices."""
-        return self._flops_of(lambda first: self._products_of(first, lambda linear: (), 0))
+    def _flops(self, product: Product, number: int) -> int:
+        """FLOPs of a reading of one window, counted on the first: a forward, and for each block another one, a
+        backward, and the products. Inner products are without the changes (under 1 % with windows of 256 tokens), so
+        that they do not depend on the number of choices."""
+        count = number if product is sums_of_squares else 0
+        return self._flops_of((product, count), lambda first: self._products_of(
+            first, lambda linear: [self._bank.original(linear)] * count, count, product))
 
-    def _flops_of(self, work: Callable[[slice], object]) -> int:
-        """FLOPs of what a reading does with one window, counted on the first."""
-        _ = self._cost  # the first forward of a model has checks, which are no part of a pass
-        self._bank.apply([None] * len(self._bank.layers))  # other weights may route tokens to other experts
-        with flop_counter() as counter:
-            work(slice(0, 1))
-        return int(counter.get_total_flops())
+    def _flops_of(self, name: Hashable, work: Callable[[slice], object]) -> int:
+        """FLOPs of what a reading with a name does with one window, counted on the first, once."""
+        if name not in self._counted:
+            _ = self._cost  # the first forward of a model has checks, which are no part of a pass
+            self._bank.apply([None] * len(self._bank.layers))  # other weights may route tokens to other experts
+            with flop_counter() as counter:
+                work(slice(0, 1))
+            self._counted[name] = int(counter.get_total_flops())
+        return self._counted[name]
 
     @property
     def window_tokens(self) -> int:
@@ -107,38 +115,95 @@ class ModelProbe:
         hidden = self._runner.embed(self._text.ids)
         for index in range(len(self._runner)):
             output = self._runner.run(index, hidden)
-            first = index if self._runner.partial else 0
-            self._flops += len(self._text.ids) * sum(self._cost.blocks[first:index + 1])
+            self._charge_block(index)
             yield index, [batch.states for batch in hidden], [batch.states for batch in output]
             hidden = output
+
+    def _charge_block(self, index: int) -> None:
+        first = index if self._runner.partial else 0
+        self._spent += len(self._text.ids) * sum(self._cost.blocks[first:index + 1])
+
+    @contextmanager
+    def charging(self) -> Iterator[None]:
+        """The context in which matrix products are charged, see ``Probe``."""
+        with flop_counter() as counter:
+            yield
+        self._spent += int(counter.get_total_flops())
+
+    def first_outputs(self, weights: Callable[[LinearSpec], torch.Tensor] | None = None) -> Iterator[
+            tuple[int, dict[LinearSpec, list[torch.Tensor]]]]:
+        """The outputs of the linears that run first in each block, see ``Probe``; costs the blocks' share of a forward
+        of the windows, more if the model has no partial forwards."""
+        runner, linears = self._runner, [linear for layer in self.space.everyone for linear in layer.linears]
+        inner = [{linear: module for linear in linears if (module := self._bank.module(linear)) in modules}
+                 for modules in (set(block.modules()) for block in runner.blocks)]
+        self._bank.apply([None] * len(self._bank.layers))
+        try:
+            for linear, module in (item for block in inner for item in block.items() if weights):
+                assert weights is not None
+                runner.placement.replace(module, partial(weights, linear))
+            hidden = runner.embed(self._text.ids)
+            for index, here in enumerate(inner):
+                found: dict[LinearSpec, list[torch.Tensor]] = {}
+                output: Hidden = []
+                with runner.placement.loaded(index):
+                    for batch in hidden:
+                        with keeping_first(here, found):
+                            output.append(runner.run_batch(index, batch))
+                self._charge_block(index)
+                yield index, found
+                hidden = output
+        finally:
+            self._bank.apply([None] * len(self._bank.layers))
 
     def slopes(self, at: FloatArray | None = None) -> FloatArray:
         """First-order changes (windows, n, m) of each window's loss, nats per token; costs about four forwards of the
         windows (forward, each block once more, backward, gradients of the weights), however many choices there are."""
-        self._remember()
+        return self._read("at", at, inner_products, self._to_choices, len(self.space.choices))
+
+    def token_squares(self, at: FloatArray | None = None) -> FloatArray:
+        """Mean squares (windows, n, m), see ``Probe``; costs about three forwards of the windows, and for each choice
+        one of their linears."""
+        squares = self._read("squares at", at, sums_of_squares, self._to_choices, len(self.space.choices))
+        return squares * self.window_tokens  # the gradients are of the mean loss of a window
+
+    def absolute_slopes(self, at: FloatArray | None = None) -> FloatArray:
+        """Sums of absolute terms (windows, n), see ``Probe``; costs about four forwards of the windows."""
+        def back(linear: LinearSpec) -> Iterator[torch.Tensor]:
+            yield self._bank.original(linear) - self._bank.module(linear).weight.float()
+
+        return self._read("absolute at", at, sums_of_absolute, back, 1)[:, :, 0]
+
+    def _to_choices(self, linear: LinearSpec) -> Iterator[torch.Tensor]:
+        """Changes of the current weight of a linear to each choice."""
+        weight = self._bank.module(linear).weight.float()
+        return (self._bank.variant(linear, choice) - weight for choice in self.space.choices)
+
+    def _read(self, name: str, at: FloatArray | None, product: Product, changes: Changes, number: int) -> FloatArray:
+        """Products (windows, n, number) at shares ``at``, summed over the linears of a layer."""
+        if product is not inner_products:
+            self._require_blocks()
+        if product is not sums_of_squares:
+            self._remember()
         shares = None if at is None else np.asarray(at, dtype=np.float64).tolist()
-        return np.array(self._logged("at", shares, 1, lambda: self._slopes(at).tolist()), dtype=np.float64)
 
-    def _slopes(self, at: FloatArray | None) -> FloatArray:
-        layers = self._bank.layers
-        if at is None:
-            self._bank.apply([None] * len(layers))
-        else:
-            shares = {choice: float(share) for choice, share in zip(self.space.choices, at, strict=True) if share}
-            pinned = [pin.choice for pin in self.space.pinned]
-            for layer in range(len(layers)):
-                if layer < len(self.space):
-                    self._bank.blend(layer, shares)
-                else:
-                    self._bank.switch(layer, pinned[layer - len(self.space)])
+        def compute() -> Any:
+            self._blend(at)
+            found = self._products(changes, number, product)  # (windows, number) by linear
+            return np.stack([np.sum([found[linear] for linear in layer.linears], axis=0)
+                             for layer in self.space.layers], axis=1).tolist()
 
-        def changes(linear: LinearSpec) -> Iterator[torch.Tensor]:
-            weight = self._bank.module(linear).weight.float()
-            return (self._bank.variant(linear, choice) - weight for choice in self.space.choices)
+        return np.array(self._logged(name, shares, self._flops(product, number), compute), dtype=np.float64)
 
-        products = self._products(changes, len(self.space.choices))  # (windows, m) by linear
-        return np.stack([np.sum([products[linear] for linear in layer.linears], axis=0) for layer in self.space.layers],
-                        axis=1)
+    def _blend(self, at: FloatArray | None) -> None:
+        """Let each layer's weights be blended by shares (m,) or (n, m); None is the unquantized model."""
+        self._bank.apply([None] * len(self._bank.layers))
+        if at is not None:
+            for layer, shares in enumerate(np.broadcast_to(at, self.space.nbytes.shape)):
+                self._bank.blend(layer, {choice: float(share) for choice, share
+                                         in zip(self.space.choices, shares, strict=True) if share})
+            for layer, pin in enumerate(self.space.pinned, start=len(self.space)):
+                self._bank.switch(layer, pin.choice)
 
     def hessian_traces(self, rng: np.random.Generator) -> dict[LinearSpec, float]:
         """One draw of the trace of the loss's Hessian in each linear's weight; costs about eight forwards of the
@@ -150,7 +215,8 @@ class ModelProbe:
         """
         self._remember()
         draw = int(rng.integers(2**63))
-        traces = self._logged("draw", draw, 2, lambda: self._traces(np.random.default_rng(draw)))
+        flops = 2 * self._flops(inner_products, 1)
+        traces = self._logged("draw", draw, flops, lambda: self._traces(np.random.default_rng(draw)))
         return dict(zip(self._linears, traces, strict=True))
 
     def _traces(self, rng: np.random.Generator) -> list[float]:
@@ -171,7 +237,8 @@ class ModelProbe:
                 for step in (STEP, -STEP):
                     for linear in linears:
                         self._runner.placement.replace(self._bank.module(linear), partial(moved, linear, step))
-                    products.append(self._products(lambda linear: (signs[linear].to(device).float(),), 1))
+                    products.append(self._products(
+                        lambda linear: (signs[linear].to(device).float(),), 1, inner_products))
         finally:
             self._bank.apply([None] * len(self._bank.layers))  # the signs take a byte a weight
         above, below = products
@@ -181,9 +248,10 @@ class ModelProbe:
     def output_curvature(self, groups: int = 1) -> Iterator[tuple[LinearSpec, torch.Tensor]]:
         """The curvature of the mean loss in each linear of a block, see ``Probe``; costs about three forwards of the
         windows, and a product of each linear's inputs with themselves for each group."""
+        self._require_blocks()
         some = list(by_room(self._runner, self._text.ids))
-        self._flops += len(self._text.ids) * self._flops_of(
-            lambda first: [0 for _ in self._curvature_of(first, groups)])
+        self._spent += len(self._text.ids) * self._flops_of(
+            groups, lambda first: [0 for _ in self._curvature_of(first, groups)])
         for part in some:
             yield from self._curvature_of(part, groups)
 
@@ -207,9 +275,9 @@ class ModelProbe:
                     stage.run(number)
             yield from grams.items()
 
-    def _logged(self, name: str, key: Any, passes: int, compute: Callable[[], Any]) -> Any:
+    def _logged(self, name: str, key: Any, flops: int, compute: Callable[[], Any]) -> Any:
         """A result as plain data: the one that the log holds under a name and key, or that of ``compute``, which is
-        then logged. ``passes`` passes over the windows are charged in both cases."""
+        then logged. ``flops`` for each window are charged in both cases."""
         rows = self._log.rows if self._log else []
         result = next((row["found"] for row in rows if name in row and row[name] == key), None)
         if result is None:
@@ -217,23 +285,23 @@ class ModelProbe:
             if self._log:
                 self._log.append({name: key, "found": result})
                 self._log.sync()
-        self._flops += passes * len(self._text.ids) * self._pass_flops
+        self._spent += flops * len(self._text.ids)
         return result
 
-    def _products(self, changes: Changes, number: int) -> dict[LinearSpec, FloatArray]:
-        """Inner products of the gradient of each window's loss, in each linear's weight, with ``number`` changes of
-        that weight, at the model's current weights. They are 0 if a window does not reach the linear.
+    def _products(self, changes: Changes, number: int, product: Product) -> dict[LinearSpec, FloatArray]:
+        """Products of the gradient of each window's loss, in each linear's weight, with ``number`` changes of that
+        weight, at the model's current weights. They are 0 if a window does not reach the linear.
 
         Returns:
             (windows, number) by linear, nats per token.
         """
         ids = self._text.ids
         try:
-            parts = [self._products_of(some, changes, number)
+            parts = [self._products_of(some, changes, number, product)
                      for some in by_room(self._runner, ids, self._batch_tokens)]
-        except _Mixed:  # the inputs of experts: each batch must be a single window
+        except Mixed:  # the inputs of experts: each batch must be a single window
             self._batch_tokens = 1
-            return self._products(changes, number)
+            return self._products(changes, number, product)
         return {linear: np.concatenate([part[linear] for part in parts]) for linear in self._linears}
 
     def _remember(self) -> None:
@@ -243,14 +311,16 @@ class ModelProbe:
             self._bank.apply([None] * len(self._bank.layers))
             hidden = self._runner.run_all(self._runner.embed(self._text.ids))
             self._unquantized = torch.cat([batch.states for batch in hidden], dim=self._runner.forward.axis)
-            self._flops += len(self._text.ids) * self._cost.behind(0)
+            self._spent += len(self._text.ids) * self._cost.behind(0)
 
-    def _products_of(self, some: slice, changes: Changes, number: int) -> dict[LinearSpec, FloatArray]:
-        """As ``_products``, for some of the windows. Changes of a block are made once for all of them."""
+    def _products_of(self, some: slice, changes: Changes, number: int,
+                     product: Product) -> dict[LinearSpec, FloatArray]:
+        """As ``_products``, for some of the windows. Changes of a block are made once for all of them. Embedding and
+        head have inner products only."""
         runner, ids = self._runner, self._text.ids[some]
         products: dict[LinearSpec, FloatArray] = {linear: np.zeros((len(ids), number)) for linear in self._linears}
         backward = Backward(runner, ids, self._batch_tokens)
-        reference = None if self._unquantized is None else self._unquantized.narrow(
+        reference = None if self._unquantized is None or product is sums_of_squares else self._unquantized.narrow(
             runner.forward.axis, some.start, len(ids))
         with self._watching_head(changes, products, ids.shape[1] - 1) as rows:
             gradients = backward.head(reference, rows)
@@ -263,11 +333,17 @@ class ModelProbe:
                 changes, torch.cat([batch.ids for batch in stage.batches]))
             row = 0
             for place, batch in enumerate(stage.batches):
-                with watching(here, self._multiply(ways, batch.ids, products, row)), (
+                with watching(here, self._multiply(product, ways, batch.ids, products, row)), (
                         self._watching_embedding(moved, products, slice(row, row + len(batch.ids)))):
                     stage.run(place)
                 row += len(batch.ids)
         return products
+
+    def _require_blocks(self) -> None:
+        """Raises ImpqError if embedding or head play."""
+        if self._in_play(self._bank.embedding) or self._in_play(self._bank.head):
+            raise ImpqError("this estimator knows no cost of embedding and head: leave out --quantize-embeddings, or "
+                            "take --estimator aumann-shapley")
 
     def _in_play(self, layer: int | None) -> LinearSpec | None:
         """The linear of the embedding's or the head's layer, if that plays."""
@@ -297,24 +373,18 @@ class ModelProbe:
             return nullcontext(Rows())
         return watching_head(ends_of(self._runner.model).head, changes(linear), products[linear], scored)
 
-    def _multiply(self, changes: Changes, ids: torch.Tensor, products: Mapping[LinearSpec, FloatArray],
-                  row: int) -> Watch[LinearSpec]:
-        """What adds the inner products of the gradients of a batch with ``changes`` to ``products``, from that row on.
-
-        The gradient of one window is the product of the linear's output gradients and its inputs, in the model's type:
-        on the demo model, rounding to bfloat16 moves slopes by 0.2 %. It is multiplied with every change in float32 and
-        then dropped, so that gradients of several windows never exist at once.
-        """
+    def _multiply(self, product: Product, changes: Changes, ids: torch.Tensor,
+                  products: Mapping[LinearSpec, FloatArray], row: int) -> Watch[LinearSpec]:
+        """What adds the products of the gradients of a batch with ``changes`` to ``products``, from that row on."""
         def watch(linear: LinearSpec, mixed: torch.Tensor) -> Callable[[torch.Tensor], None]:
-            inputs = _by_window(mixed, ids)
+            inputs = by_window(mixed, ids)
 
             def backward(gradient: torch.Tensor) -> None:
-                outputs = gradient.reshape(*inputs.shape[:2], linear.rows)
-                flat = [change.flatten().float() for change in changes(linear)]
+                outputs, made = gradient.reshape(*inputs.shape[:2], linear.rows), list(changes(linear))
                 for window in range(len(ids)):
-                    weight = (outputs[window].T @ inputs[window]).flatten().float()
-                    if flat:
-                        products[linear][row + window] += on_host(torch.stack([weight.dot(c) for c in flat]))
+                    found = product(inputs[window], outputs[window], made)
+                    if made:
+                        products[linear][row + window] += on_host(torch.stack(found))
             return backward
         return watch
 
@@ -324,17 +394,3 @@ class ModelProbe:
             raise ImpqError("bug of the estimator: it reads activations or gradients, but its attribute 'needs' does "
                             "not name them")
         return self._windows
-
-
-def _by_window(inputs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """A linear's inputs as (windows, tokens, columns); raises _Mixed if their shape does not separate the windows.
-
-    Args:
-        inputs: (windows, ..., columns), (windows * length, columns), or, for a single window, (..., columns).
-        ids: the batch (windows, length).
-    """
-    (count, length), columns = ids.shape, inputs.shape[-1]
-    rows = inputs.numel() // columns
-    if count == 1 or (inputs.dim() > 2 and len(inputs) == count) or (inputs.dim() == 2 and rows == count * length):
-        return inputs.reshape(count, rows // count, columns)
-    raise _Mixed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -97,16 +98,56 @@ class Probe(Protocol):
     def block_states(self) -> Iterator[tuple[int, list[torch.Tensor], list[torch.Tensor]]]:
         """Each block's index, inputs and outputs, as batches (windows, length, width). Needs ``activations``."""
 
+    def first_outputs(self, weights: Callable[[LinearSpec], torch.Tensor] | None = None) -> Iterator[
+            tuple[int, dict[LinearSpec, list[torch.Tensor]]]]:
+        """The index of each block, and the outputs of the linears that run first on the same input (in most models
+        query, key and value, behind the norm), as batches (windows, length, rows). Costs the blocks' share of a
+        forward. Needs ``activations``.
+
+        Args:
+            weights: returns the weight (rows, columns) that a linear of a block has instead of the unquantized one.
+        """
+
+    def charging(self) -> AbstractContextManager[None]:
+        """The context in which an estimator's own matrix products are counted in ``forwards``."""
+
     def slopes(self, at: FloatArray | None = None) -> FloatArray:
         """First-order change of each window's loss if one layer changes. Needs ``gradients``.
 
         Args:
-            at: blend weights (m,) of the choices: each layer's weights are set to this weighted sum of its variants.
-                None is the unquantized model.
+            at: blend weights (m,) of the choices, or (n, m), of its own for each layer: a layer's weights are set to
+                this weighted sum of its variants. None is the unquantized model.
 
         Returns:
             float64 (windows, n, m), nats per token: ``[s, i, k]`` is the inner product of the gradient of window s's
             mean loss with respect to layer i's weights, and the weights at choice k minus the current weights.
+        """
+
+    def token_squares(self, at: FloatArray | None = None) -> FloatArray:
+        """What the slopes are for single tokens, squared: the diagonal of the empirical Fisher matrix over tokens, at
+        the model's current weights. Costs about three forwards of the windows, and for each choice one of their
+        linears. Needs ``gradients``; raises ImpqError if embedding or head play.
+
+        Args:
+            at: as for ``slopes``.
+
+        Returns:
+            float64 (windows, n, m), nats per token: ``[s, i, k]`` is the mean over the scored tokens of window s of
+            ``(g_t . dW x_t)^2``, summed over the linears of layer i, with x_t the input of the linear, g_t the gradient
+            of the token-summed negative log-likelihood in its output (whatever the run's value), and dW the weights at
+            choice k minus the current weights.
+        """
+
+    def absolute_slopes(self, at: FloatArray | None = None) -> FloatArray:
+        """Sums over the weights of ``|gradient (W - V)|`` with W the unquantized weights and V the current ones, at
+        which the gradient is taken. Costs about four forwards of the windows. Needs ``gradients``; raises ImpqError if
+        embedding or head play.
+
+        Args:
+            at: as for ``slopes``.
+
+        Returns:
+            float64 (windows, n), nats per token.
         """
 
     def hessian_traces(self, rng: np.random.Generator) -> Mapping[LinearSpec, float]:

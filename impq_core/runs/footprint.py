@@ -180,7 +180,7 @@ def disk(layout: Layout, work: Workload | None, runs: int, scores: int, exports:
     folder = runs * (FOLDER + VARIANT_ROW * count) + scores * config.evaluation.windows * NUMBER
     if work:
         folder += round(float(work.losses.sum()) * (config.game_windows * NUMBER + 3 * n))
-        folder += work.slopes * windows_probed(config) * n * m * NUMBER
+        folder += (work.slopes + work.squares) * windows_probed(config) * n * m * NUMBER
     return {"cache_bytes": (packed + VARIANT_FILE * count) * config.cache, "run_bytes": folder,
             "export_bytes": exports * (layout.budget_bytes + (
                 layout.whole.account.fixed if layout.whole else layout.rest_bytes))}
@@ -245,7 +245,7 @@ def _gradients(layout: Layout, work: Workload | None, plan: MemoryPlan) -> dict[
     """Bytes that an estimator with gradients takes: states in front of every block, the graph of a batch in a block,
     the changes of a block's weights, and weights in float32."""
     config, shapes = layout.config, layout.shapes
-    if work and not work.slopes and not work.traces:
+    if work and not work.backwards:
         return {}
     traces = bool(work and work.traces)
     item = 4 if traces else ITEM[config.dtype]

@@ -48,10 +48,15 @@ def work_forwards(work: Workload, shapes: Shapes, config: RunConfig, space: Sear
     game += divergence * math.ceil(work.losses.sum() / PICKS) * cost.head * (len(space.choices) if head_plays else 1)
     if divergence and work.sets:  # the unquantized states of each set of windows, and of the first once more
         game += (work.sets + (work.sets > 1)) * cost.behind(0)
-    passes = work.slopes + 2 * work.traces
-    probe = passes * shapes.slopes_flops(config.calibration.length, inside, config.value, head_plays)
+    passes, length = work.slopes + 2 * work.traces, config.calibration.length
+    probe = passes * shapes.slopes_flops(length, inside, config.value, head_plays)
+    probe += work.squares * shapes.slopes_flops(length, inside * len(space.choices), "nll", head_plays=False)
+    if work.curvatures:
+        squares = sum(linear.columns**2 for layer in space.layers for linear in layer.linears)
+        probe += shapes.slopes_flops(length, work.curvatures * squares, "nll", head_plays=False)
     probe += (work.states + (divergence and passes > 0)) * cost.behind(0)
-    return float(game + probe * windows_probed(config) / config.game_windows) / cost.total
+    probe = probe * windows_probed(config) + work.products
+    return float(game + probe / config.game_windows) / cost.total
 
 
 def statistics_forwards(layout: Layout) -> float:

@@ -189,6 +189,20 @@ class _Overflowing:
         slopes[0, 1, -1] = self._bad
         return slopes
 
+    def token_squares(self, at: FloatArray | None = None) -> FloatArray:
+        """Squares with a value that is not finite for the last choice of layer 1 in the first window."""
+        self.was_read = True
+        squares = self._probe.token_squares(at).copy()
+        squares[0, 1, -1] = self._bad
+        return squares
+
+    def absolute_slopes(self, at: FloatArray | None = None) -> FloatArray:
+        """Sums with a value that is not finite for layer 1 in the first window."""
+        self.was_read = True
+        sums = self._probe.absolute_slopes(at).copy()
+        sums[0, 1] = self._bad
+        return sums
+
     def hessian_traces(self, rng: np.random.Generator) -> Mapping[LinearSpec, float]:
         """Traces with a value that is not finite for the first linear."""
         self.was_read = True
@@ -202,6 +216,15 @@ class _Overflowing:
             gram = gram.clone()
             gram.view(-1)[0] = self._bad
             yield linear, gram
+
+    def first_outputs(self, weights: Any = None) -> Iterator[tuple[int, dict[LinearSpec, list[Any]]]]:
+        """Outputs with a value that is not finite in block 1."""
+        self.was_read = True
+        for index, outputs in self._probe.first_outputs(weights):
+            outputs = {linear: [part.clone() for part in parts] for linear, parts in outputs.items()}
+            if index == 1:
+                next(iter(outputs.values()))[0].view(-1)[0] = self._bad
+            yield index, outputs
 
     def block_states(self) -> Iterator[tuple[int, list[Any], list[Any]]]:
         """States with a value that is not finite in the output of block 1."""
@@ -220,8 +243,8 @@ class _Guarded:
         self._probe, self._needs = probe, needs
 
     def __getattr__(self, name: str) -> Any:
-        need = {"block_states": "activations", "slopes": "gradients", "hessian_traces": "gradients",
-                "output_curvature": "gradients"}.get(name)
+        need = {"block_states": "activations", "first_outputs": "activations", **dict.fromkeys((
+            "slopes", "token_squares", "absolute_slopes", "hessian_traces", "output_curvature"), "gradients")}.get(name)
         assert need is None or need in self._needs, f"{name} was called, but needs does not name '{need}'"
         assert name != "window_tokens" or self._needs, "window_tokens was read, but needs is empty"
         return getattr(self._probe, name)

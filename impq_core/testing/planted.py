@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -115,7 +116,16 @@ class PlantedProbe:
         """Slopes towards each choice at the shares ``at``, the same for each of four windows."""
         self.forwards += 3
         shares = np.eye(len(self.space.choices))[0] if at is None else np.asarray(at)
-        return np.tile(self._costs - self._costs @ shares[:, None], (4, 1, 1))
+        return np.tile(self._costs - (self._costs * shares).sum(axis=1, keepdims=True), (4, 1, 1))
+
+    def token_squares(self, at: FloatArray | None = None) -> FloatArray:
+        """Squares of the slopes, as if a window were a token."""
+        squares: FloatArray = self.slopes(at) ** 2
+        return squares
+
+    def absolute_slopes(self, at: FloatArray | None = None) -> FloatArray:
+        """Absolute slopes towards the widest choice."""
+        return np.abs(self.slopes(at)[:, :, 0])
 
     def weight(self, linear: LinearSpec) -> torch.Tensor:
         """A random weight, seeded by the linear's name."""
@@ -138,6 +148,15 @@ class PlantedProbe:
     def hessian_traces(self, rng: np.random.Generator) -> Mapping[LinearSpec, float]:
         """Not implemented: there is no model."""
         raise NotImplementedError("a planted probe has no Hessian")
+
+    def first_outputs(self, weights: Callable[[LinearSpec], torch.Tensor] | None = None) -> Iterator[
+            tuple[int, dict[LinearSpec, list[torch.Tensor]]]]:
+        """Not implemented: there is no model."""
+        raise NotImplementedError("a planted probe has no activations")
+
+    def charging(self) -> AbstractContextManager[None]:
+        """Counts nothing."""
+        return nullcontext()
 
     def output_curvature(self, groups: int = 1) -> Iterator[tuple[LinearSpec, torch.Tensor]]:
         """Not implemented: there is no model."""

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from impq_core.interfaces import Allocator
 from impq_core.space import FloatArray, IntArray
 from impq_core.types import Plan, SensitivityEstimate
+from impq_qp.blocks import parts_of, solve_parts
 from impq_qp.linearized import branch
 from impq_qp.local import descend, search
 from impq_qp.relaxation import Program, Tangent, relaxations
@@ -75,7 +76,9 @@ class QuadraticProgram(Allocator):
     A multi-start local search finds a plan, which is replaced only by a better one. Convex relaxations bound the
     program from below and exclude choices that no better plan can take. HiGHS solves the rest with linearised products
     of choices (IMPQ, section on allocation; the paper has two widths and uses SCIP). If the work limit ends the proof
-    early, the plan's ``bound`` is below its predicted loss.
+    early, the plan's ``bound`` is below its predicted loss. If layers interact in small parts only, such as blocks
+    (``clado -o pairs=block``), the plan is exact: every combination of a part is scored, and a knapsack takes one of
+    each.
     """
 
     Options = Options
@@ -92,6 +95,10 @@ class QuadraticProgram(Allocator):
 
 def solve(estimate: SensitivityEstimate, budget: int, options: Options) -> tuple[IntArray, float]:
     """The best pick, and a proven lower bound on the scores of all picks (-inf if none was proven)."""
+    parts_alone = parts_of(estimate) if options.linearization == "auto" else None
+    pick = solve_parts(estimate, budget, parts_alone) if parts_alone else None
+    if pick is not None:
+        return pick, float(estimate.score(pick)[0])
     best = _Best(estimate, budget, options)
     whole = np.ones(estimate.space.nbytes.shape, dtype=bool)
     if options.linearization != "auto":
