@@ -212,17 +212,18 @@ class TestQuantoSmallGroups(BackendSuite):
 
 
 class TestCmpq(BackendSuite):
-    part, fine = Cmpq, 0.05
+    part, fine = Cmpq, 0.1
 
 
 class TestCmpqPaper(BackendSuite):
-    part, fine, options = Cmpq, 0.05, {
-        "codebook": "column", "overhead": "16", "feedback": "false", "weigh_errors": "false"}
+    part, fine, options = Cmpq, 0.1, {
+        "overhead": "16", "feedback": "false", "outliers_by_activation": "0.0005", "outliers_by_error": "0.0045"}
 
 
 class TestCmpqRows(BackendSuite):
-    part, fine, options = Cmpq, 0.05, {
-        "codebook": "row", "exchange": "0", "outliers_by_activation": "0", "outliers_by_error": "0"}
+    part, fine, options = Cmpq, 0.2, {
+        "codebook": "row", "overhead": "0.5", "weigh_errors": "true", "exchange": "0",
+        "outliers_by_error": "0.001"}
 
 
 class TestRatio(BackendSuite):

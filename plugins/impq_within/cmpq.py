@@ -28,31 +28,31 @@ class Options:
     Args:
         exchange: share of the channels of largest norm that get a bit more at a whole width, and of the smallest that
             get a bit less; 0 leaves all at one width.
-        codebook: what a codebook serves: ``column`` (a channel, as in the paper), ``row`` (the weights of a row that
-            have one width, as in SqueezeLLM), or ``auto``, the one that takes fewer bytes in a linear.
+        codebook: what a codebook serves: ``column``, a channel, as in the paper, or ``row``, the weights of a row that
+            have one width, as in SqueezeLLM.
         overhead: most bits a weight that centroids may take; neighbouring columns, in the order of their norms, or
             neighbouring rows share a codebook as far as this needs. 16 lets none share.
         outliers_by_activation: share of the weights, those of largest magnitude times channel norm, that stay at 16
             bits; the paper's is 0.0005.
         outliers_by_error: share of the weights, those of largest quantization error, that stay at 16 bits; the
             paper's is 0.0045.
-        weigh_errors: rank quantization errors times the channel norm; false ranks them by themselves.
+        weigh_errors: rank quantization errors times the channel norm; the paper does not.
         feedback: spread each column's rounding error over the columns behind it, as GPTQ does; the paper does not.
         damping: share of the Hessian's mean diagonal that is added to its diagonal, for the feedback.
     """
 
     exchange: float = 0.1
-    codebook: str = "auto"
-    overhead: float = 0.25
-    outliers_by_activation: float = 0.0005
-    outliers_by_error: float = 0.0045
-    weigh_errors: bool = True
+    codebook: str = "column"
+    overhead: float = 0.03
+    outliers_by_activation: float = 0.0
+    outliers_by_error: float = 0.002
+    weigh_errors: bool = False
     feedback: bool = True
     damping: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.codebook not in ("auto", "column", "row"):
-            raise ValueError(f"codebook must be auto, column or row, not {self.codebook}")
+        if self.codebook not in ("column", "row"):
+            raise ValueError(f"codebook must be column or row, not {self.codebook}")
         if not 0 <= self.exchange <= 0.5:
             raise ValueError(f"exchange must lie between 0 and 0.5, not {self.exchange}")
         if self.overhead <= 0:
@@ -95,7 +95,8 @@ class Cmpq(Backend):
 
     Codes point to 2^b centroids, which 1-D k-means finds. What is stored beside the codes: the order of the channels,
     the centroids in 16 bits, and the outliers with their rows. A codebook for every column takes 16 2^b / rows bits a
-    weight: 0.03 at 3 bits and 4096 rows, but 0.67 with 192 rows. Options ``codebook`` and ``overhead`` bound that.
+    weight: 0.03 at 3 bits and 4096 rows, but 0.67 with 192 rows. Option ``overhead`` bounds that: neighbouring columns,
+    in the order of their norms, share a codebook.
 
     1. ``outliers_by_activation``: the weights of largest |w_rc| s_c stay at 16 bits and are left out of the fit.
     2. k-means of the others; errors are weighted by s_c^2 if columns share a codebook.
@@ -110,12 +111,12 @@ class Cmpq(Backend):
 
     Options = Options
     devices = frozenset({"cpu", "cuda"})
-    default_bits = ("2", "2.25", "2.5", "3", "3.5", "4")
+    default_bits = ("2", "2.25", "2.5", "3", "4")
     needs = frozenset({"activations"})
 
     def choices(self) -> tuple[Choice, ...]:
-        """5 bits, and 4 to 2 bits in steps of a quarter."""
-        return tuple(Choice(bits, 0) for bits in (5.0, *(quarters / 4 for quarters in range(16, 7, -1))))
+        """4, 3.5, 3, 2.5, 2.25 and 2 bits, of the many that there are."""
+        return tuple(Choice(bits, 0) for bits in (4.0, 3.5, 3.0, 2.5, 2.25, 2.0))
 
     def choice(self, name: str) -> Choice | None:
         """An average width from 1 to 8 bits by its number, with up to three decimals."""
@@ -128,8 +129,8 @@ class Cmpq(Backend):
 
     def nbytes(self, linear: LinearSpec, choice: Choice) -> int:
         """Bytes of the codes, filled up to eight at each width; of 16-bit centroids; of the order of the columns, in 16
-        bits if these can count them, else 32; and, if there are outliers, of their 16-bit values, their rows, in 16 or
-        32 bits, and a 32-bit start for each column."""
+        bits if these can count them, else 32; and, if there are outliers, of their 16-bit values, and of their rows and
+        their number in each column, in 16 or 32 bits."""
         from impq_within.codes import bytes_of
 
         layout = self._layout(linear, choice)
@@ -137,7 +138,7 @@ class Cmpq(Backend):
         for bits, columns in layout.parts:
             total += bytes_of(columns * linear.rows, bits) + 2 * 2**bits * layout.books(linear.rows, columns)
         if count := sum(layout.outliers):
-            total += count * (2 + _index_bytes(linear.rows)) + 4 * (linear.columns + 1)
+            total += 2 * count + _index_bytes(linear.rows + 1) * (count + linear.columns)
         return total
 
     def _layout(self, linear: LinearSpec, choice: Choice) -> _Layout:
@@ -146,16 +147,14 @@ class Cmpq(Backend):
         outliers = (round(self.options.outliers_by_activation * linear.parameters),
                     round(self.options.outliers_by_error * linear.parameters))
 
-        def centroids(by_row: bool, share: int) -> int:
-            layout = _Layout(parts, by_row, share, outliers)
-            return sum(2**bits * layout.books(rows, count) for bits, count in parts)
+        by_row = self.options.codebook == "row"
+        most, lines = self.options.overhead * linear.parameters / 16, rows if by_row else columns
 
-        by_row = self.options.codebook == "row" or (
-            self.options.codebook == "auto" and centroids(True, 1) < centroids(False, 1))
-        most = self.options.overhead * linear.parameters / 16
-        lines = rows if by_row else columns
-        share = next((share for share in range(1, lines) if centroids(by_row, share) <= most), lines)
-        return _Layout(parts, by_row, share, outliers)
+        def fits(share: int) -> bool:
+            layout = _Layout(parts, by_row, share, outliers)
+            return sum(2**bits * layout.books(rows, count) for bits, count in parts) <= most
+
+        return _Layout(parts, by_row, next(filter(fits, range(1, lines)), lines), outliers)
 
     def quantize(self, weight: torch.Tensor, choice: Choice, statistics: Statistics | None) -> Variant:
         """Channels by the diagonal of the given statistics, and feedback by all of it.
@@ -186,8 +185,8 @@ class Cmpq(Backend):
         if sum(layout.outliers):
             columns, rows = kept.T.nonzero(as_tuple=True)
             tensors["outlier_values"] = values[rows, columns].half()
-            tensors["outlier_rows"] = _index(rows, spec.rows)
-            tensors["outlier_starts"] = torch.nn.functional.pad(kept.sum(0).cumsum(0), (1, 0)).int()
+            tensors["outlier_rows"] = _index(rows, spec.rows + 1)
+            tensors["outlier_counts"] = _index(kept.sum(0), spec.rows + 1)
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
             raise ImpqError(f"the weights overflow 16 bits at {choice} bits")
@@ -284,8 +283,8 @@ class Cmpq(Backend):
             weight[:, order[start:start + columns]] = values if layout.by_row else values.T
             start += columns
         if sum(layout.outliers):
-            counts = tensors["outlier_starts"].diff().long()
-            weight[tensors["outlier_rows"].long(), order.repeat_interleave(counts)] = tensors["outlier_values"].float()
+            places = tensors["outlier_rows"].long(), order.repeat_interleave(tensors["outlier_counts"].long())
+            weight[places] = tensors["outlier_values"].float()
         return weight
 
 

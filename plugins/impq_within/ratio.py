@@ -14,8 +14,8 @@ from impq_core.space import Choice, LinearSpec
 if TYPE_CHECKING:
     import torch
 
-RATIOS = (20, 15, 10, 5, 2)
-"""Percentages of wide channels that are listed; the paper's candidates."""
+RATIOS = (20, 10)
+"""Percentages of wide channels that are listed, of the paper's candidates 2, 5, 10, 15 and 20."""
 
 WIDTHS = (4, 3, 2)
 """Bits of the channels that are not wide."""
@@ -75,7 +75,7 @@ class Ratio(Backend):
         return frozenset({"activations", "gradients"} if self.options.impact == "guided" else {"activations"})
 
     def choices(self) -> tuple[Choice, ...]:
-        """4 bits, and 3 and 2 bits with 20, 15, 10, 5, 2 and 0 percent of wide channels."""
+        """4 bits, and 3 and 2 bits with 20, 10 and 0 percent of wide channels, of the many that there are."""
         names = (f"{bits}+{ratio}%" if ratio else f"{bits}" for bits in WIDTHS for ratio in (*RATIOS, 0))
         return tuple(choice for name in names if (choice := self.choice(name)) and choice.bits <= WIDTHS[0])
 

@@ -21,11 +21,14 @@ class Options:
         group_size: columns that share a width, and weights of a row that share a scale and a zero.
         lowest: bits of the narrowest groups, 1 or 2. With 2, no group of a linear at 2 bits is narrower, so that none
             is wider, and it is quantized as GPTQ does.
+        trial: what the count of groups loses least by: ``feedback``, the error that is left if GPTQ spreads errors
+            over later columns, or ``outputs``, the error of the outputs if nothing is spread.
         damping: share of the Hessian's mean diagonal that is added to its diagonal.
     """
 
     group_size: int = 64
     lowest: int = 2
+    trial: str = "feedback"
     damping: float = 0.05
 
     def __post_init__(self) -> None:
@@ -33,6 +36,8 @@ class Options:
             raise ValueError(f"group_size must be a multiple of 8, not {self.group_size}")
         if self.lowest not in (1, 2):
             raise ValueError(f"lowest must be 1 or 2 bits, not {self.lowest}")
+        if self.trial not in ("feedback", "outputs"):
+            raise ValueError(f"trial must be feedback or outputs, not {self.trial}")
         if not 0 < self.damping < 1:
             raise ValueError(f"damping must lie between 0 and 1, not {self.damping}")
 
@@ -43,9 +48,10 @@ class Slim(Backend):
     1. The salience of a group of columns is ``sum_rc w_rc^2 / U_cc^2``, with U the upper Cholesky factor of the inverse
        of the damped Hessian H, as in the authors' code; their paper has the diagonal of the inverse itself.
     2. For every count i, the i groups of least salience get b - 1 bits and the i of most b + 1. Each is tried with
-       plain rounding, and the count of the least ``tr(dW H dW')`` is taken, the squared error of the outputs. The
-       authors take the KL divergence of softmaxes over the outputs, which need activations and mean nothing inside a
-       block; and they exclude i = 0, which is all groups at b bits and competes here.
+       the errors dW of plain rounding, and the count that loses least is taken: by ``sum_rc dW_rc^2 / U_cc^2``, what
+       GPTQ loses by such errors, or, with option ``trial=outputs``, by ``tr(dW H dW')``, the squared error of the
+       outputs without GPTQ. The authors take the KL divergence of softmaxes over the outputs, which need activations
+       and mean nothing inside a block; and they exclude i = 0, which is all groups at b bits and competes here.
     3. GPTQ rounds the widest groups, then those of b bits, then the narrowest, with one Hessian
        (``impq_within.parts``).
 
@@ -126,11 +132,12 @@ class Slim(Backend):
         if bits - 1 < self.options.lowest:
             return steps
         damped, weight = hessian(statistics, self.options.damping), weight.float()
-        salience = weight.double().square().sum(0) / inverse_factor(damped).diagonal().square()
-        ranked = salience.view(groups, -1).sum(1).argsort(stable=True)
+        stiffness = inverse_factor(damped).diagonal() ** -2
+        ranked = (weight.double().square().sum(0) * stiffness).view(groups, -1).sum(1).argsort(stable=True)
+        losses = stiffness.diag() if self.options.trial == "feedback" else damped
         settings = settings_of(group_size, self.options.damping)
         narrow, plain, wide = (plainly_rounded(weight, bits + step, settings) - weight for step in (-1, 0, 1))
-        count = best_count(plain, narrow, wide, damped.float(), ranked)
+        count = best_count(plain, narrow, wide, losses.float(), ranked)
         steps[ranked[:count]], steps[ranked[groups - count:]] = -1, 1
         return steps
 
