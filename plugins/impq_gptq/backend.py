@@ -13,7 +13,7 @@ from impq_core.space import Choice, LinearSpec
 if TYPE_CHECKING:
     import torch
 
-    from impq_gptq.solver import Solution
+    from impq_gptq.solver import Settings, Solution
 
 
 TENSORS = ("qweight", "qzeros", "scales", "g_idx")
@@ -182,16 +182,14 @@ class Gptq(Backend):
                   statistics: Statistics | None) -> Iterator[Variant]:
         import torch
 
-        from impq_gptq.solver import Job, NotPositiveDefinite, Settings, guided_sweep, sweep
+        from impq_gptq.solver import Job, NotPositiveDefinite, guided_sweep, sweep
 
         if statistics is None:
             raise ImpqError("backend gptq needs activation statistics")
         if not torch.isfinite(statistics.gram).all():
             raise ImpqError("the inputs hold NaN or infinity, which GPTQ cannot use; try --dtype float32")
         reached = statistics.tokens > 0
-        options = self.options
-        settings = Settings(options.group_size, options.symmetric, options.group_aware, options.grid, options.damping,
-                            options.drift, options.drift_strength)
+        settings = settings_of(self.options)
         solutions: dict[int, Solution] = {}
         try:
             for size in dict.fromkeys(choice.group_size for _, choice in jobs):
@@ -245,6 +243,14 @@ class Gptq(Backend):
             values = codes.float().view(len(codes), -1, size).sub_(zeros[rows]).mul_(scales[rows])
             weight[rows] = values.half().view_as(codes)
         return weight
+
+
+def settings_of(options: Options) -> Settings:
+    """The solver's settings for the backend's options."""
+    from impq_gptq.solver import Settings
+
+    return Settings(options.group_size, options.symmetric, options.group_aware, options.grid, options.damping,
+                    options.drift, options.drift_strength)
 
 
 def _packed(choice: Choice, solution: Solution, record: Mapping[str, float]) -> Variant:

@@ -8,11 +8,6 @@ columns (group-aware reordering, arXiv 2505.14638), grids that are fixed at the 
 is asked for, its search of grids; see ``impq_gptq.grid``. V is computed from one Cholesky factor of the reversed
 Hessian; gptqmodel factors twice, which is slower and rounds differently.
 
-**Drift.** Behind quantized layers a linear's input x is no longer the x_fp of the unquantized model. With the drift
-D = sum (x_fp - x) xT the linear can repair a part of it, in one of two ways. QEP (arXiv 2504.09629) moves the weight
-before it is quantized: W + alpha W D (H + mean(diag H) I)^-1. GPTAQ (arXiv 2504.02692) moves the columns behind
-column j by w_j P_j, where P = alpha triu(D VT, 1) V, while the column is rounded.
-
 **Bits.** What is computed for a linear at a width does not depend on the other linears and widths of the sweep. Rows
 are worked on together by operations on single elements only, each of which is rounded by itself (a fused product and
 sum rounds the vector part of a loop and its rest differently on some processors); sums are trees of such operations;
@@ -38,6 +33,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from impq_gptq import grid
+from impq_gptq.drift import gptaq, qep
 from impq_gptq.grid import additions
 
 BLOCK = 128
@@ -46,9 +42,6 @@ BLOCK = 128
 CPU_CHUNK, DEVICE_CHUNK = 2**17, 2**22
 """Weights whose grids and codes are found together: on a CPU few enough for its cache, elsewhere as many as keep the
 device busy."""
-
-QEP_RIDGE = 1.0
-"""Share of the Hessian's mean diagonal in the correction of QEP (the paper's lambda in its code)."""
 
 DAMPING_STEP = 0.01
 """Step by which the damping is raised until the Hessian can be factored."""
@@ -138,9 +131,9 @@ def sweep(jobs: Sequence[Job], gram: torch.Tensor | None, tokens: int, settings:
     inverse, damping = _inverse_factor(gram, diagonal, order, 2 / tokens, settings.damping)
     pull = None
     if drift is not None and gram is not None and settings.correction == "gptaq":
-        pull = _pull(drift, inverse, order, settings.strength * 2 / tokens)
+        pull = gptaq(drift, inverse, order, settings.strength * 2 / tokens)
     elif drift is not None and gram is not None and settings.correction == "qep":
-        moves = _moves(drift, gram, settings.strength)
+        moves = qep(drift, gram, settings.strength)
         jobs = [replace(job, weight=torch.addmm(job.weight.float(), job.weight.float(), moves)) for job in jobs]
     # Rows of one width are neighbours, so that a chunk of rows has one width.
     ranked = sorted(range(len(jobs)), key=lambda number: jobs[number].bits)
@@ -211,28 +204,6 @@ def _inverse_factor(gram: torch.Tensor | None, diagonal: torch.Tensor, order: to
         diagonal[backwards], damping)
     inverse = identity()
     return torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse), damping
-
-
-def _pull(drift: torch.Tensor, inverse: torch.Tensor, order: torch.Tensor, factor: float) -> torch.Tensor:
-    """P (columns, columns) of GPTAQ, in the order of the columns.
-
-    Args:
-        drift: see ``sweep``.
-        inverse: as ``_inverse_factor`` returns it.
-        order: (columns,) of the columns.
-        factor: alpha times the Hessian's factor.
-    """
-    upper = inverse.flip(0, 1)
-    ordered = drift.index_select(0, order).index_select(1, order)
-    return ((ordered @ upper.T).triu_(1) @ upper).mul_(factor)
-
-
-def _moves(drift: torch.Tensor, gram: torch.Tensor, strength: float) -> torch.Tensor:
-    """alpha D (H + ridge)^-1 (columns, columns), the moves of QEP of each unit of weight."""
-    ridged = gram.clone()
-    ridged.diagonal().add_(QEP_RIDGE * gram.diagonal().mean())
-    lower = torch.linalg.cholesky(ridged)
-    return torch.cholesky_solve(drift.T, lower).T.mul_(strength).contiguous()
 
 
 def _damped_factor(hessian: torch.Tensor, diagonal: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:

@@ -10,10 +10,10 @@ Hessian, up to the order of the columns.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
-from impq_gptq.backend import Options
+from impq_gptq import backend as gptq
 from impq_gptq.solver import Job, Settings, Solution, sweep
 
 from impq_core.interfaces import Statistics
@@ -42,7 +42,7 @@ class Part:
 
 def settings_of(group_size: int, damping: float) -> Settings:
     """How the solver rounds: as the backend ``gptq`` does by default, in these groups with this damping."""
-    return Settings(**asdict(Options(group_size=group_size, damping=damping)))
+    return gptq.settings_of(gptq.Options(group_size=group_size, damping=damping))
 
 
 def round_parts(weight: torch.Tensor, statistics: Statistics, parts: Sequence[Part],
