@@ -82,7 +82,7 @@ class Parts:
             raise UsageError("--whole takes a --budget for the file, such as 60MB or 40%")
         if config.whole and budget:
             budget.check_whole()
-        exact = type(built["backend"]).stand_in is Backend.stand_in
+        exact = type(built["backend"]).stand_in is Backend.stand_in or all(choice.is_width for choice in menu)
         # A pin, or what is stored for a shape, may lie outside the menu; a file has more than the menu's widths.
         if budget and exact and not config.pins and not config.whole:
             budget.check_menu([choice.bits for choice in menu])

@@ -139,7 +139,6 @@ NUMBERS = [
     Case("run --exclude nothing*", 2, "'nothing*'"),
     Case("run --estimate-with quanto --pin model.layers.0=3", 2, "quanto"),
     Case("run --bits 3@7,4", 2, "3@7"),
-    Case("run --bits 3@48,4", 1, "group size 48"),
     light("run --backend gguf --bits Q4_K,Q9_K", 2, "Q9_K"),
     light("run --backend gguf --bits IQ2_XS,Q4_K -o importance=false", 2, "IQ2_XS"),
     light("run --backend ratio --bits 2,2+200%", 2, "2+200%"),

@@ -16,6 +16,7 @@ from impq_hqq.backend import Options as HqqOptions
 
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError, UsageError
+from impq_core.exports.export import evaluate_folder, export_run
 from impq_core.interfaces import Backend, Statistics, Variant
 from impq_core.model.bank import Bank
 from impq_core.model.blockwise import BlockwiseModel
@@ -130,6 +131,56 @@ def test_choices_that_are_stored_alike_everywhere_are_one() -> None:
     assert further_choices(short, backend, [wide], [wide, plain, thin], ()) == [plain]
     assert further_choices(short, backend, [wide, thin], [plain], ()) == []
     assert further_choices(space.layers, backend, [wide], [plain, thin], ()) == [plain, thin]
+
+
+@pytest.mark.parametrize(("backend", "columns", "stored"), [
+    (Gptq, 576, {"2@128": "2", "2": "2", "3@1024": "3", "4@32": "4@32"}), (Gptq, 96, {"2@128": "2@32", "3@64": "3"}),
+    (Gptq, 1536, {"2@128": "2@128", "2@1024": "2@512"}),
+    (Hqq, 576, {"2@128": "2@96", "3@200": "3@192", "4@32": "4@32", "3@48": "3@48"}), (Hqq, 1536, {"2@128": "2@128"})])
+def test_a_named_group_size_that_does_not_divide_a_row_has_the_next_smaller_for_a_stand_in(
+        backend: type[Backend], columns: int, stored: dict[str, str]) -> None:
+    quantizer, linear = backend(), LinearSpec("blocks.0.linear", 64, columns)
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(64, columns, generator=generator), torch.randn(64, columns, generator=generator)
+    for name, expected in stored.items():
+        choice = quantizer.choice(name)
+        assert choice is not None
+        found = quantizer.stand_in(linear, choice)
+        assert found == quantizer.choice(expected)
+        if columns % found.group_size:  # the option's, which has no stand-in
+            with pytest.raises(ImpqError, match="group size 64 does not divide the 96"):
+                quantizer.check(linear, found)
+            continue
+        quantizer.check(linear, found)
+        variant = quantizer.quantize(weight, found, Statistics(inputs.T @ inputs, 64))
+        assert variant.nbytes == quantizer.nbytes(linear, found) and columns % found.group_size == 0
+
+
+@pytest.mark.parametrize(("backend", "bits"), [
+    ("gptq", ("2@128", "2", "3@128", "3", "4")), ("hqq", ("2@128", "2", "4@128", "4", "8"))])
+def test_a_menu_of_group_sizes_has_its_bytes_linear_by_linear(
+        backend: str, bits: tuple[str, ...], tiny_config: RunConfig, tmp_path: Path) -> None:
+    """128 divides the rows of down_proj only; elsewhere two names are one form."""
+    config = replace(tiny_config, backend=backend, bits=bits, granularity="linear",
+                     budget="60%", estimator="random", options={})
+    result = run(config)
+    assert result.config.bits == bits[::-1]
+    for layer, sizes in zip(result.plan.space.layers, result.plan.space.nbytes, strict=True):
+        alike = [sizes[1] == sizes[2], sizes[3] == sizes[4]]
+        assert alike == ([False, False] if layer.name.endswith("down_proj") else [True, True])
+    data = json.loads((result.folder / "plan.json").read_text())["layers"]
+    for name in data:
+        data[name] = {"bits": 2 if "mlp" in name else float(bits[2][0]), "group_size": 128}
+    (tmp_path / "plan.json").write_text(json.dumps({"layers": data}))
+    given = run(replace(config, plan=str(tmp_path / "plan.json"), budget=""))
+    export = export_run(given.folder, backend, tmp_path / "export")
+    assert export.score is not None and evaluate_folder(export.folder).score.nll == export.score.nll
+    if backend == "gptq":
+        settings = json.loads((export.folder / "config.json").read_text())["quantization_config"]
+        groups = {(found["bits"], found["group_size"]) for found in settings["dynamic"].values()}
+        assert groups | {(settings["bits"], settings["group_size"])} == {(2, 64), (2, 128), (3, 64)}
+    with pytest.raises(UsageError, match=r"budget 8\.5bits is outside"):
+        Parts.build(replace(config, budget="8.5bits"), Plugins())
 
 
 def test_orders_that_differ_between_layers_are_refused() -> None:

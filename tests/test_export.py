@@ -22,7 +22,7 @@ from impq_core.config import RunConfig
 from impq_core.errors import ImpqError, UsageError
 from impq_core.exports.export import bare_checkpoint, evaluate_folder, export_run
 from impq_core.interfaces import Variant
-from impq_core.model.outline import outline
+from impq_core.model.outline import outline, stored_widths
 from impq_core.model.source import locate_model
 from impq_core.parts import Parts, load_exporter
 from impq_core.plugins import Plugins
@@ -74,12 +74,12 @@ def _without_zeros(linear: LinearSpec, choice: Choice) -> int:
 
 FORMATS = {
     # bfloat16 keeps 8 bits, and GPTQModel rounds the scales to it too: a per cent or two after 12 blocks.
-    "gptq": Format("gptq", ("2", "2@32", "3", "4"), torch.bfloat16, 0.03, r"\.(qweight|qzeros|scales|g_idx)$",
-                   {"grid": "min-max"}),
+    "gptq": Format("gptq", ("2@128", "2", "2@32", "3@128", "3", "4"), torch.bfloat16, 0.03,
+                   r"\.(qweight|qzeros|scales|g_idx)$", {"grid": "min-max"}),
     # Products of 16-bit scales round to 11 bits.
     "compressed-tensors": Format("gptq", ("2", "2@32", "3", "4", "8"), torch.float32, 2e-3, r"\.weight_(packed|scale)$",
                                  {"grid": "min-max", "symmetric": True}, _without_zeros),
-    "hqq": Format("hqq", ("2", "2@32", "3", "4", "8"), torch.float32, 1e-6, r"\.(W_q|scale|zero)$"),
+    "hqq": Format("hqq", ("2@128", "2", "2@32", "3@128", "3", "4", "8"), torch.float32, 1e-6, r"\.(W_q|scale|zero)$"),
     "quanto": Format("quanto", ("2", "4", "8"), torch.float16, 5e-3, r"\.weight\._(data|data\._data|scale|shift)$"),
 }
 
@@ -114,8 +114,10 @@ def test_stock_software_loads_what_was_measured(name: str, tiny_config: RunConfi
         assert export.file_bytes <= promise <= 1.2 * export.file_bytes  # mostly header: the model is tiny
         assert export.score is not None and again.score is not None
         assert again.score.nll == export.score.nll and again.score.kl == export.score.kl
-        variants = load_exporter(name, form.backend, result.config.options["backend"], Plugins()).restore(
-            export.folder, bare_checkpoint(result.plan, form.backend, result.config.options["backend"]))
+        backend, options = Parts.build(result.config, Plugins()).backend, result.config.options["backend"]
+        bare = bare_checkpoint(result.plan, form.backend, options)
+        variants = load_exporter(name, form.backend, options, Plugins()).restore(
+            export.folder, replace(bare, widths=stored_widths(result.plan, backend)))
         ours, unquantized = (_logits(result, form.dtype, some) for some in (variants, {}))
         theirs = np.load(export.folder / "logits.npy")
         assert _apart(ours, theirs) <= form.tolerance < 0.1 < _apart(ours, unquantized)
@@ -123,7 +125,7 @@ def test_stock_software_loads_what_was_measured(name: str, tiny_config: RunConfi
             sizes = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         packed = sum(t.numel() * t.element_size() for key, t in sizes.items() if re.search(form.tensors, key))
         specs = {spec.name: spec for layer in result.plan.space.everyone for spec in layer.linears}
-        nbytes = form.nbytes or Parts.build(result.config, Plugins()).backend.nbytes
+        nbytes = form.nbytes or backend.nbytes
         assert packed == sum(nbytes(specs[linear], variant.choice) for linear, variant in variants.items())
         excluded = sizes[f"{last}.weight"]
         assert form.nbytes or packed + 2 * excluded.numel() == result.plan.nbytes

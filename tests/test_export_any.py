@@ -36,7 +36,7 @@ IDS = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 40)))
 BACKENDS: dict[str, dict[str, Any]] = {
     "quanto": {"backend": "quanto", "bits": ("2", "4", "8"), "options": {}},
     "hqq": {"backend": "hqq", "bits": ("2", "2@32", "3"), "options": {}},
-    "gptq": {"backend": "gptq", "bits": ("2", "3@32", "4"), "options": {"backend": {"clip_search": False}}},
+    "gptq": {"backend": "gptq", "bits": ("2", "3@32", "4"), "options": {"backend": {"grid": "min-max"}}},
     "gguf": {"backend": "gguf", "bits": ("Q8_0", "Q4_K", "IQ4_NL"), "options": {"backend": {"mixes": "none"}}}}
 
 

@@ -92,7 +92,8 @@ class Backend(Part, ABC):
 
     def stand_in(self, linear: LinearSpec, choice: Choice) -> Choice:
         """The choice that is stored for a linear in place of one that does not exist for its shape; by default the
-        choice itself. The other methods are given only choices that this one returned."""
+        choice itself. The stand-in of a width, such as ``3@128``, has as many bits. The other methods are given only
+        choices that this one returned."""
         return choice
 
     def variant_options(self) -> Mapping[str, Any]:

@@ -142,11 +142,15 @@ class BackendSuite(PartSuite):
 
     def test_awkward_shapes_are_exact_or_refused_by_name(self) -> None:
         """If a shape cannot be stored, ``check`` raises an ImpqError that names the linear; a shape that it accepts is
-        stored in exactly ``nbytes``."""
+        stored in exactly ``nbytes``. The stand-in of a width has its bits."""
         import torch
 
         backend = self.make()
         for spec in AWKWARD:
+            for choice in filter(None, map(backend.choice, (*backend.default_bits, *self.names))):
+                stored = backend.stand_in(spec, choice)
+                assert stored.bits == choice.bits or not choice.is_width, f"{choice} bits: {stored.bits} for {spec}"
+                assert backend.stand_in(spec, stored) == stored, f"a stand-in for {choice} of {spec} has another one"
             for choice in self.choices(spec):
                 try:
                     backend.check(spec, choice)

@@ -134,6 +134,15 @@ class Gptq(Backend):
             return found
         return found.in_groups(int(size)) if size in map(str, GROUP_SIZES) else None
 
+    def stand_in(self, linear: LinearSpec, choice: Choice) -> Choice:
+        """For a width with a group size in its name, such as ``3@128``, the same width in the largest smaller groups
+        that divide the inputs, if those named do not. The option ``group_size`` is one for all linears, which
+        ``check`` refuses where it does not fit."""
+        if choice.group_size == self.options.group_size or linear.columns % choice.group_size == 0:
+            return choice
+        fits = [size for size in GROUP_SIZES if size < choice.group_size and linear.columns % size == 0]
+        return (self.choice(f"{choice.bits:g}@{fits[-1]}") if fits else None) or choice
+
     def check(self, linear: LinearSpec, choice: Choice) -> None:
         """Raises ImpqError if groups do not divide the inputs, or inputs or outputs are no multiples of 32."""
         if linear.columns % choice.group_size:

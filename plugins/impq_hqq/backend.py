@@ -57,6 +57,15 @@ class Hqq(Backend):
             return found
         return found.in_groups(int(size)) if re.fullmatch("[1-9][0-9]{0,5}", size) and not int(size) % 8 else None
 
+    def stand_in(self, linear: LinearSpec, choice: Choice) -> Choice:
+        """For a width with a group size in its name, such as ``3@128``, the same width in the largest smaller groups
+        that divide the inputs, if those named do not. The option ``group_size`` is one for all linears, which
+        ``check`` refuses where it does not fit."""
+        if choice.group_size == self.options.group_size or linear.columns % choice.group_size == 0:
+            return choice
+        size = next((size for size in range(choice.group_size - 8, 0, -8) if linear.columns % size == 0), 0)
+        return (self.choice(f"{choice.bits:g}@{size}") if size else None) or choice
+
     def check(self, linear: LinearSpec, choice: Choice) -> None:
         """Raises ImpqError if groups do not divide the inputs, or do not fill the packed words."""
         if linear.columns % choice.group_size:
