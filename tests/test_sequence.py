@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,13 +19,19 @@ from impq_core.evaluate import ScoreLog
 from impq_core.exports.export import export_run
 from impq_core.interfaces import Statistics, Variant
 from impq_core.model.bank import Bank
-from impq_core.model.blockwise import BlockwiseModel
+from impq_core.model.blockwise import Batch, BlockwiseModel
+from impq_core.model.cost import ForwardCost
 from impq_core.model.layers import layers_of, search_space
 from impq_core.model.quantize import quantize_in_sequence
 from impq_core.model.source import locate_model
+from impq_core.plugins import Plugins
 from impq_core.runs.pipeline import resume, run
+from impq_core.runs.prepare import prepare
+from impq_core.runs.session import Session
+from impq_core.runs.work import in_sequence, references, sequence_forwards, work_forwards, work_of
 from impq_core.space import Choice, LinearSpec
 from impq_core.testing import tiny_model
+from impq_core.types import Plan
 
 IDS = np.random.default_rng(0).integers(0, 256, (3, 24))
 FINE = Settings(32, symmetric=False, group_aware=True, grid="hessian", damping=0.05)
@@ -46,7 +53,7 @@ class Recording(Gptq):
 
 
 @pytest.fixture
-def model(tmp_path) -> nn.Module:  # type: ignore[no-untyped-def]
+def model(tmp_path: Path) -> nn.Module:
     return locate_model(str(tiny_model(tmp_path / "model"))).load(torch.float32)
 
 
@@ -266,8 +273,6 @@ def test_a_run_in_sequence_resumes_bit_for_bit(config: RunConfig, monkeypatch: p
     with pytest.raises(KeyboardInterrupt):
         run(replace(config, output=f"{config.output}2"))
     monkeypatch.setattr(ScoreLog, "add", add)
-    from pathlib import Path
-
     [folder] = Path(f"{config.output}2").iterdir()
     again = resume(folder).evaluation
     assert whole is not None and again is not None
@@ -282,3 +287,38 @@ def test_a_backend_without_activations_has_no_sequence(config: RunConfig) -> Non
 def test_the_value_of_sequential_is_checked() -> None:
     with pytest.raises(UsageError, match="sequential"):
         RunConfig(sequential="often")
+
+
+def test_a_sequence_costs_what_is_forecast(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that run over windows; the last block is not run once more, and stages are found on one batch."""
+    for stages, most in ((False, 1.0), (True, 1.2)):
+        options = {"group_size": 32, "true_sequential": stages}
+        prepared = prepare(replace(config, options={"backend": options}), Plugins())
+        session = Session(prepared, Plugins())
+        runner = session.runner
+        assert prepared.calibration is not None
+        cost, run_batch, done = runner.cost(prepared.calibration.ids), BlockwiseModel.run_batch, [0]
+
+        def counted(self: BlockwiseModel, index: int, batch: Batch, done: list[int] = done, cost: ForwardCost = cost,
+                    run_batch: Callable[[BlockwiseModel, int, Batch], Batch] = run_batch) -> Batch:
+            done[0] += len(batch.ids) * cost.blocks[index]
+            return run_batch(self, index, batch)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(BlockwiseModel, "run_batch", counted)
+            session.quantize_plan(Plan(prepared.space, prepared.space.uniform(1), prepared.budget_bytes))
+        forecast = sequence_forwards(prepared) * prepared.config.game_windows * cost.total
+        assert 0.8 * forecast < done[0] <= most * forecast
+
+
+def test_a_run_is_in_sequence_by_itself_if_that_costs_no_more_than_the_search(config: RunConfig) -> None:
+    cheap = replace(config, sequential="auto")
+    dear = replace(cheap, estimator="spqe", options={**config.options, "estimator": {"permutations": 400}})
+    assert not in_sequence(prepare(cheap, Plugins()))
+    prepared = prepare(dear, Plugins())
+    assert in_sequence(prepared)
+    work = work_of(prepared)
+    assert work is not None
+    search = work_forwards(work, prepared.shapes, prepared.config, prepared.game_space)
+    assert (1 + references(prepared)) * sequence_forwards(prepared) <= search
+    assert not in_sequence(prepare(replace(dear, sequential="no"), Plugins()))
