@@ -169,7 +169,7 @@ def _write(target: Path, source: ModelSource, empty: PreTrainedModel, state: dic
         loaded = locate_model(str(work), source.trust_remote_code).load(torch.float32)
         difference = rotation.difference(logits, rotation.logits_of(loaded))
         if not difference < rotation.SAME:
-            raise ImpqError(f"the rotated model gives other logits after it is loaded from its files (by "
+            raise ImpqError("the rotated model gives other logits after it is loaded from its files (by "
                             f"{difference:.2g} of the largest), so nothing is written: transformers saves this "
                             "architecture in another form")
         for file in work.iterdir():

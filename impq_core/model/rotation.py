@@ -93,7 +93,7 @@ def _require(model: PreTrainedModel, found: Residual) -> None:
     if found.after:
         raise _refused(name, f"the gain of {found.after[0]} acts on what is added to them")
     if found.unseen:
-        raise _refused(name, f"{found.unseen} may read or write them, and does not work on text alone")
+        raise _refused(name, f"{found.unseen} may read or write them, and did nothing in a forward of text")
     for norm in found.norms:
         _require_equivariant(name, norm, model.get_submodule(norm))
 
