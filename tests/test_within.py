@@ -12,7 +12,7 @@ from impq_recipes.exporters import AutoRoundRecipe, GptqModelRecipe
 from impq_within.cmpq import Cmpq
 from impq_within.cmpq import Options as CmpqOptions
 from impq_within.codes import bytes_of, pack, unpack
-from impq_within.feedback import hessian, inverse_factor, spread
+from impq_within.feedback import corrected, hessian, inverse_factor, spread
 from impq_within.kmeans import centroids, nearest
 from impq_within.parts import Part, round_parts, settings_of, values
 from impq_within.ratio import Options as RatioOptions
@@ -91,6 +91,23 @@ def test_feedback_spreads_errors_as_gptq_does() -> None:
     found = spread(weight, inverse_factor(damped), [(5, lambda _: lambda _, values: values.round()),
                                                     (7, lambda _: lambda _, values: values.round())])
     assert torch.equal(found.double(), wanted)
+
+
+def test_drift_is_made_up_for_as_ridge_regression_does() -> None:
+    """With alpha 1, W X_fp' is fitted by the corrected weight times X', with a ridge that draws to W."""
+    inputs, weight = correlated(32), normal(8, 32, seed=3)
+    there = inputs + 0.3 * normal(*inputs.shape, seed=4)
+    statistics = replace(statistics_of(inputs), drift=(there - inputs).T @ inputs)
+    ridge = statistics.gram.diagonal().mean().sqrt() * torch.eye(32)
+    wanted = torch.linalg.lstsq(torch.cat([inputs, ridge]).double(),
+                                torch.cat([there @ weight.T, ridge @ weight.T]).double()).solution.T
+    assert torch.allclose(corrected(weight, statistics, 1.0).double(), wanted, atol=1e-3)
+    assert torch.equal(corrected(weight, statistics_of(inputs), 1.0), weight)
+    backends = (Cmpq(), "3"), (Ratio(RatioOptions(group_size=16)), "3+50%"), (Slim(SlimOptions(group_size=16)), "3")
+    for backend, name in backends:
+        with_drift, without = (restored(backend, weight, name, some) for some in (statistics, statistics_of(inputs)))
+        assert float((with_drift @ inputs.T - weight @ there.T).norm()) < float(
+            (without @ inputs.T - weight @ there.T).norm())
 
 
 def test_bytes_of_the_papers_codebooks() -> None:
@@ -205,11 +222,10 @@ def test_guided_impact_is_the_fisher_diagonal() -> None:
     weight, inputs = normal(64, 128), normal(2000, 128, seed=1)
     backend, spec = Ratio(RatioOptions(impact="guided")), LinearSpec("a", 64, 128)
     choice = backend.stand_in(spec, backend.choice("2+10%"))  # type: ignore[arg-type]
-    assert backend.needs == {"activations", "gradients"}
+    assert backend.needs == {"activations", "gradients", "drift"}
     with pytest.raises(ImpqError, match="gradients"):
         backend.quantize(weight, choice, statistics_of(inputs))
-    statistics = statistics_of(inputs)
-    object.__setattr__(statistics, "guided", torch.stack([torch.diag(torch.arange(128.0)), torch.eye(128)]))
+    statistics = replace(statistics_of(inputs), guided=torch.stack([torch.diag(torch.arange(128.0)), torch.eye(128)]))
     assert backend.quantize(weight, choice, statistics).tensors["order"][:64].tolist() == list(range(64, 128))
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from impq_core.errors import ImpqError
-from impq_core.interfaces import Backend, Statistics, Variant
+from impq_core.interfaces import Statistics, Variant
 from impq_core.space import Choice, LinearSpec
+from impq_within.base import Mixture, check_shares
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +40,10 @@ class Options:
         weigh_errors: rank quantization errors times the channel norm; the paper does not.
         feedback: spread each column's rounding error over the columns behind it, as GPTQ does; the paper does not.
         damping: share of the Hessian's mean diagonal that is added to its diagonal, for the feedback.
+        drift_strength: alpha of the correction of the drift of the quantized layers in front (QEP, arXiv 2504.09629),
+            from 0 to 1, if a plan is quantized in sequence.
+        true_sequential: if a plan is quantized in sequence, collect the statistics of a linear behind the quantized
+            linears of its own block, too.
     """
 
     exchange: float = 0.1
@@ -49,8 +54,11 @@ class Options:
     weigh_errors: bool = False
     feedback: bool = True
     damping: float = 0.05
+    drift_strength: float = 0.5
+    true_sequential: bool = True
 
     def __post_init__(self) -> None:
+        check_shares(drift_strength=self.drift_strength)
         if self.codebook not in ("column", "row"):
             raise ValueError(f"codebook must be column or row, not {self.codebook}")
         if not 0 <= self.exchange <= 0.5:
@@ -85,7 +93,7 @@ class _Layout:
         return -(-(rows if self.by_row else columns) // self.share)
 
 
-class Cmpq(Backend):
+class Cmpq(Mixture):
     """CMPQ (arXiv 2410.13056): channels at two neighbouring widths, a codebook for each, and two kinds of outliers.
 
     Channels, the columns c of a weight, are ranked by the L2 norm of their inputs, ``s_c = sqrt(sum_t x_tc^2)``. At a
@@ -110,9 +118,7 @@ class Cmpq(Backend):
     """
 
     Options = Options
-    devices = frozenset({"cpu", "cuda"})
     default_bits = ("2", "2.25", "2.5", "3", "4")
-    needs = frozenset({"activations"})
 
     def choices(self) -> tuple[Choice, ...]:
         """4, 3.5, 3, 2.5, 2.25 and 2 bits, of the many that there are."""
@@ -167,7 +173,7 @@ class Cmpq(Backend):
         import torch
 
         from impq_within.codes import pack
-        from impq_within.feedback import hessian, reached, required
+        from impq_within.feedback import corrected, hessian, reached, required
 
         spec = LinearSpec("", *weight.shape)
         layout = self._layout(spec, choice)
@@ -175,7 +181,7 @@ class Cmpq(Backend):
         seen = reached(statistics)
         norms = statistics.gram.diagonal().float().sqrt() if seen else weight.new_ones(spec.columns).float()
         order = norms.argsort(descending=True, stable=True)
-        weight, norms = weight.float()[:, order], norms[order]
+        weight, norms = corrected(weight, statistics, self.options.drift_strength)[:, order], norms[order]
         damped = hessian(statistics, self.options.damping)[order][:, order] if seen and self.options.feedback else None
         kept, values, codes, books = self._fitted(weight, norms, layout, damped)
         tensors = {"order": _index(order, spec.columns)}

@@ -1,4 +1,4 @@
-"""GPTQ's feedback of rounding errors for codes that are no affine grid.
+"""The correction of drift, and GPTQ's feedback of rounding errors for codes that are no affine grid.
 
 Affine grids are rounded by ``impq_gptq.solver``. Here a column is rounded to whatever a function returns for it.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from impq_gptq.drift import qep
 
 from impq_core.errors import ImpqError
 from impq_core.interfaces import Statistics
@@ -48,6 +49,19 @@ def hessian(statistics: Statistics, damping: float) -> torch.Tensor:
     damped.diagonal().masked_fill_(damped.diagonal() == 0, 1)
     damped.diagonal().add_(damping * damped.diagonal().mean())
     return damped
+
+
+def corrected(weight: torch.Tensor, statistics: Statistics, strength: float) -> torch.Tensor:
+    """A weight that makes up for the drift of its inputs (QEP, arXiv 2504.09629): ``W + alpha W D inv(H)``.
+
+    Args:
+        weight: (rows, columns); not changed.
+        statistics: of the inputs; without ``drift`` the weight is returned.
+        strength: alpha.
+    """
+    if statistics.drift is None or not strength or not reached(statistics):
+        return weight.float()
+    return torch.addmm(weight.float(), weight.float(), qep(statistics.drift, statistics.gram, strength))
 
 
 def inverse_factor(damped: torch.Tensor) -> torch.Tensor:

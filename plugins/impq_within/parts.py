@@ -42,7 +42,7 @@ class Part:
 
 def settings_of(group_size: int, damping: float) -> Settings:
     """How the solver rounds: as the backend ``gptq`` does by default, in these groups with this damping."""
-    return gptq.settings_of(gptq.Options(group_size=group_size, damping=damping))
+    return replace(gptq.settings_of(gptq.Options(damping=damping)), group_size=group_size)
 
 
 def round_parts(weight: torch.Tensor, statistics: Statistics, parts: Sequence[Part],

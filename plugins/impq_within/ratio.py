@@ -8,8 +8,9 @@ from math import ceil, floor
 from typing import TYPE_CHECKING
 
 from impq_core.errors import ImpqError
-from impq_core.interfaces import Backend, Statistics, Variant
+from impq_core.interfaces import Statistics, Variant
 from impq_core.space import Choice, LinearSpec
+from impq_within.base import Mixture, check_shares
 
 if TYPE_CHECKING:
     import torch
@@ -33,13 +34,20 @@ class Options:
         impact: what ranks channels: ``gram``, the energy of a channel's inputs times that of its weights, or
             ``guided``, the Fisher diagonal, which takes a backward pass of the calibration text.
         damping: share of the Hessian's mean diagonal that is added to its diagonal.
+        drift_strength: alpha of the correction of the drift of the quantized layers in front (QEP, arXiv 2504.09629),
+            from 0 to 1, if a plan is quantized in sequence.
+        true_sequential: if a plan is quantized in sequence, collect the statistics of a linear behind the quantized
+            linears of its own block, too.
     """
 
     group_size: int = 64
     impact: str = "gram"
     damping: float = 0.05
+    drift_strength: float = 0.5
+    true_sequential: bool = True
 
     def __post_init__(self) -> None:
+        check_shares(drift_strength=self.drift_strength)
         if self.group_size < 8 or self.group_size % 8:
             raise ValueError(f"group_size must be a multiple of 8, not {self.group_size}")
         if self.impact not in ("gram", "guided"):
@@ -48,7 +56,7 @@ class Options:
             raise ValueError(f"damping must lie between 0 and 1, not {self.damping}")
 
 
-class Ratio(Backend):
+class Ratio(Mixture):
     """Channels of high impact one bit wider than the rest (arXiv 2511.17801), with GPTQ in place of learned rounding.
 
     A choice is a width b and a share r of the channels, the columns c of a weight, that have b + 1 bits: ``2+10%``, of
@@ -66,13 +74,12 @@ class Ratio(Backend):
     """
 
     Options = Options
-    devices = frozenset({"cpu", "cuda"})
     default_bits = ("2", "2+20%", "3", "3+20%", "4")
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """Activations; also gradients with option ``impact=guided``."""
-        return frozenset({"activations", "gradients"} if self.options.impact == "guided" else {"activations"})
+        """Also gradients with option ``impact=guided``."""
+        return super().needs | ({"gradients"} if self.options.impact == "guided" else set())
 
     def choices(self) -> tuple[Choice, ...]:
         """4 bits, and 3 and 2 bits with 20, 10 and 0 percent of wide channels, of the many that there are."""
@@ -120,7 +127,7 @@ class Ratio(Backend):
         """
         import torch
 
-        from impq_within.feedback import reached, required
+        from impq_within.feedback import corrected, reached, required
         from impq_within.parts import Part, round_parts, settings_of, stored
 
         spec = LinearSpec("", *weight.shape)
@@ -130,7 +137,8 @@ class Ratio(Backend):
         # In ascending order within a part, so that a linear without wide channels is that of GPTQ.
         parts = [Part(columns.sort().values, bits) for columns, bits in (
             (ranked[:wide], width + 1), (ranked[wide:], width)) if len(columns)]
-        solutions = round_parts(weight, statistics, parts, settings_of(choice.group_size, self.options.damping))
+        solutions = round_parts(corrected(weight, statistics, self.options.drift_strength), statistics, parts,
+                                settings_of(choice.group_size, self.options.damping))
         tensors: dict[str, torch.Tensor] = {}
         for part, solution in zip(parts, solutions, strict=True):
             tensors |= stored(solution, part.bits, part.bits)
@@ -148,11 +156,10 @@ class Ratio(Backend):
             return energy
         if self.options.impact == "gram":
             return energy * statistics.gram.diagonal().double()
-        guided: torch.Tensor | None = getattr(statistics, "guided", None)
-        if guided is None:
+        if statistics.guided is None:
             raise ImpqError("backend ratio: impact=guided needs gradients of the calibration loss, which these "
                             "statistics lack; impact=gram does without")
-        return guided.diagonal(dim1=-2, dim2=-1).double().sum(0)
+        return statistics.guided.diagonal(dim1=-2, dim2=-1).double().sum(0)
 
     def dequantize(self, variant: Variant, linear: LinearSpec) -> torch.Tensor:
         """(code - zero) * scale of both parts, with the 16-bit scales that are stored."""

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from impq_core.errors import ImpqError
-from impq_core.interfaces import Backend, Statistics, Variant
+from impq_core.interfaces import Statistics, Variant
 from impq_core.space import Choice, LinearSpec
+from impq_within.base import Mixture, check_shares
 
 if TYPE_CHECKING:
     import torch
@@ -24,14 +25,21 @@ class Options:
         trial: what the count of groups loses least by: ``feedback``, the error that is left if GPTQ spreads errors
             over later columns, or ``outputs``, the error of the outputs if nothing is spread.
         damping: share of the Hessian's mean diagonal that is added to its diagonal.
+        drift_strength: alpha of the correction of the drift of the quantized layers in front (QEP, arXiv 2504.09629),
+            from 0 to 1, if a plan is quantized in sequence.
+        true_sequential: if a plan is quantized in sequence, collect the statistics of a linear behind the quantized
+            linears of its own block, too.
     """
 
     group_size: int = 64
     lowest: int = 2
     trial: str = "feedback"
     damping: float = 0.05
+    drift_strength: float = 0.5
+    true_sequential: bool = True
 
     def __post_init__(self) -> None:
+        check_shares(drift_strength=self.drift_strength)
         if self.group_size < 8 or self.group_size % 8:
             raise ValueError(f"group_size must be a multiple of 8, not {self.group_size}")
         if self.lowest not in (1, 2):
@@ -42,7 +50,7 @@ class Options:
             raise ValueError(f"damping must lie between 0 and 1, not {self.damping}")
 
 
-class Slim(Backend):
+class Slim(Mixture):
     """SliM-LLM (arXiv 2405.14917): groups of columns at b - 1, b and b + 1 bits, b on average, rounded by GPTQ.
 
     1. The salience of a group of columns is ``sum_rc w_rc^2 / U_cc^2``, with U the upper Cholesky factor of the inverse
@@ -64,9 +72,7 @@ class Slim(Backend):
     """
 
     Options = Options
-    devices = frozenset({"cpu", "cuda"})
     default_bits = ("2", "3", "4")
-    needs = frozenset({"activations"})
 
     def choices(self) -> tuple[Choice, ...]:
         """4, 3, 2 bits."""
@@ -106,10 +112,11 @@ class Slim(Backend):
         import torch
 
         from impq_within.codes import pack
-        from impq_within.feedback import reached, required
+        from impq_within.feedback import corrected, reached, required
         from impq_within.parts import Part, round_parts, settings_of, stored
 
         statistics, bits = required(statistics, "slim"), int(choice.bits)
+        weight = corrected(weight, statistics, self.options.drift_strength)
         steps = self._steps(weight, bits, choice.group_size, statistics)
         columns = torch.arange(weight.shape[1], device=weight.device).view(len(steps), -1)
         parts = [Part(columns[steps == step].flatten(), bits + step) for step in (1, 0, -1) if (steps == step).any()]
