@@ -102,11 +102,10 @@ def slopes(aim: tuple[float, ...]) -> tuple[Method, ...]:
 
 def metrics(aim: tuple[float, ...]) -> tuple[Method, ...]:
     """Scores of the field, beside ours on as many windows."""
-    fixed = tuple(Method(name, options, budgets=aim, text=16) for name, options in (
-        ("guided-output", {"form": "token"}), ("guided-output", {"form": "gram", "groups": 1}),
-        ("guided-output", {"form": "gram", "groups": 4}), ("autoscheme", {}), ("aumann-shapley", {"nodes": 2}),
-        ("fisher", {}), ("llm-mq", {}), ("lieq", {}), ("kurtosis", {}), ("nsds", {})))
-    return *fixed, Method("gamma", budgets=aim, text=16, aimed=True)
+    return (*(Method(name, text=16, budgets=aim) for name in (
+        "guided-output", "autoscheme", "aumann-shapley", "fisher", "llm-mq", "lieq", "kurtosis", "nsds")),
+        Method("guided-output", {"form": "gram", "groups": 1}, text=16, budgets=aim),
+        Method("gamma", text=16, budgets=aim, aimed=True))
 
 
 def chance(aim: tuple[float, ...]) -> tuple[Method, ...]:

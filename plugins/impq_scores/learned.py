@@ -31,7 +31,7 @@ class Options:
 
     steps: int = 8
     rate: float = 0.7
-    curvature: float = 0.3
+    curvature: float = 1.0
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.rate <= 0 or self.curvature < 0:
