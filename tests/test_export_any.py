@@ -37,6 +37,9 @@ BACKENDS: dict[str, dict[str, Any]] = {
     "quanto": {"backend": "quanto", "bits": ("2", "4", "8"), "options": {}},
     "hqq": {"backend": "hqq", "bits": ("2", "2@32", "3"), "options": {}},
     "gptq": {"backend": "gptq", "bits": ("2", "3@32", "4"), "options": {"backend": {"grid": "min-max"}}},
+    "cmpq": {"backend": "cmpq", "bits": ("2.25", "3"), "options": {}},
+    "ratio": {"backend": "ratio", "bits": ("2", "2+25%", "3"), "options": {}},
+    "slim": {"backend": "slim", "bits": ("2", "3", "4"), "options": {}},
     "gguf": {"backend": "gguf", "bits": ("Q8_0", "Q4_K", "IQ4_NL"), "options": {"backend": {"mixes": "none"}}}}
 
 
