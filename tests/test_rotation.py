@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -96,6 +97,22 @@ def test_a_rotated_model_gives_the_same_logits(kind: str) -> None:
     now = dict(model.named_parameters())
     inner = {name for name in wide if torch.equal(now[name], weights[name])}
     assert done.attentions and len(inner) < len(wide) / 4, inner  # those inside of mixers stay
+
+
+def listed() -> list[str]:
+    """The types that the page on rotation lists."""
+    page = (Path(__file__).parents[1] / "docs" / "rotation.md").read_text()
+    paragraph = page[page.index("Hidden states of tiny random models"):].split("\n\n")[0]
+    return re.findall(r"`(\w+)`", paragraph)
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("kind", listed())
+def test_the_types_on_the_page_are_rotated(kind: str) -> None:
+    model = random_model(kind)
+    before = logits(model)
+    assert rotate(model, 32).block == 32
+    require_same(logits(model), before)
 
 
 def test_every_expert_is_rotated_whether_a_token_reaches_it_or_not() -> None:
