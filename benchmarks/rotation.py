@@ -10,7 +10,6 @@ import argparse
 import shlex
 import sys
 import tempfile
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,13 +43,11 @@ class Row:
         plain: of the unquantized model.
         scores: by width.
         untied: bytes that the rotation adds to the model at 16 bits.
-        seconds: of quantizing, by width.
     """
 
     plain: Score
     scores: dict[str, Score]
     untied: int
-    seconds: dict[str, float]
 
 
 def main() -> None:
@@ -88,16 +85,15 @@ def measure(config: RunConfig, untied: int) -> Row:
     session = Session(prepared, plugins)
     space = prepared.space
     [plain] = session.evaluator_of_exports().scores([[None] * len(space.everyone)], lambda done, total: None)
-    scores, seconds = {}, {}
+    scores = {}
     for index, choice in enumerate(space.choices):
         pick = space.uniform(index)
         session.bank.apply([None] * len(session.bank.layers))
         session = Session(prepared, plugins, session.runner)
-        evaluator, start = session.evaluator_of_exports(), time.monotonic()
+        evaluator = session.evaluator_of_exports()
         session.quantize_plan(Plan(space, pick, space.bytes_of(pick)))
-        seconds[choice.name] = time.monotonic() - start
         scores[choice.name] = evaluator.score(space.assignment(pick))
-    return Row(plain, scores, untied, seconds)
+    return Row(plain, scores, untied)
 
 
 def report(rows: dict[str, Row], config: RunConfig, given: argparse.Namespace, widths: tuple[str, ...]) -> None:
@@ -106,10 +102,10 @@ def report(rows: dict[str, Row], config: RunConfig, given: argparse.Namespace, w
         cells.append([name, f"{row.plain.nll:.4f}", f"{row.untied / 1e6:.1f}"])
         for width in widths:
             score = row.scores[width]
-            cells[-1] += [plus_minus(score.nll, score.stderr), f"{row.seconds[width]:.0f}",
+            cells[-1] += [plus_minus(score.nll, score.stderr),
                           "" if row is first else plus_minus(*score.minus(first.scores[width]), sign=True)]
     header = ["rotated", "unquantized", "MB of an untied head", *(cell for width in widths for cell in (
-        f"{width} bits", "s", "minus the first row"))]
+        f"{width} bits", "minus the first row"))]
     text = config.evaluation
     write(given.output, [
         *heading("Rotated models", shlex.join(["python", "benchmarks/rotation.py", *sys.argv[1:]])),
