@@ -11,7 +11,6 @@ from impq_core.interfaces import Game, GameEstimator
 from impq_core.space import FloatArray, SearchSpace
 from impq_core.types import SensitivityEstimate
 from impq_core.workload import Workload
-from impq_scores.curvature import blocks_only
 
 _LEAST = 1e-6
 """The least share of a choice, relative to the largest of its layer."""
@@ -25,44 +24,37 @@ class Options:
         steps: gradient steps.
         rate: size of a step: a choice whose cost is one standard deviation above its layer's mean has its share divided
             by exp(rate) in the first step.
-        curvature: weight of the second-order term of a layer's own move. Without it, a choice with a small share looks
-            cheap: the error of a blend falls with the square of the share.
     """
 
     steps: int = 8
     rate: float = 0.7
-    curvature: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.rate <= 0 or self.curvature < 0:
-            raise ValueError("steps must be at least 1, rate positive, and curvature not negative")
+        if self.steps < 1 or self.rate <= 0:
+            raise ValueError("steps must be at least 1, rate positive")
 
 
 class Gamma(GameEstimator):
     """GAMMA (arXiv 2605.18475): preferences of every layer over the widths, learned by gradients of the loss while all
     layers move together, under the budget; then the program.
 
-    The shares p (n, m) blend each layer's variants. Each step takes the costs ``c_ik = L'(p)[e_ik - p_i] + curvature/2
-    mean_t (g_t . dW_ik x_t)^2`` of moving layer i from its blend to choice k, by mirror descent ``p_ik ~ p_ik exp(-rate
-    c_ik)``, and projects the shares on the budget (which takes the place of the paper's augmented Lagrangian, and meets
-    the budget in each step). The paper reconstructs hidden states; here the loss is the game's. The learned log shares
-    are, up to a price of bytes, the sum of the costs over the steps, so the estimate is their mean.
+    The shares p (n, m) blend each layer's variants. Each step takes the slopes ``c_ik`` of the loss from the blend of
+    layer i to its choice k, and moves by mirror descent, ``p_ik ~ p_ik exp(-rate c_ik)``. Then the shares are projected
+    on the budget, in place of the paper's augmented Lagrangian: they meet it in each step. The paper reconstructs
+    hidden states; here the loss is the game's.
 
-    The budget is the game's, or the middle of the menu if it has none. Cost: about 4 forwards a step, and with a
-    curvature about 3 more, and one of the linears for each choice.
+    The learned log shares are, up to a price of bytes, the sum of the slopes over the steps, so the estimate is the
+    mean slope on the way. The slopes at the end rank nothing: where the shares have settled, all choices in use cost
+    the same.
+
+    The budget is the game's, or the middle of the menu if it has none. Cost: about 4 forwards a step.
     """
 
     Options = Options
 
-    def check_space(self, space: SearchSpace) -> None:
-        """Only linears of blocks may play, if there is a curvature."""
-        if self.options.curvature:
-            blocks_only(space, "gamma")
-
     def workload(self, space: SearchSpace, sets: int) -> Workload:
-        """A reading of slopes for each step, and one of squares."""
-        steps = self.options.steps
-        return Workload.inspection(space, slopes=steps, squares=steps * bool(self.options.curvature))
+        """A reading of slopes for each step."""
+        return Workload.inspection(space, slopes=self.options.steps)
 
     def estimate(self, game: Game, rng: np.random.Generator) -> SensitivityEstimate:
         """The additive estimate near the game's budget.
@@ -78,8 +70,6 @@ class Gamma(GameEstimator):
         total, unit = np.zeros(nbytes.shape), 0.0
         for _ in range(options.steps):
             costs = game.probe.slopes(shares).mean(axis=0)  # (n, m)
-            if options.curvature:
-                costs = costs + 0.5 * options.curvature * game.probe.token_squares(shares).mean(axis=0)
             if not np.isfinite(costs).all():
                 raise ImpqError("a slope of the loss is not finite: try --dtype float32 or wider --bits")
             total += costs
