@@ -166,6 +166,8 @@ def report(done: Sequence[Result]) -> list[str]:
     unquantized = next(result for result in done if result.name == UNQUANTIZED)
     lines = {name: sorted((result for result in done if re.fullmatch(pattern, result.name)), key=lambda r: r.bits)
              for name, pattern in (("uniform", "gptq [0-9]"), ("plans", "gptq ([24]|plan .*)"))}
+    if not any(result.name.startswith("gptq plan") for result in done):
+        lines["plans"] = []
     rows = []
     for result in sorted(done, key=lambda result: (result.bits, result.name)):
         cells = [result.name, f"{result.bits:.3f}", plus_minus(result.score.nll, result.score.stderr),
