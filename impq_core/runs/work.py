@@ -94,8 +94,10 @@ def in_sequence(layout: Layout) -> bool:
     in front of it. If the user leaves it open, it does if that costs no more forwards than the search. A backend that
     reads no activations makes the same variants either way."""
     backend, wanted = layout.parts.backend, layout.config.sequential
-    if wanted != "auto" or not backend.needs:
-        return wanted == "yes" and bool(backend.needs)
+    if not backend.needs:
+        return False
+    if wanted != "auto":
+        return wanted == "yes"
     work = work_of(layout)
     if work is None:
         return False
