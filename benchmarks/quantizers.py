@@ -28,10 +28,11 @@ from impq_core.exports.rotated import rotate_model
 from impq_core.model.bank import Bank
 from impq_core.model.quantize import quantize_in_sequence
 from impq_core.model.text import draw_windows
+from impq_core.parts import Parts
 from impq_core.plugins import Plugins
-from impq_core.results import Score
 from impq_core.runs.prepare import prepare
 from impq_core.runs.session import Session
+from impq_core.space import Choice
 from impq_core.statistics import standard_error
 
 KEPT = Path(__file__).parent / "kept"
@@ -85,15 +86,20 @@ def main() -> None:
     numbers = range(len(SETTINGS)) if given.settings is None else map(int, given.settings.split(","))
     KEPT.mkdir(exist_ok=True)
     log = _Log(KEPT / f"{given.name}.jsonl", [given.model, given.calibration_windows, given.evaluation_windows])
+    workshops: dict[bool, _Workshop] = {}
     with tempfile.TemporaryDirectory() as folder:
         for number in numbers:
             setting = SETTINGS[number]
-            missing = [width for width in given.widths.split(",") if not log.has(setting.name, width)]
-            if missing:
-                model = str(rotate_model(given.model, Path(folder) / str(number)).folder) if setting.rotated else (
-                    given.model)
-                _measure(replace(config, model=model, options={"backend": dict(setting.options)}), setting.name,
-                         missing, texts, log)
+            for width in given.widths.split(","):
+                if log.has(setting.name, width):
+                    continue
+                if setting.rotated not in workshops:
+                    model = str(rotate_model(given.model, Path(folder)).folder) if setting.rotated else given.model
+                    workshops[setting.rotated] = _Workshop(replace(config, model=model), texts)
+                workshop = workshops[setting.rotated]
+                # A rotated model computes what the model does, so one measurement serves every setting.
+                unquantized = log.rows[0]["unquantized"] if log.rows else workshop.unquantized()
+                log.add(setting=setting.name, width=width, unquantized=unquantized, **workshop.measure(setting, width))
             write(f"{given.name}.md", _report(log, given, list(texts)))
 
 
@@ -115,34 +121,47 @@ class _Log:
             file.write(json.dumps(row) + "\n")
 
 
-def _measure(config: RunConfig, name: str, widths: Sequence[str], texts: Mapping[str, TextConfig], log: _Log) -> None:
-    prepared = prepare(config, Plugins())
-    session = Session(prepared, Plugins())
-    runner, layers, backend = session.runner, prepared.space.everyone, prepared.parts.backend
-    assert prepared.calibration is not None
-    tokenizer = prepared.source.tokenizer()
-    windows = {text: draw_windows(source, "evaluation", tokenizer, prepared.shapes.vocabulary)
-               for text, source in texts.items()}
-    for width in widths:
-        choice = backend.choice(width)
-        bank = Bank(runner, layers, backend)
-        bank.apply([None] * len(layers))
-        evaluators = {text: Evaluator(runner, bank, part) for text, part in windows.items()}
-        unquantized = {text: evaluator.score([None] * len(layers)) for text, evaluator in evaluators.items()}
-        bank.apply([None] * len(layers))
+class _Workshop:
+    """A model and the outputs of the unquantized model on the texts, for all settings of a model.
+
+    Args:
+        config: the configuration, of any backend options.
+        texts: the held-out texts by name.
+    """
+
+    def __init__(self, config: RunConfig, texts: Mapping[str, TextConfig]) -> None:
+        self._config, self._prepared = config, prepare(config, Plugins())
+        self._runner, self._layers = Session(self._prepared, Plugins()).runner, self._prepared.space.everyone
+        tokenizer, vocabulary = self._prepared.source.tokenizer(), self._prepared.shapes.vocabulary
+        bank = Bank(self._runner, self._layers, self._prepared.parts.backend)
+        self._evaluators = {name: Evaluator(self._runner, bank, draw_windows(text, "evaluation", tokenizer, vocabulary))
+                            for name, text in texts.items()}
+
+    def unquantized(self) -> dict[str, Any]:
+        return self._scores(None)
+
+    def measure(self, setting: Setting, width: str) -> dict[str, Any]:
+        """A uniform model: seconds, bytes, number of weights and scores."""
+        assert self._prepared.calibration is not None
+        options = {"backend": dict(setting.options)}
+        backend = Parts.build(replace(self._config, options=options), Plugins()).backend
+        bank, choice = Bank(self._runner, self._layers, backend), backend.choice(width)
+        bank.apply([None] * len(self._layers))
         start = time.process_time()
-        quantize_in_sequence(bank, runner, prepared.calibration.ids, [choice] * len(layers), lambda done, total: None)
+        quantize_in_sequence(bank, self._runner, self._prepared.calibration.ids, [choice] * len(self._layers),
+                             lambda done, total: None)
         seconds = time.process_time() - start
-        scores = {text: evaluator.score([choice] * len(layers)) for text, evaluator in evaluators.items()}
-        log.add(setting=name, width=width, seconds=seconds, bytes=bank.nbytes,
-                weights=sum(layer.parameters for layer in layers),
-                scores={text: _numbers(score) for text, score in scores.items()},
-                unquantized={text: _numbers(score) for text, score in unquantized.items()})
-        bank.apply([None] * len(layers))
+        scores = self._scores(choice, bank)
+        bank.apply([None] * len(self._layers))
+        return {"seconds": seconds, "bytes": bank.nbytes, "scores": scores,
+                "weights": sum(layer.parameters for layer in self._layers)}
 
-
-def _numbers(score: Score) -> dict[str, Any]:
-    return {"windows": score.window_nll.tolist(), "kl": score.kl}
+    def _scores(self, choice: Choice | None, bank: Bank | None = None) -> dict[str, Any]:
+        found = {}
+        for name, evaluator in self._evaluators.items():
+            score = (evaluator if bank is None else evaluator.of_bank(bank)).score([choice] * len(self._layers))
+            found[name] = {"windows": score.window_nll.tolist(), "kl": score.kl}
+        return found
 
 
 def _report(log: _Log, given: argparse.Namespace, texts: Sequence[str]) -> list[str]:

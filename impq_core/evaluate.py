@@ -109,6 +109,14 @@ class Evaluator:
         other._kept = replace(self._kept, layers=other._bank.layers) if self._kept else None
         return other
 
+    def of_bank(self, bank: Bank) -> Evaluator:
+        """An evaluator of other variants of the same layers, beside the same outputs of the unquantized model. It has
+        no scores and no log."""
+        other = copy(self)
+        other._bank, other._walk = bank, Walk(self._runner, bank)
+        other._scores, other._log, other._kept = {}, None, None
+        return other
+
     def score(self, assignment: Assignment) -> Score:
         """Score an allocation, once."""
         return self.scores([assignment])[0]
