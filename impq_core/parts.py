@@ -267,13 +267,19 @@ def describe_options(plugins: Plugins, role: str, name: str) -> list[str]:
         part = plugins.load(role, name, BASES[role])
     except ImpqError:
         return []
-    described = described_arguments(part.Options.__doc__ or "")
+    described = described_fields(part.Options)
     return [f"{field.name}={_shown(field.default)}  {described.get(field.name, '')}".rstrip()
             for field in fields(part.Options)]
 
 
 def _shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def described_fields(options: type) -> dict[str, str]:
+    """The description of each field of a dataclass, from the docstrings of the class and of its bases."""
+    return {name: text for kind in reversed(options.__mro__)
+            for name, text in described_arguments(vars(kind).get("__doc__") or "").items()}
 
 
 def described_arguments(docstring: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from impq_core.errors import nearest
 from impq_core.interfaces import NoOptions, Part
-from impq_core.parts import described_arguments
+from impq_core.parts import described_fields
 from impq_core.plugins import PLAIN, build_options
 
 HEAVY = ("mlflow", "torch", "transformers")
@@ -77,7 +77,7 @@ class PartSuite(Suite):
         assert is_dataclass(options), f"{self.part.__name__}.Options is no dataclass"
         assert options.__dataclass_params__.frozen, f"{options.__name__} is not frozen"  # type: ignore[attr-defined]
         types, defaults = typing.get_type_hints(options), options()
-        descriptions = described_arguments(options.__doc__ or "")
+        descriptions = described_fields(options)
         for field in fields(options):
             option = f"option {field.name} of {self.part.__name__}"
             assert types[field.name] in PLAIN, f"{option} is of type {types[field.name]}, which is not plain"

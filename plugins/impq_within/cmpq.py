@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from impq_core.errors import ImpqError
 from impq_core.interfaces import Statistics, Variant
 from impq_core.space import Choice, LinearSpec
-from impq_within.base import Mixture, check_shares
+from impq_within.base import Mixture, MixtureOptions
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,7 @@ CHUNK = 128
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(MixtureOptions):
     """Options of the CMPQ backend.
 
     Args:
@@ -39,11 +39,6 @@ class Options:
             paper's is 0.0045.
         weigh_errors: rank quantization errors times the channel norm; the paper does not.
         feedback: spread each column's rounding error over the columns behind it, as GPTQ does; the paper does not.
-        damping: share of the Hessian's mean diagonal that is added to its diagonal, for the feedback.
-        drift_strength: alpha of the correction of the drift of the quantized layers in front (QEP, arXiv 2504.09629),
-            from 0 to 1, if a plan is quantized in sequence.
-        true_sequential: if a plan is quantized in sequence, collect the statistics of a linear behind the quantized
-            linears of its own block, too.
     """
 
     exchange: float = 0.1
@@ -53,12 +48,9 @@ class Options:
     outliers_by_error: float = 0.002
     weigh_errors: bool = False
     feedback: bool = True
-    damping: float = 0.05
-    drift_strength: float = 0.5
-    true_sequential: bool = True
 
     def __post_init__(self) -> None:
-        check_shares(drift_strength=self.drift_strength)
+        super().__post_init__()
         if self.codebook not in ("column", "row"):
             raise ValueError(f"codebook must be column or row, not {self.codebook}")
         if not 0 <= self.exchange <= 0.5:
@@ -68,8 +60,6 @@ class Options:
         for name in ("outliers_by_activation", "outliers_by_error"):
             if not 0 <= getattr(self, name) <= 0.1:
                 raise ValueError(f"{name} must lie between 0 and 0.1, not {getattr(self, name)}")
-        if not 0 < self.damping < 1:
-            raise ValueError(f"damping must lie between 0 and 1, not {self.damping}")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from impq_core.errors import ImpqError
 from impq_core.interfaces import Statistics, Variant
 from impq_core.space import Choice, LinearSpec
-from impq_within.base import Mixture, check_shares
+from impq_within.base import GroupedOptions, Mixture
 
 if TYPE_CHECKING:
     import torch
@@ -26,34 +26,20 @@ TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(GroupedOptions):
     """Options of the backend of high-impact ratios.
 
     Args:
-        group_size: weights of a row that share a scale and a zero.
         impact: what ranks channels: ``gram``, the energy of a channel's inputs times that of its weights, or
             ``guided``, the Fisher diagonal, which takes a backward pass of the calibration text.
-        damping: share of the Hessian's mean diagonal that is added to its diagonal.
-        drift_strength: alpha of the correction of the drift of the quantized layers in front (QEP, arXiv 2504.09629),
-            from 0 to 1, if a plan is quantized in sequence.
-        true_sequential: if a plan is quantized in sequence, collect the statistics of a linear behind the quantized
-            linears of its own block, too.
     """
 
-    group_size: int = 64
     impact: str = "gram"
-    damping: float = 0.05
-    drift_strength: float = 0.5
-    true_sequential: bool = True
 
     def __post_init__(self) -> None:
-        check_shares(drift_strength=self.drift_strength)
-        if self.group_size < 8 or self.group_size % 8:
-            raise ValueError(f"group_size must be a multiple of 8, not {self.group_size}")
+        super().__post_init__()
         if self.impact not in ("gram", "guided"):
             raise ValueError(f"impact must be gram or guided, not {self.impact}")
-        if not 0 < self.damping < 1:
-            raise ValueError(f"damping must lie between 0 and 1, not {self.damping}")
 
 
 class Ratio(Mixture):

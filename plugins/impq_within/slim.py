@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 from impq_core.errors import ImpqError
 from impq_core.interfaces import Statistics, Variant
 from impq_core.space import Choice, LinearSpec
-from impq_within.base import Mixture, check_shares
+from impq_within.base import GroupedOptions, Mixture
 
 if TYPE_CHECKING:
     import torch
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(GroupedOptions):
     """Options of the SliM-LLM backend.
 
     Args:
@@ -24,30 +24,17 @@ class Options:
             is wider, and it is quantized as GPTQ does.
         trial: what the count of groups loses least by: ``feedback``, the error that is left if GPTQ spreads errors
             over later columns, or ``outputs``, the error of the outputs if nothing is spread.
-        damping: share of the Hessian's mean diagonal that is added to its diagonal.
-        drift_strength: alpha of the correction of the drift of the quantized layers in front (QEP, arXiv 2504.09629),
-            from 0 to 1, if a plan is quantized in sequence.
-        true_sequential: if a plan is quantized in sequence, collect the statistics of a linear behind the quantized
-            linears of its own block, too.
     """
 
-    group_size: int = 64
     lowest: int = 2
     trial: str = "feedback"
-    damping: float = 0.05
-    drift_strength: float = 0.5
-    true_sequential: bool = True
 
     def __post_init__(self) -> None:
-        check_shares(drift_strength=self.drift_strength)
-        if self.group_size < 8 or self.group_size % 8:
-            raise ValueError(f"group_size must be a multiple of 8, not {self.group_size}")
+        super().__post_init__()
         if self.lowest not in (1, 2):
             raise ValueError(f"lowest must be 1 or 2 bits, not {self.lowest}")
         if self.trial not in ("feedback", "outputs"):
             raise ValueError(f"trial must be feedback or outputs, not {self.trial}")
-        if not 0 < self.damping < 1:
-            raise ValueError(f"damping must lie between 0 and 1, not {self.damping}")
 
 
 class Slim(Mixture):
