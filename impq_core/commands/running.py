@@ -252,7 +252,7 @@ def evaluate(path: str, device: str, memory: str, trust: bool, plugin_files: tup
 @trust_option
 def rotate(model: str, target: Path, block: int, order: str, residual: bool, values: bool, dtype: str,
            trust: bool) -> None:
-    """Write a model that computes what MODEL computes, with rotated weights that may lose less when they are quantized."""
+    """Write a model that computes what MODEL computes, with weights rotated, which may lose less when quantized."""
     from impq_core.exports.manifest import check_target
     from impq_core.model.source import locate_model
 
