@@ -14,12 +14,13 @@ from toy import Toy
 
 from impq_core.errors import ImpqError
 from impq_core.evaluate import Evaluator
+from impq_core.game.ends import embedded_changes
 from impq_core.game.model_game import ModelGame
 from impq_core.game.probe import ModelProbe
 from impq_core.interfaces import Statistics, Variant
 from impq_core.model.bank import Bank
 from impq_core.model.blockwise import BlockwiseModel
-from impq_core.model.ends import end_layers
+from impq_core.model.ends import end_layers, ends_of
 from impq_core.model.layers import layers_of, search_space
 from impq_core.model.quantize import fill_bank
 from impq_core.model.text import Windows
@@ -166,6 +167,48 @@ def test_slopes_are_differences_of_losses(kind: str, value: str, monkeypatch: py
             difference = (ends[0] - ends[1]) / (2 * step)
             np.testing.assert_allclose(slopes[:, layer, choice], difference, rtol=0.05,
                                        atol=0.02 * np.abs(difference).max())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_squares_are_those_of_the_shares_of_tokens(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("impq_core.game.probe.BATCH_TOKENS", 32)  # two windows
+    monkeypatch.setattr("impq_core.game.ends.HEAD_TOKENS", 100)
+    table = Table(kind, bits=(8, 4, 2))
+    table.runner.head_rows = 20
+    squares = ModelProbe(table.space, table.bank, table.runner, WINDOWS).token_squares()
+    table.bank.apply([None] * len(table.bank.layers))
+    ends, ids = ends_of(table.runner.model), torch.from_numpy(WINDOWS.ids).long()
+    seen: dict[str, torch.Tensor] = {}
+
+    def embedded(module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        seen["embedded"] = output.detach().clone().requires_grad_()
+        return seen["embedded"]
+
+    def logits(module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        output.retain_grad()
+        seen["inputs"], seen["logits"] = args[0].detach(), output
+
+    handles = [ends.embedding.register_forward_hook(embedded), ends.head.register_forward_hook(logits)]
+    out = table.runner.model(ids, use_cache=False).logits[:, :-1]
+    functional.cross_entropy(out.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
+    for handle in handles:
+        handle.remove()
+    for layer in [0] if ends.tied else [0, len(table.space) - 1]:
+        [linear] = table.space.layers[layer].linears
+        module = table.bank.module(linear)
+        for k, choice in enumerate(table.space.choices):
+            change = table.bank.variant(linear, choice) - table.bank.original(linear)
+            expected = torch.zeros(len(ids))
+            if module is ends.embedding or ends.tied:
+                [moved] = embedded_changes(ends.embedding, [change], ids)
+                gradient = seen["embedded"].grad
+                assert gradient is not None
+                expected += (gradient * moved).sum(dim=2).square().sum(dim=1)
+            if module is ends.head or ends.tied:
+                gradient = seen["logits"].grad
+                assert gradient is not None
+                expected += (gradient * (seen["inputs"] @ change.T)).sum(dim=2).square().sum(dim=1)
+            np.testing.assert_allclose(squares[:, layer, k], expected.numpy() / (ids.shape[1] - 1), rtol=5e-3)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])

@@ -102,7 +102,7 @@ def test_a_group_for_each_row_weighs_each_output_by_its_own_gradients() -> None:
 def test_estimators_of_blocks_refuse_the_embedding() -> None:
     layer = LayerSpec("embed", -1, (LinearSpec("embed", 64, 64),))
     space = SearchSpace((layer,), (Choice(4.0, 64), Choice(2.0, 64)), np.array([[2048, 1024]]))
-    for part in (GuidedOutput(), AutoScheme()):
+    for part in (GuidedOutput(GuidedOutputOptions("gram")), AutoScheme()):
         with pytest.raises(UsageError, match="--quantize-embeddings"):
             part.check_space(space)
 

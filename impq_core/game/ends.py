@@ -1,4 +1,4 @@
-"""Gradients of a loss in the weights of embedding and head, as inner products with changes of these weights."""
+"""Gradients of a loss in the weights of embedding and head, in products with changes of these weights."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from impq_core.game.products import inner_products, shares_of_tokens
 from impq_core.model.backward import Rows
 from impq_core.model.device import on_host
 from impq_core.space import FloatArray
@@ -27,14 +28,15 @@ def embedded_changes(embedding: nn.Embedding, changes: Iterable[torch.Tensor],
 
 
 @contextmanager
-def watching_embedding(embedding: nn.Embedding, moved: Sequence[torch.Tensor], products: FloatArray) -> Iterator[None]:
+def watching_embedding(embedding: nn.Embedding, moved: Sequence[torch.Tensor], products: FloatArray,
+                       squares: bool = False) -> Iterator[None]:
     """The context in which a backward pass through the first block adds inner products to ``products`` (windows,
     changes): those of the gradient in the embedding's output with ``moved``, the changes of that output (windows,
-    length, width)."""
+    length, width); with ``squares``, the sums over tokens of their squared shares."""
     def backward(grad: torch.Tensor) -> None:
         if moved:
-            products[:] += on_host(torch.stack([(grad.float() * change).flatten(1).sum(dim=1) for change in moved],
-                                               dim=1))
+            shares = torch.stack([(grad.float() * change).sum(dim=2) for change in moved], dim=2)
+            products[:] += on_host((shares.square() if squares else shares).sum(dim=1))
 
     def forward(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         leaf = output.detach().clone().requires_grad_()  # no parameter requires a gradient: the graph starts here
@@ -50,7 +52,7 @@ def watching_embedding(embedding: nn.Embedding, moved: Sequence[torch.Tensor], p
 
 @contextmanager
 def watching_head(head: nn.Linear, changes: Iterable[torch.Tensor], products: FloatArray,
-                  scored: int) -> Iterator[Rows]:
+                  scored: int, squares: bool = False) -> Iterator[Rows]:
     """The context in which a backward pass through the head adds inner products to ``products`` (windows, changes):
     those of the gradient of its weight with changes of it (tokens, width).
 
@@ -59,6 +61,7 @@ def watching_head(head: nn.Linear, changes: Iterable[torch.Tensor], products: Fl
         changes: made once, and kept in the type of the weight.
         products: added to.
         scored: rows of a window.
+        squares: add the sums over tokens of their squared shares instead.
 
     Yields:
         To be told the rows of each pass before it begins.
@@ -74,12 +77,15 @@ def watching_head(head: nn.Linear, changes: Iterable[torch.Tensor], products: Fl
             outputs = grad.flatten(0, -2)
             for window in range(first // scored, (end - 1) // scored + 1):
                 part = slice(max(first, window * scored) - first, min(end, (window + 1) * scored) - first)
-                for start in range(0, head.out_features, HEAD_TOKENS):
-                    tokens = slice(start, start + HEAD_TOKENS)
-                    gradient = (outputs[part, tokens].T @ inputs[part]).flatten().float()
-                    if made:
-                        products[window] += on_host(torch.stack(
-                            [gradient.dot(change[tokens].flatten().float()) for change in made]))
+                chunks = [slice(start, start + HEAD_TOKENS) for start in range(0, head.out_features, HEAD_TOKENS)]
+                if made and squares:
+                    products[window] += on_host(torch.stack([
+                        sum((shares_of_tokens(inputs[part], outputs[part, chunk], change[chunk]) for chunk in chunks),
+                            start=torch.zeros((), device=grad.device)).square().sum() for change in made]))
+                elif made:
+                    for chunk in chunks:
+                        products[window] += on_host(torch.stack(inner_products(
+                            inputs[part], outputs[part, chunk], [change[chunk] for change in made])))
 
         output.register_hook(backward)  # type: ignore[no-untyped-call]
 

@@ -181,7 +181,7 @@ class ModelProbe:
 
     def _read(self, name: str, at: FloatArray | None, product: Product, changes: Changes, number: int) -> FloatArray:
         """Products (windows, n, number) at shares ``at``, summed over the linears of a layer."""
-        if product is not inner_products:
+        if product is sums_of_absolute:
             self._require_blocks()
         if product is not sums_of_squares:
             self._remember()
@@ -316,13 +316,14 @@ class ModelProbe:
     def _products_of(self, some: slice, changes: Changes, number: int,
                      product: Product) -> dict[LinearSpec, FloatArray]:
         """As ``_products``, for some of the windows. Changes of a block are made once for all of them. Embedding and
-        head have inner products only."""
+        head have no absolute terms."""
         runner, ids = self._runner, self._text.ids[some]
         products: dict[LinearSpec, FloatArray] = {linear: np.zeros((len(ids), number)) for linear in self._linears}
         backward = Backward(runner, ids, self._batch_tokens)
-        reference = None if self._unquantized is None or product is sums_of_squares else self._unquantized.narrow(
+        squares = product is sums_of_squares
+        reference = None if self._unquantized is None or squares else self._unquantized.narrow(
             runner.forward.axis, some.start, len(ids))
-        with self._watching_head(changes, products, ids.shape[1] - 1) as rows:
+        with self._watching_head(changes, products, ids.shape[1] - 1, squares) as rows:
             gradients = backward.head(reference, rows)
         for stage in backward.stages(gradients):
             here = inside(runner, stage, self._modules)
@@ -334,7 +335,7 @@ class ModelProbe:
             row = 0
             for place, batch in enumerate(stage.batches):
                 with watching(here, self._multiply(product, ways, batch.ids, products, row)), (
-                        self._watching_embedding(moved, products, slice(row, row + len(batch.ids)))):
+                        self._watching_embedding(moved, products, slice(row, row + len(batch.ids)), squares)):
                     stage.run(place)
                 row += len(batch.ids)
         return products
@@ -343,7 +344,7 @@ class ModelProbe:
         """Raises ImpqError if embedding or head play."""
         if self._in_play(self._bank.embedding) or self._in_play(self._bank.head):
             raise ImpqError("this estimator knows no cost of embedding and head: leave out --quantize-embeddings, or "
-                            "take --estimator aumann-shapley")
+                            "take another --estimator")
 
     def _in_play(self, layer: int | None) -> LinearSpec | None:
         """The linear of the embedding's or the head's layer, if that plays."""
@@ -358,20 +359,20 @@ class ModelProbe:
         return embedded_changes(ends_of(self._runner.model).embedding, changes(linear), ids) if linear else []
 
     def _watching_embedding(self, moved: Sequence[torch.Tensor], products: Mapping[LinearSpec, FloatArray],
-                            rows: slice) -> AbstractContextManager[None]:
+                            rows: slice, squares: bool) -> AbstractContextManager[None]:
         """The context in which a backward pass over some of the windows adds to the embedding's ``products``."""
         linear = self._in_play(self._bank.embedding)
         if linear is None or not moved:
             return nullcontext()
         embedding = ends_of(self._runner.model).embedding
-        return watching_embedding(embedding, [change[rows] for change in moved], products[linear][rows])
+        return watching_embedding(embedding, [change[rows] for change in moved], products[linear][rows], squares)
 
-    def _watching_head(self, changes: Changes, products: Mapping[LinearSpec, FloatArray],
-                       scored: int) -> AbstractContextManager[Rows]:
+    def _watching_head(self, changes: Changes, products: Mapping[LinearSpec, FloatArray], scored: int,
+                       squares: bool) -> AbstractContextManager[Rows]:
         """The context in which a backward pass through the head adds to its ``products``."""
         if (linear := self._in_play(self._bank.head)) is None:
             return nullcontext(Rows())
-        return watching_head(ends_of(self._runner.model).head, changes(linear), products[linear], scored)
+        return watching_head(ends_of(self._runner.model).head, changes(linear), products[linear], scored, squares)
 
     def _multiply(self, product: Product, changes: Changes, ids: torch.Tensor,
                   products: Mapping[LinearSpec, FloatArray], row: int) -> Watch[LinearSpec]:

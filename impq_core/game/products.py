@@ -64,8 +64,12 @@ def sums_of_absolute(inputs: torch.Tensor, outputs: torch.Tensor,
 def sums_of_squares(inputs: torch.Tensor, outputs: torch.Tensor,
                     changes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Sums over tokens of the square of a token's share of the inner product."""
-    return [((inputs @ change.to(inputs.dtype).T).float() * outputs.float()).sum(dim=1).square().sum()
-            for change in changes]
+    return [shares_of_tokens(inputs, outputs, change).square().sum() for change in changes]
+
+
+def shares_of_tokens(inputs: torch.Tensor, outputs: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """The share (tokens,) of each token in the inner product with a change (rows, columns)."""
+    return ((inputs @ change.to(inputs.dtype).T).float() * outputs.float()).sum(dim=1)
 
 
 def by_window(inputs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -126,7 +126,7 @@ class Probe(Protocol):
     def token_squares(self, at: FloatArray | None = None) -> FloatArray:
         """What the slopes are for single tokens, squared: the diagonal of the empirical Fisher matrix over tokens, at
         the model's current weights. Costs about three forwards of the windows, and for each choice one of their
-        linears. Needs ``gradients``; raises ImpqError if embedding or head play.
+        linears. Needs ``gradients``.
 
         Args:
             at: as for ``slopes``.

@@ -108,7 +108,7 @@ class Shapes:
         return ForwardCost(tuple(round(2 * length * block.active) + self._pairs(length) for block in self.blocks),
                            2 * (length - 1) * self.hidden * self.vocabulary)
 
-    def slopes_flops(self, length: int, weights_on_play: int, value: str, head_plays: bool = False) -> int:
+    def slopes_flops(self, length: int, weights_on_play: int, value: str, head_products: int = 0) -> int:
         """FLOPs of the slopes of the loss of a window: a forward, each block once more and backwards, the gradient of
         each weight on play, and, for ``kl``, the logits of the unquantized model.
 
@@ -116,12 +116,13 @@ class Shapes:
             length: tokens in the window.
             weights_on_play: number of weights in blocks whose gradient is read.
             value: the loss, ``nll`` or ``kl``.
-            head_plays: whether the gradient of the head's weight is read, too.
+            head_products: products of the size of a forward through the head that its weight takes beside: 1 for a
+                gradient.
         """
         products = 2 * length * sum(block.active for block in self.blocks)
         gradients = products * weights_on_play / sum(block.weights for block in self.blocks)
         attention = len(self.blocks) * self._pairs(length) * (2 + self.attention_backward)
-        head = 2 * self.hidden * self.vocabulary * (length - 1) * (2 + (value == "kl") + head_plays)
+        head = 2 * self.hidden * self.vocabulary * (length - 1) * (2 + (value == "kl") + head_products)
         return round(3 * products + gradients + attention + head)
 
     def _pairs(self, length: int) -> int:

@@ -50,10 +50,11 @@ def work_forwards(work: Workload, shapes: Shapes, config: RunConfig, space: Sear
         game += (work.sets + (work.sets > 1)) * cost.behind(0)
     passes, length = work.slopes + 2 * work.traces, config.calibration.length
     probe = passes * shapes.slopes_flops(length, inside, config.value, head_plays)
-    probe += work.squares * shapes.slopes_flops(length, inside * len(space.choices), "nll", head_plays=False)
+    probe += work.squares * shapes.slopes_flops(length, inside * len(space.choices), "nll",
+                                                head_plays * len(space.choices))
     if work.curvatures:
         squares = sum(linear.columns**2 for layer in space.layers for linear in layer.linears)
-        probe += shapes.slopes_flops(length, work.curvatures * squares, "nll", head_plays=False)
+        probe += shapes.slopes_flops(length, work.curvatures * squares, "nll")
     probe += (work.states + (divergence and passes > 0)) * cost.behind(0)
     probe = probe * windows_probed(config) + work.products
     return float(game + probe / config.game_windows) / cost.total

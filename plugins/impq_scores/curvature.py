@@ -17,7 +17,7 @@ def blocks_only(space: SearchSpace, name: str) -> None:
     """Raises UsageError if the embedding plays, for an estimator that knows linears of blocks only."""
     if any(layer.block < 0 for layer in space.layers):
         raise UsageError(f"estimator {name} knows no cost of embedding and head: leave out --quantize-embeddings, or "
-                         "take --estimator aumann-shapley")
+                         "take --estimator guided-output")
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,9 @@ class GuidedOutput(Inspector):
     needs = frozenset({"gradients"})
 
     def check_space(self, space: SearchSpace) -> None:
-        """Only linears of blocks may play."""
-        blocks_only(space, "guided-output")
+        """With ``form=gram``, only linears of blocks may play."""
+        if self.options.form == "gram":
+            blocks_only(space, "guided-output with form=gram")
 
     def workload(self, space: SearchSpace, sets: int) -> Workload:
         """One reading of squares, or of the curvature in each group."""
