@@ -30,7 +30,7 @@ def measure(bits: tuple[float, ...]) -> list[str]:
         estimate, _ = prepared.parts.estimate(game, game.probe, np.random.default_rng(seed))
         plan = prepared.parts.allocator.allocate(estimate, prepared.budget_bytes)
         predicted, measured, forwards = plan.predicted_loss, game.loss(plan.pick), estimate.forwards
-        evaluation = evaluate_plan(bench.evaluator, plan, prepared.between, prepared.mixes, prepared.evaluation, seed,
+        evaluation = evaluate_plan(bench.evaluator, plan, prepared.between, prepared.mixes, seed,
                                    bench.session.report(f"seed {seed}"))
         assert estimate.stderr is not None
         plans.append(plan.pick)

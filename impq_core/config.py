@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,14 @@ from typing import Any
 import tomli_w
 
 from impq_core.errors import UsageError, nearest
+from impq_core.mixture import NamedText, parse_texts, require_all
 from impq_core.trust import without_permissions
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SEQUENTIAL = ("auto", "yes", "no")
 GRANULARITIES = ("auto", "block", "group", "expert", "linear")
 VALUES = ("nll", "kl")
+SCORED = ("all", "assistant")
 WIDTHS = ("bits", "pins")
 """Keys whose values are names of choices, which may be written as numbers."""
 
@@ -67,28 +69,51 @@ def _encodable(text: str) -> bool:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """A text and the token windows drawn from it.
+    """A text, or several, and the token windows drawn from them.
 
     Args:
-        source: ``demo``, a .txt/.jsonl/.parquet file, or a ``datasets`` name ``path[:config[:split]]``.
-        windows: number of windows.
+        source: ``demo``, a .txt/.jsonl/.parquet file, or a ``datasets`` name ``path[:config[:split]]``; or several of
+            these. Calibration texts are mixed: each has a share of the windows, 1 or as ``SOURCE=WEIGHT`` says.
+            Held-out texts are scored one by one; ``NAME=SOURCE`` names the column of one.
+        windows: number of windows: of a mixture, or of each held-out text.
         length: tokens in each window, with a beginning-of-sequence token if the model needs one.
         seed: seed of the draw.
+        scored: tokens of chats that count in losses: ``all``, or those of the ``assistant``.
     """
 
-    source: str = "demo"
+    source: str | tuple[str, ...] = "demo"
     windows: int = 64
     length: int = 256
     seed: int = 0
+    scored: str = "all"
 
     def __post_init__(self) -> None:
+        sources = (self.source,) if isinstance(self.source, (str, Path)) else self.source
+        object.__setattr__(self, "source", tuple(map(str, sources)) if len(sources) != 1 else str(sources[0]))
         _normalize(self)
-        if not self.source:
+        if not self.source or not all(self.source):
             raise UsageError("the name of a text is empty: give demo, a file, or a datasets name")
+        _ = self.texts
+        if self.scored not in SCORED:
+            raise UsageError(f"unknown tokens to be scored '{self.scored}'{nearest(self.scored, SCORED)}")
         if self.seed < 0:
             raise UsageError(f"a seed must not be negative, as {self.seed} is")
         if self.windows < 1 or self.length < 2:
             raise UsageError(f"a text needs at least 1 window of 2 tokens, not {self.windows} of {self.length}")
+
+    @property
+    def texts(self) -> tuple[NamedText, ...]:
+        """The texts, with names and weights."""
+        return parse_texts((self.source,) if isinstance(self.source, str) else self.source)
+
+    @property
+    def shown(self) -> str:
+        """The sources as the user wrote them."""
+        return self.source if isinstance(self.source, str) else ", ".join(self.source)
+
+    def with_sources(self, of: Callable[[str], str]) -> TextConfig:
+        """The same texts with other sources, such as absolute paths."""
+        return replace(self, source=tuple(text.at(of(text.source)) for text in self.texts))
 
 
 @dataclass(frozen=True)
@@ -116,11 +141,11 @@ class RunConfig:
             only if ``pins`` or ``plan`` name them.
         pins: name of a choice by pattern of layers that stay at it; their bytes count.
         exclude: patterns of layers that stay unquantized; their bytes count at 16 bits a weight.
-        calibration: text for quantization statistics and the game.
+        calibration: text for quantization statistics and the game, or a mixture of texts.
         game_windows: number of calibration windows of the game.
         probe_windows: number of calibration windows for gradients and activations; 0 for all but the referee's.
         value: loss of the game: ``nll``, or ``kl`` to the unquantized model.
-        evaluation: held-out text.
+        evaluation: held-out text, or several; the first decides comparisons.
         sequential: ``yes`` if plan and references are quantized in sequence, as an export is, before they are scored;
             ``no`` if every width is quantized behind a prefix at the widest; ``auto`` for the first if it costs no more
             forwards than the search.
@@ -200,6 +225,11 @@ class RunConfig:
             raise UsageError(f"--refine holds back {self.game_windows} further calibration windows, as many as "
                              f"game_windows: give at least {2 * self.game_windows} calibration windows, not "
                              f"{self.calibration.windows}")
+        require_all(self.calibration.texts, self.game_windows, "windows of the game (--game-windows)")
+        for text in self.evaluation.texts:
+            if text.weight != 1:
+                raise UsageError(f"evaluation text {text.source} has a weight: held-out texts are scored one by one, "
+                                 "and only calibration texts are mixed")
         object.__setattr__(self, "bits", tuple(map(width_name, self.bits)))
         object.__setattr__(self, "pins", {pattern: width_name(width) for pattern, width in self.pins.items()})
         if len({name.lower() for name in self.bits}) != len(self.bits):
@@ -264,6 +294,13 @@ def _value(expected: Any, value: Any, key: str, where: str) -> Any:
             return _build(TextConfig, value, f"{where}, [{key}]")
         if isinstance(value, str):
             return TextConfig(source=value)
+        if isinstance(value, list) and all(type(entry) is str and "\0" not in entry for entry in value):
+            return TextConfig(source=tuple(value))
+    elif expected == str | tuple[str, ...]:
+        if isinstance(value, str) and "\0" not in value:
+            return value
+        if isinstance(value, list) and all(type(entry) is str and "\0" not in entry for entry in value):
+            return tuple(value)
     elif expected in (str, int, bool):
         if type(value) is expected and "\0" not in str(value):  # no name of a file or part may contain it
             return value
@@ -276,6 +313,6 @@ def _value(expected: Any, value: Any, key: str, where: str) -> Any:
             return value if isinstance(value, dict) else tuple(value)
     shown = {"bits": "a list of widths", "exclude": "a list of patterns", "pins": "a table of widths",
              "options": "a table for each role", "calibration": "a text name or table",
-             "evaluation": "a text name or table"}
+             "evaluation": "a text name or table", "source": "the name of a text, or a list of names"}
     kinds = {str: "text", int: "a whole number", bool: "true or false"}
     raise UsageError(f"{where}: '{key}' takes {kinds.get(expected) or shown[key]}, not {value!r}")

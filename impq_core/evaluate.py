@@ -15,7 +15,7 @@ from impq_core.errors import ImpqError
 from impq_core.keys import Key
 from impq_core.ledger import Ledger
 from impq_core.model.bank import Assignment, Bank
-from impq_core.model.blockwise import BlockwiseModel, Hidden
+from impq_core.model.blockwise import BlockwiseModel, Comparison, Hidden
 from impq_core.model.cache import Shelf
 from impq_core.model.quantize import quantize_in_sequence
 from impq_core.model.text import Windows
@@ -25,60 +25,66 @@ from impq_core.results import Evaluation, Row, Score
 from impq_core.space import Choice, IntArray, LayerSpec
 from impq_core.types import Plan
 
+Scores = tuple[Score, ...]
+"""The scores of an allocation on each held-out text."""
+
 RANDOM_PLANS = 3
 """Number of random plans among the references."""
 
 
 class ScoreLog(Ledger):
-    """The log of held-out scores, by the widths of an allocation."""
+    """The log of held-out scores on each text, by the widths of an allocation."""
 
     def __init__(self, path: Path, key: Key) -> None:
         super().__init__(path, "impq-scores/2", key)
         try:
-            self.scores = {row["widths"]: Score.from_dict(row) for row in self.rows}
+            self.scores = {row["widths"]: (Score.from_dict(row), *map(Score.from_dict, row.get("others", ())))
+                           for row in self.rows}
         except (KeyError, TypeError, ValueError) as error:
             self.close()
             raise ImpqError(f"{path} has a line that is no score ({type(error).__name__}: {error}): delete this file, "
                             "and the scores are measured again") from error
 
-    def add(self, widths: str, score: Score) -> None:
-        """Add a score and write it to the disk."""
-        self.append({"widths": widths, **score.to_dict()})
+    def add(self, widths: str, scores: Scores) -> None:
+        """Add the scores of an allocation and write them to the disk."""
+        others = {"others": [score.to_dict() for score in scores[1:]]} if scores[1:] else {}
+        self.append({"widths": widths, **scores[0].to_dict(), **others})
         self.sync()
-        self.scores[widths] = score
+        self.scores[widths] = scores
 
 
 @dataclass(frozen=True, eq=False)
 class KeptScores:
-    """Scores of earlier runs on the same text, kept with the variants in the cache.
+    """Scores of earlier runs on the same texts, kept with the variants in the cache.
 
     Args:
         shelf: the shelf of the variants.
-        digest: digest of the text's tokens.
+        digests: digests of the texts' tokens.
         layers: the layers of the bank.
         sequence: identity of how plans are quantized in sequence; empty if the shelf's variants are scored.
     """
 
     shelf: Shelf
-    digest: str
+    digests: Sequence[str]
     layers: Sequence[LayerSpec]
     sequence: str = ""
 
-    def get(self, assignment: Assignment) -> Score | None:
-        """The score of an allocation; None if no run has measured it."""
-        data = self.shelf.recall(self._name(assignment))
-        return Score.from_dict(data) if data else None
+    def get(self, assignment: Assignment) -> Scores | None:
+        """The scores of an allocation; None if one of them was not measured by any run."""
+        found = [self.shelf.recall(name) for name in self._names(assignment)]
+        return tuple(Score.from_dict(data) for data in found if data) if all(found) else None
 
-    def put(self, assignment: Assignment, score: Score) -> None:
-        """Keep a score for other runs."""
-        self.shelf.remember(self._name(assignment), score.to_dict())
+    def put(self, assignment: Assignment, scores: Scores) -> None:
+        """Keep scores for other runs."""
+        for name, score in zip(self._names(assignment), scores, strict=True):
+            self.shelf.remember(name, score.to_dict())
 
-    def _name(self, assignment: Assignment) -> str:
-        """Name of an allocation's score, from the widths of its linears, which are the same at any granularity."""
+    def _names(self, assignment: Assignment) -> list[str]:
+        """Names of an allocation's scores, from the widths of its linears, which are the same at any granularity."""
         widths = sorted((linear.name, str(choice), choice.group_size if choice else 0)
                         for layer, choice in zip(self.layers, assignment, strict=True) for linear in layer.linears)
-        facts = [self.digest, widths, *([self.sequence] if self.sequence else [])]
-        return "score-" + hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:20]
+        facts = [[digest, widths, *([self.sequence] if self.sequence else [])] for digest in self.digests]
+        return ["score-" + hashlib.sha256(json.dumps(each).encode()).hexdigest()[:20] for each in facts]
 
 
 class Evaluator:
@@ -87,16 +93,17 @@ class Evaluator:
     Args:
         runner: the model.
         bank: its variants.
-        windows: the held-out text.
+        texts: the held-out text, or several.
         log: scores are written to it before they are returned, and earlier ones are read from it.
         kept: scores of other runs are read from it, and new ones are written to it.
     """
 
-    def __init__(self, runner: BlockwiseModel, bank: Bank, windows: Windows, log: ScoreLog | None = None,
-                 kept: KeptScores | None = None) -> None:
-        self._runner, self._bank, self._ids, self._log, self._kept = runner, bank, windows.ids, log, kept
+    def __init__(self, runner: BlockwiseModel, bank: Bank, texts: Windows | Sequence[Windows],
+                 log: ScoreLog | None = None, kept: KeptScores | None = None) -> None:
+        self._runner, self._bank, self._log, self._kept = runner, bank, log, kept
+        self.texts = (texts,) if isinstance(texts, Windows) else tuple(texts)
         self._walk, self._unquantized = Walk(runner, bank), [None] * len(bank.layers)
-        self._scores: dict[str, Score] = log.scores if log else {}
+        self._scores: dict[str, Scores] = log.scores if log else {}
         # Computed while the model has its unquantized weights, unless every score may be in the log or the cache.
         self._reference = None if self._scores or kept else self._outputs([self._unquantized])[0]
 
@@ -118,12 +125,17 @@ class Evaluator:
         return other
 
     def score(self, assignment: Assignment) -> Score:
-        """Score an allocation, once."""
+        """Score an allocation on the first text, once."""
         return self.scores([assignment])[0]
 
     def scores(self, assignments: Sequence[Assignment],
                progress: Callable[[int, int], None] = lambda done, total: None) -> list[Score]:
-        """Score allocations, each once, side by side as far as there is room for their hidden states.
+        """As ``scores_of_texts``, on the first text."""
+        return [scores[0] for scores in self.scores_of_texts(assignments, progress)]
+
+    def scores_of_texts(self, assignments: Sequence[Assignment],
+                        progress: Callable[[int, int], None] = lambda done, total: None) -> list[Scores]:
+        """Score allocations on each text, each once, side by side as far as there is room for their hidden states.
 
         The unquantized model's logits are computed again from its last hidden states, which take thousands of times
         less memory than logits.
@@ -155,27 +167,45 @@ class Evaluator:
 
     def _side_by_side(self) -> int:
         """Number of allocations whose hidden states have room."""
-        return max(1, self._runner.room // (len(self._ids) * self._runner.state_bytes(self._ids)))
+        taken = sum(len(text.ids) * self._runner.state_bytes(text.ids) for text in self.texts)
+        return max(1, self._runner.room // taken)
 
-    def _measure(self, assignments: Mapping[str, Assignment], passed: Callable[[int], None]) -> dict[str, Score]:
+    def _measure(self, assignments: Mapping[str, Assignment], passed: Callable[[int], None]) -> dict[str, Scores]:
         if not assignments:
             return {}
         outputs = self._outputs([*assignments.values(), *([] if self._reference else [self._unquantized])], passed)
         if self._reference is None:
             self._reference = outputs.pop()
-        names, scores = list(assignments), dict[str, Score]()
+        names, scores = list(assignments), dict[str, Scores]()
+        references = self._by_text(self._reference)
         for numbers in self._walk.by_head([*assignments.values()]):
-            compared = self._runner.compare([outputs[number] for number in numbers], self._ids, self._reference)
-            scores |= {names[number]: Score(found.nll.mean(axis=1), float(found.kl.mean()), float(found.agree.mean()))
-                       for number, found in zip(numbers, compared, strict=True)}
+            hidden = zip(*(self._by_text(outputs[number]) for number in numbers), strict=True)
+            compared = [self._runner.compare(some, text.ids, reference)
+                        for some, text, reference in zip(hidden, self.texts, references, strict=True)]
+            for place, number in enumerate(numbers):
+                scores[names[number]] = tuple(_score(found[place], text)
+                                              for found, text in zip(compared, self.texts, strict=True))
         if self._kept:
-            for name, score in scores.items():
-                self._kept.put(assignments[name], score)
+            for name, found in scores.items():
+                self._kept.put(assignments[name], found)
         return scores
+
+    def _by_text(self, hidden: Hidden) -> list[Hidden]:
+        """The batches of each text."""
+        parts, first = list[Hidden](), 0
+        for text in self.texts:
+            end, count = first, 0
+            while count < len(text.ids):
+                count += len(hidden[end].ids)
+                end += 1
+            parts.append(hidden[first:end])
+            first = end
+        return parts
 
     def _outputs(self, assignments: Sequence[Assignment],
                  passed: Callable[[int], None] = lambda block: None) -> list[Hidden]:
-        embedded = self._runner.embed(self._ids)  # now: an export brings embeddings of its own
+        # Now: an export brings embeddings of its own. Texts share no batch, so scores do not depend on other texts.
+        embedded = [batch for text in self.texts for batch in self._runner.embed(text.ids)]
         return self._walk.outputs(assignments, Prefix(None, [embedded]), progress=passed)[0]
 
 
@@ -186,21 +216,21 @@ class SequentialEvaluator(Evaluator):
     Args:
         runner: the model.
         bank: its layers and backend; its variants are not used.
-        windows: the held-out text.
+        texts: the held-out texts.
         calibration: token ids (windows, length) of the calibration text.
         log: see ``Evaluator``.
         kept: see ``Evaluator``.
     """
 
-    def __init__(self, runner: BlockwiseModel, bank: Bank, windows: Windows, calibration: IntArray,
+    def __init__(self, runner: BlockwiseModel, bank: Bank, texts: Windows | Sequence[Windows], calibration: IntArray,
                  log: ScoreLog | None = None, kept: KeptScores | None = None) -> None:
-        super().__init__(runner, bank, windows, log, kept)
+        super().__init__(runner, bank, texts, log, kept)
         self._calibration = calibration
 
     def _side_by_side(self) -> int:
         return 1
 
-    def _measure(self, assignments: Mapping[str, Assignment], passed: Callable[[int], None]) -> dict[str, Score]:
+    def _measure(self, assignments: Mapping[str, Assignment], passed: Callable[[int], None]) -> dict[str, Scores]:
         if not assignments:
             return {}
         self._bank.apply(self._unquantized)
@@ -216,14 +246,22 @@ class SequentialEvaluator(Evaluator):
         return scores
 
 
+def _score(found: Comparison, text: Windows) -> Score:
+    if text.scored is None:
+        return Score(found.nll.mean(axis=1), float(found.kl.mean()), float(found.agree.mean()))
+    scored, tokens = text.scored, text.window_tokens
+    nll = np.where(scored, found.nll, 0.0).sum(axis=1) / scored.sum(axis=1)
+    return Score(nll, float(found.kl[scored].mean()), float(found.agree[scored].mean()), tokens)
+
+
 def _name(assignment: Assignment) -> str:
     return " ".join(f"{choice}/{choice.group_size}" if choice else "-" for choice in assignment)
 
 
 def evaluate_plan(evaluator: Evaluator, plan: Plan, between: Sequence[tuple[Choice, int]], mixes: Sequence[Mix],
-                  windows: Windows, seed: int, progress: Callable[[int, int], None]) -> Evaluation:
-    """Score a plan and its references: the unquantized model, every uniform width, mixes of other software,
-    first/last-high, random plans, and straight lines between uniform models at the plan's bytes.
+                  seed: int, progress: Callable[[int, int], None]) -> Evaluation:
+    """Score a plan and its references on each text of an evaluator: the unquantized model, every uniform width, mixes
+    of other software, first/last-high, random plans, and straight lines between uniform models at the plan's bytes.
 
     Args:
         evaluator: the evaluator of the model.
@@ -231,7 +269,6 @@ def evaluate_plan(evaluator: Evaluator, plan: Plan, between: Sequence[tuple[Choi
         between: choices between the widest and the narrowest that are not on the plan's menu, each with the bytes of
             the uniform model at that choice.
         mixes: plans of other software.
-        windows: the evaluator's windows.
         seed: seed of the random plans.
         progress: called with the number of scored allocations and the number of all allocations.
     """
@@ -248,19 +285,26 @@ def evaluate_plan(evaluator: Evaluator, plan: Plan, between: Sequence[tuple[Choi
     allocations += [(name, space.bytes_of(pick), space.assignment(pick)) for name, pick in references]
     total = len(allocations) + len(mixes)
     progress(0, total)
-    scores = evaluator.scores([assignment for *_, assignment in allocations], lambda done, _: progress(done, total))
-    rows = []
+    scores = evaluator.scores_of_texts([assignment for *_, assignment in allocations],
+                                       lambda done, _: progress(done, total))
     sizes = [(name, nbytes) for name, nbytes, _ in allocations]
     if mixes:
         linears = [linear.name for layer in space.everyone for linear in layer.linears]
-        scores += evaluator.of_linears().scores([[mix.choices[name] for name in linears] for mix in mixes],
-                                                lambda done, _: progress(len(allocations) + done, total))
+        scores += evaluator.of_linears().scores_of_texts(
+            [[mix.choices[name] for name in linears] for mix in mixes],
+            lambda done, _: progress(len(allocations) + done, total))
         sizes += [(f"mix {mix.name}", mix.nbytes) for mix in mixes]
-    for (name, nbytes), score in zip(sizes, scores, strict=True):
-        row = Row(name, score.window_nll, nbytes, score=score)
-        if nbytes is not None:
-            row = replace(row, bits_nominal=space.nominal_bits(nbytes), bits_stored=space.bits_per_weight(nbytes))
-        rows.append(row)
     sequential = isinstance(evaluator, SequentialEvaluator)
-    return Evaluation(tuple(rows), str(windows), windows.scored_tokens, sequential).with_lines()
+    found = []
+    for number, text in enumerate(evaluator.texts):
+        rows = []
+        for (name, nbytes), on_texts in zip(sizes, scores, strict=True):
+            score = on_texts[number]
+            row = Row(name, score.window_nll, nbytes, score=score, window_tokens=score.window_tokens)
+            if nbytes is not None:
+                row = replace(row, bits_nominal=space.nominal_bits(nbytes), bits_stored=space.bits_per_weight(nbytes))
+            rows.append(row)
+        found.append(Evaluation(tuple(rows), str(text), text.scored_tokens, sequential,
+                                text.name if len(evaluator.texts) > 1 else "").with_lines())
+    return replace(found[0], others=tuple(found[1:]))
 

@@ -17,8 +17,8 @@ import numpy as np
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError
 from impq_core.files import write_text
-from impq_core.space import FloatArray
-from impq_core.statistics import standard_error
+from impq_core.space import FloatArray, IntArray
+from impq_core.statistics import mean, standard_error
 from impq_core.types import Measurements, Plan, SensitivityEstimate
 
 
@@ -50,25 +50,28 @@ class Difference(NamedTuple):
 class WindowLosses:
     """Losses of an allocation on the windows of a text.
 
-    Derived classes have ``window_nll``: float64 (windows,), the mean nats per token of each window.
+    Derived classes have ``window_nll``: float64 (windows,), the mean nats per token of each window; and
+    ``window_tokens``: int64 (windows,), the scored tokens of each window, None if all windows have the same.
     """
 
     window_nll: FloatArray
+    window_tokens: IntArray | None
 
     @property
     def nll(self) -> float:
         """Mean negative log-likelihood, nats per token."""
-        return float(self.window_nll.mean())
+        return mean(self.window_nll, self.window_tokens)
 
     @property
     def stderr(self) -> float:
         """Standard error of ``nll`` over windows, nats per token."""
-        return standard_error(self.window_nll)
+        return standard_error(self.window_nll, self.window_tokens)
 
     def minus(self, other: WindowLosses) -> Difference:
         """This NLL minus another on the same windows, paired."""
         with np.errstate(invalid="ignore"):  # infinite losses have no difference
-            return Difference(self.nll - other.nll, standard_error(self.window_nll - other.window_nll))
+            return Difference(self.nll - other.nll,
+                              standard_error(self.window_nll - other.window_nll, self.window_tokens))
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,11 +82,13 @@ class Score(WindowLosses):
         window_nll: float64 (windows,), mean nats per token of each window.
         kl: mean KL divergence from the unquantized model's next-token distribution, nats per token.
         top1: share of tokens for which the most likely successor is the same as the unquantized model's.
+        window_tokens: int64 (windows,), scored tokens of each window; None if all windows have the same.
     """
 
     window_nll: FloatArray
     kl: float
     top1: float
+    window_tokens: IntArray | None = None
 
     @property
     def perplexity(self) -> float:
@@ -97,12 +102,13 @@ class Score(WindowLosses):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {"window_nll": self.window_nll.tolist(), "kl": self.kl, "top1": self.top1}
+        return {"window_nll": self.window_nll.tolist(), "kl": self.kl, "top1": self.top1, **_tokens_of(self)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Score:
         """Read the data of ``to_dict``; raises KeyError, TypeError or ValueError if it is something else."""
-        return cls(np.array(data["window_nll"], float), float(data["kl"]), float(data["top1"]))
+        return cls(np.array(data["window_nll"], float), float(data["kl"]), float(data["top1"]),
+                   _read_tokens(data))
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +123,7 @@ class Row(WindowLosses):
         bits_nominal: nominal average width, bits per weight; None for the unquantized model.
         bits_stored: stored bits per weight; None for the unquantized model.
         score: the measured score; None if the losses are interpolated between uniform models.
+        window_tokens: int64 (windows,), scored tokens of each window; None if all windows have the same.
     """
 
     name: str
@@ -125,6 +132,7 @@ class Row(WindowLosses):
     bits_nominal: float | None = None
     bits_stored: float | None = None
     score: Score | None = None
+    window_tokens: IntArray | None = None
 
     @property
     def kind(self) -> str:
@@ -139,13 +147,13 @@ class Row(WindowLosses):
         if self.score is not None:
             data |= {"nll_stderr": self.stderr, "perplexity": self.score.perplexity,
                      "perplexity_stderr": self.score.perplexity_stderr, "kl": self.score.kl,
-                     "top1_agreement": self.score.top1, "window_nll": self.window_nll.tolist()}
+                     "top1_agreement": self.score.top1, "window_nll": self.window_nll.tolist(), **_tokens_of(self)}
         return data
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """The plan and its references on one held-out text.
+    """The plan and its references on one held-out text, and the same on others.
 
     Args:
         rows: the plan first; among the others, one named ``unquantized``.
@@ -153,6 +161,8 @@ class Evaluation:
         tokens: scored tokens.
         sequential: whether plan and references were quantized in sequence, as an export is; else every width is
             quantized behind a prefix at the widest.
+        name: of the text among several; empty if there is one.
+        others: the same allocations on further texts; empty in these.
 
     Raises:
         ImpqError: the first row is no measured plan, no row is the unquantized model, or rows have different numbers of
@@ -163,6 +173,8 @@ class Evaluation:
     text: str
     tokens: int
     sequential: bool = False
+    name: str = ""
+    others: tuple[Evaluation, ...] = ()
 
     def __post_init__(self) -> None:
         measured = {row.name for row in self.rows if row.score is not None}
@@ -171,6 +183,13 @@ class Evaluation:
                             "unquantized model")
         if len({len(row.window_nll) for row in self.rows}) != 1 or not len(self.rows[0].window_nll):
             raise ImpqError("rows of an evaluation have different numbers of windows, or none")
+        if any([row.name for row in other.rows] != [row.name for row in self.rows] for other in self.others):
+            raise ImpqError("the texts of an evaluation have different rows")
+
+    @property
+    def texts(self) -> tuple[Evaluation, ...]:
+        """The evaluation on each text, the first included, each with one text."""
+        return (replace(self, others=()), *self.others)
 
     def row(self, name: str) -> Row:
         """The row of that name; raises KeyError if there is none."""
@@ -201,7 +220,8 @@ class Evaluation:
         for name, ends in lines.items():
             sizes, _, windows = zip(*ends, strict=True)
             between = np.array([np.interp(plan.nbytes, sizes, losses) for losses in np.stack(windows, axis=1)])
-            rows.append(Row(name, between, plan.nbytes, plan.bits_nominal, plan.bits_stored))
+            rows.append(Row(name, between, plan.nbytes, plan.bits_nominal, plan.bits_stored,
+                            window_tokens=plan.window_tokens))
         return replace(self, rows=tuple(rows))
 
     def to_dict(self) -> dict[str, Any]:
@@ -212,7 +232,9 @@ class Evaluation:
             if (difference := self.against_plan(row)) is not None:
                 data |= {"minus_plan": difference.mean, "minus_plan_stderr": difference.stderr}
             rows.append({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in data.items()})
-        return {"text": self.text, "tokens": self.tokens, "sequential": self.sequential, "rows": rows}
+        data = {"text": self.text, "tokens": self.tokens, "sequential": self.sequential, "rows": rows}
+        name = {"name": self.name} if self.name else {}
+        return {**name, **data, **({"others": [other.to_dict() for other in self.others]} if self.others else {})}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Evaluation:
@@ -228,7 +250,12 @@ class Evaluation:
         if not all(isinstance(entry, Mapping) and isinstance(entry.get("name"), str) for entry in entries):
             raise ImpqError("every row of an evaluation is an object with a name")
         measured = tuple(_measured_row(entry) for entry in entries if "window_nll" in entry)
-        evaluation = cls(measured, data["text"], data["tokens"], data.get("sequential") is True).with_lines()
+        name, others = data.get("name", ""), data.get("others", [])
+        if not isinstance(name, str) or not isinstance(others, list) or not all(
+                isinstance(other, Mapping) and not other.get("others") for other in others):
+            raise ImpqError("an evaluation has its 'name' as text, and 'others' as a list of evaluations")
+        evaluation = cls(measured, data["text"], data["tokens"], data.get("sequential") is True, name).with_lines()
+        evaluation = replace(evaluation, others=tuple(map(cls.from_dict, others)))
         if names := {entry["name"] for entry in entries} - {row.name for row in evaluation.rows}:
             raise ImpqError(f"row '{min(names)}' of an evaluation has no 'window_nll'")
         return evaluation
@@ -249,10 +276,28 @@ def _measured_row(entry: Mapping[str, Any]) -> Row:
     if not isinstance(windows, Sequence) or not windows or not all(type(value) in (int, float) for value in windows):
         raise ImpqError(f"row '{name}' of an evaluation: 'window_nll' is no list of numbers")
     window_nll = np.array(windows, dtype=np.float64)
-    score = Score(window_nll, _number(entry, "kl"), _number(entry, "top1_agreement"))
+    try:
+        tokens = _read_tokens(entry)
+    except (TypeError, ValueError) as error:
+        raise ImpqError(f"row '{name}' of an evaluation: 'window_tokens' is no list of whole numbers") from error
+    score = Score(window_nll, _number(entry, "kl"), _number(entry, "top1_agreement"), tokens)
     if nbytes is None:
-        return Row(name, window_nll, score=score)
-    return Row(name, window_nll, nbytes, _number(entry, "bits_nominal"), _number(entry, "bits_stored"), score)
+        return Row(name, window_nll, score=score, window_tokens=tokens)
+    return Row(name, window_nll, nbytes, _number(entry, "bits_nominal"), _number(entry, "bits_stored"), score, tokens)
+
+
+def _tokens_of(losses: WindowLosses) -> dict[str, list[int]]:
+    return {} if losses.window_tokens is None else {"window_tokens": losses.window_tokens.tolist()}
+
+
+def _read_tokens(data: Mapping[str, Any]) -> IntArray | None:
+    """The scored tokens of each window, if the data have them; raises TypeError or ValueError if they are none."""
+    if "window_tokens" not in data:
+        return None
+    tokens = np.array(data["window_tokens"], np.int64)
+    if tokens.shape != (len(data["window_nll"]),) or not (tokens > 0).all():
+        raise ValueError("a window has no scored token, or there is another number of windows")
+    return tokens
 
 
 def _number(entry: Mapping[str, Any], key: str) -> float:
@@ -280,7 +325,8 @@ class RunResult:
         forwards: cost of the search in full-model forwards.
         rest_bytes: bytes of all that is in no layer (norms; embeddings and head unless they are layers).
         seconds: by stage.
-        digests: of the tokens of both texts, by role.
+        digests: of the tokens of the texts: by ``calibration``, ``evaluation``, and ``evaluation NAME`` for further
+            held-out texts.
     """
 
     folder: Path

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import numpy as np
 
-from impq_core.space import FloatArray
+from impq_core.space import FloatArray, IntArray
 
 
-def standard_error(values: FloatArray) -> float:
-    """Standard error of the mean of ``values`` (n,): sample standard deviation (ddof=1) over sqrt(n), in their unit.
+def mean(values: FloatArray, weights: IntArray | None = None) -> float:
+    """The mean of ``values`` (n,), weighted by ``weights`` (n,) if these are given."""
+    return float(values.mean() if weights is None else np.average(values, weights=weights))
+
+
+def standard_error(values: FloatArray, weights: IntArray | None = None) -> float:
+    """Standard error of the mean of ``values`` (n,): sample standard deviation (ddof=1) over sqrt(n), in their unit. Of
+    a weighted mean, as of a ratio of two means (Cochran, Sampling Techniques, 1977, equation 6.13): that of the mean of
+    ``weights (values - mean)``, over the mean of the weights.
 
     NaN if there are fewer than two values or any is not finite.
     """
     if len(values) < 2 or not np.isfinite(values).all():
         return float("nan")
+    if weights is not None:
+        values = weights * (values - mean(values, weights)) / weights.mean()
     return float(np.std(values, ddof=1) / np.sqrt(len(values)))

@@ -142,11 +142,11 @@ def summary(result: RunResult) -> list[str]:
     lines = plan_lines(result) if result.plan else []
     if result.measurements is None and result.estimate is not None:
         lines.append(f"search: {result.forwards:.1f} full-model forwards (of {result.config.game_windows} windows of "
-                     f"{result.config.calibration.source} calibration text)")
+                     f"{result.config.calibration.shown} calibration text)")
     if result.measurements is not None:
         measured = result.measurements
         lines.append(f"search: {len(measured)} losses on {measured.tokens} tokens of "
-                     f"{result.config.calibration.source} calibration text, {result.forwards:.1f} full-model forwards")
+                     f"{result.config.calibration.shown} calibration text, {result.forwards:.1f} full-model forwards")
     if result.estimate is not None and result.estimate.stderr is not None:
         error = result.estimate.stderr[:, 1:].mean()
         spread = result.estimate.linear[:, -1].std()
@@ -157,7 +157,9 @@ def summary(result: RunResult) -> list[str]:
     if result.evaluation:
         how = ("plan and references quantized in sequence, as an export is" if result.evaluation.sequential
                else "every width quantized behind a prefix at the widest")
-        lines.append(f"held-out text: {result.evaluation.text}, {result.evaluation.tokens} scored tokens; {how}")
+        for text in result.evaluation.texts:
+            name = f" {text.name}" if text.name else ""
+            lines.append(f"held-out text{name}: {text.text}, {text.tokens} scored tokens; {how}")
     return lines
 
 
@@ -187,7 +189,10 @@ def score_line(score: Score) -> str:
 
 
 def evaluation_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of the evaluation table, for the terminal and for Markdown."""
+    """Header and cells of the evaluation table, for the terminal and for Markdown; columns for each text if there are
+    several."""
+    if evaluation.others:
+        return _rows_of_texts(evaluation)
     header = ["allocation", "bits", "stored", "MB", "NLL", "minus plan", "perplexity", "KL", "top-1"]
     cells = []
     for row in evaluation.rows:
@@ -206,6 +211,26 @@ def evaluation_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]
                           f"{score.perplexity:.4g} ± {score.perplexity_stderr:.2g}", f"{score.kl:.3f}",
                           f"{100 * score.top1:.1f}%"])
     return header, cells
+
+
+def _rows_of_texts(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
+    """As ``evaluation_rows`` for several texts: NLL, difference and KL on each."""
+    header, *cells = ["allocation", "bits", "MB"], *([row.name, "", ""] for row in evaluation.rows)
+    for row, line in zip(evaluation.rows, cells, strict=True):
+        if row.nbytes is not None:
+            line[1:] = f"{row.bits_nominal:.2f}", f"{row.nbytes / 1e6:.2f}"
+    for text in evaluation.texts:
+        header += [f"NLL {text.name}", "minus plan", "KL"]
+        for row, line in zip(text.rows, cells, strict=True):
+            difference = text.against_plan(row)
+            line += [_plus_minus(f"{row.nll:.3f}", row.stderr) if row.score else f"{row.nll:.3f}",
+                     _plus_minus(f"{difference.mean:+.3f}", difference.stderr) if difference else "",
+                     f"{row.score.kl:.3f}" if row.score else ""]
+    return header, cells
+
+
+def _plus_minus(value: str, error: float) -> str:
+    return value if math.isnan(error) else f"{value} ± {error:.3f}"
 
 
 def evaluation_table(evaluation: Evaluation) -> Table:

@@ -25,11 +25,22 @@ def _text_options(role: str, default: str) -> Callable[[Command], Command]:
     def add(command: Command) -> Command:
         for suffix, kind, text in (("-seed", int, "Seed of the draw."), ("-length", int, "Tokens in a window [256]."),
                                    ("-windows", int, "Number of windows drawn [64]."),
-                                   ("", str, f"{default} text: demo, a .txt/.jsonl/.parquet file, or a datasets name "
-                                             "such as wikitext:wikitext-2-raw-v1:test [demo].")):
+                                   ("-scored", str, "Tokens of chats that count in losses: all, or those of the "
+                                                    "assistant [all].")):
             command = click.option(f"--{role}{suffix}", type=kind, default=None, help=text)(command)
-        return command
+        several = {"calibration": "SOURCE=WEIGHT for a share of a mixture",
+                   "evaluation": "NAME=SOURCE for a column of that name"}[role]
+        return click.option(
+            f"--{role}", multiple=True, callback=several_or_none, metavar="SOURCE",
+            help=f"{default} text: demo, a .txt/.jsonl/.parquet file, or a datasets name such as "
+                 f"wikitext:wikitext-2-raw-v1:test [demo]. Several times: {several}.")(command)
     return add
+
+
+def several_or_none(_context: click.Context, _option: click.Parameter,
+                    given: tuple[str, ...]) -> tuple[str, ...] | None:
+    """The values of an option that may be given several times; None if it is not given."""
+    return given or None
 
 
 part_options = click.option(
@@ -135,14 +146,14 @@ def read_pairs(options: tuple[str, ...], time_limit: float | None = None) -> dic
 def check(config: RunConfig, plugins: Plugins) -> None:
     """Check names, options, files and texts without a heavy import; raises ImpqError."""
     from impq_core.model.source import locate_model
-    from impq_core.model.text import check_source
+    from impq_core.model.text import check_texts
     from impq_core.parts import Parts
 
     parts = Parts.build(config, plugins)
     locate_model(config.model)
     if parts.needs_calibration:
-        check_source(config.calibration.source, "calibration")
-    check_source(config.evaluation.source, "evaluation")
+        check_texts(config.calibration, "calibration")
+    check_texts(config.evaluation, "evaluation")
 
 
 def warn(config: RunConfig, plugins: Plugins) -> None:

@@ -80,7 +80,7 @@ def _recorded(run: Contestant) -> dict[str, str]:
     seeds = {"run": c.seed, "calibration": c.calibration.seed, "evaluation": c.evaluation.seed}
     chosen = {"model": c.model, "dtype": c.dtype, "held-out text": run.evaluation.text,
               "scored tokens": run.evaluation.tokens, "quantized in sequence": run.evaluation.sequential,
-              "calibration text": c.calibration.source, "seed": seeds,
+              "calibration text": c.calibration.shown, "seed": seeds,
               "budget in bytes": run.budget_bytes, "run folder": str(run.folder)}
     return dict([*_flat(chosen), *_flat(run.provenance, "recorded")])
 

@@ -39,7 +39,7 @@ class ModelGame:
         space: the layers and choices of the game.
         bank: the variants; its layers are the space's ``everyone``.
         runner: the model.
-        windows: calibration windows; a loss is the mean over them.
+        windows: calibration windows; a loss is the mean over them, or over their scored tokens.
         log: measured losses are written to it before they are returned, and those of an earlier process are read from
             it.
         watch: called with new losses after they are on disk.
@@ -60,9 +60,9 @@ class ModelGame:
         self.probe = probe or ModelProbe(space, bank, runner, windows, value)
         self._bank, self._runner, self._value = bank, runner, value
         count = len(windows.ids)
-        spare_ids = windows.ids[:0] if spare is None else spare.ids
-        self._sets = [windows.ids, *(spare_ids[first:first + count]
-                                     for first in range(0, len(spare_ids) - count + 1, count))]
+        spare = spare or windows.part(0, 0)
+        self._sets = [windows, *(spare.part(first, first + count)
+                                 for first in range(0, len(spare.ids) - count + 1, count))]
         self._log, self._watch, self._progress = log, watch, progress
         self._expected = 0
         self._walk = Walk(runner, bank)
@@ -76,7 +76,8 @@ class ModelGame:
         """Continue on the set of windows with a number (modulo the number of sets); earlier losses on it are kept.
         Returns the number of the set."""
         self._number = number % len(self._sets)
-        self._ids, self._memo = self._sets[self._number], self._memos[self._number]
+        self._text, self._memo = self._sets[self._number], self._memos[self._number]
+        self._ids = self._text.ids
         embedded = self._runner.embed(self._ids)
         self._known: Assignment | None = None  # of the pick that was charged last
         self._last = Prefix(None, [embedded])  # the states of the pick that was measured last
@@ -173,9 +174,9 @@ class ModelGame:
         for numbers in self._walk.by_head(assignments):
             some = [outputs[number] for number in numbers]
             if self._unquantized is None:
-                found = (self._runner.nll(hidden, self._ids).mean(axis=1) for hidden in some)
+                found = (self._text.window_losses(self._runner.nll(hidden, self._ids)) for hidden in some)
             else:
-                found = (compared.kl.mean(axis=1)
+                found = (self._text.window_losses(compared.kl)
                          for compared in self._runner.compare(some, self._ids, self._unquantized))
             yield from zip(numbers, found, strict=True)
 

@@ -97,8 +97,8 @@ class ModelProbe:
 
     @property
     def window_tokens(self) -> int:
-        """Scored tokens of a window."""
-        return self._text.ids.shape[1] - 1
+        """Scored tokens of a window, on average."""
+        return round(self._text.scored_tokens / len(self._text.ids))
 
     def weight(self, linear: LinearSpec) -> torch.Tensor:
         """The unquantized weight (rows, columns), float32."""
@@ -165,7 +165,7 @@ class ModelProbe:
         """Mean squares (windows, n, m), see ``Probe``; costs about three forwards of the windows, and for each choice
         one of their linears."""
         squares = self._read("squares at", at, sums_of_squares, self._to_choices, len(self.space.choices))
-        return squares * self.window_tokens  # the gradients are of the mean loss of a window
+        return squares * (self._text.ids.shape[1] - 1)  # the gradients are of the mean loss of a window
 
     def absolute_slopes(self, at: FloatArray | None = None) -> FloatArray:
         """Sums of absolute terms (windows, n), see ``Probe``; costs about four forwards of the windows."""
@@ -256,8 +256,9 @@ class ModelProbe:
             yield from self._curvature_of(part, groups)
 
     def _curvature_of(self, some: slice, groups: int) -> Iterator[tuple[LinearSpec, torch.Tensor]]:
-        scored, total = self.window_tokens, len(self._text.ids) * self.window_tokens
-        backward = Backward(self._runner, self._text.ids[some])
+        scored = self._text.ids.shape[1] - 1
+        total = len(self._text.ids) * scored
+        backward = Backward(self._runner, self._text.ids[some], weights=self._weights(some, squared=True))
         for stage in backward.stages(backward.head()):
             grams: dict[LinearSpec, torch.Tensor] = {}
 
@@ -304,6 +305,14 @@ class ModelProbe:
             return self._products(changes, number, product)
         return {linear: np.concatenate([part[linear] for part in parts]) for linear in self._linears}
 
+    def _weights(self, some: slice, squared: bool) -> FloatArray | None:
+        """Weights (windows, length - 1) of the predicted tokens of some windows; None if all count alike. Squares of
+        gradients take the roots: their mean over tokens is weighted once, as that of the losses."""
+        weights = self._text.weights
+        if weights is None:
+            return None
+        return np.sqrt(weights[some]) if squared else weights[some]
+
     def _remember(self) -> None:
         """Keep the unquantized model's last hidden states if the loss is a divergence from it; costs the blocks' share
         of a forward of the windows."""
@@ -319,8 +328,8 @@ class ModelProbe:
         head have no absolute terms."""
         runner, ids = self._runner, self._text.ids[some]
         products: dict[LinearSpec, FloatArray] = {linear: np.zeros((len(ids), number)) for linear in self._linears}
-        backward = Backward(runner, ids, self._batch_tokens)
         squares = product is sums_of_squares
+        backward = Backward(runner, ids, self._batch_tokens, self._weights(some, squares))
         reference = None if self._unquantized is None or squares else self._unquantized.narrow(
             runner.forward.axis, some.start, len(ids))
         with self._watching_head(changes, products, ids.shape[1] - 1, squares) as rows:

@@ -67,7 +67,8 @@ class Game(Protocol):
         """Losses (N,) of N picks (N, n), nats per token above the reference; returns when the losses are on disk."""
 
     def window_losses(self, pick: IntArray) -> FloatArray:
-        """Absolute losses (windows,) of one pick, nats per token, for differences paired over windows."""
+        """Absolute losses (windows,) of one pick, nats per token, for differences paired over windows. Their mean is
+        the loss; if only some tokens are scored, a window with more of them has a larger share of it."""
 
     def redraw(self, number: int) -> int:
         """Continue on another set of windows: the one with that number, modulo the number of sets, which is returned.
@@ -81,7 +82,7 @@ class Probe(Protocol):
 
     @property
     def window_tokens(self) -> int:
-        """Scored tokens of a calibration window; raises ImpqError if there is no text."""
+        """Scored tokens of a calibration window, on average; raises ImpqError if there is no text."""
 
     @property
     def forwards(self) -> float:

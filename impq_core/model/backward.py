@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from impq_core.model.blockwise import BlockwiseModel, Hidden
-from impq_core.space import IntArray
+from impq_core.space import FloatArray, IntArray
 
 BATCH_TOKENS = 1024
 """Tokens in a backward pass through a block."""
@@ -60,10 +60,13 @@ class Backward:
         runner: the model, with the weights that the gradients are taken at.
         ids: token ids (windows, length).
         tokens: tokens in a batch.
+        weights: (windows, length - 1), of the predicted tokens in the mean of a window; None for 1.
     """
 
-    def __init__(self, runner: BlockwiseModel, ids: IntArray, tokens: int = BATCH_TOKENS) -> None:
+    def __init__(self, runner: BlockwiseModel, ids: IntArray, tokens: int = BATCH_TOKENS,
+                 weights: FloatArray | None = None) -> None:
         self._runner, self._ids, last = runner, ids, len(runner) - 1
+        self._weights = None if weights is None else torch.from_numpy(weights).float().to(runner.device).flatten()
         inputs = [runner.embed(ids, tokens)]
         self._parts = [(block, block) for block in range(last + 1)] if runner.partial else [(0, last)]
         for first, _ in self._parts[:-1]:
@@ -80,7 +83,7 @@ class Backward:
         """
         forward, scored = self._runner.forward, self._ids.shape[1] - 1
         rows = rows or Rows()
-        gradients, window, done = [], 0, 0
+        gradients, window, done, plain = [], 0, 0, self._weights is None
         for batch in self._outputs:
             count, axis = len(batch.ids), forward.axis
             states, target_rows = forward.rows(batch.states, scored), None
@@ -96,12 +99,16 @@ class Backward:
                 leaf = states.narrow(axis, first, size).clone().requires_grad_()
                 logits = forward.logits(tokens[some], leaf)
                 if target_rows is None:
-                    loss = functional.cross_entropy(logits, followed[some], reduction="sum")
+                    losses = functional.cross_entropy(logits, followed[some], reduction="sum" if plain else "none")
                 else:
                     with self._runner.placement.unreplaced_outside():
                         target = forward.logits(tokens[some], target_rows.narrow(axis, first, size)).log_softmax(dim=-1)
-                    loss = functional.kl_div(logits.log_softmax(dim=-1), target, reduction="sum", log_target=True)
-                (loss / scored).backward()  # type: ignore[no-untyped-call]
+                    losses = functional.kl_div(logits.log_softmax(dim=-1), target, reduction="sum" if plain else "none",
+                                               log_target=True)
+                if self._weights is not None:
+                    weights = self._weights[rows.first:rows.first + size]
+                    losses = (losses.flatten(1).sum(dim=1) if losses.dim() > 1 else losses) @ weights
+                (losses / scored).backward()  # type: ignore[no-untyped-call]
                 assert leaf.grad is not None
                 parts.append(leaf.grad)
             gradients.append(forward.from_rows(torch.cat(parts, dim=axis), count, scored + 1))

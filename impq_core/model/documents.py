@@ -134,7 +134,7 @@ class TextFile:
 
     def _check_characters(self, text: str, first_line: int) -> None:
         """Refuse NUL characters, and bytes that are not UTF-8, which were decoded to surrogates."""
-        for position in (text.find("\0"), _first_surrogate(text)):
+        for position in (text.find("\0"), first_surrogate(text)):
             if position >= 0:
                 line = first_line + text.count("\n", 0, position)
                 if text[position] == "\0":
@@ -144,7 +144,12 @@ class TextFile:
                 raise self._error(f"line {line}", f"byte 0x{ord(text[position]) - 0xdc00:02x} is not UTF-8",
                                   f"if the file is text in another encoding, {self._iconv('LATIN1')}")
 
-    def _json_rows(self) -> Iterator[str]:
+    def lines(self) -> Iterator[tuple[int, str]]:
+        """The lines of a .jsonl file that are not blank, with their numbers.
+
+        Raises:
+            ImpqError: the file is no UTF-8 text, or a line is too long.
+        """
         self._check_signature()
         with self.path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
             number = 0
@@ -155,13 +160,18 @@ class TextFile:
                     raise self._error(f"line {number}", f"is longer than {LONGEST_ROW // 10**6} million characters",
                                       "split it into several rows, or convert the file to .txt")
                 if line.strip():
-                    text = self._json_text(line, f"line {number}")
-                    if text is not None:
-                        yield text
+                    yield number, line
 
-    def _json_text(self, line: str, place: str) -> str | None:
+    def _json_rows(self) -> Iterator[str]:
+        for number, line in self.lines():
+            text = self._json_text(line, f"line {number}")
+            if text is not None:
+                yield text
+
+    def json_row(self, line: str, place: str) -> Any:
+        """The value of a line; raises ImpqError if it is no JSON."""
         try:
-            row = json.loads(line, object_pairs_hook=_fields)
+            return json.loads(line, object_pairs_hook=_fields)
         except (ValueError, RecursionError) as error:
             reason = _one_line(error)
             if isinstance(error, json.JSONDecodeError):
@@ -170,6 +180,9 @@ class TextFile:
                      "{": f"write each object in one line ({self._jq('.')})"}
             raise self._error(place, f"is not valid JSON ({reason})",
                               cures.get(line.strip(), "correct or delete the line")) from error
+
+    def _json_text(self, line: str, place: str) -> str | None:
+        row = self.json_row(line, place)
         if not isinstance(row, dict):
             cure = self._jq(".[]" if isinstance(row, list) else "{text: .}")
             raise self._error(place, f"is {_kind(row)}, not an object with a field 'text'",
@@ -255,7 +268,7 @@ def problem_of(text: Any, noun: str) -> str:
         return ""
     if not isinstance(text, str):
         return f"{noun} 'text' holds {_kind(text)}, not text"
-    position = _first_surrogate(text)
+    position = first_surrogate(text)
     if position >= 0:
         return f"{noun} 'text' holds \\u{ord(text[position]):04x}, half of a surrogate pair, which is no character"
     return ""
@@ -332,7 +345,7 @@ def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _first_surrogate(text: str) -> int:
+def first_surrogate(text: str) -> int:
     """Position of the first surrogate, which UTF-8 cannot hold; -1 if there is none."""
     match = None if text.isascii() else re.search("[\ud800-\udfff]", text)
     return match.start() if match else -1

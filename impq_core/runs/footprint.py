@@ -154,7 +154,7 @@ def memory(layout: Layout, work: Workload | None, plan: MemoryPlan) -> dict[str,
             **base, "variants": kept + max(layout.space.nbytes.sum(axis=0)), "block": loaded["block"],
             "hidden_states": (2 + 2 * exact) * calibration * token + exact * calibration * widest * item,
             "statistics": (1 + exact) * _statistics(layout), "quantizer": (1 + exact) * _solver(layout, True)}
-    held_out = config.evaluation.windows * config.evaluation.length * token
+    held_out = len(config.evaluation.texts) * config.evaluation.windows * config.evaluation.length * token
     side_by_side = min(ALLOCATIONS, max(1, plan.room // held_out))
     stages["evaluate"] = {**loaded, "hidden_states": (3 + side_by_side) * held_out}
     return {stage: {name: size for name, size in sizes.items() if size} for stage, sizes in stages.items()}
@@ -177,7 +177,8 @@ def disk(layout: Layout, work: Workload | None, runs: int, scores: int, exports:
     backends = _made(layout)
     count = sum(len(choices) for made in backends for choices in layout.stored(*made).values())
     packed = sum(_packed(layout, backend, menus) for backend, menus in backends)
-    folder = runs * (FOLDER + VARIANT_ROW * count) + scores * config.evaluation.windows * NUMBER
+    held_out = len(config.evaluation.texts) * config.evaluation.windows
+    folder = runs * (FOLDER + VARIANT_ROW * count) + scores * held_out * NUMBER
     if work:
         folder += round(float(work.losses.sum()) * (config.game_windows * NUMBER + 3 * n))
         folder += (work.slopes + work.squares) * windows_probed(config) * n * m * NUMBER

@@ -30,7 +30,7 @@ from impq_core.model.layers import (
 )
 from impq_core.model.shapes import Shapes
 from impq_core.model.source import ModelSource, locate_model
-from impq_core.model.text import check_source
+from impq_core.model.text import check_texts
 from impq_core.parts import Parts
 from impq_core.plugins import Plugins
 from impq_core.references import Mix, mixes_of
@@ -180,8 +180,12 @@ def lay_out(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
     if config.memory:
         parse_bytes(config.memory, "memory")
     if calibrate and parts.needs_calibration:
-        check_source(config.calibration.source, "calibration")
-    check_source(config.evaluation.source, "evaluation")
+        check_texts(config.calibration, "calibration")
+    check_texts(config.evaluation, "evaluation")
+    for name, backend in ((config.backend, parts.backend), (config.estimate_with, parts.estimate_with)):
+        if backend and "gradients" in backend.needs and config.calibration.scored != "all":
+            raise UsageError(f"backend '{name}' weighs the tokens of the calibration text by gradients of the loss of "
+                             "all of them: leave out --calibration-scored, or that option of the backend")
     source = source or locate_model(config.model, trust.remote_code)
     skeleton = source.skeleton()
     if config.plan and config.granularity == "auto":
@@ -240,8 +244,7 @@ def lay_out(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
         budget, budget_bytes = f"{plan.nbytes + (whole.account.fixed if whole else 0)}B", plan.nbytes
     resolved = replace(
         config, model=_absolute(config.model), plan=_absolute(config.plan),
-        calibration=replace(config.calibration, source=_absolute(config.calibration.source)),
-        evaluation=replace(config.evaluation, source=_absolute(config.evaluation.source)),
+        calibration=config.calibration.with_sources(_absolute), evaluation=config.evaluation.with_sources(_absolute),
         bits=tuple(choice.name for choice in menu), budget=budget, device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         options=parts.options(), granularity=parts.granularity)

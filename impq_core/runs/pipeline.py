@@ -252,7 +252,8 @@ def _refine(session: Session, folder: RunFolder, search: Search) -> Search:
 def result_of(prepared: Prepared, folder: RunFolder, search: Search, evaluation: Evaluation | None,
               seconds: dict[str, float]) -> RunResult:
     """The result of a run from the results of its stages."""
-    texts = {"calibration": prepared.calibration, "evaluation": prepared.evaluation}
+    texts = {"calibration": prepared.calibration, "evaluation": prepared.evaluation,
+             **{f"evaluation {text.name}": text for text in prepared.held_out[1:]}}
     return RunResult(folder.path, prepared.config, search.plan, evaluation, search.estimate, search.measurements,
                      search.measured_loss, search.forwards, prepared.rest_bytes, seconds,
                      {role: text.digest for role, text in texts.items() if text})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 
 import numpy as np
@@ -26,7 +26,7 @@ from impq_core.keys import (
 )
 from impq_core.model.device import hardware
 from impq_core.model.source import ModelSource
-from impq_core.model.text import Windows, draw_windows, refuse_overlap
+from impq_core.model.text import Windows, draw_each, draw_windows, refuse_overlap
 from impq_core.parts import slots_of
 from impq_core.plugins import Plugins
 from impq_core.runs.layout import Layout, lay_out
@@ -41,18 +41,23 @@ class Prepared(Layout):
 
     Args:
         calibration: None if no part reads calibration text.
-        evaluation: the held-out windows.
+        held_out: the windows of each held-out text.
     """
 
     calibration: Windows | None
-    evaluation: Windows
+    held_out: tuple[Windows, ...]
+
+    @property
+    def evaluation(self) -> Windows:
+        """The windows of the first held-out text."""
+        return self.held_out[0]
 
     def variants_key(self, backend: Backend, menus: Sequence[Sequence[Choice]]) -> VariantsKey:
         """The identity of a backend's variants. A backend that reads activations gets those behind layers at the widest
         of their ``menus``."""
         calibration, prefix = None, ""
         if backend.needs:
-            calibration = _text_key(self.calibration)
+            calibration = TextKey(self.calibration.token_digest, str(self.calibration)) if self.calibration else None
             widest = {linear: backend.stand_in(linear, menu[0]) if menu else None
                       for layer, menu in zip(self.space.everyone, menus, strict=True) for linear in layer.linears}
             prefix = digest_of(sorted([linear.name, *([choice.name, choice.group_size] if choice else [])]
@@ -92,8 +97,12 @@ class Prepared(Layout):
     @property
     def scores_key(self) -> ScoresKey:
         """The identity of held-out scores."""
-        return ScoresKey(self.deployed_key, TextKey(self.evaluation.digest, str(self.evaluation)),
+        return ScoresKey(self.deployed_key, self._held_out_key,
                          tuple(layer.name for layer in self.space.everyone), self.sequence)
+
+    @property
+    def _held_out_key(self) -> TextKey:
+        return TextKey(" ".join(text.digest for text in self.held_out), "; ".join(map(str, self.held_out)))
 
     @cached_property
     def sequence(self) -> str:
@@ -111,7 +120,7 @@ class Prepared(Layout):
         parts = self.parts
         slots = {slot: getattr(parts, slot) for slot in slots_of(self.config)}
         return RunKey(self.losses_key(self.game_space, self.game_windows), self.deployed_key,
-                      TextKey(self.evaluation.digest, str(self.evaluation)), self.space.fingerprint, self.budget_bytes,
+                      self._held_out_key, self.space.fingerprint, self.budget_bytes,
                       {slot: part_facts(getattr(self.config, slot), part) for slot, part in slots.items()},
                       code_digest(*slots.values()), self.config.seed, self.config.refine,
                       digest_of(self.plan.pick.tolist()) if self.plan else "")
@@ -128,10 +137,10 @@ class Prepared(Layout):
         ``probe_windows`` of them."""
         if self.calibration is None:
             return None
-        config, ids = self.config, self.calibration.ids
+        config, windows = self.config, np.arange(len(self.calibration.ids))
         games = 2 if config.refine else 1
-        kept = np.concatenate([ids[:config.game_windows], ids[config.game_windows * games:]])
-        return replace(self.calibration, ids=kept[:config.probe_windows or len(kept)])
+        kept = np.concatenate([windows[:config.game_windows], windows[config.game_windows * games:]])
+        return self.calibration.take(kept[:config.probe_windows or len(kept)])
 
 
 def _text_key(windows: Windows | None) -> TextKey | None:
@@ -154,10 +163,11 @@ def prepare(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
     """
     layout = lay_out(config, plugins, trust, calibrate, source)
     tokenizer = layout.source.tokenizer()
-    evaluation = draw_windows(config.evaluation, "evaluation", tokenizer, layout.shapes.vocabulary)
+    held_out = draw_each(config.evaluation, "evaluation", tokenizer, layout.shapes.vocabulary)
     calibration = None
     if calibrate and layout.parts.needs_calibration:
         calibration = draw_windows(config.calibration, "calibration", tokenizer, layout.shapes.vocabulary)
-        refuse_overlap(calibration, evaluation)
+        for text in held_out:
+            refuse_overlap(calibration, text)
     layout.source.check_weights()
-    return Prepared(**vars(layout), calibration=calibration, evaluation=evaluation)
+    return Prepared(**vars(layout), calibration=calibration, held_out=held_out)

@@ -186,16 +186,17 @@ class Session:
         """
         prepared = self.prepared
         shelf = self._shelf(prepared.parts.backend, prepared.deployed_menus)
-        kept = KeptScores(shelf, prepared.evaluation.digest, self.bank.layers, prepared.sequence) if shelf else None
+        kept = KeptScores(shelf, [text.digest for text in prepared.held_out], self.bank.layers,
+                          prepared.sequence) if shelf else None
         if prepared.sequence:
             assert prepared.calibration is not None
-            return SequentialEvaluator(self.runner, self.bank, prepared.evaluation, prepared.calibration.ids, log, kept)
-        return Evaluator(self.runner, self.bank, prepared.evaluation, log, kept)
+            return SequentialEvaluator(self.runner, self.bank, prepared.held_out, prepared.calibration.ids, log, kept)
+        return Evaluator(self.runner, self.bank, prepared.held_out, log, kept)
 
     def evaluator_of_exports(self) -> Evaluator:
         """An evaluator of a model that is quantized in sequence, which reads no scores from the cache. Call it while
         the model has its unquantized weights."""
-        return Evaluator(self.runner, self.bank, self.prepared.evaluation)
+        return Evaluator(self.runner, self.bank, self.prepared.held_out)
 
     def score_log(self, path: Path) -> ScoreLog:
         """The log of held-out scores in a file."""
@@ -204,8 +205,8 @@ class Session:
     def evaluate(self, evaluator: Evaluator, plan: Plan) -> Evaluation:
         """Score a plan and its references."""
         prepared = self.prepared
-        return evaluate_plan(evaluator, plan, prepared.between, prepared.mixes, prepared.evaluation,
-                             prepared.config.seed, self.report("evaluate"))
+        return evaluate_plan(evaluator, plan, prepared.between, prepared.mixes, prepared.config.seed,
+                             self.report("evaluate"))
 
     def with_prepared(self, prepared: Prepared) -> Session:
         """A session with the same model and bank for another estimator or budget of the same space."""

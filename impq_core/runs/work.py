@@ -125,4 +125,5 @@ def evaluation_forwards(layout: Layout, scores: int, first: bool, sequential: bo
     cost, game = layout.shapes.cost(length), layout.shapes.cost(config.calibration.length)
     done = (scores + first) * (cost.behind(0) + cost.head)
     quantized = scores * sequence_forwards(layout) if sequential else 0.0
-    return quantized + done * config.evaluation.windows / (config.game_windows * game.total)
+    windows = config.evaluation.windows * len(config.evaluation.texts)
+    return quantized + done * windows / (config.game_windows * game.total)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from impq_core.errors import ImpqError
 from impq_core.hookspecs import hookimpl
 from impq_core.runs.folder import RunFolder
-from impq_core.tracking.pages import text_name
+from impq_core.tracking.pages import held_out_name
 from impq_core.tracking.store import check_store, connect, sqlite_file, store_uri
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ class ExportTracker:
             score, now = exported.score, int(time.time() * 1000)
             numbers = {"nll": score.nll, "perplexity": score.perplexity, "kl": score.kl, "top1_agreement": score.top1}
             about = {"model_id": model.model_id, "run_id": run_id,
-                     "dataset_name": text_name(folder.read_config().evaluation),
-                     "dataset_digest": folder.read_json(folder.provenance)["evaluation"]["tokens"]}
+                     "dataset_name": held_out_name(folder.read_config()),
+                     "dataset_digest": folder.read_json(folder.provenance)["evaluation"]["tokens"].partition(" ")[0]}
             # Another name than the run's own nll, which is of variants quantized behind a prefix at the widest width.
             client.log_batch(run_id, [Metric(f"exported_{key}", value, now, 0, **about)
                                       for key, value in numbers.items()])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,7 +119,12 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def text_name(text: TextConfig) -> str:
     """Name of a text in the dataset column; of a file, without its folder."""
-    return Path(text.source).name if Path(text.source).is_absolute() else text.source
+    return ", ".join(Path(each.source).name if Path(each.source).is_absolute() else each.source for each in text.texts)
+
+
+def held_out_name(config: RunConfig) -> str:
+    """Name of the first held-out text, on which exports are scored, in the dataset column."""
+    return text_name(replace(config.evaluation, source=config.evaluation.texts[0].source))
 
 
 def text_inputs(result: RunResult) -> list[Any]:
@@ -127,11 +132,14 @@ def text_inputs(result: RunResult) -> list[Any]:
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     inputs = []
-    for context, digest in result.digests.items():
+    for name, digest in result.digests.items():
+        context, _, other = name.partition(" ")
         text: TextConfig = getattr(result.config, context)
+        if context == "evaluation":  # of several texts, the first or the one of that name
+            text = replace(text, source=next(each.source for each in text.texts if other in ("", each.name)))
         profile = json.dumps({"windows": text.windows, "tokens_per_window": text.length, "seed": text.seed})
         dataset = Dataset(name=text_name(text), digest=digest, source_type="local",
-                          source=json.dumps({"uri": text.source}), profile=profile)
+                          source=json.dumps({"uri": text.shown}), profile=profile)
         inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", context)]))
     return inputs
 
@@ -151,6 +159,11 @@ def run_numbers(result: RunResult) -> dict[str, float]:
                     "top1_agreement": score.top1}
         for row in result.evaluation.rows[1:]:
             numbers[f"reference_nll/{row.name.replace(' ', '_').replace('/', '_')}"] = row.nll
+        for other in result.evaluation.others:
+            score = other.plan
+            numbers |= {f"nll/{other.name}": score.nll, f"nll_stderr/{other.name}": score.stderr,
+                        f"perplexity/{other.name}": score.perplexity, f"kl/{other.name}": score.kl,
+                        f"top1_agreement/{other.name}": score.top1}
     return numbers
 
 
@@ -167,7 +180,8 @@ def run_params(config: RunConfig) -> Iterable[tuple[str, Any]]:
         elif key == "pins":
             yield key, ", ".join(f"{pattern}={width}" for pattern, width in value.items())
         elif isinstance(value, dict):
-            yield from ((f"{key}.{name}", item) for name, item in value.items())
+            yield from ((f"{key}.{name}", ", ".join(item) if isinstance(item, tuple) else item)
+                        for name, item in value.items())
         elif isinstance(value, tuple):
             yield key, ",".join(f"{item:g}" if isinstance(item, float) else str(item) for item in value)
         else:
