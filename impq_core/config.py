@@ -13,7 +13,7 @@ from typing import Any
 import tomli_w
 
 from impq_core.errors import UsageError, nearest
-from impq_core.mixture import NamedText, parse_texts, require_all
+from impq_core.mixture import NamedText, parse_texts, require_all, require_held_out
 from impq_core.trust import without_permissions
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -226,10 +226,7 @@ class RunConfig:
                              f"game_windows: give at least {2 * self.game_windows} calibration windows, not "
                              f"{self.calibration.windows}")
         require_all(self.calibration.texts, self.game_windows, "windows of the game (--game-windows)")
-        for text in self.evaluation.texts:
-            if text.weight != 1:
-                raise UsageError(f"evaluation text {text.source} has a weight: held-out texts are scored one by one, "
-                                 "and only calibration texts are mixed")
+        require_held_out(self.evaluation.texts)
         object.__setattr__(self, "bits", tuple(map(width_name, self.bits)))
         object.__setattr__(self, "pins", {pattern: width_name(width) for pattern, width in self.pins.items()})
         if len({name.lower() for name in self.bits}) != len(self.bits):

@@ -67,16 +67,25 @@ def _default_name(source: str) -> str:
 
 
 def parse_texts(sources: Sequence[str]) -> tuple[NamedText, ...]:
-    """The texts of an option; raises UsageError if two have one source or one name."""
+    """The texts of an option; raises UsageError if two have one source."""
     texts = tuple(map(NamedText.parse, sources))
     for number, text in enumerate(texts):
         for other in texts[:number]:
             if text.source == other.source:
                 raise UsageError(f"text {text.source} is given twice")
-            if text.name.lower() == other.name.lower():
-                raise UsageError(f"texts {other.source} and {text.source} are both named '{text.name}': give one "
-                                 f"another name, such as other={text.source}")
     return texts
+
+
+def require_held_out(texts: Sequence[NamedText]) -> None:
+    """Raises UsageError if a held-out text has a weight, or if two have one name."""
+    for number, text in enumerate(texts):
+        if text.weight != 1:
+            raise UsageError(f"evaluation text {text.source} has a weight: held-out texts are scored one by one, and "
+                             "only calibration texts are mixed")
+        for other in texts[:number]:
+            if text.name.lower() == other.name.lower():
+                raise UsageError(f"evaluation texts {other.source} and {text.source} are both named '{text.name}': "
+                                 f"give one another name, such as other={text.source}")
 
 
 def interleaved(weights: Sequence[Fraction], count: int) -> list[int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -359,6 +359,7 @@ class Exported:
         text: description of the held-out text.
         nbytes: stored bytes of the quantized weights.
         file_bytes: bytes of the model's file, embeddings and head included; 0 for a recipe.
+        others: scores on further held-out texts, by name.
     """
 
     folder: Path
@@ -367,3 +368,4 @@ class Exported:
     text: str
     nbytes: int
     file_bytes: int
+    others: Mapping[str, Score] = field(default_factory=dict)

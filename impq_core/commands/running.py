@@ -19,6 +19,7 @@ from impq_core.commands.common import (
     read_config,
     read_pairs,
     run_options,
+    several_or_none,
     show_forecast,
     trust_option,
     warn,
@@ -204,7 +205,15 @@ def _export(run: str, format: str, target: Path, plugins: Plugins, trust: Trust,
     if exported.score:
         click.echo(f"quantized block by block, each behind the quantized ones: {score_line(exported.score)}")
         click.echo(_on(exported))
+        _show_others(exported)
     click.echo(f"{format} in {exported.folder}")
+
+
+def _show_others(exported: Exported) -> None:
+    from impq_core.terminal import score_line
+
+    for name, score in exported.others.items():
+        click.echo(f"on text {name}: {score_line(score)}")
 
 
 def _on(exported: Exported) -> str:
@@ -214,9 +223,11 @@ def _on(exported: Exported) -> str:
 
 @click.command()
 @click.argument("path")
-@click.option("--evaluation", help="Held-out text [the run's].")
+@click.option("--evaluation", multiple=True, callback=several_or_none, metavar="SOURCE",
+              help="Held-out text [the run's]. Several times: NAME=SOURCE for a score of that name.")
 @click.option("--evaluation-windows", type=int, help="Number of windows drawn from it.")
 @click.option("--evaluation-length", type=int, help="Tokens in a window.")
+@click.option("--evaluation-scored", help="Tokens of chats that count: all, or those of the assistant.")
 @click.option("--device", default="auto", help="Where blocks compute: auto, cpu, cuda, cuda:1, mps or xpu [auto].")
 @click.option("--memory", default="", help="Memory that this may take where blocks compute, such as 8GB [what is "
                                            "free].")
@@ -236,6 +247,7 @@ def evaluate(path: str, device: str, memory: str, trust: bool, plugin_files: tup
     assert exported.score is not None
     click.echo(score_line(exported.score))
     click.echo(f"{_on(exported)}, format {exported.format}")
+    _show_others(exported)
 
 
 @click.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ DEPTH = 3
 
 
 def gather(paths: Sequence[str | Path]) -> tuple[tuple[Contest, ...], tuple[str, ...]]:
-    """Read finished runs and group them by model and held-out windows.
+    """Read finished runs and group them by model and held-out windows; a run with several held-out texts takes part in
+    a contest on each.
 
     Args:
         paths: run folders, or folders that hold run folders up to ``DEPTH`` levels below.
@@ -51,9 +53,11 @@ def gather(paths: Sequence[str | Path]) -> tuple[tuple[Contest, ...], tuple[str,
         except ImpqError as error:
             problems.append(str(error) if str(path) in str(error) else f"{path}: {error}")
             continue
-        scored = (run.config.model, run.evaluation.text, run.evaluation.tokens, run.evaluation.sequential,
-                  run.unquantized.window_nll.tobytes())
-        contests.setdefault(scored, []).append(run)
+        for text in run.evaluation.texts:
+            on_text = replace(run, evaluation=text)
+            scored = (run.config.model, text.text, text.tokens, text.sequential,
+                      on_text.unquantized.window_nll.tobytes())
+            contests.setdefault(scored, []).append(on_text)
     if not contests:
         more = f" (and {len(problems) - 1} more runs cannot be used)" if len(problems) > 1 else ""
         raise ImpqError(f"no run to compare: {problems[0]}{more}")

@@ -22,6 +22,7 @@ from impq_core.evaluate import Evaluator
 from impq_core.exports.manifest import FORMAT, MANIFEST, check_target, read_manifest
 from impq_core.files import scratch_folder, write_text
 from impq_core.interfaces import Checkpoint, Exporter
+from impq_core.model.bank import Assignment
 from impq_core.model.device import resolve_dtype
 from impq_core.model.linears import FromConv1D
 from impq_core.model.names import file_names
@@ -63,7 +64,7 @@ def export_run(run: str | Path, name: str, target: Path | None = None, plugins: 
     exporter = load_exporter(name, config.backend, config.options.get("backend", {}), plugins)
     check_target(target)
     prepared = prepare(config, plugins, trust)
-    plan, score = prepared.plan, None
+    plan, score, others = prepared.plan, None, dict[str, Score]()
     assert plan is not None
     _require_ends(exporter, name, prepared, plan)
     if exporter.backends:
@@ -74,7 +75,7 @@ def export_run(run: str | Path, name: str, target: Path | None = None, plugins: 
         evaluator = session.evaluator_of_exports()
         session.quantize_plan(plan)
         if exporter.packed:
-            score = evaluator.score(prepared.space.assignment(plan.pick))
+            score, others = _scores(evaluator, prepared.space.assignment(plan.pick))
         checkpoint = make_checkpoint(session, checkpoint, exporter)
     else:
         bare = bare_checkpoint(plan, config.backend, prepared.config.options.get("backend", {}))
@@ -90,7 +91,7 @@ def export_run(run: str | Path, name: str, target: Path | None = None, plugins: 
         if exporter.backends:
             _require_size(exporter, name, checkpoint, work)
         if exporter.backends and not exporter.packed:  # values rounded to 16 bits: the score is that of the file
-            score = _score_dense(session, evaluator, exporter.dense(work, checkpoint), work)
+            score, others = _score_dense(session, evaluator, exporter.dense(work, checkpoint), work)
         plan.save(work / "plan.json")
         write_text(work / MANIFEST, json.dumps({
             "format": FORMAT, "exporter": name, "run": _plain(asdict(recorded(prepared.config))),
@@ -100,7 +101,8 @@ def export_run(run: str | Path, name: str, target: Path | None = None, plugins: 
         if target.exists():
             target.rmdir()
         work.rename(target)
-    exported = Exported(target, name, score, str(prepared.evaluation), plan.nbytes, _file_bytes(exporter, target))
+    exported = Exported(target, name, score, str(prepared.evaluation), plan.nbytes, _file_bytes(exporter, target),
+                        others)
     plugins.notify("impq_exported", exported=exported, run=source.path)
     return exported
 
@@ -222,16 +224,22 @@ def _unpacked(session: Session, checkpoint: Checkpoint, tensor_name: str, dtype:
 
 
 def _score_dense(session: Session, evaluator: Evaluator, stored: Mapping[str, Callable[[], torch.Tensor]],
-                 folder: Path) -> Score:
+                 folder: Path) -> tuple[Score, dict[str, Score]]:
     """The score of the model with the tensors of a folder, none of which is packed."""
     unquantized = [None] * len(session.bank.layers)
     session.bank.apply(unquantized)
     _load_dense(session, stored, folder)
-    return evaluator.score(unquantized)
+    return _scores(evaluator, unquantized)
+
+
+def _scores(evaluator: Evaluator, assignment: Assignment) -> tuple[Score, dict[str, Score]]:
+    """The score of an allocation on the first held-out text, and those on the others by their names."""
+    [scores] = evaluator.scores_of_texts([assignment])
+    return scores[0], {text.name: score for text, score in zip(evaluator.texts[1:], scores[1:], strict=True)}
 
 
 def evaluate_folder(path: str | Path, plugins: Plugins | None = None, trust: Trust = NO_TRUST, device: str = "auto",
-                    memory: str = "", **text: str | int | None) -> Exported:
+                    memory: str = "", **text: str | int | tuple[str, ...] | None) -> Exported:
     """Load an exported folder and score it on held-out text, against the unquantized model it was made from.
 
     Args:
@@ -240,7 +248,7 @@ def evaluate_folder(path: str | Path, plugins: Plugins | None = None, trust: Tru
         trust: what the caller permits.
         device: where blocks compute.
         memory: what the evaluation may take; empty for what is free.
-        text: settings of the held-out text that differ from the run's: ``evaluation``, ``evaluation_windows`` ...
+        text: settings of the held-out texts that differ from the run's: ``evaluation``, ``evaluation_windows`` ...
 
     Raises:
         ImpqError: impq did not write the folder, its format holds no weights, or a file is missing or damaged.
@@ -263,10 +271,10 @@ def evaluate_folder(path: str | Path, plugins: Plugins | None = None, trust: Tru
     stored = exporter.dense(folder, checkpoint)
     if exporter.packed:
         _load_dense(session, stored, folder)
-        score = evaluator.score(prepared.space.assignment(plan.pick))
+        score, others = _scores(evaluator, prepared.space.assignment(plan.pick))
     else:
-        score = _score_dense(session, evaluator, stored, folder)
-    return Exported(folder, name, score, str(prepared.evaluation), plan.nbytes, _file_bytes(exporter, folder))
+        score, others = _score_dense(session, evaluator, stored, folder)
+    return Exported(folder, name, score, str(prepared.evaluation), plan.nbytes, _file_bytes(exporter, folder), others)
 
 
 def _load_dense(session: Session, stored: Mapping[str, Callable[[], torch.Tensor]], folder: Path) -> None:

@@ -23,6 +23,8 @@ DAY = date(2024, 7, 26)
 """Today, for templates that write the date: else a text would have other tokens tomorrow. It is the date that templates
 of Llama 3 write by default."""
 
+_CODES = ("%Y", "%y", "%m", "%B", "%b", "%d", "%A", "%a", "%H", "%M", "%S")
+
 Message = Mapping[str, str]
 
 
@@ -181,9 +183,18 @@ def _answers(tokenizer: Any, file: ChatFile, chat: Chat, text: str) -> list[tupl
 def _render(tokenizer: Any, file: ChatFile, chat: Chat, count: int, asks: bool = False) -> str:
     """The text of the first ``count`` messages of a chat; with ``asks``, with what stands in front of an answer."""
     try:
-        text: str = tokenizer.apply_chat_template(list(chat.messages[:count]), tokenize=False,
-                                                  add_generation_prompt=asks, strftime_now=DAY.strftime)
+        text: str = tokenizer.apply_chat_template(
+            list(chat.messages[:count]), tokenize=False, add_generation_prompt=asks,
+            chat_template=_dated(tokenizer.get_chat_template()))
     except Exception as error:  # of the template: jinja2's, or whatever its own code raises
         raise file.error_in(chat, f"is refused by the model's chat template ({one_line(error, 120)})",
                             "correct or delete the line") from error
     return text
+
+
+def _dated(template: str) -> str:
+    """A template whose function for the time gives ``DAY``; transformers takes no other function in its place."""
+    if "strftime_now" not in template:
+        return template
+    written = "".join(f".replace('{code}', '{DAY.strftime(code)}')" for code in _CODES)
+    return f"{{% macro strftime_now(format) %}}{{{{ format{written} }}}}{{% endmacro %}}{template}"
