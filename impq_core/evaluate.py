@@ -72,7 +72,9 @@ class KeptScores:
     def get(self, assignment: Assignment) -> Scores | None:
         """The scores of an allocation; None if one of them was not measured by any run."""
         found = [self.shelf.recall(name) for name in self._names(assignment)]
-        return tuple(Score.from_dict(data) for data in found if data) if all(found) else None
+        # Versions before 0.6.0 kept no divergences of windows.
+        complete = [Score.from_dict(data) for data in found if data and "window_kl" in data]
+        return tuple(complete) if len(complete) == len(found) else None
 
     def put(self, assignment: Assignment, scores: Scores) -> None:
         """Keep scores for other runs."""
@@ -248,10 +250,11 @@ class SequentialEvaluator(Evaluator):
 
 def _score(found: Comparison, text: Windows) -> Score:
     if text.scored is None:
-        return Score(found.nll.mean(axis=1), float(found.kl.mean()), float(found.agree.mean()))
+        return Score(found.nll.mean(axis=1), float(found.kl.mean()), float(found.agree.mean()),
+                     window_kl=found.kl.mean(axis=1))
     scored, tokens = text.scored, text.window_tokens
-    nll = np.where(scored, found.nll, 0.0).sum(axis=1) / scored.sum(axis=1)
-    return Score(nll, float(found.kl[scored].mean()), float(found.agree[scored].mean()), tokens)
+    nll, kl = (np.where(scored, values, 0.0).sum(axis=1) / scored.sum(axis=1) for values in (found.nll, found.kl))
+    return Score(nll, float(found.kl[scored].mean()), float(found.agree[scored].mean()), tokens, kl)
 
 
 def _name(assignment: Assignment) -> str:
@@ -259,7 +262,7 @@ def _name(assignment: Assignment) -> str:
 
 
 def evaluate_plan(evaluator: Evaluator, plan: Plan, between: Sequence[tuple[Choice, int]], mixes: Sequence[Mix],
-                  seed: int, progress: Callable[[int, int], None]) -> Evaluation:
+                  seed: int, progress: Callable[[int, int], None], same_size: bool = True) -> Evaluation:
     """Score a plan and its references on each text of an evaluator: the unquantized model, every uniform width, mixes
     of other software, first/last-high, random plans, and straight lines between uniform models at the plan's bytes.
 
@@ -271,6 +274,7 @@ def evaluate_plan(evaluator: Evaluator, plan: Plan, between: Sequence[tuple[Choi
         mixes: plans of other software.
         seed: seed of the random plans.
         progress: called with the number of scored allocations and the number of all allocations.
+        same_size: whether to score first/last-high and random plans of the plan's budget.
     """
     space = plan.space
     allocations: list[tuple[str, int | None, Assignment]] = [("plan", plan.nbytes, space.assignment(plan.pick))]
@@ -279,9 +283,11 @@ def evaluate_plan(evaluator: Evaluator, plan: Plan, between: Sequence[tuple[Choi
     uniform = [(choice, space.bytes_of(space.uniform(k))) for k, choice in enumerate(space.choices)]
     uniform = sorted([*uniform, *between], key=lambda item: -item[1])
     allocations += [(f"uniform {choice}", nbytes, [choice] * len(space) + pinned) for choice, nbytes in uniform]
-    references = [("first/last high", first_last_high(space, plan.budget_bytes))]
-    references += [(f"random {i + 1}", random_plan(space, plan.budget_bytes, np.random.default_rng([seed, i])))
-                   for i in range(RANDOM_PLANS)]
+    references: list[tuple[str, IntArray]] = []
+    if same_size:
+        references = [("first/last high", first_last_high(space, plan.budget_bytes))]
+        references += [(f"random {i + 1}", random_plan(space, plan.budget_bytes, np.random.default_rng([seed, i])))
+                       for i in range(RANDOM_PLANS)]
     allocations += [(name, space.bytes_of(pick), space.assignment(pick)) for name, pick in references]
     total = len(allocations) + len(mixes)
     progress(0, total)

@@ -83,12 +83,20 @@ class Score(WindowLosses):
         kl: mean KL divergence from the unquantized model's next-token distribution, nats per token.
         top1: share of tokens for which the most likely successor is the same as the unquantized model's.
         window_tokens: int64 (windows,), scored tokens of each window; None if all windows have the same.
+        window_kl: float64 (windows,), KL divergence of each window; None in files of earlier versions.
     """
 
     window_nll: FloatArray
     kl: float
     top1: float
     window_tokens: IntArray | None = None
+    window_kl: FloatArray | None = None
+
+    @property
+    def divergence(self) -> Difference:
+        """``kl`` and its standard error over windows (NaN if unknown)."""
+        return Difference(self.kl, math.nan if self.window_kl is None else standard_error(self.window_kl,
+                                                                                          self.window_tokens))
 
     @property
     def perplexity(self) -> float:
@@ -102,13 +110,15 @@ class Score(WindowLosses):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {"window_nll": self.window_nll.tolist(), "kl": self.kl, "top1": self.top1, **_tokens_of(self)}
+        windows = {} if self.window_kl is None else {"window_kl": self.window_kl.tolist()}
+        return {"window_nll": self.window_nll.tolist(), "kl": self.kl, "top1": self.top1, **_tokens_of(self), **windows}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Score:
         """Read the data of ``to_dict``; raises KeyError, TypeError or ValueError if it is something else."""
+        windows = data.get("window_kl")
         return cls(np.array(data["window_nll"], float), float(data["kl"]), float(data["top1"]),
-                   _read_tokens(data))
+                   _read_tokens(data), None if windows is None else np.array(windows, float))
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,6 +158,8 @@ class Row(WindowLosses):
             data |= {"nll_stderr": self.stderr, "perplexity": self.score.perplexity,
                      "perplexity_stderr": self.score.perplexity_stderr, "kl": self.score.kl,
                      "top1_agreement": self.score.top1, "window_nll": self.window_nll.tolist(), **_tokens_of(self)}
+            if self.score.window_kl is not None:
+                data |= {"kl_stderr": self.score.divergence.stderr, "window_kl": self.score.window_kl.tolist()}
         return data
 
 
@@ -225,7 +237,7 @@ class Evaluation:
         return replace(self, rows=tuple(rows))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; a number that is not finite is null, except in ``window_nll``."""
+        """Plain data for JSON; a number that is not finite is null, except in those of windows."""
         rows = []
         for row in self.rows:
             data = row.to_dict()
@@ -272,15 +284,17 @@ def _measured_row(entry: Mapping[str, Any]) -> Row:
     name, nbytes = entry["name"], entry.get("bytes")
     if nbytes is not None and (type(nbytes) is not int or nbytes < 0):
         raise ImpqError(f"row '{name}' of an evaluation: 'bytes' is a whole number or null, not {nbytes!r}"[:200])
-    windows = entry["window_nll"]
-    if not isinstance(windows, Sequence) or not windows or not all(type(value) in (int, float) for value in windows):
-        raise ImpqError(f"row '{name}' of an evaluation: 'window_nll' is no list of numbers")
-    window_nll = np.array(windows, dtype=np.float64)
+    for key in ("window_nll", "window_kl"):
+        windows = entry.get(key, [0.0])
+        if not isinstance(windows, Sequence) or not windows or not all(type(one) in (int, float) for one in windows):
+            raise ImpqError(f"row '{name}' of an evaluation: '{key}' is no list of numbers")
+    window_nll = np.array(entry["window_nll"], dtype=np.float64)
+    window_kl = np.array(entry["window_kl"], dtype=np.float64) if "window_kl" in entry else None
     try:
         tokens = _read_tokens(entry)
     except (TypeError, ValueError) as error:
         raise ImpqError(f"row '{name}' of an evaluation: 'window_tokens' is no list of whole numbers") from error
-    score = Score(window_nll, _number(entry, "kl"), _number(entry, "top1_agreement"), tokens)
+    score = Score(window_nll, _number(entry, "kl"), _number(entry, "top1_agreement"), tokens, window_kl)
     if nbytes is None:
         return Row(name, window_nll, score=score, window_tokens=tokens)
     return Row(name, window_nll, nbytes, _number(entry, "bits_nominal"), _number(entry, "bits_stored"), score, tokens)

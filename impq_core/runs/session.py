@@ -202,11 +202,11 @@ class Session:
         """The log of held-out scores in a file."""
         return ScoreLog(path, self.prepared.scores_key)
 
-    def evaluate(self, evaluator: Evaluator, plan: Plan) -> Evaluation:
-        """Score a plan and its references."""
+    def evaluate(self, evaluator: Evaluator, plan: Plan, same_size: bool = True) -> Evaluation:
+        """Score a plan and its references; without ``same_size``, only those that plans of any size share."""
         prepared = self.prepared
         return evaluate_plan(evaluator, plan, prepared.between, prepared.mixes, prepared.config.seed,
-                             self.report("evaluate"))
+                             self.report("evaluate"), same_size)
 
     def with_prepared(self, prepared: Prepared) -> Session:
         """A session with the same model and bank for another estimator or budget of the same space."""
