@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import click
 
     from impq_core.config import RunConfig
+    from impq_core.curve import Answer, Curve
     from impq_core.results import Exported, RunResult
     from impq_core.space import FloatArray, IntArray, SearchSpace
     from impq_core.types import Measurements, Plan, SensitivityEstimate
@@ -117,8 +118,15 @@ def impq_run_started(config: RunConfig, space: SearchSpace, folder: Path, covera
 
 @hookspec
 def impq_sweep_started(config: RunConfig, folder: Path, varied: Mapping[str, Sequence[str]]) -> None:
-    """A sweep begins. ``varied`` holds the values of each setting in which its runs differ. The moments of its runs
-    follow, one run after the other, each between ``impq_run_started`` and ``impq_run_finished``."""
+    """A sweep begins, or the measurement of further budgets of a run. ``varied`` holds the values of each setting in
+    which the runs differ, or the ``target`` that their budgets are chosen for. The moments of the runs follow, one run
+    after the other, each between ``impq_run_started`` and ``impq_run_finished``."""
+
+
+@hookspec
+def impq_curve_ready(folder: Path, curves: tuple[Curve, ...], answer: Answer | None) -> None:
+    """The runs of a sweep over budgets have ended, and ``curve.json`` is in its folder. ``answer`` is that to the
+    target, if there is one."""
 
 
 @hookspec

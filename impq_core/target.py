@@ -72,6 +72,12 @@ class Target:
         return float(t.cdf((self.limit - loss.mean) / loss.stderr, windows - 1))
 
 
+def check_steps(steps: int) -> None:
+    """Raises UsageError if a number of bisections is out of range."""
+    if not 0 <= steps <= MOST_STEPS:
+        raise UsageError(f"--steps is 0 to {MOST_STEPS} bisections, not {steps}")
+
+
 @dataclass(frozen=True)
 class Tried:
     """A plan that was measured.

@@ -67,7 +67,7 @@ class ConsoleReporter:
     def impq_sweep_started(self, config: RunConfig, folder: Path, varied: Mapping[str, Sequence[str]]) -> None:
         """Print the combinations of the sweep."""
         self._say(f"{config.model}: " + "; ".join(f"{name} {', '.join(values)}" for name, values in varied.items()))
-        self._say(f"sweep folder {folder}")
+        self._say(f"folder of the runs {folder}")
 
     @hookimpl
     def impq_progress(self, stage: str, done: int, total: int) -> None:

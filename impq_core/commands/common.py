@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from impq_core.config import RunConfig, override, read_toml
 from impq_core.errors import UsageError
@@ -65,9 +66,11 @@ def dry_run_options(command: Command) -> Command:
                              "written.")(command)
 
 
-def run_options(several: bool = False) -> Callable[[Command], Command]:
-    """The options of a run's configuration. With ``several``, parts and budget take lists."""
+def run_options(several: bool = False, budgets: bool = False) -> Callable[[Command], Command]:
+    """The options of a run's configuration. With ``several``, parts and budget take lists; with ``budgets``, the budget
+    does."""
     more = " (several, separated by commas)" if several else ""
+    many = " (several, separated by commas)" if several or budgets else ""
     options: list[Callable[[Command], Command]] = [
         click.option("--config", "config_file", type=click.Path(path_type=Path), default=None,
                      help="Configuration file [impq.toml, if it exists]."),
@@ -84,7 +87,7 @@ def run_options(several: bool = False) -> Callable[[Command], Command]:
         click.option("--bits", help="Widths of the menu, such as 2,4 or 2,3@128,4 (groups of 128) or IQ2_XS,Q4_K "
                                "[the backend's default]."),
         click.option("--budget", help=f"Size of the plan: 3.0bits (nominal average), 3.25bpw (stored), 60MB, 4GiB or "
-                                      f"60%{more} [the middle of the menu]."),
+                                      f"60%{many} [the middle of the menu]."),
         click.option("--whole", is_flag=True, default=None,
                      help="The budget bounds the file of an export, with embeddings, head and metadata."),
         click.option("--granularity", help="Size of a layer: block, group (fused linears), expert or linear "
@@ -201,6 +204,15 @@ def check_dry_run(dry_run: bool, as_json: bool) -> None:
     """Raises UsageError if ``--json`` is given without ``--dry-run``."""
     if as_json and not dry_run:
         raise UsageError("--json prints a forecast: give --dry-run with it")
+
+
+def refuse_others(context: click.Context, *allowed: str) -> None:
+    """Raises UsageError if an option was given that --resume does not allow: any but those that change no result."""
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if (name not in ("resume", "plugin_files", "exports", "trust", *allowed)
+                and context.get_parameter_source(name) is ParameterSource.COMMANDLINE):
+            raise UsageError(f"--resume continues a run with its own configuration: leave out {parameter.opts[-1]}")
 
 
 def show_forecast(forecast: Forecast, as_json: bool) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from impq_core.commands.common import (
     check,
@@ -18,6 +17,7 @@ from impq_core.commands.common import (
     plugin_option,
     read_config,
     read_pairs,
+    refuse_others,
     run_options,
     several_or_none,
     show_forecast,
@@ -25,14 +25,13 @@ from impq_core.commands.common import (
     warn,
     watched,
 )
+from impq_core.commands.curve import run_budgets, several_budgets, target_options
+from impq_core.commands.exporting import export_plan, load_exporters, show_others, size_line
 from impq_core.commands.planning import show
 from impq_core.config import RunConfig, override
 from impq_core.errors import UsageError
 from impq_core.plugins import ROLES, Plugins
 from impq_core.trust import Trust
-
-if TYPE_CHECKING:
-    from impq_core.results import Exported
 
 RESUME = click.option("--resume", metavar="FOLDER", help="Continue the run in this folder with its configuration; "
                                                          "only --plugin, --export, --memory (of a run), "
@@ -44,21 +43,20 @@ RESUME = click.option("--resume", metavar="FOLDER", help="Continue the run in th
 @click.option("--export", "exports", multiple=True, metavar="FORMAT",
               help="Also export the plan in this format; see 'impq plugins'.")
 @dry_run_options
-@run_options()
+@target_options
+@run_options(budgets=True)
 @click.pass_context
-def run(context: click.Context, /, resume: str | None, exports: tuple[str, ...], dry_run: bool, as_json: bool,
-        trust: bool, **given: Any) -> None:
-    """Estimate, allocate, quantize and evaluate: one tracked run."""
-    from impq_core.parts import Parts, load_exporter, require_ends
-
+def run(context: click.Context, /, resume: str | None, exports: tuple[str, ...], target: str, steps: int, dry_run: bool,
+        as_json: bool, trust: bool, **given: Any) -> None:
+    """Estimate, allocate, quantize and evaluate: one tracked run; or one for each of several budgets, from one
+    estimate."""
     check_dry_run(dry_run, as_json)
     permitted = Trust(trust)
+    if several := several_budgets(context, resume, target, steps, given):
+        run_budgets(several, resume, exports, given["plugin_files"], permitted, dry_run, as_json)
+        return
     plugins, config = _configure(context, resume, given)
-    options = Parts.build(config, plugins).options().get("backend", {})
-    exporters = [load_exporter(name, config.backend, options, plugins) for name in exports]
-    if config.quantize_embeddings:
-        for name, exporter in zip(exports, exporters, strict=True):
-            require_ends(exporter, name, "the embedding")
+    exporters = load_exporters(config, exports, plugins)
     warn(config, plugins)
     if dry_run:
         from impq_core.terminal import quiet_libraries
@@ -77,7 +75,7 @@ def run(context: click.Context, /, resume: str | None, exports: tuple[str, ...],
     result = (pipeline.resume(resume, plugins, permitted, config.memory) if resume
               else pipeline.run(config, plugins, trust=permitted))
     for name in exports:
-        _export(str(result.folder), name, result.folder / name, plugins, permitted)
+        export_plan(str(result.folder), name, result.folder / name, plugins, permitted)
     click.echo(f"files in {result.folder}")
     look_at(config)
 
@@ -116,15 +114,6 @@ def _configure(context: click.Context, resume: str | None, given: dict[str, Any]
         config = override(config, options=assign_options(config, plugins, read_pairs(options, time_limit)))
     check(config, plugins)
     return plugins, config
-
-
-def refuse_others(context: click.Context, *allowed: str) -> None:
-    """Raises UsageError if an option was given that --resume does not allow: any but those that change no result."""
-    for parameter in context.command.params:
-        name = parameter.name or ""
-        if (name not in ("resume", "plugin_files", "exports", "trust", *allowed)
-                and context.get_parameter_source(name) is ParameterSource.COMMANDLINE):
-            raise UsageError(f"--resume continues a run with its own configuration: leave out {parameter.opts[-1]}")
 
 
 @click.command()
@@ -193,32 +182,7 @@ def export(run: str, format: str, target: Path | None, device: str | None, memor
     check_target(target)
     plugins.watch(ExportTracker())
     plugins.watch(ConsoleReporter(make_console()))
-    _export(run, format, target, plugins, Trust(trust), device, memory)
-
-
-def _export(run: str, format: str, target: Path, plugins: Plugins, trust: Trust, device: str | None = None,
-            memory: str | None = None) -> None:
-    from impq_core.exports.export import export_run
-    from impq_core.terminal import score_line
-
-    exported = export_run(run, format, target, plugins, trust, device, memory)
-    if exported.score:
-        click.echo(f"quantized block by block, each behind the quantized ones: {score_line(exported.score)}")
-        click.echo(_on(exported))
-        _show_others(exported)
-    click.echo(f"{format} in {exported.folder}")
-
-
-def _show_others(exported: Exported) -> None:
-    from impq_core.terminal import score_line
-
-    for name, score in exported.others.items():
-        click.echo(f"on text {name}: {score_line(score)}")
-
-
-def _on(exported: Exported) -> str:
-    return (f"on {exported.text}; {exported.nbytes / 1e6:.2f} MB of quantized weights in a file of "
-            f"{exported.file_bytes / 1e6:.2f} MB")
+    export_plan(run, format, target, plugins, Trust(trust), device, memory)
 
 
 @click.command()
@@ -246,8 +210,8 @@ def evaluate(path: str, device: str, memory: str, trust: bool, plugin_files: tup
     exported = evaluate_folder(path, Plugins(plugin_files), Trust(trust), device, memory, **text)
     assert exported.score is not None
     click.echo(score_line(exported.score))
-    click.echo(f"{_on(exported)}, format {exported.format}")
-    _show_others(exported)
+    click.echo(f"{size_line(exported)}, format {exported.format}")
+    show_others(exported)
 
 
 @click.command()

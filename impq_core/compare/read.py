@@ -12,6 +12,7 @@ import numpy as np
 
 from impq_core.compare.contest import Contest, Contestant, block_of
 from impq_core.errors import ImpqError
+from impq_core.runs.curves import finished_runs
 from impq_core.runs.folder import CHILDREN, SWEEP, RunFolder
 from impq_core.space import Choice, FloatArray
 
@@ -102,7 +103,7 @@ def _runs(folder: Path, depth: int) -> Iterator[RunFolder]:
     impq.toml in their working folder."""
     run = RunFolder(folder)
     if run.config.is_file() and run.evaluation.is_file():
-        yield run
+        yield from finished_runs(run)
         return
     below = []
     if (folder / SWEEP).is_file():  # other folders of a sweep hold measurements, not runs

@@ -28,7 +28,10 @@ SWEEP = "sweep.json"
 """The file of a sweep's folder that holds the values of each varied setting."""
 
 CHILDREN = "runs"
-"""The folder of a sweep's runs."""
+"""The folder of a sweep's runs, and of those of a run's further budgets."""
+
+MEASURED = "measured"
+"""The folder of a sweep with its measurements: a folder for each backend and estimator."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from impq_core.interfaces import Estimator
 from impq_core.parts import assign_options
 from impq_core.plugins import Plugins
 from impq_core.runs.folder import SWEEP, RunFolder
+from impq_core.target import STEPS, Target, check_steps
 
 VARIED = ("backend", "estimator", "surrogate", "allocator", "budget")
 """Settings that a sweep takes lists of."""
@@ -26,11 +27,22 @@ class Sweep:
         base: the configuration of all runs.
         varied: lists of values, by setting (``VARIED``).
         pairs: options of parts as on the command line; each applies to the runs with a part that has it.
+        target: if it is given, one search is made, and its budgets are chosen in search of the smallest plan within
+            this loss: ``nll+0.1``, ``kl=0.2``.
+        steps: number of bisections of that search.
     """
 
     base: RunConfig
     varied: Mapping[str, Sequence[str]] = field(default_factory=dict)
     pairs: Mapping[str, str] = field(default_factory=dict)
+    target: str = ""
+    steps: int = STEPS
+
+    @property
+    def is_curve(self) -> bool:
+        """Whether its runs differ in their budgets alone."""
+        several = {name for name, values in self.varied.items() if len(set(values)) > 1}
+        return bool(self.target) or several == {"budget"}
 
     @classmethod
     def open(cls, path: str) -> Sweep:
@@ -43,23 +55,35 @@ class Sweep:
                 and all(map(_is_text, pairs.values()))):
             raise ImpqError(f"{folder.path / SWEEP} is damaged: it has to hold 'varied', lists of names for "
                             f"some of {', '.join(VARIED)}, and 'pairs', a text for each option")
-        return cls(folder.read_config(), varied, pairs)
+        target, steps = data.get("target", ""), data.get("steps", STEPS)
+        if not (_is_text(target) and type(steps) is int):
+            raise ImpqError(f"{folder.path / SWEEP} is damaged: 'target' is a text, and 'steps' a whole number")
+        return cls(folder.read_config(), varied, pairs, target, steps)
 
     def configs(self, plugins: Plugins) -> list[RunConfig]:
         """The configuration of each run; runs of one backend are neighbours, and among them runs of one estimator.
 
         Raises:
-            UsageError: a name is unknown, no run has a part with an option of ``pairs``, or the base has a plan or a
-                refiner.
+            UsageError: a name is unknown, no run has a part with an option of ``pairs``, the base has a plan or a
+                refiner, or a target is wrong or given with budgets.
         """
         if self.base.plan or self.base.refine:
-            raise UsageError("a sweep makes its own plans and refines none: leave out --plan and --refine")
+            raise UsageError("sweeps, several budgets and --target make their own plans and refine none: leave out "
+                             "--plan and --refine")
+        if self.target:
+            Target.parse(self.target)
+            check_steps(self.steps)
+            if any(len(set(values)) > 1 for values in self.varied.values()) or self.varied.get("budget"):
+                raise UsageError("--target chooses the budgets of one search: leave out --budget and lists of names")
         values = [list(dict.fromkeys(self.varied.get(name) or (getattr(self.base, name),))) for name in VARIED]
+        if "budget" in self.varied and not all(self.varied["budget"]):
+            raise UsageError("--budget takes budgets such as 2.5bits,60MB, with nothing left out between the commas")
         if not all(value for name, many in zip(VARIED, values, strict=True) if name != "budget" for value in many):
             raise UsageError("a list of names has nothing between two commas")
         estimators = {name: plugins.load("estimator", name, Estimator) for name in values[VARIED.index("estimator")]}
         base = self.base
-        if base.sequential == "auto":  # so that all tables of a sweep are of one kind
+        several = len(values[VARIED.index("backend")]) * len(estimators) > 1
+        if base.sequential == "auto" and several:  # so that all tables of a sweep are of one kind
             base = replace(base, sequential="no")
         if base.granularity == "auto":  # all runs of a sweep have the same layers
             wanted = {kind.default_granularity for kind in estimators.values()}

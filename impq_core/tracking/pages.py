@@ -52,7 +52,9 @@ def run_name(config: RunConfig, fitted: bool = True) -> str:
 
 
 def sweep_name(varied: Mapping[str, Sequence[str]]) -> str:
-    """Name of a sweep, made of the settings that vary: ``sweep: 2 estimators, 3 budgets``."""
+    """Name of a sweep, made of the settings that vary: ``sweep: 2 estimators, 3 budgets``; or ``target nll+0.1``."""
+    if "target" in varied:
+        return f"target {', '.join(varied['target'])}"
     counts = [f"{len(values)} {name}s" for name, values in varied.items() if len(values) > 1]
     return f"sweep: {', '.join(counts)}" if counts else "sweep"
 

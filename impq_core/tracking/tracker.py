@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
+    from impq_core.curve import Curve
     from impq_core.results import RunResult
     from impq_core.space import FloatArray, IntArray, SearchSpace
     from impq_core.types import Measurements, Plan, SensitivityEstimate
@@ -70,6 +71,7 @@ class Tracker:
     def __init__(self, uri: str, experiment: str) -> None:
         self.uri, self._experiment_name = store_uri(uri), experiment_name(experiment)
         self._open: list[tuple[str, RunFolder]] = []  # a sweep, then its current run
+        self._parent: RunFolder | None = None  # the folder of the open sweep
         self._evaluations = self._logged = 0
         self._sizes: dict[str, float] = {}
 
@@ -80,16 +82,30 @@ class Tracker:
 
     @hookimpl
     def impq_sweep_started(self, config: RunConfig, folder: Path, varied: Mapping[str, Sequence[str]]) -> None:
-        """Open the sweep's run; its children repeat its parameters with their own values."""
-        self._start(RunFolder(folder), sweep_name(varied),
+        """Open the sweep's run, or that of the run whose further budgets are measured; its children repeat its
+        parameters with their own values."""
+        self._parent = RunFolder(folder)
+        self._start(self._parent, sweep_name(varied),
                     {**dict(run_params(config)), **{name: ",".join(values) for name, values in varied.items()}})
-        self._client.set_tag(self.run_id, "impq.kind", "sweep")
+        if (folder / SWEEP).is_file():
+            self._client.set_tag(self.run_id, "impq.kind", "sweep")
+
+    @hookimpl
+    def impq_curve_ready(self, curves: tuple[Curve, ...]) -> None:
+        """Log loss and divergence of each plan as step metrics, with its bytes as the step."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        values = [(name, value, point.nbytes) for curve in curves for point in curve.points
+                  for name, value in (("curve_excess", point.excess.mean), ("curve_kl", point.divergence.mean))]
+        self._log([Metric(name, value, now, step) for name, value, step in values])
 
     @hookimpl
     def impq_sweep_finished(self, folder: Path) -> None:
         """Close the sweep's run, with a table of its children."""
         try:
-            self._client.set_tag(self.run_id, NOTE_TAG, self._overview())
+            if (folder / SWEEP).is_file():
+                self._client.set_tag(self.run_id, NOTE_TAG, self._overview())
         finally:
             self._end("FINISHED")
 
@@ -112,8 +128,8 @@ class Tracker:
 
     def _start(self, folder: RunFolder, name: str, params: Mapping[str, Any]) -> None:
         """Open an MLflow run for a folder, or the one that the folder had; raises ImpqError if the store refuses."""
-        # An interrupt may have kept an earlier run from being closed: only a sweep has runs below it.
-        self._open = [(run_id, opened) for run_id, opened in self._open if (opened.path / SWEEP).is_file()]
+        # An interrupt may have kept an earlier run from being closed.
+        self._open = [(run_id, opened) for run_id, opened in self._open if opened == self._parent]
         check_store(self.uri)
         import logging
 
