@@ -158,7 +158,7 @@ class Curve:
         """Plain data for JSON; runs are paths from ``folder`` if they are below it."""
         knee = self.knee
         return {"parts": dict(self.parts), "points": [_point_data(point, folder) for point in self.points],
-                "uniform": [_row_data(row, self.unquantized) for row in self.uniform],
+                "uniform": [{"name": row.name, **_row_data(row, self.unquantized)} for row in self.uniform],
                 "knee": knee and {"definition": KNEE, "run": _relative(knee.point.run, folder),
                                   "bytes": knee.point.nbytes, "depth": _number(knee.depth.mean),
                                   "depth_stderr": _number(knee.depth.stderr)}}
@@ -206,11 +206,18 @@ class Answer:
 
     def loss(self, point: Point) -> Difference:
         """The loss of a plan that the target bounds."""
-        return self.target.loss(point.evaluation)
+        return self.target.loss(point.row, point.evaluation.row("unquantized"))
 
     def confidence(self, point: Point) -> float:
         """Probability that a plan is within the target on all text like the held-out one; NaN if unknown."""
         return self.target.confidence(self.loss(point), self.curve.windows)
+
+    @property
+    def uniform_within(self) -> Row | None:
+        """The smallest uniform model within the target that is smaller than ``within``; None if there is none."""
+        size = math.inf if self.within is None else self.within.nbytes
+        return next((row for row in self.curve.uniform if (row.nbytes or 0) < size
+                     and self.target.met_by(self.target.loss(row, self.curve.unquantized))), None)
 
     def to_dict(self, folder: Path) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -220,9 +227,11 @@ class Answer:
             return {"run": _relative(point.run, folder), "bytes": point.nbytes,
                     "loss": _number(self.loss(point).mean), "loss_stderr": _number(self.loss(point).stderr),
                     "confidence": _number(self.confidence(point))}
+        uniform = self.uniform_within
         return {"target": str(self.target), "measure": self.target.measure, "limit": self.target.limit,
                 "within": side(self.within), "outside": side(self.outside),
-                "larger_outside": [side(point) for point in self.larger_outside]}
+                "larger_outside": [side(point) for point in self.larger_outside],
+                "uniform_within": uniform and uniform.name}
 
 
 def curves_data(model: str, curves: tuple[Curve, ...], answer: Answer | None, folder: Path) -> dict[str, Any]:
@@ -253,7 +262,7 @@ def _row_data(row: Row, unquantized: Row) -> dict[str, Any]:
     numbers = {"bits_nominal": row.bits_nominal, "bits_stored": row.bits_stored, "nll": row.nll,
                "excess": excess.mean, "excess_stderr": excess.stderr, "kl": row.score.kl,
                "kl_stderr": row.score.divergence.stderr, "top1_agreement": row.score.top1}
-    return {"name": row.name, "bytes": row.nbytes, **{key: _number(value) for key, value in numbers.items()}}
+    return {"bytes": row.nbytes, **{key: _number(value) for key, value in numbers.items()}}
 
 
 def _number(value: float | None) -> float | None:

@@ -6,9 +6,10 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from decimal import Decimal
 
 from impq_core.errors import UsageError, nearest
-from impq_core.results import Difference, Evaluation
+from impq_core.results import Difference, Row
 
 STEPS = 7
 """Default number of bisections: the border is then known to 1/128 of the way from the smallest to the largest plan."""
@@ -47,13 +48,12 @@ class Target:
 
     def __str__(self) -> str:
         """The target as ``parse`` reads it."""
-        return f"nll+{self.limit:g}" if self.measure == "nll" else f"kl={self.limit:g}"
+        limit = f"{Decimal(repr(self.limit)).normalize():f}"
+        return f"nll+{limit}" if self.measure == "nll" else f"kl={limit}"
 
-    def loss(self, evaluation: Evaluation) -> Difference:
-        """The plan's loss, nats per token, with its standard error over windows."""
-        plan = evaluation.rows[0]
-        assert plan.score is not None
-        return plan.minus(evaluation.row("unquantized")) if self.measure == "nll" else plan.score.divergence
+    def loss(self, row: Row, unquantized: Row) -> Difference:
+        """The loss of a measured allocation, nats per token, with its standard error over windows."""
+        return measured_loss(self.measure, row, unquantized)
 
     def met_by(self, loss: Difference) -> bool:
         """Whether a measured loss is within the target."""
@@ -70,6 +70,12 @@ class Target:
         if loss.stderr == 0:
             return float(self.met_by(loss))
         return float(t.cdf((self.limit - loss.mean) / loss.stderr, windows - 1))
+
+
+def measured_loss(measure: str, row: Row, unquantized: Row) -> Difference:
+    """The loss of a measured allocation above the unquantized model, by ``nll`` or ``kl``, nats per token."""
+    assert row.score is not None
+    return row.minus(unquantized) if measure == "nll" else row.score.divergence
 
 
 def check_steps(steps: int) -> None:

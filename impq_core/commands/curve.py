@@ -53,7 +53,7 @@ def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def curve(run: str, budgets: str | None, target: str, steps: int, as_json: bool, memory: str, trust: bool,
           plugin_files: tuple[Path, ...]) -> None:
     """Loss against size of a run (its folder) or sweep: what was measured, and further budgets or a target."""
-    from impq_core.runs.curves import check_wanted, read_curves, save_curves
+    from impq_core.runs.curves import check_wanted, earlier_answer, read_curves, save_curves
     from impq_core.runs.folder import RunFolder
 
     texts = _split(budgets)
@@ -61,11 +61,14 @@ def curve(run: str, budgets: str | None, target: str, steps: int, as_json: bool,
     folder = RunFolder.open(run)
     if not texts and not target:
         curves = read_curves(run)
-        save_curves(folder, curves)
-        _show(folder.path, curves, None, as_json)
+        answer = earlier_answer(folder, curves)
+        save_curves(folder, curves, answer)
+        _show(folder.path, curves, answer, as_json)
         return
     plugins = Plugins(plugin_files)
     config = folder.read_config()
+    for budget in texts:
+        check(replace(config, budget=budget), plugins)
     if as_json:
         from impq_core.terminal import quiet_libraries
 

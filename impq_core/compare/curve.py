@@ -13,6 +13,7 @@ from rich.text import Text
 from impq_core.compare.drawing import COLOURS, GREY, Picture, legend_below, look, new_figure, style
 from impq_core.curve import KNEE, Answer, Curve, Point
 from impq_core.results import Difference, Row
+from impq_core.target import measured_loss
 
 PICTURE = "curve.png"
 """The picture in the folder of a run or sweep."""
@@ -73,9 +74,14 @@ def curve_lines(curve: Curve, answer: Answer | None = None) -> list[str]:
 def answer_lines(answer: Answer) -> list[str]:
     """The smallest plan within a target with its neighbour, and how sure that is."""
     points, target = answer.curve.points, answer.target
-    widest = points[-1]
+    last = max(points, key=lambda point: point.budget_bytes)
+    uniform = answer.uniform_within
+    smaller = [] if uniform is None else [
+        f"{uniform.name} is smaller and within it: {(uniform.nbytes or 0) / 1e6:.2f} MB, "
+        f"{_judged(answer, target.loss(uniform, answer.curve.unquantized))}"]
     if answer.within is None:
-        return [f"target {target}: even the widest plan misses it: {size_of(widest)}, {_against(answer, widest)}"]
+        return [f"target {target}: even the plan for the largest budget misses it: {size_of(last)}, "
+                f"{_against(answer, last)}", *(line.replace("smaller and ", "") for line in smaller)]
     lines = [f"target {target}: {size_of(answer.within)}, {_against(answer, answer.within)} ({answer.within.run})"]
     if answer.outside is None:
         lines.append("even the narrowest plan meets it")
@@ -89,46 +95,48 @@ def answer_lines(answer: Answer) -> list[str]:
     if sure is not None and sure is not answer.within and sure.nbytes > answer.within.nbytes:
         lines.append(f"smallest measured plan that is {100 * SURE:.0f}% sure: {size_of(sure)}, "
                      f"{_against(answer, sure)}")
-    return lines
+    return [*lines, *smaller]
 
 
 def draw_curves(curves: Sequence[Curve], answer: Answer | None = None) -> Picture:
-    """NLL above the unquantized model against stored bytes, beside the uniform models of each backend."""
+    """Loss above the unquantized model against stored bytes, beside the uniform models of each backend: KL if a target
+    bounds that, else NLL."""
+    measure = answer.target.measure if answer else "nll"
     with style():
         figure, axes = new_figure(7.2, 4.4)
-        backends = list(dict.fromkeys(curve.parts["backend"] for curve in curves))
-        for curve in curves:
-            backend = curve.parts["backend"]
-            if backend in backends:  # once each
-                backends.remove(backend)
-                _uniform(axes, curve, f"uniform {backend} models (bits)")
+        drawn: list[str] = []
         for number, curve in enumerate(curves):
-            sizes, losses = [p.nbytes / 1e6 for p in curve.points], [p.excess.mean for p in curve.points]
-            errors = [0.0 if math.isnan(p.excess.stderr) else p.excess.stderr for p in curve.points]
-            axes.errorbar(sizes, losses, yerr=errors, capsize=3, linewidth=1, label=curve.name, **look(number))
-            if curve.knee:
+            if (backend := curve.parts["backend"]) not in drawn:
+                drawn.append(backend)
+                _uniform(axes, curve, measure, ("-", "--", "-.", ":")[(len(drawn) - 1) % 4])
+            sizes = [point.nbytes / 1e6 for point in curve.points]
+            losses = [measured_loss(measure, point.row, curve.unquantized) for point in curve.points]
+            errors = [0.0 if math.isnan(loss.stderr) else loss.stderr for loss in losses]
+            axes.errorbar(sizes, [loss.mean for loss in losses], yerr=errors, capsize=3, linewidth=1, label=curve.name,
+                          **look(number))
+            if curve.knee and measure == "nll":
                 place = curve.knee.point.nbytes / 1e6, curve.knee.point.excess.mean
                 axes.annotate(f"knee, {_bits(curve.knee.point)}", place, textcoords="offset points", xytext=(14, 22),
                               fontsize=9, arrowprops={"arrowstyle": "-", "color": GREY})
         if answer:
-            if answer.target.measure == "nll":
-                axes.axhline(answer.target.limit, color=COLOURS[1], linewidth=1, linestyle="--",
-                             label=f"target {answer.target}")
+            axes.axhline(answer.target.limit, color=COLOURS[1], linewidth=1, linestyle="--",
+                         label=f"target {answer.target}")
             if point := answer.within:
-                axes.plot(point.nbytes / 1e6, point.excess.mean, "o", markersize=14, markerfacecolor="none",
-                          markeredgecolor=COLOURS[1], label=f"smallest within {answer.target}: {_bits(point)}")
+                axes.plot(point.nbytes / 1e6, answer.loss(point).mean, "o", markersize=14, markerfacecolor="none",
+                          markeredgecolor=COLOURS[1], label=f"smallest within it: {_bits(point)}")
         axes.axhline(0, color=GREY, linestyle=":", linewidth=1)
-        axes.margins(0.06)
-        _limit_height(axes, curves)
+        _limit_height(axes, [measured_loss(measure, point.row, curve.unquantized).mean
+                             for curve in curves for point in curve.points])
         row = curves[0].points[0].row
         if row.nbytes and row.bits_stored:
             each = row.bits_stored / (row.nbytes / 1e6)
             top = axes.secondary_xaxis("top", functions=(lambda size: size * each, lambda bits: bits / each))
             top.set_xlabel("stored bits a weight")
-        axes.set(xlabel="stored MB of quantized weights", ylabel="NLL above the unquantized model\n(nats per token)")
+        name = "NLL above the unquantized model" if measure == "nll" else "KL from the unquantized model"
+        axes.set(xlabel="stored MB of quantized weights", ylabel=f"{name}\n(nats per token)")
         legend_below(figure)
-    return Picture(f"Loss against size: {curves[0].text}", figure,
-                   "Bars: standard errors, paired with the unquantized model over windows. The knee is " + KNEE + ".")
+    return Picture(f"Loss against size: {curves[0].text}", figure, "Bars: standard errors over windows, those of the "
+                   f"NLL paired with the unquantized model. The knee is {KNEE}.")
 
 
 def save_picture(curves: Sequence[Curve], answer: Answer | None, folder: Path) -> Path:
@@ -158,25 +166,34 @@ def _bits(point: Point) -> str:
 
 
 def _against(answer: Answer, point: Point) -> str:
-    loss, limit = answer.loss(point), answer.target.limit
-    sign = "<=" if answer.target.met_by(loss) else ">"
-    return f"{_shown(loss)} {sign} {limit:g}: {percent(answer.confidence(point))} sure to be within"
+    return _judged(answer, answer.loss(point))
 
 
-def _uniform(axes: Any, curve: Curve, label: str) -> None:
-    rows = [row for row in curve.uniform if math.isfinite(row.nll)]
-    sizes, losses = [(row.nbytes or 0) / 1e6 for row in rows], [row.minus(curve.unquantized).mean for row in rows]
-    axes.plot(sizes, losses, "-", marker="o", color=GREY, markersize=4, zorder=1, label=label)
-    for row, size, loss in zip(rows, sizes, losses, strict=True):
-        axes.annotate(row.name.removeprefix("uniform "), (size, loss), textcoords="offset points", xytext=(5, 4),
-                       fontsize=9, color=GREY, annotation_clip=True)
+def _judged(answer: Answer, loss: Difference) -> str:
+    target = answer.target
+    sign, sure = "<=" if target.met_by(loss) else ">", target.confidence(loss, answer.curve.windows)
+    return f"{_shown(loss)} {sign} {target.limit:g}: {percent(sure)} sure to be within"
 
 
-def _limit_height(axes: Any, curves: Sequence[Curve]) -> None:
+def _uniform(axes: Any, curve: Curve, measure: str, dashes: str) -> None:
+    points = [((row.nbytes or 0) / 1e6, measured_loss(measure, row, curve.unquantized).mean, row.name)
+              for row in curve.uniform if math.isfinite(row.nll)]
+    if not points:
+        return
+    sizes, losses, _ = zip(*points, strict=True)
+    axes.plot(sizes, losses, dashes, marker="o", color=GREY, markersize=4, zorder=1,
+              label=f"uniform {curve.parts['backend']} models (bits)")
+    for size, loss, name in points:
+        axes.annotate(name.removeprefix("uniform "), (size, loss), textcoords="offset points", xytext=(5, 4),
+                      fontsize=9, color=GREY, annotation_clip=True)
+
+
+def _limit_height(axes: Any, losses: Sequence[float]) -> None:
     """Keep the axis at the scale of the plans, if uniform models lie far above them."""
-    losses = [point.excess.mean for curve in curves for point in curve.points if math.isfinite(point.excess.mean)]
-    if losses and max(losses) > 0:
-            axes.set_ylim(min(0.0, *losses) - 0.06 * max(losses), min(axes.get_ylim()[1], 1.35 * max(losses)))
+    axes.margins(0.06)
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    if finite and max(finite) > 0:
+        axes.set_ylim(min(0.0, *finite) - 0.06 * max(finite), min(axes.get_ylim()[1], 1.35 * max(finite)))
 
 
 def _sizes(row: Row) -> list[str]:

@@ -69,6 +69,17 @@ def read_point(run: RunFolder, config: RunConfig | None = None) -> Point:
     return Point(run.path, (config or run.read_config()).budget, budget, file_bytes, run.read_evaluation())
 
 
+def earlier_answer(root: RunFolder, curves: tuple[Curve, ...]) -> Answer | None:
+    """The answer of the curve to the target that ``curve.json`` has, if it has one; raises ImpqError if it cannot be
+    read."""
+    if len(curves) != 1 or not (root.path / CURVE).is_file():
+        return None
+    target = root.read_json(root.path / CURVE).get("target")
+    if not isinstance(target, dict) or not isinstance(target.get("target"), str):
+        return None
+    return Answer(Target.parse(target["target"]), curves[0])
+
+
 def save_curves(root: RunFolder, curves: tuple[Curve, ...], answer: Answer | None = None) -> dict[str, Any]:
     """Write ``curve.json``; returns its content."""
     data = curves_data(root.read_config().model, curves, answer, root.path)

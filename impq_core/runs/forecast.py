@@ -230,7 +230,8 @@ def forecast_sweep(sweep: Sweep, plugins: Plugins | None = None, trust: Trust = 
     for (backend, _), group in groupby(sweep.configs(plugins), key=lambda config: (config.backend, config.estimator)):
         configs = list(group)
         layout = lay_out(configs[0], plugins, trust, source=source)
-        searches.append(_search([layout.planned(config, plugins) for config in configs], backend not in backends))
+        searches.append(_search([layout.planned(config, plugins) for config in configs], backend not in backends,
+                                tries=sweep.steps + 2 if sweep.target else 0))
         backends.add(backend)
     assert layout is not None
     return _forecast(searches, layout)
@@ -252,30 +253,31 @@ def _forecast(searches: Sequence[SearchForecast], layout: Layout) -> Forecast:
                     hardware(layout.device), free_device_memory(layout.device))
 
 
-def _search(layouts: Sequence[Layout], first: bool = True, exports: int = 0) -> SearchForecast:
+def _search(layouts: Sequence[Layout], first: bool = True, exports: int = 0, tries: int = 0) -> SearchForecast:
     """The forecast of a search.
 
     Args:
         layouts: of the runs that share it, which differ in surrogate, allocator and budget.
         first: whether it is the first search of its backend, which makes the variants and scores the references.
         exports: number of checkpoints that are written.
+        tries: if the plan is the smallest within a target, the most plans that are scored on the way.
     """
     layout = layouts[0]
     config, space = layout.config, layout.space
     work = work_of(layout)
-    budgets = {each.config.budget: each.budget_bytes for each in layouts}
+    budgets = {} if tries else {each.config.budget: each.budget_bytes for each in layouts}
     weights = sum(layer.parameters for layer in space.layers)
-    scores = len(layouts)
+    scores = runs = tries or len(layouts)
     if first:
-        scores += 1 + references(layout, len(budgets))
+        scores += 1 + references(layout, max(1, len(budgets)))
     forwards = {"quantize": statistics_forwards(layout) if first else 0.0,
                 "estimate": work_forwards(work, layout.shapes, config, space) if work else None,
-                "plan": plan_forwards(layout, work, len(layouts)), "refine": float(config.refine),
+                "plan": 0.0 if tries else plan_forwards(layout, work, runs), "refine": float(config.refine),
                 "evaluate": evaluation_forwards(layout, scores, first, in_sequence(layout))}
     if layout.plan:
         forwards["estimate"] = 0.0
     plan = plan_memory(layout)
-    takes = dict(disk(layout, work, len(layouts), scores, exports))
+    takes = dict(disk(layout, work, runs, scores, exports))
     if not first:
         takes["cache_bytes"] = 0
     return SearchForecast(

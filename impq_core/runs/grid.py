@@ -73,6 +73,8 @@ class Sweep:
         if self.target:
             Target.parse(self.target)
             check_steps(self.steps)
+            if self.base.whole:
+                raise UsageError("--target bounds a loss, and --whole the size of a file: leave out one of them")
             if any(len(set(values)) > 1 for values in self.varied.values()) or self.varied.get("budget"):
                 raise UsageError("--target chooses the budgets of one search: leave out --budget and lists of names")
         values = [list(dict.fromkeys(self.varied.get(name) or (getattr(self.base, name),))) for name in VARIED]

@@ -15,7 +15,7 @@ from impq_core.errors import ImpqError
 from impq_core.evaluate import Evaluator
 from impq_core.plugins import Plugins
 from impq_core.runs.children import Child, finish
-from impq_core.runs.curves import check_wanted, finished_runs, parts_of, read_curves, save_curves
+from impq_core.runs.curves import check_wanted, earlier_answer, finished_runs, parts_of, read_curves, save_curves
 from impq_core.runs.folder import MEASURED, SWEEP, RunFolder
 from impq_core.runs.pipeline import Search, allocate
 from impq_core.runs.prepare import Prepared, prepare
@@ -127,7 +127,7 @@ def extend_curve(path: str | Path, budgets: Sequence[str] = (), target: str = ""
         memory: what this may take; empty for what the run's configuration says.
 
     Returns:
-        The answer to the target, if there is one.
+        The answer to the target, or to that of an earlier search.
 
     Raises:
         ImpqError: a budget or target is wrong or out of reach, the folder has no estimate or several, or its model,
@@ -155,6 +155,7 @@ def extend_curve(path: str | Path, budgets: Sequence[str] = (), target: str = ""
             plugins.notify("impq_run_failed", error=error)
             raise
         curves = read_curves(folder.path)
+        answer = answer or earlier_answer(folder, curves)
         save_curves(folder, curves, answer)
         plugins.notify("impq_curve_ready", folder=folder.path, curves=curves, answer=answer)
         plugins.notify("impq_sweep_finished", folder=folder.path)

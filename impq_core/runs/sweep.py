@@ -19,7 +19,7 @@ from impq_core.ledger import Ledger
 from impq_core.model.source import ModelSource
 from impq_core.plugins import Plugins
 from impq_core.runs.children import Child, fail, finish
-from impq_core.runs.curves import finished_runs, read_curves, save_curves
+from impq_core.runs.curves import earlier_answer, finished_runs, read_curves, save_curves
 from impq_core.runs.folder import MEASURED, SWEEP, RunFolder, recorded
 from impq_core.runs.grid import Sweep
 from impq_core.runs.pipeline import Search, allocate, make_folder
@@ -67,7 +67,7 @@ def run_sweep(sweep: Sweep, plugins: Plugins | None = None, path: Path | None = 
             raise
         if sweep.is_curve and any(finished_runs(folder)):
             [curve] = curves = read_curves(folder.path)
-            answer = Answer(target, curve) if target else None
+            answer = Answer(target, curve) if target else earlier_answer(folder, curves)
             save_curves(folder, curves, answer)
             plugins.notify("impq_curve_ready", folder=folder.path, curves=curves, answer=answer)
         plugins.notify("impq_sweep_finished", folder=folder.path)
