@@ -126,7 +126,7 @@ def planted(sizes: list[float], losses: list[float], noise: float = 1e-4, budget
     base = 3 + rng.normal(0, 0.3, 16)
 
     def row(name: str, nbytes: int | None, loss: float) -> Row:
-        score = Score(base + loss + rng.normal(0, noise, 16), loss, 0.5, loss + rng.normal(0, noise, 16))
+        score = Score(base + loss + rng.normal(0, noise, 16), loss, 0.5, window_kl=loss + rng.normal(0, noise, 16))
         return Row(name, score.window_nll, nbytes, *([2.0, 2.1] if nbytes else []), score=score)
 
     points = []
