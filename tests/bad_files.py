@@ -101,6 +101,13 @@ def text(name: str, content: str | bytes, key: str, what: str) -> Case:
     return light(f"run --evaluation {name}", 1, key, what, lambda: write(name, content))
 
 
+def chat(template: str) -> None:
+    """A chat of two answers, and a template for the model."""
+    turns = '{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}'
+    write("rows.jsonl", f'{{"messages": [{turns}, {turns}]}}\n')
+    write("model/chat_template.jinja", template)
+
+
 def table(columns: dict[str, list[object]], key: str, what: str) -> Case:
     def scene() -> None:
         import pyarrow.parquet
@@ -129,8 +136,19 @@ TEXTS = [
     text("rows.jsonl", '{"text": "a"}\n{"text": "\\ud800"}\n', "line 2",
          "half of a character"),
     text("rows.jsonl", '{"text": null}\n', "rows.jsonl", "rows of gaps"),
-    text("rows.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n', "'messages'",
-         "chats"),
+    text("rows.jsonl", '{"conversations": [{"from": "human", "value": "a"}]}\n', "'conversations'",
+         "chats of another form"),
+    text("rows.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n{"messages": []}\n', "line 2",
+         "a chat without messages"),
+    text("rows.jsonl", '{"messages": [{"role": "user", "content": ["a"]}]}\n', "line 1",
+         "a message that is no text"),
+    Case("run --evaluation rows.jsonl", 1, "chat template", "chats, and a model without a chat template",
+         lambda: write("rows.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n')),
+    Case("run --evaluation rows.jsonl", 1, "line 1", "a chat that the template refuses",
+         lambda: chat("{{ raise_exception('no system message') }}")),
+    Case("run --evaluation rows.jsonl --evaluation-scored assistant", 1, "--evaluation-scored",
+         "a template that changes earlier answers",
+         lambda: chat("{% for m in messages %}{{ m.content }}{{ loop.last }}{% endfor %}")),
     text("rows.jsonl", '[{"text": "a"}]\n', "line 1", "rows in one list"),
     text("rows.jsonl", "{\n", "line 1", "rows that are no JSON"),
     text("rows.parquet", "{\n", "Parquet", "a table that is none"),

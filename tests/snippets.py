@@ -130,7 +130,16 @@ def make_world(folder: Path) -> World:
                 for start in range(10_000 * number, 10_000 * number + 9000, 300)]
         text = "".join(json.dumps({"text": row}) + "\n" for row in rows) if name.endswith("l") else "\n".join(rows)
         (world.here / name).write_text(text)
+    for number, name in enumerate(("chats.jsonl", "chat-test.jsonl"), start=5):
+        rows = [json.dumps({"messages": [{"role": "user", "content": f"Squares from {start}?"},
+                                         {"role": "assistant", "content": " ".join(
+                                             str(n * n) for n in range(start, start + 30))}]})
+                for start in range(10_000 * number, 10_000 * number + 3000, 30)]
+        (world.here / name).write_text("\n".join(rows))
     tiny_model(world.here / "my-model", blocks=2)
+    (world.here / "my-model" / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}")
     shutil.copytree(ROOT / "examples", world.here / "examples")
     config = RunConfig(model="my-model", granularity="block", calibration=TextConfig("calibration.txt", 16, 32),
                        game_windows=4, evaluation=TextConfig("evaluation.txt", 8, 32), dtype="float32",

@@ -304,7 +304,8 @@ def _without_text(kinds: Mapping[str, str], noun: str) -> tuple[str, str, str]:
     """
     chat = next((name for name, kind in kinds.items() if kind == _CHAT and len(name) <= 40), "")
     if chat:
-        return f"has chat records ({chat!r}), which are not read", "write each chat as one 'text'", chat
+        return (f"has chat records ({chat!r}), which are not read", "write each chat as one 'text', or all chats to a "
+                ".jsonl file as 'messages' with 'role' and 'content'", chat)
     texts = [name for name, kind in kinds.items() if kind == _TEXT and len(name) <= 40]  # shorter than a message
     problem = f"has no {noun} 'text', " + (f"only {listed(kinds)}" if kinds else "and no other")
     if not texts:
