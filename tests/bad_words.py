@@ -60,6 +60,34 @@ BUDGETS = [
     light("run --quantize-embeddings --export recipe-auto-round", 1, "recipe-auto-round"),
 ]
 
+CURVES = [
+    *(light(f"run --target '{target}'", 2, f"'{target}'") for target in ("0.1", "nll0.1", "nl+0.1", "kl+0.1", "nll+0")),
+    Case("run --target kl=NaN", 2, "'kl=NaN'"),
+    Case("run --target kl=0.1,nll+0.1", 2, "nll+0.1"),
+    light("run --target nll+0.1 --budget 3bits", 2, "--budget"),
+    Case("run --target nll+0.1 --whole", 2, "--whole"),
+    Case("run --target nll+0.1 --plan plan.json", 2, "--plan"),
+    Case("run --target nll+0.1 --refine 10", 2, "--refine"),
+    Case("run --target nll+0.1 --steps 99", 2, "--steps"),
+    light("run --target nll+0.1 --export gtpq", 2, "'gptq'"),
+    light("run --budget 2.5bits,,3bits", 2, "--budget"),
+    light("run --budget 2.5bits,half", 2, "'half'"),
+    Case("run --budget 2.5bits,9bits", 2, "9bits"),
+    Case("run --budget 2.5bits,1GB", 2, "1GB"),
+    Case("run --budget 2.5bits,3bits --refine 10", 2, "--refine"),
+    light("curve", 2, "RUN"),
+    light("curve nowhere", 1, "nowhere"),
+    light("curve estimated", 1, "--budget"),
+    light("curve exported", 1, "impq.toml"),
+    light("curve finished --budget 3bits,half", 2, "'half'"),
+    light("curve finished --budget 3bits,", 2, "--budget"),
+    light("curve finished --budget 9bits", 2, "9bits"),
+    Case("curve finished --budget 1GB", 2, "1GB"),
+    light("curve finished --target kl", 2, "'kl'"),
+    light("curve finished --target kl=0.1 --budget 3bits", 2, "--budget"),
+    light("curve finished --stesp 3", 2, "--steps"),
+]
+
 NAMES = [
     light("run --estimator spqq", 2, "'spqe'"),
     light("estimate --estimator spqq", 2, "'spqe'"),
@@ -171,6 +199,8 @@ NUMBERS = [
     light("estimate --refine 4", 2, "--refine"),
     light("sweep --plan plan.json", 2, "--plan"),
     light("run --resume finished --budget 3bits", 2, "--budget"),
+    light("run --resume swept --budget 3bits", 2, "--budget"),
+    light("run --resume swept --target nll+0.1", 2, "--target"),
     light("sweep --resume swept --budget 3bits", 2, "--budget"),
     light("rotate model", 2, "--to"),
     light("rotate model --to turned --block 48", 2, "48"),

@@ -200,7 +200,7 @@ def watched(*observers: object) -> Plugins:
 def config(tiny_config: RunConfig) -> RunConfig:
     """A run whose KL falls with size."""
     return replace(tiny_config, backend="hqq", bits=("2", "3", "4"), value="kl", granularity="linear",
-                   estimator="isolated", allocator="greedy", options={}, tracking_uri="none")
+                   estimator="zscore", allocator="greedy", options={}, tracking_uri="none")
 
 
 def files_of(folder: Path, *names: str) -> dict[str, bytes]:
@@ -209,8 +209,11 @@ def files_of(folder: Path, *names: str) -> dict[str, bytes]:
             if path.name in wanted}
 
 
-def test_points_are_single_runs_bit_for_bit(config: RunConfig) -> None:
+@pytest.mark.parametrize("estimator", ["isolated", "spqe"])  # makes its own estimate, leaves losses to fit
+def test_points_are_single_runs_bit_for_bit(config: RunConfig, estimator: str) -> None:
     budgets = ("2.25bits", "2.75bits", "3.5bits")
+    config = replace(config, estimator=estimator, granularity="block",
+                     options={"estimator": {"permutations": 2}} if estimator == "spqe" else {})
     folder = run_sweep(Sweep(config, {"budget": budgets}), Plugins())
     alone = run(replace(config, budget="2.75bits"), Plugins()).folder
     extend_curve(alone, ["3.5bits", "2.25bits"], plugins=watched(watcher := Watcher()))
@@ -330,7 +333,7 @@ def test_further_budgets_of_a_run_are_below_it_in_mlflow(config: RunConfig) -> N
 
 
 def test_curves_of_several_parts_are_not_extended(config: RunConfig) -> None:
-    folder = run_sweep(Sweep(config, {"estimator": ("isolated", "random"), "budget": ("3bits",)}), Plugins())
+    folder = run_sweep(Sweep(config, {"estimator": ("zscore", "random"), "budget": ("3bits",)}), Plugins())
     assert len(read_curves(folder)) == 2
     with pytest.raises(ImpqError, match="several curves"):
         extend_curve(folder, ["2.5bits"])
