@@ -22,20 +22,23 @@ if TYPE_CHECKING:
     from impq_core.plugins import Plugins
     from impq_core.results import RunResult
     from impq_core.runs.allocate import allocate_run
+    from impq_core.runs.curves import read_curves
     from impq_core.runs.grid import Sweep
     from impq_core.runs.pipeline import play, resume, run
+    from impq_core.runs.points import extend_curve
     from impq_core.runs.sweep import run_sweep
     from impq_core.terminal import console
 
 __all__ = ["ImpqError", "Plugins", "RunConfig", "RunResult", "Sweep", "TextConfig", "allocate_run", "console",
-           "evaluate_folder", "export_run", "gather", "load_quantized", "play", "resume", "rotate_model", "run",
-           "run_sweep", "write_page"]
+           "evaluate_folder", "export_run", "extend_curve", "gather", "load_quantized", "play", "read_curves", "resume",
+           "rotate_model", "run", "run_sweep", "write_page"]
 
 _HOMES = {"allocate_run": "runs.allocate", "write_page": "compare.html", "gather": "compare.read",
           "evaluate_folder": "exports.export", "export_run": "exports.export",
           "load_quantized": "exports.packed", "rotate_model": "exports.rotated", "Sweep": "runs.grid",
           "RunResult": "results", "play": "runs.pipeline", "resume": "runs.pipeline", "run": "runs.pipeline",
-          "Plugins": "plugins", "console": "terminal", "run_sweep": "runs.sweep"}
+          "Plugins": "plugins", "console": "terminal", "run_sweep": "runs.sweep",
+          "extend_curve": "runs.points", "read_curves": "runs.curves"}
 """Modules of the names that are imported when they are asked for: the command line's help must not import torch."""
 
 

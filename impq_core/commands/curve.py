@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +31,7 @@ from impq_core.trust import Trust
 
 if TYPE_CHECKING:
     from impq_core.curve import Answer, Curve
+    from impq_core.runs.folder import RunFolder
     from impq_core.runs.grid import Sweep
 
 
@@ -53,57 +56,52 @@ def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def curve(run: str, budgets: str | None, target: str, steps: int, as_json: bool, memory: str, trust: bool,
           plugin_files: tuple[Path, ...]) -> None:
     """Loss against size of a run (its folder) or sweep: what was measured, and further budgets or a target."""
-    from impq_core.runs.curves import check_wanted, earlier_answer, read_curves, save_curves
+    from impq_core.runs.curves import CURVE, check_wanted, earlier_answer, read_curves, save_curves
     from impq_core.runs.folder import RunFolder
 
     texts = _split(budgets)
     check_wanted(texts, target, steps)
     folder = RunFolder.open(run)
-    if not texts and not target:
-        curves = read_curves(run)
-        answer = earlier_answer(folder, curves)
-        save_curves(folder, curves, answer)
-        _show(folder.path, curves, answer, as_json)
-        return
-    plugins = Plugins(plugin_files)
-    config = folder.read_config()
-    for budget in texts:
-        check(replace(config, budget=budget), plugins)
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():  # progress and tables
+        if texts or target:
+            _extend(folder, texts, target, steps, memory, Trust(trust), Plugins(plugin_files))
+        else:
+            curves = read_curves(run)
+            answer = earlier_answer(folder, curves)
+            save_curves(folder, curves, answer)
+            _show(folder.path, curves, answer)
     if as_json:
-        from impq_core.terminal import quiet_libraries
+        click.echo((folder.path / CURVE).read_text(), nl=False)
 
-        quiet_libraries()
-    else:
-        config = watched(config, plugins, brief=True)
-    plugins.watch(_Show(as_json))
+
+def _extend(folder: RunFolder, budgets: tuple[str, ...], target: str, steps: int, memory: str, trust: Trust,
+            plugins: Plugins) -> None:
+    config = folder.read_config()
+    for budget in budgets:
+        check(replace(config, budget=budget), plugins)
+    config = watched(config, plugins, brief=True)
+    plugins.watch(_Show())
     from impq_core.runs.points import extend_curve
 
-    extend_curve(run, texts, target, steps, plugins, Trust(trust), memory)
-    if not as_json:
-        look_at(config)
+    extend_curve(folder.path, budgets, target, steps, plugins, trust, memory)
+    look_at(config)
 
 
 class _Show:
     """Observer that prints a curve and draws its picture."""
 
-    def __init__(self, as_json: bool = False) -> None:
-        self._as_json = as_json
-
     @hookimpl(tryfirst=True)  # the picture is there when other observers keep the folder's files
     def impq_curve_ready(self, folder: Path, curves: tuple[Curve, ...], answer: Answer | None) -> None:
         """Print the table, and write the picture."""
-        _show(folder, curves, answer, self._as_json)
+        _show(folder, curves, answer)
 
 
-def _show(folder: Path, curves: tuple[Curve, ...], answer: Answer | None, as_json: bool) -> None:
+def _show(folder: Path, curves: tuple[Curve, ...], answer: Answer | None) -> None:
     from impq_core.compare.curve import curve_lines, curve_table, save_picture
     from impq_core.runs.curves import CURVE
     from impq_core.terminal import make_console
 
     picture = save_picture(curves, answer, folder)
-    if as_json:
-        click.echo((folder / CURVE).read_text(), nl=False)
-        return
     console = make_console()
     for one in curves:
         console.print(curve_table(one, answer))

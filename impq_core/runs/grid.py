@@ -42,7 +42,7 @@ class Sweep:
     def is_curve(self) -> bool:
         """Whether its runs differ in their budgets alone."""
         several = {name for name, values in self.varied.items() if len(set(values)) > 1}
-        return bool(self.target) or several == {"budget"}
+        return bool(self.target) or ("budget" in self.varied and several <= {"budget"})
 
     @classmethod
     def open(cls, path: str) -> Sweep:
