@@ -261,6 +261,25 @@ def _name(assignment: Assignment) -> str:
     return " ".join(f"{choice}/{choice.group_size}" if choice else "-" for choice in assignment)
 
 
+def allocations_of(plan: Plan, between: Sequence[tuple[Choice, int]],
+                   seed: int, same_size: bool = True) -> list[tuple[str, int | None, Assignment]]:
+    """Name, bytes (None if unquantized) and choices of each row of a plan's table but mixes and lines, the plan first.
+    The arguments are those of ``evaluate_plan``."""
+    space = plan.space
+    allocations: list[tuple[str, int | None, Assignment]] = [("plan", plan.nbytes, space.assignment(plan.pick))]
+    allocations.append(("unquantized", None, [None] * len(space.everyone)))
+    pinned = [pin.choice for pin in space.pinned]
+    uniform = [(choice, space.bytes_of(space.uniform(k))) for k, choice in enumerate(space.choices)]
+    uniform = sorted([*uniform, *between], key=lambda item: -item[1])
+    allocations += [(f"uniform {choice}", nbytes, [choice] * len(space) + pinned) for choice, nbytes in uniform]
+    references: list[tuple[str, IntArray]] = []
+    if same_size:
+        references = [("first/last high", first_last_high(space, plan.budget_bytes))]
+        references += [(f"random {i + 1}", random_plan(space, plan.budget_bytes, np.random.default_rng([seed, i])))
+                       for i in range(RANDOM_PLANS)]
+    return allocations + [(name, space.bytes_of(pick), space.assignment(pick)) for name, pick in references]
+
+
 def evaluate_plan(evaluator: Evaluator, plan: Plan, between: Sequence[tuple[Choice, int]], mixes: Sequence[Mix],
                   seed: int, progress: Callable[[int, int], None], same_size: bool = True) -> Evaluation:
     """Score a plan and its references on each text of an evaluator: the unquantized model, every uniform width, mixes
@@ -276,19 +295,7 @@ def evaluate_plan(evaluator: Evaluator, plan: Plan, between: Sequence[tuple[Choi
         progress: called with the number of scored allocations and the number of all allocations.
         same_size: whether to score first/last-high and random plans of the plan's budget.
     """
-    space = plan.space
-    allocations: list[tuple[str, int | None, Assignment]] = [("plan", plan.nbytes, space.assignment(plan.pick))]
-    allocations.append(("unquantized", None, [None] * len(space.everyone)))
-    pinned = [pin.choice for pin in space.pinned]
-    uniform = [(choice, space.bytes_of(space.uniform(k))) for k, choice in enumerate(space.choices)]
-    uniform = sorted([*uniform, *between], key=lambda item: -item[1])
-    allocations += [(f"uniform {choice}", nbytes, [choice] * len(space) + pinned) for choice, nbytes in uniform]
-    references: list[tuple[str, IntArray]] = []
-    if same_size:
-        references = [("first/last high", first_last_high(space, plan.budget_bytes))]
-        references += [(f"random {i + 1}", random_plan(space, plan.budget_bytes, np.random.default_rng([seed, i])))
-                       for i in range(RANDOM_PLANS)]
-    allocations += [(name, space.bytes_of(pick), space.assignment(pick)) for name, pick in references]
+    space, allocations = plan.space, allocations_of(plan, between, seed, same_size)
     total = len(allocations) + len(mixes)
     progress(0, total)
     scores = evaluator.scores_of_texts([assignment for *_, assignment in allocations],

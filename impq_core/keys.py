@@ -157,6 +157,56 @@ class ScoresKey(Key):
 
 
 @dataclass(frozen=True)
+class ModelKey(Key):
+    """A whole model, as it answers questions.
+
+    Args:
+        variants: the deployed ones; of an exported folder, without calibration.
+        choices: digest of the choice of each layer, by its name.
+        sequence: identity of how the model is quantized in sequence; empty for an exported folder.
+        files: digest of the files of an exported folder; empty for a run.
+    """
+
+    variants: VariantsKey
+    choices: str
+    sequence: str = ""
+    files: str = ""
+
+
+@dataclass(frozen=True)
+class TaskKey(Key):
+    """Scores of a model on a task.
+
+    Args:
+        model: that was measured.
+        task: digest of the task: its definition and its documents.
+        limit: number of documents; None for all.
+        fewshot: number of examples in a prompt; None for what the task says.
+        chat: whether prompts went through the model's chat template.
+        batch_size: of the forwards.
+        versions: of the software that measured.
+    """
+
+    model: ModelKey
+    task: str
+    limit: int | None
+    fewshot: int | None
+    chat: bool
+    batch_size: int
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class AnswerKey(Key):
+    """An answer of two models to a prompt: the ``models``, the token ids of the ``prompt`` as a digest, and the most
+    ``tokens`` of an answer."""
+
+    models: tuple[ModelKey, ...]
+    prompt: str
+    tokens: int
+
+
+@dataclass(frozen=True)
 class RunKey(Key):
     """A run: every fact that decides its estimate, plan and table.
 

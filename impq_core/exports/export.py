@@ -265,16 +265,26 @@ def evaluate_folder(path: str | Path, plugins: Plugins | None = None, trust: Tru
     assert plan is not None
     session = Session(prepared, plugins)
     evaluator = session.evaluator_of_exports()
-    checkpoint = _outline(session, plan, exporter)
-    for file_name, variant in exporter.restore(folder, checkpoint).items():
-        session.bank.add(checkpoint.specs[file_name], variant)
-    stored = exporter.dense(folder, checkpoint)
-    if exporter.packed:
-        _load_dense(session, stored, folder)
-        score, others = _scores(evaluator, prepared.space.assignment(plan.pick))
-    else:
-        score, others = _score_dense(session, evaluator, stored, folder)
+    score, others = _scores(evaluator, put_export(session, exporter, plan, folder))
     return Exported(folder, name, score, str(prepared.evaluation), plan.nbytes, _file_bytes(exporter, folder), others)
+
+
+def put_export(session: Session, exporter: Exporter, plan: Plan, folder: Path) -> Assignment:
+    """Give a session the weights of an exported folder. Those that the folder does not pack take the place of the
+    unquantized model's, which the session then has no longer.
+
+    Returns:
+        The allocation of the session's bank with which its model is the folder's.
+
+    Raises:
+        ImpqError: a file is missing or damaged.
+    """
+    checkpoint, unquantized = _outline(session, plan, exporter), [None] * len(session.bank.layers)
+    for name, variant in exporter.restore(folder, checkpoint).items():
+        session.bank.add(checkpoint.specs[name], variant)
+    session.bank.apply(unquantized)
+    _load_dense(session, exporter.dense(folder, checkpoint), folder)
+    return session.prepared.space.assignment(plan.pick) if exporter.packed else unquantized
 
 
 def _load_dense(session: Session, stored: Mapping[str, Callable[[], torch.Tensor]], folder: Path) -> None:

@@ -8,6 +8,7 @@ blocks in front, too.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
@@ -121,6 +122,18 @@ class BlockwiseModel:
             self.forward.learn(batches[0][:1])
             self._learnt = True
         return [Batch(batch, self.forward.first_input(batch)) for batch in batches]
+
+    @contextmanager
+    def whole(self, at_once: bool) -> Iterator[PreTrainedModel]:
+        """The model as an ordinary one of transformers, for code that calls or generates with it. Its weights are
+        those that the placement gives its blocks.
+
+        Args:
+            at_once: keep the weights of all blocks unpacked for as long as the context lasts, which takes their memory
+                once more; else each block has them while it works, in every forward anew.
+        """
+        with self.placement.loaded(*(range(len(self)) if at_once else ())), self.forward.whole() as model:
+            yield model
 
     def check_ends(self, ids: IntArray) -> None:
         """Check on the first window of ``ids`` (windows, length) that embedding and head can have other weights; raises

@@ -349,6 +349,12 @@ class OwnForward:
                 return own(*args, **kwargs)
         return forward
 
+    @contextmanager
+    def whole(self) -> Iterator[PreTrainedModel]:
+        """The context in which other code can call the model: each block has its weights while it works."""
+        with _replaced(self.blocks, [self._block(index) for index in range(len(self.blocks))]):
+            yield self.model
+
     def _run(self, ids: torch.Tensor, forwards: Sequence[Replacement], graph: bool = False) -> torch.Tensor:
         """Logits (windows, length, vocabulary) of a forward with the first blocks' forwards replaced; empty if one of
         those ended it. A model that has no ``use_cache`` is not given it.
