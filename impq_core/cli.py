@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from impq_core.commands import curve, maintenance, planning, running
+from impq_core.commands import curve, maintenance, measuring, planning, running
 from impq_core.errors import ImpqError, Terminated, nearest, one_line
 from impq_core.plugins import Plugins, responsible
 
@@ -47,7 +47,7 @@ def cli(debug: bool) -> None:
 
 
 for _command in (running.run, running.estimate, running.sweep, running.export, running.evaluate, running.rotate,
-                 curve.curve, planning.fit, planning.allocate, planning.import_file, planning.compare,
+                 measuring.ask, curve.curve, planning.fit, planning.allocate, planning.import_file, planning.compare,
                  maintenance.plugins, maintenance.cache, maintenance.doctor, maintenance.ui):
     cli.add_command(_command)
 

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
     from impq_core.config import RunConfig
     from impq_core.curve import Answer, Curve
+    from impq_core.paired_answers import AnswerTable
     from impq_core.results import Exported, RunResult
     from impq_core.space import FloatArray, IntArray, SearchSpace
+    from impq_core.task_scores import TaskTable
     from impq_core.types import Measurements, Plan, SensitivityEstimate
 
 hookspec = pluggy.HookspecMarker("impq")
@@ -173,3 +175,15 @@ def impq_run_failed(error: BaseException) -> None:
 @hookspec
 def impq_exported(exported: Exported, run: Path) -> None:
     """The plan of the run in folder ``run`` was exported, and every file is in ``exported.folder``."""
+
+
+@hookspec
+def impq_tasks_measured(tasks: TaskTable, folder: Path) -> None:
+    """Models of the run or the exported folder ``folder`` were measured on tasks, and all scores are in its
+    ``tasks.json``."""
+
+
+@hookspec
+def impq_answered(answers: AnswerTable, folder: Path) -> None:
+    """Models of the run or the exported folder ``folder`` answered prompts, and all answers are in its
+    ``answers.json``."""

@@ -27,6 +27,7 @@ from impq_core.commands.common import (
 )
 from impq_core.commands.curve import run_budgets, several_budgets, target_options
 from impq_core.commands.exporting import export_plan, load_exporters, show_others, size_line
+from impq_core.commands.measuring import TaskOptions, show_tasks, task_options
 from impq_core.commands.planning import show
 from impq_core.config import RunConfig, override
 from impq_core.errors import UsageError
@@ -192,22 +193,31 @@ def export(run: str, format: str, target: Path | None, device: str | None, memor
 @click.option("--evaluation-windows", type=int, help="Number of windows drawn from it.")
 @click.option("--evaluation-length", type=int, help="Tokens in a window.")
 @click.option("--evaluation-scored", help="Tokens of chats that count: all, or those of the assistant.")
-@click.option("--device", default="auto", help="Where blocks compute: auto, cpu, cuda, cuda:1, mps or xpu [auto].")
-@click.option("--memory", default="", help="Memory that this may take where blocks compute, such as 8GB [what is "
-                                           "free].")
+@task_options
+@click.option("--device", help="Where blocks compute: auto, cpu, cuda, cuda:1, mps or xpu [a run's; auto for an "
+                               "export].")
+@click.option("--memory", help="Memory that this may take where blocks compute, such as 8GB [a run's; what is free for "
+                               "an export].")
 @trust_option
 @plugin_option
-def evaluate(path: str, device: str, memory: str, trust: bool, plugin_files: tuple[Path, ...], **text: Any) -> None:
-    """Load a checkpoint of 'impq export', and measure its loss on held-out text."""
+def evaluate(path: str, asked: TaskOptions, device: str | None, memory: str | None, trust: bool,
+             plugin_files: tuple[Path, ...], **text: Any) -> None:
+    """Load a checkpoint of 'impq export', and measure its loss on held-out text; with --tasks, measure it, or the plan
+    and references of a run, on tasks of lm-eval and files of questions."""
     from impq_core.exports.manifest import read_manifest
 
+    if asked.tasks is not None:
+        if given := next((name for name, value in text.items() if value is not None), None):
+            raise UsageError(f"--{given.replace('_', '-')} is for held-out text: leave it out with --tasks")
+        show_tasks(path, asked, Plugins(plugin_files), Trust(trust), device, memory)
+        return
     read_manifest(Path(path))
     from impq_core.terminal import quiet_libraries, score_line
 
     quiet_libraries()
     from impq_core.exports.export import evaluate_folder
 
-    exported = evaluate_folder(path, Plugins(plugin_files), Trust(trust), device, memory, **text)
+    exported = evaluate_folder(path, Plugins(plugin_files), Trust(trust), device or "auto", memory or "", **text)
     assert exported.score is not None
     click.echo(score_line(exported.score))
     click.echo(f"{size_line(exported)}, format {exported.format}")

@@ -38,3 +38,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("format") != FORMAT:
         raise ImpqError(f"{folder} is of format {manifest.get('format')}; this impq reads {FORMAT}")
     return manifest  # type: ignore[no-any-return]
+
+
+def folder_of(path: str | Path) -> Path:
+    """A run folder or an exported folder, also by a file in it.
+
+    Raises:
+        ImpqError: the path is neither.
+    """
+    found = Path(path).expanduser()
+    folder = found.parent if found.is_file() else found
+    if not ((folder / MANIFEST).is_file() or (folder / "impq.toml").is_file()):
+        raise ImpqError(f"{path} is no run folder, and no folder that impq exported")
+    return folder

@@ -20,7 +20,7 @@ from impq_core.config import from_data, override
 from impq_core.errors import ImpqError, UsageError, nearest
 from impq_core.evaluate import allocations_of
 from impq_core.exports.export import put_export
-from impq_core.exports.manifest import MANIFEST, read_manifest
+from impq_core.exports.manifest import MANIFEST, folder_of, read_manifest
 from impq_core.interfaces import Exporter
 from impq_core.keys import ModelKey, digest_of
 from impq_core.machine import free_device_memory
@@ -240,19 +240,6 @@ def models_of(path: str | Path, names: Sequence[str], plugins: Plugins, trust: T
         _require(name, models.names)
     models.names = tuple(dict.fromkeys(names)) or models.names
     return models
-
-
-def folder_of(path: str | Path) -> Path:
-    """A run folder or an exported folder, also by a file in it. Imports nothing heavy by itself.
-
-    Raises:
-        ImpqError: the path is neither.
-    """
-    found = Path(path).expanduser()
-    folder = found.parent if found.is_file() else found
-    if not ((folder / MANIFEST).is_file() or (folder / "impq.toml").is_file()):
-        raise ImpqError(f"{path} is no run folder, and no folder that impq exported")
-    return folder
 
 
 def choose(evaluation: Evaluation, names: Sequence[str]) -> tuple[str, ...]:

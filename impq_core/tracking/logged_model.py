@@ -7,11 +7,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from impq_core.errors import ImpqError
 from impq_core.hookspecs import hookimpl
 from impq_core.runs.folder import RunFolder
+from impq_core.tracking.measured import tracked_run
 from impq_core.tracking.pages import held_out_name
-from impq_core.tracking.store import check_store, connect, sqlite_file, store_uri
 
 if TYPE_CHECKING:
     from impq_core.results import Exported
@@ -28,14 +27,10 @@ class ExportTracker:
             ImpqError: the store does not answer, or its file is gone.
         """
         folder = RunFolder(run)
-        if not folder.tracking.exists():
+        tracked = tracked_run(folder)
+        if tracked is None:
             return
-        tracked = folder.read_json(folder.tracking)
-        uri, run_id = store_uri(tracked["uri"]), tracked["run_id"]
-        check_store(uri)
-        if (file := sqlite_file(uri)) and not file.exists():
-            raise ImpqError(f"tracking store {uri} is gone")  # MLflow would make an empty one
-        client = connect(uri)
+        client, run_id = tracked
         from mlflow.entities import LoggedModelOutput, Metric
 
         kept = client.get_run(run_id)
