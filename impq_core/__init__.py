@@ -14,6 +14,7 @@ from impq_core.config import RunConfig, TextConfig
 from impq_core.errors import ImpqError
 
 if TYPE_CHECKING:
+    from impq_core.answers.ask import ask
     from impq_core.compare.html import write_page
     from impq_core.compare.read import gather
     from impq_core.exports.export import evaluate_folder, export_run
@@ -27,13 +28,14 @@ if TYPE_CHECKING:
     from impq_core.runs.pipeline import play, resume, run
     from impq_core.runs.points import extend_curve
     from impq_core.runs.sweep import run_sweep
+    from impq_core.tasks.measure import evaluate_tasks
     from impq_core.terminal import console
 
-__all__ = ["ImpqError", "Plugins", "RunConfig", "RunResult", "Sweep", "TextConfig", "allocate_run", "console",
-           "evaluate_folder", "export_run", "extend_curve", "gather", "load_quantized", "play", "read_curves", "resume",
-           "rotate_model", "run", "run_sweep", "write_page"]
+__all__ = ["ImpqError", "Plugins", "RunConfig", "RunResult", "Sweep", "TextConfig", "allocate_run", "ask", "console",
+           "evaluate_folder", "evaluate_tasks", "export_run", "extend_curve", "gather", "load_quantized", "play",
+           "read_curves", "resume", "rotate_model", "run", "run_sweep", "write_page"]
 
-_HOMES = {"allocate_run": "runs.allocate", "write_page": "compare.html", "gather": "compare.read",
+_HOMES = {"allocate_run": "runs.allocate", "ask": "answers.ask", "evaluate_tasks": "tasks.measure", "write_page": "compare.html", "gather": "compare.read",
           "evaluate_folder": "exports.export", "export_run": "exports.export",
           "load_quantized": "exports.packed", "rotate_model": "exports.rotated", "Sweep": "runs.grid",
           "RunResult": "results", "play": "runs.pipeline", "resume": "runs.pipeline", "run": "runs.pipeline",

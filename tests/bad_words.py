@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from scenes import Case, light, write
 
 FIGURES_OF_SPEECH = ("about 3 bits", "half", "three bits", "3 bit", "-1bits", "1e400bits", "NaNbits", "3,5bits", "0MB",
@@ -34,6 +36,72 @@ USAGE = [
     Case("compare --htm page.html", 2, "--html"),
     light("ui --port http", 2, "--port"),
     Case("ui --port 99999", 2, "--port"),
+]
+
+QUESTION = '{"question": "q", "choices": ["a", "b"], "answer": 0}\n'
+
+TASKS = [
+    light("evaluate finished --tasks none.jsonl", 1, "none.jsonl"),
+    light("evaluate nowhere --tasks none.jsonl", 1, "nowhere"),
+    light("evaluate finished --tasks ''", 2, "--tasks"),
+    light("evaluate finished --tasks piqa,,none.jsonl", 2, "--tasks"),
+    light("evaluate finished --tasks calibration.txt", 2, "calibration.txt"),
+    light("evaluate finished --limit 5", 2, "--limit"),
+    light("evaluate finished --row plan", 2, "--row"),
+    light("evaluate finished --tasks q.jsonl --limit 0", 2, "--limit", scene=partial(write, "q.jsonl", QUESTION)),
+    light("evaluate finished --tasks q.jsonl --batch-size 0", 2, "--batch-size",
+          scene=partial(write, "q.jsonl", QUESTION)),
+    light("evaluate exported --tasks q.jsonl --evaluation-windows 2", 2, "--evaluation-windows",
+          scene=partial(write, "q.jsonl", QUESTION)),
+    light("evaluate finished --tasks q.jsonl,./more/q.jsonl", 2, "'q'",
+          scene=lambda: (write("q.jsonl", QUESTION), write("more/q.jsonl", QUESTION))),
+    light("evaluate finished --tasks q.jsonl", 1, "q.jsonl", "an empty file", scene=partial(write, "q.jsonl", "\n")),
+    light("evaluate finished --tasks q.jsonl", 1, "q.jsonl", "text in another encoding",
+          scene=partial(write, "q.jsonl", b"\xe9")),
+    *(light("evaluate finished --tasks q.jsonl", 1, "line 2", what, scene=partial(write, "q.jsonl", QUESTION + line))
+      for what, line in (("a line that is no JSON", "{"), ("a line that is a list", "[1]"),
+                         ("a line without a question", '{"answer": "a"}'),
+                         ("a line without an answer", '{"question": "q"}'),
+                         ("a question that is a number", '{"question": 1, "answer": "a"}'),
+                         ("an answer that is a number", '{"question": "q", "answer": 1}'),
+                         ("one choice", '{"question": "q", "choices": ["a"], "answer": 0}'),
+                         ("an answer that is no choice", '{"question": "q", "choices": ["a", "b"], "answer": 2}'))),
+    light("evaluate finished --tasks q.jsonl", 1, "q.jsonl", "questions with choices and without",
+          scene=partial(write, "q.jsonl", QUESTION + '{"question": "q", "answer": "a"}')),
+    light("evaluate finished --tasks mine.yaml", 1, "mine.yaml", "a task file that runs code",
+          scene=partial(write, "mine.yaml", "task: mine\nprocess_docs: !function mine.docs\n")),
+    Case("evaluate finished --tasks mine.yaml", 1, "'mine'", "a task file without an output type",
+         scene=partial(write, "mine.yaml", "task: mine\ndataset_path: json\n")),
+    Case("evaluate finished --tasks mine.yaml", 1, "'mine'", "a task file with data that are missing",
+         scene=partial(write, "mine.yaml", "task: mine\ndataset_path: json\noutput_type: multiple_choice\n"
+                                           "dataset_kwargs: {data_files: none.jsonl}\n")),
+    light("evaluate estimated --tasks q.jsonl", 1, "plan.json", scene=partial(write, "q.jsonl", QUESTION)),
+    Case("evaluate finished --tasks q.jsonl --row 'uniform 5'", 2, "'uniform 4'",
+         scene=partial(write, "q.jsonl", QUESTION)),
+    Case("evaluate exported --tasks q.jsonl --row 'uniform 4'", 2, "'uniform 4'",
+         scene=partial(write, "q.jsonl", QUESTION)),
+    Case("evaluate finished --tasks q.jsonl --chat", 1, "--chat", scene=partial(write, "q.jsonl", QUESTION)),
+    Case("evaluate finished --tasks q.jsonl", 1, "tasks.json", "a damaged tasks.json",
+         scene=lambda: (write("q.jsonl", QUESTION), write("finished/tasks.json", "{}"))),
+]
+
+ANSWERS = [
+    light("ask finished", 2, "--prompts"),
+    light("ask nowhere hello", 1, "nowhere"),
+    light("ask finished ' '", 2, "blank"),
+    light("ask finished hello --tokens 0", 2, "--tokens"),
+    light("ask finished --prompts none.txt", 1, "none.txt"),
+    *(light("ask finished --prompts p.jsonl", 1, "line 1", what, scene=partial(write, "p.jsonl", line))
+      for what, line in (("a line that is no JSON", "{"), ("a line without a prompt", "{}"),
+                         ("a prompt that is a number", '{"prompt": 1}'),
+                         ("messages without content", '{"messages": [{"role": "user"}]}'),
+                         ("an answer alone", '{"messages": [{"role": "assistant", "content": "a"}]}'))),
+    Case("ask finished hello --chat", 1, "--chat"),
+    Case("ask finished --prompts p.jsonl", 1, "chat template", "messages for a model without a chat template",
+         scene=partial(write, "p.jsonl", '{"messages": [{"role": "user", "content": "a"}]}')),
+    Case("ask finished hello --tokens 1000", 1, "--tokens"),
+    Case("ask finished hello", 1, "answers.json", "a damaged answers.json",
+         scene=partial(write, "finished/answers.json", "{}")),
 ]
 
 BUDGETS = [

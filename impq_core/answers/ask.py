@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,14 +13,37 @@ from torch.nn import functional
 
 from impq_core.answers.prompts import Prompt
 from impq_core.errors import ImpqError, one_line
-from impq_core.exports.models import PLAN, UNQUANTIZED, Models
+from impq_core.exports.models import PLAN, UNQUANTIZED, Models, models_of
 from impq_core.keys import AnswerKey
 from impq_core.paired_answers import FILE, Answer, AnswerTable, Split
+from impq_core.plugins import Plugins
+from impq_core.trust import NO_TRUST, Trust
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Tokens = list[int]
+
+
+def ask(path: str | Path, prompts: Sequence[str | Prompt], tokens: int = 64, chat: bool | None = None,
+        plugins: Plugins | None = None, trust: Trust = NO_TRUST, device: str | None = None,
+        memory: str | None = None) -> AnswerTable:
+    """The greedy answers of the unquantized and the quantized model of a run or an exported folder.
+
+    Args:
+        path: a run folder, an exported folder, or a file in one.
+        prompts: texts, or prompts with messages.
+        tokens, chat: see ``ask_models``.
+        plugins: parts and observers; the installed plugins by default.
+        trust: what the caller permits.
+        device: where blocks compute; the run's, or ``auto`` for an exported folder, by default.
+        memory: what this may take.
+
+    Raises:
+        ImpqError: an error that the user can correct.
+    """
+    asked = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    return ask_models(models_of(path, (), plugins or Plugins(), trust, device, memory), asked, tokens, chat)
 
 
 def ask_models(models: Models, prompts: Sequence[Prompt], tokens: int, chat: bool | None) -> AnswerTable:

@@ -1,4 +1,4 @@
-"""The manifest of an exported folder, and the check of a target folder. Imports nothing heavy."""
+"""The manifest of an exported folder, and checks of folders. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from impq_core.errors import ImpqError
+from impq_core.runs.folder import RunFolder
 
 MANIFEST = "impq.json"
 FORMAT = "impq-export/1"
@@ -41,13 +42,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def folder_of(path: str | Path) -> Path:
-    """A run folder or an exported folder, also by a file in it.
+    """The folder of a finished run or an exported folder, also by a file in it.
 
     Raises:
         ImpqError: the path is neither.
     """
     found = Path(path).expanduser()
     folder = found.parent if found.is_file() else found
-    if not ((folder / MANIFEST).is_file() or (folder / "impq.toml").is_file()):
+    if (folder / MANIFEST).is_file():
+        return folder
+    if not (folder / "provenance.json").is_file():
         raise ImpqError(f"{path} is no run folder, and no folder that impq exported")
-    return folder
+    return RunFolder.open(folder, "plan.json", "evaluation.json").path

@@ -8,12 +8,36 @@ from pathlib import Path
 from typing import Any
 
 from impq_core.errors import ImpqError
-from impq_core.exports.models import Models
+from impq_core.exports.models import Models, models_of
 from impq_core.keys import TaskKey, versions
+from impq_core.plugins import Plugins
 from impq_core.task_scores import FILE, TaskScore, TaskTable
 from impq_core.tasks import harness
 from impq_core.tasks.harness import Settings, Task, Value
 from impq_core.tasks.items import Questions
+from impq_core.trust import NO_TRUST, Trust
+
+
+def evaluate_tasks(path: str | Path, tasks: Sequence[str], rows: Sequence[str] = (), limit: int | None = None,
+                   fewshot: int | None = None, chat: bool = False, batch_size: int = 1, plugins: Plugins | None = None,
+                   trust: Trust = NO_TRUST, device: str | None = None, memory: str | None = None) -> TaskTable:
+    """Measure the models of a run or an exported folder on tasks.
+
+    Args:
+        path: a run folder, an exported folder, or a file in one.
+        tasks: names of lm-eval's tasks, ``.jsonl`` files of questions, ``.yaml`` task files of lm-eval.
+        rows: of the run's table; the unquantized model, the plan and the references of its size by default.
+        limit, fewshot, chat, batch_size: see ``harness.Settings``.
+        plugins: parts and observers; the installed plugins by default.
+        trust: what the caller permits.
+        device: where blocks compute; the run's, or ``auto`` for an exported folder, by default.
+        memory: what this may take.
+
+    Raises:
+        ImpqError: an error that the user can correct.
+    """
+    words, settings = harness.read_words(tasks, trust), Settings(limit, fewshot, chat, batch_size)
+    return measure_tasks(models_of(path, rows, plugins or Plugins(), trust, device, memory), words, settings)
 
 
 def measure_tasks(models: Models, words: Sequence[str | Path | Questions], settings: Settings) -> TaskTable:
