@@ -35,7 +35,8 @@ __all__ = ["ImpqError", "Plugins", "RunConfig", "RunResult", "Sweep", "TextConfi
            "evaluate_folder", "evaluate_tasks", "export_run", "extend_curve", "gather", "load_quantized", "play",
            "read_curves", "resume", "rotate_model", "run", "run_sweep", "write_page"]
 
-_HOMES = {"allocate_run": "runs.allocate", "ask": "answers.ask", "evaluate_tasks": "tasks.measure", "write_page": "compare.html", "gather": "compare.read",
+_HOMES = {"allocate_run": "runs.allocate", "ask": "answers.ask", "evaluate_tasks": "tasks.measure",
+          "write_page": "compare.html", "gather": "compare.read",
           "evaluate_folder": "exports.export", "export_run": "exports.export",
           "load_quantized": "exports.packed", "rotate_model": "exports.rotated", "Sweep": "runs.grid",
           "RunResult": "results", "play": "runs.pipeline", "resume": "runs.pipeline", "run": "runs.pipeline",
