@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,9 +77,11 @@ def ask_models(models: Models, prompts: Sequence[Prompt], tokens: int, chat: boo
     ours, theirs, parts = _answers(models, wanted, tokens) if wanted else ({}, {}, {})
     found = []
     for key, (prompt, _, templated) in zip(keys, asked, strict=True):
-        found.append(known[key] if key in known else Answer(
-            prompt.text, prompt.messages, templated, tokens, _text(models, ours[key]), _text(models, theirs[key]),
-            len(ours[key]), len(theirs[key]), parts[key], key))
+        answer = known.get(key) or Answer(
+            "", (), False, tokens, _text(models, ours[key]), _text(models, theirs[key]), len(ours[key]),
+            len(theirs[key]), parts[key], key)
+        # A prompt with a template's marks in it has the tokens of a shorter one that goes through the template.
+        found.append(replace(answer, prompt=prompt.text, messages=prompt.messages, chat=templated))
     table.with_answers(found).save(file)
     answers = AnswerTable(tuple(found))
     models.plugins.notify("impq_answered", answers=answers, folder=models.folder)

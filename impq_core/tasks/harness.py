@@ -33,8 +33,8 @@ SEEDS = (0, 1234, 1234, 1234)
 BOOTSTRAPS = 100_000
 """lm-eval's default number of draws for the standard errors that have no closed form."""
 
-CODE = "!function", "class:"
-"""What a task file runs code with."""
+CODE = "!function", "class:", "include:"
+"""What a task file runs code with, or may include it with."""
 
 LOCAL = ("json", "csv", "text", "parquet", "arrow")
 """Builders of ``datasets`` that read files."""
@@ -139,8 +139,8 @@ def _check_file(path: Path, trust: Trust) -> None:
     except (OSError, UnicodeDecodeError) as error:
         raise ImpqError(f"task file {path} cannot be read: {one_line(error)}") from error
     if not trust.remote_code and any(mark in text for mark in CODE):
-        raise ImpqError(f"task file {path} runs code of its folder, which only the command line may permit: give "
-                        "--trust-remote-code if it is trusted")
+        raise ImpqError(f"task file {path} runs or includes code of its folder, which only the command line may "
+                        "permit: give --trust-remote-code if it is trusted")
 
 
 def version() -> str:
