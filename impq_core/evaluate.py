@@ -98,6 +98,9 @@ class Evaluator:
         texts: the held-out text, or several.
         log: scores are written to it before they are returned, and earlier ones are read from it.
         kept: scores of other runs are read from it, and new ones are written to it.
+
+    Attributes:
+        texts: the held-out texts.
     """
 
     def __init__(self, runner: BlockwiseModel, bank: Bank, texts: Windows | Sequence[Windows],
