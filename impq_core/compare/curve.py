@@ -116,8 +116,9 @@ def draw_curves(curves: Sequence[Curve], answer: Answer | None = None) -> Pictur
                           **look(number))
             if curve.knee and measure == "nll":
                 place = curve.knee.point.nbytes / 1e6, curve.knee.point.excess.mean
-                axes.annotate(f"knee, {_bits(curve.knee.point)}", place, textcoords="offset points", xytext=(14, 22),
-                              fontsize=9, arrowprops={"arrowstyle": "-", "color": GREY})
+                axes.annotate(f"knee, {_bits(curve.knee.point)}", place, textcoords="offset points",
+                              xytext=(-14, -24), ha="right", fontsize=9,  # below a curve that bends nothing is drawn
+                              arrowprops={"arrowstyle": "-", "color": GREY})
         if answer:
             axes.axhline(answer.target.limit, color=COLOURS[1], linewidth=1, linestyle="--",
                          label=f"target {answer.target}")
