@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from impq_core.costs import Metering
 from impq_core.errors import ImpqError
 from impq_core.keys import Key
 from impq_core.ledger import Ledger
@@ -221,7 +222,8 @@ def _name(assignment: Assignment) -> str:
 
 
 def evaluate_plan(evaluator: Evaluator, plan: Plan, between: Sequence[tuple[Choice, int]], mixes: Sequence[Mix],
-                  windows: Windows, seed: int, progress: Callable[[int, int], None]) -> Evaluation:
+                  windows: Windows, seed: int, progress: Callable[[int, int], None],
+                  meterings: Sequence[Metering] = ()) -> Evaluation:
     """Score a plan and its references: the unquantized model, every uniform width, mixes of other software,
     first/last-high, random plans, and straight lines between uniform models at the plan's bytes.
 
@@ -234,6 +236,7 @@ def evaluate_plan(evaluator: Evaluator, plan: Plan, between: Sequence[tuple[Choi
         windows: the evaluator's windows.
         seed: seed of the random plans.
         progress: called with the number of scored allocations and the number of all allocations.
+        meterings: what the meters of the run found.
     """
     space = plan.space
     allocations: list[tuple[str, int | None, Assignment]] = [("plan", plan.nbytes, space.assignment(plan.pick))]
@@ -251,16 +254,26 @@ def evaluate_plan(evaluator: Evaluator, plan: Plan, between: Sequence[tuple[Choi
     scores = evaluator.scores([assignment for *_, assignment in allocations], lambda done, _: progress(done, total))
     rows = []
     sizes = [(name, nbytes) for name, nbytes, _ in allocations]
+    names = [layer.name for layer in space.everyone]
+    costs = [_costs(meterings, names, assignment) for *_, assignment in allocations]
     if mixes:
         linears = [linear.name for layer in space.everyone for linear in layer.linears]
         scores += evaluator.of_linears().scores([[mix.choices[name] for name in linears] for mix in mixes],
                                                 lambda done, _: progress(len(allocations) + done, total))
         sizes += [(f"mix {mix.name}", mix.nbytes) for mix in mixes]
-    for (name, nbytes), score in zip(sizes, scores, strict=True):
-        row = Row(name, score.window_nll, nbytes, score=score)
+        costs += [_costs(meterings, list(mix.choices), [*mix.choices.values()]) for mix in mixes]
+    for (name, nbytes), score, metered in zip(sizes, scores, costs, strict=True):
+        row = Row(name, score.window_nll, nbytes, score=score, costs=metered)
         if nbytes is not None:
             row = replace(row, bits_nominal=space.nominal_bits(nbytes), bits_stored=space.bits_per_weight(nbytes))
         rows.append(row)
     sequential = isinstance(evaluator, SequentialEvaluator)
-    return Evaluation(tuple(rows), str(windows), windows.scored_tokens, sequential).with_lines()
+    units = {metering.cost: metering.unit for metering in meterings}
+    return Evaluation(tuple(rows), str(windows), windows.scored_tokens, sequential, units).with_lines()
+
+
+def _costs(meterings: Sequence[Metering], names: Sequence[str], assignment: Assignment) -> dict[str, float]:
+    """What the meters know of an allocation, by name of the cost."""
+    found = {metering.cost: metering.of(names, assignment) for metering in meterings}
+    return {cost: value for cost, value in found.items() if value is not None}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,6 +117,7 @@ class Row(WindowLosses):
         bits_nominal: nominal average width, bits per weight; None for the unquantized model.
         bits_stored: stored bits per weight; None for the unquantized model.
         score: the measured score; None if the losses are interpolated between uniform models.
+        costs: what meters give it beside bytes, by name of the cost, in the units of ``Evaluation.costs``.
     """
 
     name: str
@@ -125,6 +126,7 @@ class Row(WindowLosses):
     bits_nominal: float | None = None
     bits_stored: float | None = None
     score: Score | None = None
+    costs: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
@@ -140,7 +142,7 @@ class Row(WindowLosses):
             data |= {"nll_stderr": self.stderr, "perplexity": self.score.perplexity,
                      "perplexity_stderr": self.score.perplexity_stderr, "kl": self.score.kl,
                      "top1_agreement": self.score.top1, "window_nll": self.window_nll.tolist()}
-        return data
+        return {**data, "costs": dict(self.costs)} if self.costs else data
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +155,7 @@ class Evaluation:
         tokens: scored tokens.
         sequential: whether plan and references were quantized in sequence, as an export is; else every width is
             quantized behind a prefix at the widest.
+        costs: unit of each cost of the rows, by its name.
 
     Raises:
         ImpqError: the first row is no measured plan, no row is the unquantized model, or rows have different numbers of
@@ -163,6 +166,7 @@ class Evaluation:
     text: str
     tokens: int
     sequential: bool = False
+    costs: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         measured = {row.name for row in self.rows if row.score is not None}
@@ -212,7 +216,8 @@ class Evaluation:
             if (difference := self.against_plan(row)) is not None:
                 data |= {"minus_plan": difference.mean, "minus_plan_stderr": difference.stderr}
             rows.append({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in data.items()})
-        return {"text": self.text, "tokens": self.tokens, "sequential": self.sequential, "rows": rows}
+        costs = {"costs": dict(self.costs)} if self.costs else {}
+        return {"text": self.text, "tokens": self.tokens, "sequential": self.sequential, **costs, "rows": rows}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Evaluation:
@@ -228,7 +233,10 @@ class Evaluation:
         if not all(isinstance(entry, Mapping) and isinstance(entry.get("name"), str) for entry in entries):
             raise ImpqError("every row of an evaluation is an object with a name")
         measured = tuple(_measured_row(entry) for entry in entries if "window_nll" in entry)
-        evaluation = cls(measured, data["text"], data["tokens"], data.get("sequential") is True).with_lines()
+        units = data.get("costs", {})
+        if not isinstance(units, Mapping) or not all(isinstance(unit, str) for unit in units.values()):
+            raise ImpqError("'costs' of an evaluation is an object with a unit for each cost")
+        evaluation = cls(measured, data["text"], data["tokens"], data.get("sequential") is True, units).with_lines()
         if names := {entry["name"] for entry in entries} - {row.name for row in evaluation.rows}:
             raise ImpqError(f"row '{min(names)}' of an evaluation has no 'window_nll'")
         return evaluation
@@ -250,9 +258,12 @@ def _measured_row(entry: Mapping[str, Any]) -> Row:
         raise ImpqError(f"row '{name}' of an evaluation: 'window_nll' is no list of numbers")
     window_nll = np.array(windows, dtype=np.float64)
     score = Score(window_nll, _number(entry, "kl"), _number(entry, "top1_agreement"))
+    costs = entry.get("costs", {})
+    if not isinstance(costs, Mapping) or not all(type(cost) in (int, float) for cost in costs.values()):
+        raise ImpqError(f"row '{name}' of an evaluation: 'costs' is an object of numbers, not {costs!r}"[:200])
     if nbytes is None:
-        return Row(name, window_nll, score=score)
-    return Row(name, window_nll, nbytes, _number(entry, "bits_nominal"), _number(entry, "bits_stored"), score)
+        return Row(name, window_nll, score=score, costs=costs)
+    return Row(name, window_nll, nbytes, _number(entry, "bits_nominal"), _number(entry, "bits_stored"), score, costs)
 
 
 def _number(entry: Mapping[str, Any], key: str) -> float:

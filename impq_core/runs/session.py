@@ -205,7 +205,7 @@ class Session:
         """Score a plan and its references."""
         prepared = self.prepared
         return evaluate_plan(evaluator, plan, prepared.between, prepared.mixes, prepared.evaluation,
-                             prepared.config.seed, self.report("evaluate"))
+                             prepared.config.seed, self.report("evaluate"), prepared.meterings)
 
     def with_prepared(self, prepared: Prepared) -> Session:
         """A session with the same model and bank for another estimator or budget of the same space."""

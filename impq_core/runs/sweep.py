@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from impq_core.costs import Metering
 from impq_core.errors import ImpqError
 from impq_core.evaluate import Evaluator
 from impq_core.files import write_text
@@ -54,7 +55,7 @@ def run_sweep(sweep: Sweep, plugins: Plugins | None = None, path: Path | None = 
         ImpqError: an error that the user can correct.
     """
     plugins = plugins or Plugins()
-    children = _prepare_all(sweep, plugins, trust)
+    children = _prepare_all(sweep, plugins, trust, path)
     folder = RunFolder.open(path, SWEEP) if path else _make(sweep)
     key = SweepKey(tuple(child.name for child in children))
     with folder.locked(), closing(Ledger(folder.path / "finished.jsonl", "impq-sweep/2", key)) as done:
@@ -78,15 +79,20 @@ def _make(sweep: Sweep) -> RunFolder:
                                                       SWEEP: json.dumps(facts, indent=1) + "\n"})
 
 
-def _prepare_all(sweep: Sweep, plugins: Plugins, trust: Trust) -> list[_Child]:
+def _prepare_all(sweep: Sweep, plugins: Plugins, trust: Trust, path: Path | None) -> list[_Child]:
     """Every run, checked without weights. Texts are drawn once for each estimator and backend; the weights of the model
-    are checked once."""
+    are checked once, and meters are read once for each backend: all runs of a sweep have the same layers."""
     children: list[_Child] = []
     source: ModelSource | None = None
+    meterings: dict[str, tuple[Metering, ...] | None] = {}
     for _, group in groupby(sweep.configs(plugins), key=lambda config: (config.backend, config.estimator)):
         configs = list(group)
-        prepared = prepare(configs[0], plugins, trust, source=source)
-        source = prepared.source
+        backend = configs[0].backend
+        if path and backend not in meterings:
+            kept = next(iter(sorted((path / MEASURED).glob(f"{backend}-*/costs.json"))), None)
+            meterings[backend] = RunFolder(kept.parent).read_meterings() if kept else None
+        prepared = prepare(configs[0], plugins, trust, source=source, meterings=meterings.get(backend))
+        source, meterings[backend] = prepared.source, prepared.meterings
         for config in configs:
             child = prepared.planned(config, plugins)
             parts = [getattr(config, name) for name in ("backend", "estimator")]
@@ -134,7 +140,7 @@ def _search(children: list[_Child], session: Session, sweep: RunFolder, name: st
     else:
         folder = make_folder(median, path.parent, path.name)
     with folder.locked(), session.with_prepared(median).playing(folder) as (game, probe):
-        result = median.parts.measure(game, probe, np.random.default_rng(median.config.seed))
+        result = median.parts.measure(game, probe, np.random.default_rng(median.config.seed), median.costs)
         measurements = result if isinstance(result, Measurements) else None
         if measurements:
             measurements.save(folder.measurements)
