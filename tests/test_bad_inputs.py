@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from bad_files import CONFIGS, MODELS, PLANS, RUNS, STORES, TEXTS
-from bad_words import BUDGETS, NAMES, NUMBERS, USAGE
+from bad_words import BUDGETS, COSTS, NAMES, NUMBERS, USAGE
 from scenes import Answer, Case, World
 
 DOCS = Path(__file__).parents[1] / "docs" / "errors.md"
@@ -27,7 +27,7 @@ configuration. A case leaves no file behind unless the first column says so. `HE
 """
 
 
-CASES = [*USAGE, *BUDGETS, *NAMES, *NUMBERS, *CONFIGS, *PLANS, *MODELS, *TEXTS, *STORES, *RUNS]
+CASES = [*USAGE, *BUDGETS, *COSTS, *NAMES, *NUMBERS, *CONFIGS, *PLANS, *MODELS, *TEXTS, *STORES, *RUNS]
 
 
 @pytest.fixture(scope="module")

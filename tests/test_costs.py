@@ -10,14 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from impq_greedy.allocators import Exhaustive, Greedy
 from impq_meters.table import Options, Table
 from impq_qp.program import QuadraticProgram
 
-from impq_core.cli import main
 from impq_core.config import RunConfig
 from impq_core.costs import Cost, Metering, fit, fits
 from impq_core.errors import ImpqError, InvalidArrays, UsageError
@@ -25,9 +23,11 @@ from impq_core.feasible import least, require_fitting
 from impq_core.interfaces import Form, InputFile, Stored
 from impq_core.plugins import Plugins
 from impq_core.runs.allocate import allocate_run
+from impq_core.runs.forecast import forecast_run
 from impq_core.runs.layout import lay_out
 from impq_core.runs.pipeline import resume, run
 from impq_core.space import Choice, LayerSpec, LinearSpec
+from impq_core.terminal import forecast_lines
 from impq_core.testing import planted_estimate, planted_space, tiny_model
 from impq_core.types import Plan, SensitivityEstimate
 from impq_core.units import at_least, parse_amount
@@ -243,8 +243,8 @@ def test_experts_count_by_how_often_they_are_read(tmp_path: Path, tiny_config: R
 
 
 def test_a_dry_run_shows_the_reachable_costs(tiny_config: RunConfig, tmp_path: Path) -> None:
-    (tmp_path / "impq.toml").write_text(config_with(tiny_config, tmp_path).to_toml())
-    shown = CliRunner().invoke(main, ["run", "--dry-run", "--json", "--config", str(tmp_path / "impq.toml"), "--limit",
-                                      "latency=6ms"])
-    [latency, traffic] = json.loads(shown.output)["searches"][0]["costs"]
+    forecast = forecast_run(replace(config_with(tiny_config, tmp_path), limits={"latency": "6ms"}))
+    [latency, traffic] = json.loads(json.dumps(forecast.to_dict()))["searches"][0]["costs"]
+    assert any("latency by meter table: 4.5 ms to 6.5 ms a token, limit 6 ms" in line
+               for line in forecast_lines(forecast))
     assert (latency["least"], latency["most"], latency["limit"]) == (4.5, 6.5, 6.0) and traffic["limit"] is None
