@@ -81,7 +81,7 @@ COSTS = [
     light("run --meter table --meter llamacpp --backend gguf --bits Q8_0,Q4_0 -o meter.table.file=costs.csv", 2,
           "latency", "two meters of one cost", lambda: write("costs.csv", "layer,choice,cost\n*,*,1\n")),
     light("run --meter llamacpp --backend gguf --bits Q8_0,Q4_0 -o repeats=1", 2, "repeats"),
-    Case("run --limit traffic=1kB", 2, "traffic=1kB", "less than any plan reads"),
+    Case("run --limit traffic=1kB", 2, "--limit traffic", "less than any plan reads"),
     Case("run --budget 2bits --limit latency=2ms --meter table -o meter.table.file=costs.csv", 2, "2bits",
          "a budget and a limit that exclude each other",
          lambda: write("costs.csv", "layer,choice,cost\n*,4,1\n*,3,2\n*,2,3\n")),

@@ -49,6 +49,8 @@ def allocate_run(run: str | Path, budgets: Sequence[str], surrogate: str | None 
         raise UsageError("--budget takes budgets such as 2.5bits,60MB, with nothing left out between the commas")
     before = folder.read_config()
     config = replace(before, plan="", refine=0, limits=before.limits if limits is None else limits)
+    space = folder.read_space()
+    costs = with_limits((metering.on(space) for metering in folder.read_meterings()), config.limits)
     config = replace(config, surrogate=surrogate or before.surrogate,
                      allocator=allocator or before.allocator)
     kept = {slot: options for slot, options in before.options.items() if slot != "refiner"
@@ -57,10 +59,8 @@ def allocate_run(run: str | Path, budgets: Sequence[str], surrogate: str | None 
     config = replace(config, options=assign_options(config, plugins, pairs or {}))
     every = [replace(config, budget=budget) for budget in budgets]
     parts = [Parts.build(one, plugins) for one in every]
-    space = folder.read_space()
     account = folder.read_file_account()
     sizes = [part.wanted(space).resolve(space, account) for part in parts]
-    costs = with_limits((metering.on(space) for metering in folder.read_meterings()), config.limits)
     for one, size in zip(every, sizes, strict=True):
         require_fitting(space, size, limited(costs), one.budget)
     made = []
