@@ -6,14 +6,15 @@ import importlib
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
 from impq_gguf.backend import Gguf
-from impq_gptq.backend import Gptq
-from impq_greedy.allocators import Exhaustive, Greedy
 from impq_gguf.meter import LlamaCpp
 from impq_gguf.types import TYPES
+from impq_gptq.backend import Gptq
+from impq_greedy.allocators import Exhaustive, Greedy
 from impq_hqq.backend import Hqq
 from impq_meters.table import Table
 from impq_meters.traffic import Traffic
@@ -192,7 +193,7 @@ class TestTable(MeterSuite):
 
 class TestLlamaCpp(MeterSuite):
     part, exact = LlamaCpp, False
-    options = {"threads": 1, "repeats": 3}
+    options = MappingProxyType({"threads": 1, "repeats": 3})
     choices = TYPES["Q8_0"].choice, TYPES["Q4_0"].choice
     shapes = ((512, 512), (1024, 512))
 

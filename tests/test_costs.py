@@ -55,7 +55,7 @@ def test_plans_of_two_limits_are_those_of_all_plans(seed: int, n: int, bits: tup
     found = least(space, limits[0].values, budget, limits)
     assert (found is not None) == bool(len(fitting))
     if not len(fitting):
-        with pytest.raises(UsageError, match="--budget|--limit"):
+        with pytest.raises(UsageError, match=r"--budget|--limit"):
             require_fitting(space, budget, limits)
         for allocator in (Greedy(), Exhaustive(), QuadraticProgram()):
             with pytest.raises(ImpqError):

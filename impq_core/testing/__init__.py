@@ -22,5 +22,5 @@ from impq_core.testing.texts import made_text
 from impq_core.testing.tiny import ARCHITECTURES, TinyTable, tiny_model
 
 __all__ = ["ARCHITECTURES", "AllocatorSuite", "BackendSuite", "EstimatorSuite", "MeterSuite", "PlantedGame",
-           "PlantedProbe", "PluginSuite", "RefinerSuite", "SurrogateSuite", "TinyTable", "best_pick", "least_loss", "made_text",
-           "planted_estimate", "planted_loss", "planted_measurements", "planted_space", "tiny_model"]
+           "PlantedProbe", "PluginSuite", "RefinerSuite", "SurrogateSuite", "TinyTable", "best_pick", "least_loss",
+           "made_text", "planted_estimate", "planted_loss", "planted_measurements", "planted_space", "tiny_model"]
