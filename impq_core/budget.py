@@ -9,8 +9,8 @@ from decimal import Decimal
 
 from impq_core.errors import UsageError
 from impq_core.space import SearchSpace
+from impq_core.units import BYTES
 
-_BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _FORM = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(bits|bpw|%|[kmg]i?b|b)\s*", re.IGNORECASE | re.ASCII)
 
 
@@ -18,9 +18,9 @@ def parse_bytes(text: str, what: str) -> int:
     """The bytes that a text such as ``8GB`` or ``500MiB`` stands for; raises UsageError, which names ``what``, if it
     stands for none."""
     match = _FORM.fullmatch(text)
-    if not match or match[2].upper() not in _BYTES or float(match[1]) <= 0:
+    if not match or match[2].upper() not in BYTES or float(match[1]) <= 0:
         raise UsageError(f"{what} '{text}' is not understood: write 8GB, 500MB or 4GiB")
-    return round(float(match[1]) * _BYTES[match[2].upper()])
+    return round(float(match[1]) * BYTES[match[2].upper()])
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Budget:
         elif self.unit == "%":
             nbytes = self.amount * (file.unquantized if file else high) / 100
         else:
-            nbytes = self.amount * _BYTES[self.unit]
+            nbytes = self.amount * BYTES[self.unit]
         if file:
             nbytes -= file.fixed
             if not low <= nbytes <= high * (1 + 1e-9):
@@ -124,7 +124,7 @@ class Budget:
     def _show_file(self, nbytes: int, file: FileAccount) -> str:
         if self.unit == "%":
             return f"{100 * (nbytes + file.fixed) / file.unquantized:.2f}%"
-        return f"{(nbytes + file.fixed) / _BYTES[self.unit]:.9g}{self.unit}"
+        return f"{(nbytes + file.fixed) / BYTES[self.unit]:.9g}{self.unit}"
 
     def _show(self, nbytes: int, space: SearchSpace) -> str:
         if self.unit == "bits":
@@ -133,4 +133,4 @@ class Budget:
             return f"{space.bits_per_weight(nbytes):.3f}bpw"
         if self.unit == "%":
             return f"{100 * nbytes / space.high_bytes:.1f}%"
-        return f"{nbytes / _BYTES[self.unit]:.6g}{self.unit}"
+        return f"{nbytes / BYTES[self.unit]:.6g}{self.unit}"

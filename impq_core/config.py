@@ -21,6 +21,10 @@ SEQUENTIAL = ("auto", "yes", "no")
 GRANULARITIES = ("auto", "block", "group", "expert", "linear")
 VALUES = ("nll", "kl")
 SCORED = ("all", "assistant")
+
+METER = "meter."
+"""Beginning of the names of the options of meters: those of meter ``table`` are in ``options."meter.table"``."""
+
 WIDTHS = ("bits", "pins")
 """Keys whose values are names of choices, which may be written as numbers."""
 
@@ -134,6 +138,9 @@ class RunConfig:
         whole: the budget bounds the file that an export writes: embeddings, head, norms, header and metadata included,
             in whichever installed format of the backend that file is largest. ``%`` is then a share of the unquantized
             file.
+        meters: names of the parts that give layers a cost beside their bytes.
+        limits: the most that a plan may take of a meter's cost, such as ``9ms``, by the cost's name. If none of
+            ``meters`` has that cost, the one installed meter that has it is taken.
         granularity: ``block``, ``group`` (fused linears), ``expert`` or ``linear``; ``auto`` is ``block`` for an
             estimator that plays the game, because its cost grows with the number of layers, and ``group`` for any
             other.
@@ -178,6 +185,8 @@ class RunConfig:
     bits: tuple[str, ...] = ()
     budget: str = ""
     whole: bool = False
+    meters: tuple[str, ...] = ()
+    limits: Mapping[str, str] = field(default_factory=dict)
     granularity: str = "auto"
     quantize_embeddings: bool = False
     pins: Mapping[str, str] = field(default_factory=dict)
@@ -229,6 +238,8 @@ class RunConfig:
         require_held_out(self.evaluation.texts)
         object.__setattr__(self, "bits", tuple(map(width_name, self.bits)))
         object.__setattr__(self, "pins", {pattern: width_name(width) for pattern, width in self.pins.items()})
+        if len(set(self.meters)) != len(self.meters):
+            raise UsageError("meters names a meter twice")
         if len({name.lower() for name in self.bits}) != len(self.bits):
             raise UsageError("bits names a width twice")
         for name in (*self.bits, *self.pins.values()):
@@ -238,6 +249,12 @@ class RunConfig:
     def to_toml(self) -> str:
         """The configuration as the text of an impq.toml."""
         return tomli_w.dumps(asdict(self))
+
+
+def unmetered(config: RunConfig) -> RunConfig:
+    """A configuration without meters and limits, for what makes no plan."""
+    options = {slot: given for slot, given in config.options.items() if not slot.startswith(METER)}
+    return replace(config, meters=(), limits={}, options=options)
 
 
 def read_toml(path: Path) -> RunConfig:
@@ -309,6 +326,7 @@ def _value(expected: Any, value: Any, key: str, where: str) -> Any:
                 type(entry) in fits for entry in items):
             return value if isinstance(value, dict) else tuple(value)
     shown = {"bits": "a list of widths", "exclude": "a list of patterns", "pins": "a table of widths",
+             "meters": "a list of names", "limits": "a table of amounts such as '9ms'",
              "options": "a table for each role", "calibration": "a text name or table",
              "evaluation": "a text name or table", "source": "the name of a text, or a list of names"}
     kinds = {str: "text", int: "a whole number", bool: "true or false"}

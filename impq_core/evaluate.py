@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from impq_core.costs import Metering
 from impq_core.errors import ImpqError
 from impq_core.keys import Key
 from impq_core.ledger import Ledger
@@ -284,7 +285,8 @@ def allocations_of(plan: Plan, between: Sequence[tuple[Choice, int]],
 
 
 def evaluate_plan(evaluator: Evaluator, plan: Plan, between: Sequence[tuple[Choice, int]], mixes: Sequence[Mix],
-                  seed: int, progress: Callable[[int, int], None], same_size: bool = True) -> Evaluation:
+                  seed: int, progress: Callable[[int, int], None], same_size: bool = True,
+                  meterings: Sequence[Metering] = ()) -> Evaluation:
     """Score a plan and its references on each text of an evaluator: the unquantized model, every uniform width, mixes
     of other software, first/last-high, random plans, and straight lines between uniform models at the plan's bytes.
 
@@ -297,6 +299,7 @@ def evaluate_plan(evaluator: Evaluator, plan: Plan, between: Sequence[tuple[Choi
         seed: seed of the random plans.
         progress: called with the number of scored allocations and the number of all allocations.
         same_size: whether to score first/last-high and random plans of the plan's budget.
+        meterings: what the meters of the run found.
     """
     space, allocations = plan.space, allocations_of(plan, between, seed, same_size)
     total = len(allocations) + len(mixes)
@@ -304,23 +307,32 @@ def evaluate_plan(evaluator: Evaluator, plan: Plan, between: Sequence[tuple[Choi
     scores = evaluator.scores_of_texts([assignment for *_, assignment in allocations],
                                        lambda done, _: progress(done, total))
     sizes = [(name, nbytes) for name, nbytes, _ in allocations]
+    names = [layer.name for layer in space.everyone]
+    costs = [_costs(meterings, names, assignment) for *_, assignment in allocations]
     if mixes:
         linears = [linear.name for layer in space.everyone for linear in layer.linears]
         scores += evaluator.of_linears().scores_of_texts(
             [[mix.choices[name] for name in linears] for mix in mixes],
             lambda done, _: progress(len(allocations) + done, total))
         sizes += [(f"mix {mix.name}", mix.nbytes) for mix in mixes]
+        costs += [_costs(meterings, list(mix.choices), [*mix.choices.values()]) for mix in mixes]
     sequential = isinstance(evaluator, SequentialEvaluator)
-    found = []
+    units, found = {metering.cost: metering.unit for metering in meterings}, []
     for number, text in enumerate(evaluator.texts):
         rows = []
-        for (name, nbytes), on_texts in zip(sizes, scores, strict=True):
+        for (name, nbytes), on_texts, metered in zip(sizes, scores, costs, strict=True):
             score = on_texts[number]
-            row = Row(name, score.window_nll, nbytes, score=score, window_tokens=score.window_tokens)
+            row = Row(name, score.window_nll, nbytes, score=score, window_tokens=score.window_tokens, costs=metered)
             if nbytes is not None:
                 row = replace(row, bits_nominal=space.nominal_bits(nbytes), bits_stored=space.bits_per_weight(nbytes))
             rows.append(row)
         found.append(Evaluation(tuple(rows), str(text), text.scored_tokens, sequential,
-                                text.name if len(evaluator.texts) > 1 else "").with_lines())
+                                text.name if len(evaluator.texts) > 1 else "", costs=units).with_lines())
     return replace(found[0], others=tuple(found[1:]))
+
+
+def _costs(meterings: Sequence[Metering], names: Sequence[str], assignment: Assignment) -> dict[str, float]:
+    """What the meters know of an allocation, by name of the cost."""
+    found = {metering.cost: metering.of(names, assignment) for metering in meterings}
+    return {cost: value for cost, value in found.items() if value is not None}
 

@@ -105,6 +105,11 @@ def impq_exporters() -> Iterable[Component]:
 
 
 @hookspec
+def impq_meters() -> Iterable[Component]:
+    """Meters of costs beside bytes, chosen by ``--meter``."""
+
+
+@hookspec
 def impq_commands() -> Iterable[click.Command]:
     """Further commands of the ``impq`` command line."""
 

@@ -221,6 +221,8 @@ class RunKey(Key):
         seed: of every random draw but those of the texts.
         refine: full-model forwards of the refiner.
         plan_given: digest of the pick of ``--plan``; empty if the run makes its own plan.
+        limits: of the costs of meters, as the user wrote them.
+        meterings: digest of what the meters found; empty without meters.
     """
 
     losses: LossesKey
@@ -233,6 +235,8 @@ class RunKey(Key):
     seed: int
     refine: int
     plan_given: str
+    limits: Mapping[str, str]
+    meterings: str
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from impq_core.budget import Budget
-from impq_core.config import RunConfig
-from impq_core.errors import ImpqError, UsageError, nearest
+from impq_core.config import METER, RunConfig
+from impq_core.costs import Cost, limited
+from impq_core.errors import ImpqError, InvalidArrays, UsageError, nearest
 from impq_core.interfaces import (
     EVERY_BACKEND,
     Allocator,
@@ -22,6 +23,7 @@ from impq_core.interfaces import (
     Estimator,
     Exporter,
     Game,
+    Meter,
     Probe,
     Refiner,
     Surrogate,
@@ -29,12 +31,14 @@ from impq_core.interfaces import (
 from impq_core.plugins import ROLES, Plugins, build_options, option_names
 from impq_core.space import Choice, IntArray, SearchSpace, in_bits
 from impq_core.types import Measurements, Plan, SensitivityEstimate
+from impq_core.units import parse_amount
 
 ESTIMATE_WITH = "estimate_with"
 """The slot of a second backend: its variants are measured, those of ``backend`` are deployed."""
 
 BASES: Mapping[str, type] = {"estimator": Estimator, "surrogate": Surrogate,
-                             "allocator": Allocator, "backend": Backend, "refiner": Refiner, "exporter": Exporter}
+                             "allocator": Allocator, "backend": Backend, "refiner": Refiner, "exporter": Exporter,
+                             "meter": Meter}
 """The base class of each role."""
 
 
@@ -50,6 +54,7 @@ class Parts:
         game_menu: those of the same names of the backend that quantizes for the game.
         budget: None if the configuration has none.
         granularity: ``block``, ``group``, ``expert`` or ``linear``.
+        meters: by name.
     """
 
     estimator: Estimator
@@ -62,6 +67,7 @@ class Parts:
     game_menu: tuple[Choice, ...]
     budget: Budget | None
     granularity: str
+    meters: Mapping[str, Meter]
 
     @classmethod
     def build(cls, config: RunConfig, plugins: Plugins) -> Parts:
@@ -71,12 +77,17 @@ class Parts:
             UsageError: a name, option, width or budget is wrong.
             ImpqError: a library is missing.
         """
+        config = with_meters(config, plugins)
         slots = slots_of(config)
         for slot in config.options:
             if slot not in slots:
                 raise UsageError(f"options are given for '{slot}', which this run does not have{nearest(slot, slots)}")
-        built = {ESTIMATE_WITH: None, "refiner": None, **{slot: build_part(config, plugins, slot) for slot in slots}}
+        every = {slot: build_part(config, plugins, slot) for slot in slots}
+        meters = {slot.removeprefix(METER): part for slot, part in every.items() if slot.startswith(METER)}
+        built = {ESTIMATE_WITH: None, "refiner": None,
+                 **{slot: part for slot, part in every.items() if not slot.startswith(METER)}}
         menu, game_menu = _menus(config, built["backend"], built["estimate_with"])
+        _check_meters(config, plugins, meters, menu, built)
         budget = Budget.parse(config.budget) if config.budget else None
         if config.whole and not config.plan and budget is None:
             raise UsageError("--whole takes a --budget for the file, such as 60MB or 40%")
@@ -89,11 +100,12 @@ class Parts:
         granularity = config.granularity
         if granularity == "auto":
             granularity = built["estimator"].default_granularity
-        return cls(**built, menu=menu, game_menu=game_menu, budget=budget, granularity=granularity)
+        return cls(**built, menu=menu, game_menu=game_menu, budget=budget, granularity=granularity, meters=meters)
 
     def options(self) -> dict[str, dict[str, Any]]:
         """Every option of every part, defaults included, by slot."""
-        parts = {slot: getattr(self, slot) for slot in (*ROLES, ESTIMATE_WITH, "refiner")}
+        parts = {**{slot: getattr(self, slot) for slot in (*ROLES, ESTIMATE_WITH, "refiner")},
+                 **{METER + name: part for name, part in self.meters.items()}}
         every = {slot: asdict(part.options) for slot, part in parts.items() if part}
         return {slot: options for slot, options in every.items() if options}
 
@@ -107,26 +119,42 @@ class Parts:
         backends = [self.backend, *([self.estimate_with] if self.estimate_with else [])]
         return any(backend.needs for backend in backends) or self.refiner is not None or self.estimator.reads_text
 
-    def measure(self, game: Game | None, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate | Measurements:
+    def plan(self, estimate: SensitivityEstimate, budget_bytes: int, costs: Sequence[Cost] = ()) -> Plan:
+        """The allocator's plan within a budget and the limits of costs.
+
+        Raises:
+            ImpqError: there is none, or the allocator's plan exceeds a limit.
+        """
+        limits = limited(costs)
+        plan = (self.allocator.allocate(estimate, budget_bytes, limits) if limits
+                else self.allocator.allocate(estimate, budget_bytes))
+        try:
+            return replace(plan, costs=tuple(costs))
+        except InvalidArrays as error:
+            kind = type(self.allocator)
+            raise ImpqError(f"{kind.__module__}.{kind.__qualname__}: {error}: this is a bug of that plugin") from error
+
+    def measure(self, game: Game | None, probe: Probe, rng: np.random.Generator,
+                costs: Sequence[Cost] = ()) -> SensitivityEstimate | Measurements:
         """The estimator's estimate, or its measurements if a surrogate is to fit them.
 
         The game's budget is one of the played space: if the deployed backend has other sizes, it is at the same share
         of the way from the smallest plan to the largest.
         """
-        result = self.estimator.measure(game, probe, rng, self._drift(game.budget_bytes if game else None))
+        result = self.estimator.measure(game, probe, rng, self._drift(game.budget_bytes if game else None, costs))
         if result.space.fingerprint != probe.space.fingerprint:
             raise ImpqError(f"{type(self.estimator).__module__}.{type(self.estimator).__qualname__} returned "
                             f"{type(result).__name__} of another search space than the one it was given: this is a bug "
                             "of that plugin")
         return result
 
-    def estimate(self, game: Game | None, probe: Probe,
-                 rng: np.random.Generator) -> tuple[SensitivityEstimate, Measurements | None]:
+    def estimate(self, game: Game | None, probe: Probe, rng: np.random.Generator,
+                 costs: Sequence[Cost] = ()) -> tuple[SensitivityEstimate, Measurements | None]:
         """The estimate, and the measurements that the surrogate fitted (None if the estimator made the estimate)."""
-        result = self.measure(game, probe, rng)
+        result = self.measure(game, probe, rng, costs)
         return (result, None) if isinstance(result, SensitivityEstimate) else (self.surrogate.fit(result), result)
 
-    def _drift(self, budget_bytes: int | None) -> Drift:
+    def _drift(self, budget_bytes: int | None, costs: Sequence[Cost]) -> Drift:
         before: list[IntArray] = []
 
         def drift(measurements: Measurements) -> float:
@@ -136,7 +164,7 @@ class Parts:
                 estimate = self.surrogate.fit(measurements)
             except ImpqError:  # too few permutations for this surrogate
                 return np.inf
-            pick = self.allocator.allocate(estimate, budget_bytes).pick
+            pick = self.plan(estimate, budget_bytes, costs).pick
             regret = float(np.diff(estimate.predict(np.stack([pick, *before[-1:]])))[0]) if before else np.inf
             before.append(pick)
             return regret
@@ -151,7 +179,63 @@ def slots_of(config: RunConfig) -> dict[str, str]:
         slots[ESTIMATE_WITH] = "backend"
     if config.refine:
         slots["refiner"] = "refiner"
-    return slots
+    return slots | {METER + name: "meter" for name in config.meters}
+
+
+def name_in(config: RunConfig, slot: str) -> str:
+    """Name of the part in a slot."""
+    return slot.removeprefix(METER) if slot.startswith(METER) else str(getattr(config, slot))
+
+
+def with_meters(config: RunConfig, plugins: Plugins) -> RunConfig:
+    """The configuration with a meter for every limit.
+
+    Raises:
+        UsageError: no installed meter has the cost of a limit, or several have it and none of them is chosen.
+    """
+    if not config.limits:
+        return config
+    kinds = {name: plugins.load("meter", name, Meter) for name in config.meters}
+    chosen = {str(kind.cost) for kind in kinds.values() if isinstance(getattr(kind, "cost", None), str)}
+    open_ended = any(not isinstance(getattr(kind, "cost", None), str) for kind in kinds.values())
+    added = []
+    for name, text in config.limits.items():
+        if name in chosen or open_ended:  # a meter whose cost depends on its options is checked when it is built
+            continue
+        known = {}
+        for meter in plugins.names("meter"):
+            if not plugins.find("meter", meter).missing():
+                known[meter] = getattr(plugins.load("meter", meter, Meter), "cost", None)
+        found = [meter for meter, cost in known.items() if cost == name]
+        if len(found) != 1:
+            costs = sorted({cost for cost in known.values() if isinstance(cost, str)})
+            raise UsageError(f"--limit {name}={text}: " + (
+                f"the meters {' and '.join(found)} have the cost '{name}': choose one with --meter" if found else
+                f"no installed meter has the cost '{name}'{nearest(name, costs)}; --meter table takes any from a file"))
+        added.append(found[0])
+    return replace(config, meters=(*config.meters, *dict.fromkeys(added)))
+
+
+def _check_meters(config: RunConfig, plugins: Plugins, meters: Mapping[str, Meter], menu: Sequence[Choice],
+                  built: Mapping[str, Any]) -> None:
+    """Raises UsageError if meters and limits do not fit each other, the menu or the parts that make plans."""
+    costs: dict[str, str] = {}
+    for name, meter in meters.items():
+        meter.check(menu)
+        if meter.cost in costs:
+            raise UsageError(f"the meters {costs[meter.cost]} and {name} both have the cost '{meter.cost}': leave out "
+                             "one of them")
+        costs[meter.cost] = name
+    for cost, text in config.limits.items():
+        if cost not in costs:
+            raise UsageError(f"--limit {cost}={text}: no meter of this run has the cost '{cost}'{nearest(cost, costs)}")
+        parse_amount(text, meters[costs[cost]].unit, f"--limit {cost}")
+    for role in ("allocator", "refiner"):
+        if config.limits and built[role] is not None and not built[role].takes_limits:
+            able = [name for name in plugins.names(role) if not plugins.find(role, name).missing()
+                    and plugins.load(role, name, BASES[role]).takes_limits]
+            raise UsageError(f"{role} '{getattr(config, role)}' keeps no limits: leave out --limit, or take one of "
+                             f"{', '.join(able)}")
 
 
 def assign_options(config: RunConfig, plugins: Plugins, pairs: Mapping[str, str]) -> dict[str, dict[str, Any]]:
@@ -162,8 +246,8 @@ def assign_options(config: RunConfig, plugins: Plugins, pairs: Mapping[str, str]
     Raises:
         UsageError: no part has the option, or several have it.
     """
-    slots = slots_of(config)
-    classes = {slot: plugins.load(role, getattr(config, slot), BASES[role]) for slot, role in slots.items()}
+    slots = slots_of(with_meters(config, plugins))
+    classes = {slot: plugins.load(role, name_in(config, slot), BASES[role]) for slot, role in slots.items()}
     result = {role: dict(options) for role, options in config.options.items()}
     for key, value in pairs.items():
         role, dot, name = key.rpartition(".")
@@ -182,7 +266,7 @@ def assign_options(config: RunConfig, plugins: Plugins, pairs: Mapping[str, str]
 
 def build_part(config: RunConfig, plugins: Plugins, slot: str) -> Any:
     """The part of a slot with its options; raises UsageError if its name or an option is wrong."""
-    name, role = getattr(config, slot), slots_of(config)[slot]
+    name, role = name_in(config, slot), slots_of(config)[slot]
     part = plugins.load(role, name, BASES[role])
     return part(build_options(part, role, name, config.options.get(slot, {})))
 

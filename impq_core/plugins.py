@@ -34,7 +34,7 @@ _FILE = "impq_file_"
 ROLES = ("estimator", "surrogate", "allocator", "backend")
 """The roles that every run fills."""
 
-OFFERED = (*ROLES, "refiner", "exporter")
+OFFERED = (*ROLES, "refiner", "exporter", "meter")
 """Every role whose parts are chosen by name."""
 
 

@@ -134,6 +134,7 @@ class Row(WindowLosses):
         bits_stored: stored bits per weight; None for the unquantized model.
         score: the measured score; None if the losses are interpolated between uniform models.
         window_tokens: int64 (windows,), scored tokens of each window; None if all windows have the same.
+        costs: what meters give it beside bytes, by name of the cost, in the units of ``Evaluation.costs``.
     """
 
     name: str
@@ -143,6 +144,7 @@ class Row(WindowLosses):
     bits_stored: float | None = None
     score: Score | None = None
     window_tokens: IntArray | None = None
+    costs: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
@@ -160,7 +162,7 @@ class Row(WindowLosses):
                      "top1_agreement": self.score.top1, "window_nll": self.window_nll.tolist(), **_tokens_of(self)}
             if self.score.window_kl is not None:
                 data |= {"kl_stderr": self.score.divergence.stderr, "window_kl": self.score.window_kl.tolist()}
-        return data
+        return {**data, "costs": dict(self.costs)} if self.costs else data
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,6 +177,7 @@ class Evaluation:
             quantized behind a prefix at the widest.
         name: of the text among several; empty if there is one.
         others: the same allocations on further texts; empty in these.
+        costs: unit of each cost of the rows, by its name.
 
     Raises:
         ImpqError: the first row is no measured plan, no row is the unquantized model, or rows have different numbers of
@@ -187,6 +190,7 @@ class Evaluation:
     sequential: bool = False
     name: str = ""
     others: tuple[Evaluation, ...] = ()
+    costs: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         measured = {row.name for row in self.rows if row.score is not None}
@@ -244,7 +248,8 @@ class Evaluation:
             if (difference := self.against_plan(row)) is not None:
                 data |= {"minus_plan": difference.mean, "minus_plan_stderr": difference.stderr}
             rows.append({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in data.items()})
-        data = {"text": self.text, "tokens": self.tokens, "sequential": self.sequential, "rows": rows}
+        costs = {"costs": dict(self.costs)} if self.costs else {}
+        data = {"text": self.text, "tokens": self.tokens, "sequential": self.sequential, **costs, "rows": rows}
         name = {"name": self.name} if self.name else {}
         return {**name, **data, **({"others": [other.to_dict() for other in self.others]} if self.others else {})}
 
@@ -266,7 +271,11 @@ class Evaluation:
         if not isinstance(name, str) or not isinstance(others, list) or not all(
                 isinstance(other, Mapping) and not other.get("others") for other in others):
             raise ImpqError("an evaluation has its 'name' as text, and 'others' as a list of evaluations")
-        evaluation = cls(measured, data["text"], data["tokens"], data.get("sequential") is True, name).with_lines()
+        units = data.get("costs", {})
+        if not isinstance(units, Mapping) or not all(isinstance(unit, str) for unit in units.values()):
+            raise ImpqError("'costs' of an evaluation is an object with a unit for each cost")
+        evaluation = cls(measured, data["text"], data["tokens"], data.get("sequential") is True, name,
+                         costs=units).with_lines()
         evaluation = replace(evaluation, others=tuple(map(cls.from_dict, others)))
         if names := {entry["name"] for entry in entries} - {row.name for row in evaluation.rows}:
             raise ImpqError(f"row '{min(names)}' of an evaluation has no 'window_nll'")
@@ -294,10 +303,14 @@ def _measured_row(entry: Mapping[str, Any]) -> Row:
         tokens = _read_tokens(entry)
     except (TypeError, ValueError) as error:
         raise ImpqError(f"row '{name}' of an evaluation: 'window_tokens' is no list of whole numbers") from error
+    costs = entry.get("costs", {})
+    if not isinstance(costs, Mapping) or not all(type(cost) in (int, float) for cost in costs.values()):
+        raise ImpqError(f"row '{name}' of an evaluation: 'costs' is an object of numbers, not {costs!r}"[:200])
     score = Score(window_nll, _number(entry, "kl"), _number(entry, "top1_agreement"), tokens, window_kl)
     if nbytes is None:
-        return Row(name, window_nll, score=score, window_tokens=tokens)
-    return Row(name, window_nll, nbytes, _number(entry, "bits_nominal"), _number(entry, "bits_stored"), score, tokens)
+        return Row(name, window_nll, score=score, window_tokens=tokens, costs=costs)
+    return Row(name, window_nll, nbytes, _number(entry, "bits_nominal"), _number(entry, "bits_stored"), score, tokens,
+               costs)
 
 
 def _tokens_of(losses: WindowLosses) -> dict[str, list[int]]:

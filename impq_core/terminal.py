@@ -18,6 +18,7 @@ from impq_core.errors import ImpqError
 from impq_core.hookspecs import hookimpl
 from impq_core.plugins import Plugins
 from impq_core.space import in_bits, unit_of
+from impq_core.units import shown
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -174,7 +175,8 @@ def plan_lines(result: RunResult) -> list[str]:
             f"{plan.space.bits_per_weight(plan.nbytes):.3f} stored",
             f"whole model: {result.model_bytes / 1e6:.2f} MB, of which {result.rest_bytes / 1e6:.2f} MB are "
             "embeddings, head, norms and other parts that are no layers"
-            + (f"; its file: at most {plan.file_bytes / 1e6:.6g} MB" if plan.file_bytes else "")]
+            + (f"; its file: at most {plan.file_bytes / 1e6:.6g} MB" if plan.file_bytes else ""),
+            *(f"{cost.describe(plan.pick)} a token, by meter {cost.meter}" for cost in plan.costs)]
 
 
 def width_counts(plan: Plan) -> str:
@@ -193,12 +195,15 @@ def evaluation_rows(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]
     several."""
     if evaluation.others:
         return _rows_of_texts(evaluation)
-    header = ["allocation", "bits", "stored", "MB", "NLL", "minus plan", "perplexity", "KL", "top-1"]
+    costs = [f"{name} {'MB' if unit == 'bytes' else unit}" for name, unit in evaluation.costs.items()]
+    header = ["allocation", "bits", "stored", "MB", *costs, "NLL", "minus plan", "perplexity", "KL", "top-1"]
     cells = []
     for row in evaluation.rows:
         sizes = ["", "", ""]
         if row.nbytes is not None:
             sizes = [f"{row.bits_nominal:.2f}", f"{row.bits_stored:.3f}", f"{row.nbytes / 1e6:.2f}"]
+        sizes += [shown(row.costs[name], unit).split(" ")[0] if name in row.costs else ""
+                  for name, unit in evaluation.costs.items()]
         difference = evaluation.against_plan(row)
         minus = ""
         if difference is not None:
@@ -306,6 +311,10 @@ def _size_lines(search: SearchForecast) -> list[str]:
         lines.append(f"  budget {size.budget}: {_size(size.bytes)}, {size.bits_nominal:.3f} bits nominal, "
                      f"{size.bits_stored:.3f} stored"
                      + (f"; a file of at most {_size(size.file_bytes)}" if size.file_bytes else ""))
+    for cost in search.costs:
+        limit = f", limit {shown(cost.limit, cost.unit)}" if cost.limit is not None else ""
+        lines.append(f"  {cost.name} by meter {cost.meter}: {shown(cost.least, cost.unit)} to "
+                     f"{shown(cost.most, cost.unit)} a token{limit}" + "".join(f"; {note}" for note in cost.notes))
     lines.append(f"  reachable: {_size(low.bytes)} to {_size(high.bytes)}, {low.bits_nominal:.3f} to "
                  f"{high.bits_nominal:.3f} bits nominal, {low.bits_stored:.3f} to {high.bits_stored:.3f} stored"
                  + (f"; files of {_size(low.file_bytes)} to {_size(high.file_bytes)}"
@@ -344,12 +353,14 @@ def fit_table(fits: Fits) -> Table:
 def plans_table(plans: Sequence[Planned]) -> Table:
     """The table of ``impq allocate``."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("budget", "bits", "stored", "MB", "predicted cost", "proven within", "layers", "file"):
+    costs = [f"{cost.name} {'MB' if cost.unit == 'bytes' else cost.unit}" for cost in plans[0].plan.costs]
+    for name in ("budget", "bits", "stored", "MB", *costs, "predicted cost", "proven within", "layers", "file"):
         table.add_column(name, justify="left" if name in ("budget", "layers", "file") else "right", no_wrap=True)
     for planned in plans:
         plan, space = planned.plan, planned.plan.space
         table.add_row(planned.budget, f"{space.nominal_bits(plan.nbytes):.3f}",
                       f"{space.bits_per_weight(plan.nbytes):.3f}", f"{plan.nbytes / 1e6:.2f}",
+                      *(shown(cost.of(plan.pick), cost.unit).split(" ")[0] for cost in plan.costs),
                       "" if plan.predicted_loss is None else f"{plan.predicted_loss:.4f}",
                       "" if plan.gap is None else f"{plan.gap:.2g}", width_counts(plan), planned.file.name)
     unit = "in nats per token above the widest model" if plans[0].plan.is_loss else "of an estimate that only ranks"

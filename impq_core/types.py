@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from impq_core.costs import Cost, fits, limited
 from impq_core.errors import ImpqError, InvalidArrays, nearest
 from impq_core.files import write_npz, write_text
 from impq_core.space import Choice, FloatArray, IntArray, SearchSpace, frozen
@@ -287,6 +288,7 @@ class Plan:
         provenance: names and digests of its run, model, text and versions.
         is_loss: whether the prediction is a loss; false if it is the score of an estimate that only ranks.
         file_bytes: the most bytes of the file that an export of it writes, in any format; None if that is unknown.
+        costs: further costs of the space's layers at its choices, some of them with limits.
     """
 
     FORMAT: ClassVar[str] = "impq-plan/1"
@@ -300,11 +302,19 @@ class Plan:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     is_loss: bool = True
     file_bytes: int | None = None
+    costs: tuple[Cost, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pick", frozen(self.space.check_pick(self.pick)))
         if self.nbytes > self.budget_bytes:
             raise InvalidArrays(f"the plan takes {self.nbytes} bytes, more than its budget of {self.budget_bytes}")
+        for cost in limited(self.costs):
+            if not cost.keeps(self.pick[None])[0]:
+                raise InvalidArrays(f"the plan exceeds a limit: {cost.describe(self.pick)}")
+
+    def admits(self, pick: IntArray) -> bool:
+        """Whether another pick is within the plan's budget and limits."""
+        return fits(self.space, pick, self.budget_bytes, limited(self.costs))
 
     @property
     def nbytes(self) -> int:
@@ -327,7 +337,9 @@ class Plan:
         """Write plan.json: a map from layer name to width and group size, to read, edit and apply again."""
         choices = zip(self.space.everyone, self.space.assignment(self.pick), strict=True)
         layers = {layer.name: choice.to_plan() if choice else None for layer, choice in choices}
-        promise = {} if self.file_bytes is None else {"file_bytes": self.file_bytes}
+        promise: dict[str, Any] = {} if self.file_bytes is None else {"file_bytes": self.file_bytes}
+        if self.costs:
+            promise["costs"] = {cost.name: cost.to_plan(self.pick) for cost in self.costs}
         write_text(path, json.dumps({
             "format": self.FORMAT, "bytes": self.nbytes, "budget_bytes": self.budget_bytes, **promise,
             "bits_nominal": round(self.space.nominal_bits(self.nbytes), 4),

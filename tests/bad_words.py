@@ -156,6 +156,36 @@ CURVES = [
     light("curve finished --stesp 3", 2, "--steps"),
 ]
 
+COSTS = [
+    light("run --limit latency", 2, "COST=AMOUNT"),
+    light("run --limit =9ms", 2, "COST=AMOUNT"),
+    light("run --limit latency=9ms --limit latency=8ms", 2, "latency"),
+    light("run --limit latncy=9ms", 2, "'latency'"),
+    light("run --limit latency=9ms", 2, "gguf", "times of llama.cpp's types for another backend"),
+    light("run --limit traffic=soon", 2, "'soon'"),
+    light("run --limit traffic=9ms", 2, "'9ms'"),
+    light("run --meter trafic", 2, "'traffic'"),
+    light("run --meter traffic --meter traffic", 2, "meter"),
+    light("run --meter table", 2, "meter.table.file"),
+    light("run --meter table -o meter.table.file=none.csv", 1, "none.csv"),
+    light("run --meter table -o meter.table.file=costs.csv", 1, "line 3", "a word for a cost",
+          lambda: write("costs.csv", "layer,choice,cost\n*,4,1\n*,2,fast\n")),
+    light("run --meter table -o meter.table.file=costs.csv", 1, "costs.csv", "a table without a header",
+          lambda: write("costs.csv", "*,4,1\n*,2,1\n")),
+    light("run --meter table -o meter.table.file=costs.csv -o meter.table.unit=m/s", 2, "m/s", "no unit",
+          lambda: write("costs.csv", "layer,choice,cost\n*,*,1\n")),
+    light("run --meter table --meter llamacpp --backend gguf --bits Q8_0,Q4_0 -o meter.table.file=costs.csv", 2,
+          "latency", "two meters of one cost", lambda: write("costs.csv", "layer,choice,cost\n*,*,1\n")),
+    light("run --meter llamacpp --backend gguf --bits Q8_0,Q4_0 -o repeats=1", 2, "repeats"),
+    Case("run --limit traffic=1kB", 2, "--limit traffic", "less than any plan reads"),
+    Case("run --budget 2bits --limit latency=2ms --meter table -o meter.table.file=costs.csv", 2, "2bits",
+         "a budget and a limit that exclude each other",
+         lambda: write("costs.csv", "layer,choice,cost\n*,4,1\n*,3,2\n*,2,3\n")),
+    Case("run --meter table -o meter.table.file=costs.csv", 1, "model.layers.0", "a table that lacks a layer",
+         lambda: write("costs.csv", "layer,choice,cost\nmodel.layers.1,*,1\n")),
+    light("allocate finished --budget 3bits --limit latency=9ms", 2, "latency"),
+]
+
 NAMES = [
     light("run --estimator spqq", 2, "'spqe'"),
     light("estimate --estimator spqq", 2, "'spqe'"),

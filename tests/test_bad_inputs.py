@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from bad_files import CONFIGS, MODELS, PLANS, RUNS, STORES, TEXTS
-from bad_words import ANSWERS, BUDGETS, CURVES, NAMES, NUMBERS, TASKS, USAGE
+from bad_words import ANSWERS, BUDGETS, COSTS, CURVES, NAMES, NUMBERS, TASKS, USAGE
 from scenes import Answer, Case, World
 
 DOCS = Path(__file__).parents[1] / "docs" / "errors.md"
@@ -27,8 +27,8 @@ configuration. A case leaves no file behind unless the first column says so. `HE
 """
 
 
-CASES = [*USAGE, *BUDGETS, *CURVES, *NAMES, *NUMBERS, *CONFIGS, *PLANS, *MODELS, *TEXTS, *STORES, *RUNS, *TASKS,
-         *ANSWERS]
+CASES = [*USAGE, *BUDGETS, *CURVES, *COSTS, *NAMES, *NUMBERS, *CONFIGS, *PLANS, *MODELS, *TEXTS, *STORES, *RUNS,
+         *TASKS, *ANSWERS]
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,7 @@ CONFIGS = st.builds(
     RunConfig, model=NAMES, backend=NAMES, estimate_with=st.one_of(st.just(""), NAMES), estimator=NAMES,
     surrogate=NAMES, allocator=NAMES, refiner=NAMES, refine=st.integers(0, 0), budget=st.one_of(st.just(""), NAMES),
     bits=st.lists(WIDTHS, unique=True, max_size=4).map(tuple), granularity=st.sampled_from(["auto", "block", "linear"]),
+    meters=st.lists(NAMES, unique=True, max_size=2).map(tuple), limits=st.dictionaries(NAMES, NAMES, max_size=2),
     pins=st.dictionaries(NAMES, WIDTHS, max_size=3), exclude=st.lists(NAMES, max_size=3).map(tuple), calibration=TEXTS,
     game_windows=st.integers(1, 2), probe_windows=st.integers(0, 2), value=st.sampled_from(["nll", "kl"]),
     evaluation=TEXTS, dtype=st.sampled_from(["auto", "float32", "bfloat16"]), seed=st.integers(0, 2**62), plan=NAMES,

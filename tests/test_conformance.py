@@ -5,13 +5,19 @@ from __future__ import annotations
 import importlib
 import sys
 from importlib.metadata import entry_points
+from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
 from impq_gguf.backend import Gguf
+from impq_gguf.meter import LlamaCpp
+from impq_gguf.types import TYPES
 from impq_gptq.backend import Gptq
 from impq_greedy.allocators import Exhaustive, Greedy
 from impq_hqq.backend import Hqq
+from impq_meters.table import Table
+from impq_meters.traffic import Traffic
 from impq_qp.program import QuadraticProgram
 from impq_quanto.backend import Quanto
 from impq_refine.evolve import Evolve
@@ -33,7 +39,15 @@ from impq_within.ratio import Ratio
 from impq_within.slim import Slim
 
 from impq_core.plugins import Plugins
-from impq_core.testing import AllocatorSuite, BackendSuite, EstimatorSuite, PluginSuite, RefinerSuite, SurrogateSuite
+from impq_core.testing import (
+    AllocatorSuite,
+    BackendSuite,
+    EstimatorSuite,
+    MeterSuite,
+    PluginSuite,
+    RefinerSuite,
+    SurrogateSuite,
+)
 
 
 class TestSpqe(EstimatorSuite):
@@ -162,6 +176,26 @@ class TestSwaps(RefinerSuite):
 
 class TestEvolve(RefinerSuite):
     part = Evolve
+
+
+class TestTraffic(MeterSuite):
+    part = Traffic
+
+
+class TestTable(MeterSuite):
+    part = Table
+
+    @pytest.fixture(autouse=True)
+    def table(self, tmp_path: Path) -> None:
+        (tmp_path / "costs.csv").write_text("layer,choice,cost,error\n64x64,*,0.5,0.1\n128x64,4,2,0\n128x64,2,1,0\n")
+        self.options = {"file": str(tmp_path / "costs.csv")}  # type: ignore[misc]
+
+
+class TestLlamaCpp(MeterSuite):
+    part, exact = LlamaCpp, False
+    options = MappingProxyType({"threads": 1, "repeats": 3})
+    choices = TYPES["Q8_0"].choice, TYPES["Q4_0"].choice
+    shapes = ((512, 512), (1024, 512))
 
 
 class TestGguf(BackendSuite):

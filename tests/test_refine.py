@@ -85,7 +85,7 @@ def test_improvements_fit_the_budget_and_change_few_layers() -> None:
         own = np.arange(N)
         assert SPACE.bytes_of(better) <= BUDGET and (better != pick).sum() <= 4
         assert costs[own, better].sum() <= costs[own, pick].sum()
-        assert SPACE.bytes_of(mutant(SPACE, pick, BUDGET, 3, rng)) <= BUDGET
+        assert SPACE.bytes_of(mutant(_start(), pick, 3, rng)) <= BUDGET
     two = planted_space(2, (4, 2))
     swapped = improve(two, np.array([[0.0, 1.0], [0.0, 5.0]]), np.array([0, 1]), two.high_bytes - 1024, 2)
     assert swapped.tolist() == [1, 0]

@@ -58,6 +58,26 @@ tracking_option = click.option("--tracking-uri",
                                help="MLflow store; 'none' for no tracking [MLFLOW_TRACKING_URI, or sqlite:///mlflow.db].")
 
 
+def _names(_context: click.Context, _option: click.Parameter, given: tuple[str, ...]) -> tuple[str, ...] | None:
+    return given or None
+
+
+def _limits(_context: click.Context, _option: click.Parameter, given: tuple[str, ...]) -> dict[str, str] | None:
+    limits: dict[str, str] = {}
+    for text in given:
+        name, equals, amount = (part.strip() for part in text.partition("="))
+        if not equals or not name or not amount:
+            raise UsageError(f"--limit takes COST=AMOUNT, such as latency=9ms, not '{text}'")
+        if name in limits:
+            raise UsageError(f"--limit gives {name} twice")
+        limits[name] = amount
+    return limits or None
+
+
+limit_option = click.option("--limit", "limits", multiple=True, metavar="COST=AMOUNT", callback=_limits,
+                            help="The most that the plan may take of a meter's cost, such as latency=9ms.")
+
+
 def dry_run_options(command: Command) -> Command:
     """``--dry-run`` and ``--json``."""
     command = click.option("--json", "as_json", is_flag=True, help="With --dry-run: print JSON.")(command)
@@ -90,6 +110,10 @@ def run_options(several: bool = False, budgets: bool = False) -> Callable[[Comma
                                       f"60%{many} [the middle of the menu]."),
         click.option("--whole", is_flag=True, default=None,
                      help="The budget bounds the file of an export, with embeddings, head and metadata."),
+        click.option("--meter", "meters", multiple=True, metavar="NAME", callback=_names,
+                     help="Also show a cost of plans beside their bytes, such as the latency of llamacpp; see 'impq "
+                          "plugins'."),
+        limit_option,
         click.option("--granularity", help="Size of a layer: block, group (fused linears), expert or linear "
                                            "[group, or block for estimators that play the game]."),
         click.option("--quantize-embeddings", is_flag=True, default=None,
@@ -161,12 +185,12 @@ def check(config: RunConfig, plugins: Plugins) -> None:
 
 def warn(config: RunConfig, plugins: Plugins) -> None:
     """Print the plugins that are not used, and the notices of the chosen parts."""
-    from impq_core.parts import slots_of
+    from impq_core.parts import name_in, slots_of
 
     for dropped in plugins.dropped:
         click.echo(f"warning: plugin {dropped.name} is not used: {dropped.reason}", err=True)
     for slot, role in slots_of(config).items():
-        if notice := plugins.find(role, getattr(config, slot)).notice:
+        if notice := plugins.find(role, name_in(config, slot)).notice:
             click.echo(f"note: {notice}", err=True)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from impq_core.commands.common import part_options, plugin_option, read_pairs, trust_option
+from impq_core.commands.common import limit_option, part_options, plugin_option, read_pairs, trust_option
 from impq_core.errors import ImpqError, UsageError
 from impq_core.plugins import Plugins
 
@@ -36,16 +36,17 @@ def fit(run: str, names: tuple[str, ...], options: tuple[str, ...]) -> None:
               help="Budgets, separated by commas: 2.5bits,3.25bpw,60MB.")
 @click.option("--surrogate", help="Fit this surrogate to the run's losses [the run's estimate].")
 @click.option("--allocator", help="Allocator: makes the plans [the run's].")
+@limit_option
 @part_options
 @plugin_option
-def allocate(run: str, budgets: str, surrogate: str | None, allocator: str | None, options: tuple[str, ...],
-             plugin_files: tuple[Path, ...]) -> None:
+def allocate(run: str, budgets: str, surrogate: str | None, allocator: str | None, limits: dict[str, str] | None,
+             options: tuple[str, ...], plugin_files: tuple[Path, ...]) -> None:
     """Make plans for other budgets from the estimate of a run (its folder), without the model."""
     from impq_core.runs.allocate import allocate_run
     from impq_core.terminal import make_console, plans_table
 
     texts = [part.strip() for part in budgets.split(",")]
-    plans = allocate_run(run, texts, surrogate, allocator, read_pairs(options), Plugins(plugin_files))
+    plans = allocate_run(run, texts, surrogate, allocator, read_pairs(options), Plugins(plugin_files), limits)
     make_console().print(plans_table(plans))
     first = plans[0].file
     click.echo(f"score one on held-out text: impq run --config {first.parent.parent / 'impq.toml'} --plan {first}")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from impq_core.config import RunConfig, from_data, override
+from impq_core.config import RunConfig, from_data, override, unmetered
 from impq_core.errors import ImpqError
 from impq_core.evaluate import Evaluator
 from impq_core.exports.manifest import FORMAT, MANIFEST, check_target, read_manifest
@@ -60,7 +60,7 @@ def export_run(run: str | Path, name: str, target: Path | None = None, plugins: 
     plugins = plugins or Plugins()
     source = RunFolder.open(run, "plan.json")
     target = target or source.path / name
-    config = override(source.read_config(), plan=str(source.plan), device=device, memory=memory)
+    config = override(unmetered(source.read_config()), plan=str(source.plan), device=device, memory=memory)
     exporter = load_exporter(name, config.backend, config.options.get("backend", {}), plugins)
     check_target(target)
     prepared = prepare(config, plugins, trust)
@@ -148,7 +148,7 @@ def check_formats(config: RunConfig, names: Sequence[str], plugins: Plugins, tru
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run will say it
-        layout = lay_out(config, plugins, trust)
+        layout = lay_out(unmetered(config), plugins, trust)
         ends = (0, len(layout.space.choices) - 1)
         pick = np.array([ends[layer % 2] for layer in range(len(layout.space))])  # neighbours differ
         plan = layout.plan or Plan(layout.space, pick, layout.space.bytes_of(pick))
@@ -257,7 +257,7 @@ def evaluate_folder(path: str | Path, plugins: Plugins | None = None, trust: Tru
     folder = Path(path)
     manifest = read_manifest(folder)
     name = manifest["exporter"]
-    config = override(from_data(manifest["run"], str(folder / MANIFEST)), plan=str(folder / "plan.json"),
+    config = override(unmetered(from_data(manifest["run"], str(folder / MANIFEST))), plan=str(folder / "plan.json"),
                       device=device, memory=memory, **text)
     exporter = load_exporter(name, config.backend, config.options.get("backend", {}), plugins)
     prepared = prepare(config, plugins, trust, calibrate=False)

@@ -1,4 +1,4 @@
-"""The base classes of parts: estimator, surrogate, allocator, refiner, backend, exporter. Imports no torch.
+"""The base classes of parts: estimator, surrogate, allocator, refiner, backend, exporter, meter. Imports no torch.
 
 A search space has n layers and m choices; a *pick* (n,) has the number of a choice for each layer, 0 being the widest.
 Costs are counted in *forwards*: one forward is the whole model over the windows of the game (``model/cost.py``).
@@ -20,9 +20,10 @@ from impq_core.interfaces.estimator import (
     unknown_drift,
 )
 from impq_core.interfaces.exporter import EVERY_BACKEND, Checkpoint, Exporter
+from impq_core.interfaces.meter import Form, Meter, Readings, Stored
 from impq_core.interfaces.part import NO_FILE, InputFile, NoOptions, Part
 from impq_core.interfaces.planner import Allocator, Refiner, Surrogate
 
-__all__ = ["EVERY_BACKEND", "NO_FILE", "Allocator", "Backend", "Checkpoint", "Drift", "Estimator", "Exporter", "Game",
-           "GameEstimator", "InputFile", "Inspector", "NoOptions", "Part", "Probe", "Refiner", "Sampler", "Statistics",
-           "Surrogate", "Variant", "unknown_drift"]
+__all__ = ["EVERY_BACKEND", "NO_FILE", "Allocator", "Backend", "Checkpoint", "Drift", "Estimator", "Exporter", "Form",
+           "Game", "GameEstimator", "InputFile", "Inspector", "Meter", "NoOptions", "Part", "Probe", "Readings",
+           "Refiner", "Sampler", "Statistics", "Stored", "Surrogate", "Variant", "unknown_drift"]

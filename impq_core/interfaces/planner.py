@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from types import MappingProxyType
+from typing import ClassVar
 
 import numpy as np
 
+from impq_core.costs import Cost
 from impq_core.interfaces.estimator import Game
 from impq_core.interfaces.part import Part
 from impq_core.types import Measurements, Plan, SensitivityEstimate
@@ -23,28 +26,46 @@ class Surrogate(Part, ABC):
 
 
 class Allocator(Part, ABC):
-    """Turns an estimate into a plan."""
+    """Turns an estimate into a plan.
 
+    Class attributes:
+        takes_limits: whether ``allocate`` takes ``limits``. If not, runs with ``--limit`` are refused, and the argument
+            is never given, so that ``allocate`` may lack it.
+    """
+
+    takes_limits: ClassVar[bool] = False
     returns = MappingProxyType({"allocate": (Plan,)})
 
     @abstractmethod
-    def allocate(self, estimate: SensitivityEstimate, budget_bytes: int) -> Plan:
+    def allocate(self, estimate: SensitivityEstimate, budget_bytes: int, limits: Sequence[Cost] = ()) -> Plan:
         """The plan of least predicted loss that was found within the budget.
 
+        Args:
+            estimate: the estimate.
+            budget_bytes: of the plan, pinned layers included.
+            limits: further costs of the layers at the choices, each with a limit, which the plan keeps
+                (``costs.fits``).
+
         Raises:
-            ImpqError: the budget is below the smallest pick.
+            ImpqError: the budget is below the smallest pick, or no pick is within budget and limits.
         """
 
 
 class Refiner(Part, ABC):
-    """Improves a plan by measuring other plans near it."""
+    """Improves a plan by measuring other plans near it.
 
+    Class attributes:
+        takes_limits: whether the plan stays within the limits of ``plan.costs``. If not, runs with ``--limit`` are
+            refused.
+    """
+
+    takes_limits: ClassVar[bool] = False
     returns = MappingProxyType({"refine": (Plan,)})
 
     @abstractmethod
     def refine(self, plan: Plan, estimate: SensitivityEstimate | None, game: Game, referee: Game, forwards: float,
                rng: np.random.Generator) -> Plan:
-        """The start, or a plan within its budget that ``referee`` accepted.
+        """The start, or a plan within its budget and limits (``Plan.admits``) that ``referee`` accepted.
 
         Args:
             plan: the start.

@@ -78,7 +78,7 @@ class Shapes:
         config = model.config.get_text_config(decoder=True)
         held = {f"{linear.name}.weight" for layer in layers for linear in layer.linears}
         prefixes = {f"{layer.name}.": layer.block for layer in layers_of(model, "block")}
-        share = _share_of_experts(config)
+        share = share_of_experts(config)
         sizes: list[dict[str, int]] = [{} for _ in prefixes]
         parameters = dict(model.named_parameters())
         for name, parameter in parameters.items():
@@ -143,7 +143,7 @@ def _encoders(model: PreTrainedModel, ends: Collection[int]) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside)
 
 
-def _share_of_experts(config: Any) -> float:
+def share_of_experts(config: Any) -> float:
     """Share of a block's routed experts that a token goes to; 1 if the configuration names no experts."""
     experts = _setting(config, *EXPERTS)
     return min(1.0, (_setting(config, *EXPERTS_CHOSEN) or experts) / experts) if experts else 1.0

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from impq_core.budget import FileAccount
 from impq_core.config import RunConfig, read_toml
+from impq_core.costs import Metering
 from impq_core.credentials import without_secret
 from impq_core.errors import ImpqError, one_line
 from impq_core.files import scratch_folder, write_text
@@ -92,6 +93,11 @@ class RunFolder:
     def space(self) -> Path:
         """The search space of plans."""
         return self.path / "space.json"
+
+    @property
+    def costs(self) -> Path:
+        """What the meters found; missing if the run has none."""
+        return self.path / "costs.json"
 
     @property
     def variants(self) -> Path:
@@ -179,6 +185,12 @@ class RunFolder:
         """The file of an export, if the run's budget bounds it; raises ImpqError if it cannot be read."""
         account = _readable(self.space, lambda path: self.read_json(path).get("file"))
         return _readable(self.space, lambda path: FileAccount(**account)) if account else None
+
+    def read_meterings(self) -> tuple[Metering, ...]:
+        """What the meters of the run found; raises ImpqError if it cannot be read."""
+        if not self.costs.exists():
+            return ()
+        return _readable(self.costs, lambda path: tuple(map(Metering.from_dict, self.read_json(path)["meters"])))
 
     def read_estimate(self) -> SensitivityEstimate:
         """The estimate; raises ImpqError if it cannot be read."""

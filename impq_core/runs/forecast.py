@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from impq_core.config import RunConfig
+from impq_core.costs import Metering
 from impq_core.errors import ImpqError
 from impq_core.machine import free_device_memory, free_disk, free_memory
 from impq_core.model.demo import cache_path
@@ -86,6 +87,28 @@ class Fixed:
 
 
 @dataclass(frozen=True)
+class CostForecast:
+    """A cost beside bytes.
+
+    Args:
+        name: such as ``latency``.
+        unit: such as ``ms``.
+        meter: name of the meter.
+        least, most: of all plans, whatever their size.
+        limit: of the user; None if there is none.
+        notes: what the meter counted, and how.
+    """
+
+    name: str
+    unit: str
+    meter: str
+    least: float
+    most: float
+    limit: float | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class SearchForecast:
     """The forecast of a search: one estimator on one backend, and the plans that are made from its estimate.
 
@@ -104,6 +127,7 @@ class SearchForecast:
         streamed: whether weights of blocks stay on disk until the block works, as they do not fit into memory.
         memory: resident bytes by stage, and in each stage by content.
         disk: ``cache_bytes``, ``run_bytes`` and ``export_bytes``.
+        costs: what meters give to plans beside bytes.
     """
 
     backend: str
@@ -122,6 +146,7 @@ class SearchForecast:
     streamed: bool
     memory: Mapping[str, Bytes]
     disk: Bytes
+    costs: tuple[CostForecast, ...] = ()
 
     @property
     def peak(self) -> tuple[str, int]:
@@ -227,9 +252,11 @@ def forecast_sweep(sweep: Sweep, plugins: Plugins | None = None, trust: Trust = 
     searches: list[SearchForecast] = []
     backends: set[str] = set()
     layout = None
+    meterings: dict[str, tuple[Metering, ...]] = {}
     for (backend, _), group in groupby(sweep.configs(plugins), key=lambda config: (config.backend, config.estimator)):
         configs = list(group)
-        layout = lay_out(configs[0], plugins, trust, source=source)
+        layout = lay_out(configs[0], plugins, trust, source=source, meterings=meterings.get(backend))
+        meterings[backend] = layout.meterings
         searches.append(_search([layout.planned(config, plugins) for config in configs], backend not in backends,
                                 tries=sweep.steps + 2 if sweep.target else 0))
         backends.add(backend)
@@ -287,7 +314,10 @@ def _search(layouts: Sequence[Layout], first: bool = True, exports: int = 0, tri
         tuple(Size.of(budget, nbytes, layout) for budget, nbytes in budgets.items()),
         Size.of("smallest", space.low_bytes, layout), Size.of("largest", space.high_bytes, layout),
         None if work is None else float(work.losses.sum()), forwards, plan.streamed,
-        memory(layout, work, plan), takes)
+        memory(layout, work, plan), takes,
+        tuple(CostForecast(cost.name, cost.unit, cost.meter, cost.fixed + float(cost.values.min(axis=1).sum()),
+                           cost.fixed + float(cost.values.max(axis=1).sum()), cost.limit if cost.is_limited else None,
+                           metering.notes) for cost, metering in zip(layout.costs, layout.meterings, strict=True)))
 
 
 def _pins(layout: Layout) -> list[Fixed]:

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from impq_core.budget import parse_bytes
 from impq_core.config import RunConfig
-from impq_core.errors import UsageError
+from impq_core.costs import Cost, Metering, limited
+from impq_core.errors import ImpqError, UsageError
 from impq_core.interfaces import Backend
 from impq_core.model.device import resolve_device, resolve_dtype
 from impq_core.model.ends import chosen_ends
@@ -34,6 +35,7 @@ from impq_core.model.text import check_texts
 from impq_core.parts import Parts
 from impq_core.plugins import Plugins
 from impq_core.references import Mix, mixes_of
+from impq_core.runs.metering import costs_of, forms_of, read_meters
 from impq_core.runs.whole import WholeFile, whole_file
 from impq_core.space import Choice, LayerSpec, LinearSpec, SearchSpace
 from impq_core.trust import NO_TRUST, Trust
@@ -62,6 +64,8 @@ class Layout:
         libraries: import names of the backends' libraries.
         coverage: share of the weights in the model's blocks that the layers hold.
         shapes: shapes of the model.
+        meterings: what the meters found.
+        costs: of the plans, with their limits.
     """
 
     config: RunConfig
@@ -79,6 +83,8 @@ class Layout:
     libraries: tuple[str, ...]
     coverage: float
     shapes: Shapes
+    meterings: tuple[Metering, ...]
+    costs: tuple[Cost, ...]
 
     @property
     def device(self) -> torch.device:
@@ -151,7 +157,9 @@ class Layout:
         resolved = replace(self.config, surrogate=config.surrogate, allocator=config.allocator, budget=str(budget),
                            options=parts.options())
         account = self.whole.account if self.whole else None
-        return replace(self, config=resolved, parts=parts, budget_bytes=budget.resolve(self.space, account))
+        budget_bytes = budget.resolve(self.space, account)
+        return replace(self, config=resolved, parts=parts, budget_bytes=budget_bytes,
+                       costs=costs_of(self.meterings, self.space, config.limits, budget_bytes, str(budget)))
 
 
 def _menus(space: SearchSpace, between: Sequence[tuple[Choice, int]] = ()) -> list[list[Choice]]:
@@ -161,7 +169,7 @@ def _menus(space: SearchSpace, between: Sequence[tuple[Choice, int]] = ()) -> li
 
 
 def lay_out(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibrate: bool = True,
-            source: ModelSource | None = None) -> Layout:
+            source: ModelSource | None = None, meterings: Sequence[Metering] | None = None) -> Layout:
     """Resolve and check a configuration as far as that goes without weights and tokenizer: names, options, files,
     sizes, budget. Writes nothing.
 
@@ -171,6 +179,7 @@ def lay_out(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
         trust: the permissions of the command line.
         calibrate: whether to check the file of the calibration text, if a part reads it.
         source: the model, if it was located before.
+        meterings: what the meters of the same model and backend found before; by default they are read now.
 
     Raises:
         ImpqError: a value is wrong, or a file is missing or damaged.
@@ -242,17 +251,33 @@ def lay_out(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
                          f"{config.budget}: leave out --budget, or give a smaller plan")
     if plan and not parts.budget:  # the plan's size is the budget
         budget, budget_bytes = f"{plan.nbytes + (whole.account.fixed if whole else 0)}B", plan.nbytes
+    mixes = mixes_of(parts.backend, space)
+    if meterings is None:
+        forms = forms_of(skeleton, space, parts.backend, item, [choice for choice, _ in between],
+                         mixes) if parts.meters else ()
+        meterings = read_meters(parts.meters, skeleton, space, forms, str(dtype).removeprefix("torch."),
+                                lambda done, total: plugins.notify("impq_progress", stage="meter", done=done,
+                                                                   total=total))
+    if [metering.meter for metering in meterings] != list(parts.meters):
+        raise ImpqError("the readings of the run's meters are not those of its configuration: start a new run")
+    costs = costs_of(meterings, space, config.limits, budget_bytes if parts.budget or not plan else space.high_bytes,
+                     budget)
+    if plan:
+        for cost in limited(costs):
+            if not cost.keeps(plan.pick[None])[0]:
+                raise UsageError(f"plan {config.plan} exceeds a limit: {cost.describe(plan.pick)}")
+        plan = replace(plan, costs=costs)
     resolved = replace(
-        config, model=_absolute(config.model), plan=_absolute(config.plan),
+        config, meters=tuple(parts.meters), model=_absolute(config.model), plan=_absolute(config.plan),
         calibration=config.calibration.with_sources(_absolute), evaluation=config.evaluation.with_sources(_absolute),
         bits=tuple(choice.name for choice in menu), budget=budget, device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         options=parts.options(), granularity=parts.granularity)
-    return Layout(resolved, parts, source, space, game_space, tuple(between), mixes_of(parts.backend, space),
+    return Layout(resolved, parts, source, space, game_space, tuple(between), mixes,
                   budget_bytes, item, item * rest_parameters(skeleton, layers), whole, plan,
                   tuple(sorted({library for name in {config.backend, config.estimate_with} - {""}
                                 for library in plugins.find("backend", name).needs})), covered.share,
-                  Shapes.of(skeleton, layers))
+                  Shapes.of(skeleton, layers), tuple(meterings), costs)
 
 
 def _granularity_of(plan: Path, skeleton: PreTrainedModel, default: str) -> str:

@@ -19,6 +19,7 @@ from impq_core.ledger import MeasurementLog
 from impq_core.plugins import Plugins
 from impq_core.results import Evaluation, RunResult
 from impq_core.runs.folder import RunFolder, recorded
+from impq_core.runs.metering import to_data
 from impq_core.runs.prepare import Prepared, prepare
 from impq_core.runs.session import Session
 from impq_core.trust import NO_TRUST, Trust
@@ -73,7 +74,8 @@ def resume(path: str | Path, plugins: Plugins | None = None, trust: Trust = NO_T
     """
     plugins = plugins or Plugins()
     folder = RunFolder.open(path, "provenance.json")
-    prepared = prepare(override(folder.read_config(), memory=memory or None), plugins, trust)
+    prepared = prepare(override(folder.read_config(), memory=memory or None), plugins, trust,
+                       meterings=folder.read_meterings())
     prepared.key.require(folder.read_json(folder.provenance), str(path))
     with folder.locked():
         _start(prepared, plugins, folder)
@@ -105,7 +107,9 @@ def play(config: RunConfig, plugins: Plugins | None = None, trust: Trust = NO_TR
 def make_folder(prepared: Prepared, parent: Path | None = None, name: str = "") -> RunFolder:
     """A new folder with the files that a run is resumed from."""
     file = {"file": asdict(prepared.whole.account)} if prepared.whole else {}
+    costs = {"costs.json": json.dumps(to_data(prepared.meterings), indent=1) + "\n"} if prepared.meterings else {}
     return RunFolder.create(parent or Path(prepared.config.output), {
+        **costs,
         "impq.toml": recorded(prepared.config).to_toml(),
         "provenance.json": json.dumps(prepared.key.to_dict(), indent=1) + "\n",
         "space.json": json.dumps({**prepared.space.to_dict(), **file}, indent=1) + "\n"}, name)
@@ -190,7 +194,7 @@ def _search(session: Session, folder: RunFolder, only_estimate: bool) -> Search:
         if plan is None:
             with session.clock.stage("estimate"):
                 rng = np.random.default_rng(prepared.config.seed)
-                estimate, measurements = prepared.parts.estimate(game, probe, rng)
+                estimate, measurements = prepared.parts.estimate(game, probe, rng, prepared.costs)
                 keep_estimate(plugins, folder, estimate, measurements)
             if only_estimate:
                 return Search(None, estimate, measurements, None)
@@ -215,7 +219,7 @@ def keep_estimate(plugins: Plugins, folder: RunFolder, estimate: SensitivityEsti
 
 def allocate(prepared: Prepared, estimate: SensitivityEstimate) -> Plan:
     """The plan of a run's allocator, with its provenance."""
-    plan = prepared.parts.allocator.allocate(estimate.on(prepared.space), prepared.budget_bytes)
+    plan = prepared.parts.plan(estimate.on(prepared.space), prepared.budget_bytes, prepared.costs)
     return replace(plan, is_loss=estimate.is_loss, provenance={**prepared.key.to_dict(), "estimate": estimate.method},
                    file_bytes=prepared.promise(plan))
 

@@ -8,7 +8,8 @@ from functools import cached_property
 
 import numpy as np
 
-from impq_core.config import RunConfig
+from impq_core.config import METER, RunConfig
+from impq_core.costs import Metering
 from impq_core.errors import ImpqError
 from impq_core.interfaces import Backend
 from impq_core.keys import (
@@ -27,7 +28,7 @@ from impq_core.keys import (
 from impq_core.model.device import hardware
 from impq_core.model.source import ModelSource
 from impq_core.model.text import Windows, draw_each, draw_windows, refuse_overlap
-from impq_core.parts import slots_of
+from impq_core.parts import name_in, slots_of
 from impq_core.plugins import Plugins
 from impq_core.runs.layout import Layout, lay_out
 from impq_core.runs.work import in_sequence
@@ -118,12 +119,14 @@ class Prepared(Layout):
             ImpqError: a file that an option names cannot be read.
         """
         parts = self.parts
-        slots = {slot: getattr(parts, slot) for slot in slots_of(self.config)}
+        slots = {slot: parts.meters[slot.removeprefix(METER)] if slot.startswith(METER) else getattr(parts, slot)
+                 for slot in slots_of(self.config)}
         return RunKey(self.losses_key(self.game_space, self.game_windows), self.deployed_key,
                       self._held_out_key, self.space.fingerprint, self.budget_bytes,
-                      {slot: part_facts(getattr(self.config, slot), part) for slot, part in slots.items()},
+                      {slot: part_facts(name_in(self.config, slot), part) for slot, part in slots.items()},
                       code_digest(*slots.values()), self.config.seed, self.config.refine,
-                      digest_of(self.plan.pick.tolist()) if self.plan else "")
+                      digest_of(self.plan.pick.tolist()) if self.plan else "", dict(self.config.limits),
+                      digest_of([metering.to_dict() for metering in self.meterings]) if self.meterings else "")
 
     @property
     def spare(self) -> Windows | None:
@@ -148,7 +151,7 @@ def _text_key(windows: Windows | None) -> TextKey | None:
 
 
 def prepare(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibrate: bool = True,
-            source: ModelSource | None = None) -> Prepared:
+            source: ModelSource | None = None, meterings: Sequence[Metering] | None = None) -> Prepared:
     """Resolve and check a configuration: names, options, files, sizes, budget, texts, weights. Writes nothing.
 
     Args:
@@ -157,11 +160,12 @@ def prepare(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
         trust: the permissions of the command line.
         calibrate: whether to read the calibration text; not needed if nothing is measured or quantized.
         source: the model, if it was located and its weights were checked before.
+        meterings: what the meters of the same model and backend found before; by default they are read now.
 
     Raises:
         ImpqError: a value is wrong, or a file is missing or damaged.
     """
-    layout = lay_out(config, plugins, trust, calibrate, source)
+    layout = lay_out(config, plugins, trust, calibrate, source, meterings)
     tokenizer = layout.source.tokenizer()
     held_out = draw_each(config.evaluation, "evaluation", tokenizer, layout.shapes.vocabulary)
     calibration = None

@@ -206,7 +206,7 @@ class Session:
         """Score a plan and its references; without ``same_size``, only those that plans of any size share."""
         prepared = self.prepared
         return evaluate_plan(evaluator, plan, prepared.between, prepared.mixes, prepared.config.seed,
-                             self.report("evaluate"), same_size)
+                             self.report("evaluate"), same_size, prepared.meterings)
 
     def with_prepared(self, prepared: Prepared) -> Session:
         """A session with the same model and bank for another estimator or budget of the same space."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from impq_core.costs import Metering
 from impq_core.curve import Answer
 from impq_core.errors import ImpqError
 from impq_core.interfaces import Game
@@ -47,7 +48,7 @@ def run_sweep(sweep: Sweep, plugins: Plugins | None = None, path: Path | None = 
         ImpqError: an error that the user can correct.
     """
     plugins = plugins or Plugins()
-    children = _prepare_all(sweep, plugins, trust)
+    children = _prepare_all(sweep, plugins, trust, path)
     folder = RunFolder.open(path, SWEEP) if path else _make(sweep)
     target = Target.parse(sweep.target) if sweep.target else None
     key = SweepKey((*(child.name for child in children), *([f"{target}, {sweep.steps} steps"] if target else [])))
@@ -86,15 +87,20 @@ def _make(sweep: Sweep) -> RunFolder:
                                                       SWEEP: json.dumps(facts, indent=1) + "\n"})
 
 
-def _prepare_all(sweep: Sweep, plugins: Plugins, trust: Trust) -> list[Child]:
+def _prepare_all(sweep: Sweep, plugins: Plugins, trust: Trust, path: Path | None) -> list[Child]:
     """Every run, checked without weights. Texts are drawn once for each estimator and backend; the weights of the model
-    are checked once."""
+    are checked once, and meters are read once for each backend: all runs of a sweep have the same layers."""
     children: list[Child] = []
     source: ModelSource | None = None
+    meterings: dict[str, tuple[Metering, ...] | None] = {}
     for _, group in groupby(sweep.configs(plugins), key=lambda config: (config.backend, config.estimator)):
         configs = list(group)
-        prepared = prepare(configs[0], plugins, trust, source=source)
-        source = prepared.source
+        backend = configs[0].backend
+        if path and backend not in meterings:
+            kept = next(iter(sorted((path / MEASURED).glob(f"{backend}-*/costs.json"))), None)
+            meterings[backend] = RunFolder(kept.parent).read_meterings() if kept else None
+        prepared = prepare(configs[0], plugins, trust, source=source, meterings=meterings.get(backend))
+        source, meterings[backend] = prepared.source, prepared.meterings
         for config in configs:
             children.append(Child.of(prepared.planned(config, plugins), {other.name for other in children}))
     return children
@@ -143,7 +149,7 @@ def _measured(children: list[Child], session: Session,
     else:
         folder = make_folder(median, path.parent, path.name)
     with folder.locked(), session.with_prepared(median).playing(folder) as (game, probe):
-        measured = median.parts.measure(game, probe, np.random.default_rng(median.config.seed))
+        measured = median.parts.measure(game, probe, np.random.default_rng(median.config.seed), median.costs)
         measured.save(folder.measurements if isinstance(measured, Measurements) else folder.estimate)
         yield measured, game
 

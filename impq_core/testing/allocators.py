@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from impq_core.costs import Cost, fit
 from impq_core.errors import ImpqError
 from impq_core.interfaces import Allocator
 from impq_core.space import Pinned
@@ -73,6 +74,33 @@ class AllocatorSuite(PartSuite):
         for estimate, budget in itertools.islice(self.cases(), 0, None, 5):
             picks = [self.make().allocate(estimate, budget).pick for _ in range(2)]
             assert np.array_equal(*picks), "two plans from one estimate differ"
+
+    def test_plans_keep_limits(self) -> None:
+        """Plans of an allocator that takes limits keep them, are optimal among the plans that do if the allocator is
+        exact, and have bounds below the optimum; if no plan keeps them, that is an ImpqError."""
+        if not self.part.takes_limits:
+            return
+        rng = np.random.default_rng(1)
+        for estimate, budget in itertools.islice(self.cases(), 0, None, 3):
+            n, m = estimate.space.nbytes.shape
+            picks = np.array(list(itertools.product(range(m), repeat=n)))
+            limits = []
+            for number in range(2):
+                cost = Cost(f"cost{number}", "ms", "planted", rng.random((n, m)), fixed=0.1)
+                limit = float(np.quantile(cost.of_all(picks), rng.uniform(0.1, 1)))
+                limits.append(replace(cost, limit=limit))
+            fitting = picks[fit(estimate.space, picks, budget, limits)]
+            try:
+                plan = self.make().allocate(estimate, budget, limits)
+            except ImpqError:
+                assert not len(fitting), "plans within budget and limits exist, but none was found"
+                continue
+            assert fit(estimate.space, plan.pick[None], budget, limits)[0], "a plan exceeds a limit or the budget"
+            best = float(estimate.predict(fitting).min())
+            assert plan.predicted_loss is not None
+            assert plan.bound is None or plan.bound <= best + 1e-6, f"bound {plan.bound} exceeds the optimum {best}"
+            assert not self.exact or plan.predicted_loss <= best + 1e-6, (
+                f"predicted_loss is {plan.predicted_loss}, the optimum within limits {best}")
 
     def test_a_budget_below_everything_is_refused(self) -> None:
         """A budget below the smallest plan is an ImpqError."""

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from impq_core.costs import Cost
 from impq_core.interfaces import Refiner
 from impq_core.references import random_plan
 from impq_core.space import FloatArray, IntArray
@@ -89,6 +90,20 @@ class RefinerSuite(PartSuite):
             assert (plan.pick[layers] < narrowest).all(), f"a plan with a loss of {bad} was accepted"
             before, after = truth.predict(np.stack([start.pick, plan.pick])) - best
             assert after <= 0.3 * before, f"the plan is {after:.3f} above the optimum, the start {before:.3f}"
+
+    def test_limits_of_the_plan_are_kept(self) -> None:
+        """A refiner that takes limits finds a plan within those of the start."""
+        if not self.part.takes_limits:
+            return
+        truth, game, referee = self.games()
+        space = truth.space
+        budget = (space.low_bytes + space.high_bytes) // 2
+        pick = random_plan(space, budget, np.random.default_rng(0))
+        cost = Cost("cost", "ms", "planted", np.random.default_rng(2).random(space.nbytes.shape))
+        start = Plan(space, pick, budget, method="random", costs=(replace(cost, limit=1.05 * cost.of(pick)),))
+        plan = self.make().refine(start, truth, game, referee, 300, np.random.default_rng(1))
+        assert start.admits(plan.pick), "the plan exceeds the budget or the limit of the start"
+        assert truth.predict(plan.pick)[0] < truth.predict(pick)[0], "no better plan was found"
 
     def test_it_ends_where_there_is_nothing_left_to_measure(self) -> None:
         """The search ends if every plan is measured: repeated losses are free, so the limit is never reached."""

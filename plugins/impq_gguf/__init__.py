@@ -16,3 +16,11 @@ def impq_exporters() -> list[Component]:
     return [Component("gguf", "impq_gguf.exporter:GgufExporter", "a complete GGUF file, for llama.cpp",
                       needs=("xllamacpp", "gguf"), extra="gguf"),
             Component("recipe-llama.cpp", "impq_gguf.recipe:LlamaCppRecipe", "tensor types for llama-quantize")]
+
+
+@hookimpl
+def impq_meters() -> list[Component]:
+    """``llamacpp``."""
+    return [Component("llamacpp", "impq_gguf.meter:LlamaCpp",
+                      "milliseconds a token: llama.cpp's kernels, measured on this processor",
+                      needs=("xllamacpp", "gguf"), extra="gguf")]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from impq_core.costs import Cost, fit
 from impq_core.errors import ImpqError
+from impq_core.feasible import require_fitting
 from impq_core.greedy import demote, promote
 from impq_core.interfaces import Allocator
 from impq_core.space import SearchSpace
@@ -16,11 +19,14 @@ from impq_core.types import Plan, SensitivityEstimate
 
 class Greedy(Allocator):
     """Promotes from all-narrowest by the loss saved per byte, and demotes from all-widest by the loss added per byte;
-    the plan is the better of the two results. Pair terms are those with the other layers at their current choices."""
+    the plan is the better of the two results. Pair terms are those with the other layers at their current choices. With
+    limits, bytes are weighed together with the limited costs (``impq_core.greedy``)."""
 
-    def allocate(self, estimate: SensitivityEstimate, budget_bytes: int) -> Plan:
+    takes_limits = True
+
+    def allocate(self, estimate: SensitivityEstimate, budget_bytes: int, limits: Sequence[Cost] = ()) -> Plan:
         """The better plan of both directions."""
-        picks = np.stack([promote(estimate, budget_bytes), demote(estimate, budget_bytes)])
+        picks = np.stack([promote(estimate, budget_bytes, limits), demote(estimate, budget_bytes, limits)])
         losses = estimate.predict(picks)
         best = int(losses.argmin())
         return Plan(estimate.space, picks[best], budget_bytes, float(losses[best]), method="greedy")
@@ -45,6 +51,7 @@ class Exhaustive(Allocator):
     """Evaluates every plan; its bound equals the plan's predicted loss."""
 
     Options = ExhaustiveOptions
+    takes_limits = True
 
     def check_space(self, space: SearchSpace) -> None:
         """Raises ImpqError if there are more plans than ``most``."""
@@ -53,8 +60,8 @@ class Exhaustive(Allocator):
             raise ImpqError(f"allocator exhaustive: {n} layers at {m} widths make {float(m)**n:.3g} plans, more than "
                             f"most={self.options.most}; use qp")
 
-    def allocate(self, estimate: SensitivityEstimate, budget_bytes: int) -> Plan:
-        """The optimal plan; raises ImpqError if there are more plans than ``most``."""
+    def allocate(self, estimate: SensitivityEstimate, budget_bytes: int, limits: Sequence[Cost] = ()) -> Plan:
+        """The optimal plan; raises ImpqError if there are more plans than ``most``, or none fits."""
         space = estimate.space
         space.check_budget(budget_bytes)
         self.check_space(space)
@@ -63,9 +70,11 @@ class Exhaustive(Allocator):
         plans = itertools.product(range(m), repeat=n)
         while chunk := list(itertools.islice(plans, 50_000)):
             picks = np.array(chunk)
-            picks = picks[space.bytes_of_all(picks) <= budget_bytes]
+            picks = picks[fit(space, picks, budget_bytes, limits)]
             if len(picks):
                 losses = estimate.predict(picks)
                 if losses.min() < value:
                     best, value = picks[losses.argmin()], float(losses.min())
+        if limits and value == float("inf"):
+            require_fitting(space, budget_bytes, limits)
         return Plan(space, best, budget_bytes, value, value, method="exhaustive")

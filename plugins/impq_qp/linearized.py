@@ -50,7 +50,8 @@ def branch(program: Program, cuts: Sequence[Tangent], form: str, target: float, 
     model.loss = pyo.Objective(expr=sum(program.linear[key] * model.x[key] for key in keys) + products)
     model.one_choice = pyo.Constraint(range(len(program)), rule=lambda mod, i: sum(
         mod.x[i, k] for k in np.flatnonzero(program.open[i]).tolist()) <= 1)
-    model.saved = pyo.Constraint(expr=sum(program.saved[key] * model.x[key] for key in keys) >= program.needed - 1e-12)
+    model.saved = pyo.Constraint(range(len(program.needed)), rule=lambda mod, r: sum(
+        program.saved[r, *key] * mod.x[key] for key in keys) >= program.needed[r] - 1e-12)
     model.cuts = pyo.Constraint(range(len(cuts)), rule=lambda mod, c: products >= cuts[c].constant + sum(
         cuts[c].slope[key] * mod.x[key] for key in keys))
 

@@ -6,34 +6,44 @@ score of the whole pick, so no pick occurs twice and the search ends.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from impq_core.greedy import changes, demote, promote
+from impq_core.costs import Cost
+from impq_core.feasible import any_fitting, least
+from impq_core.greedy import changes, demote, promote, within
 from impq_core.space import IntArray
 from impq_core.types import SensitivityEstimate
 
 
-def search(estimate: SensitivityEstimate, budget: int, starts: int, rng: np.random.Generator) -> IntArray:
-    """The best pick (n,) of all starts within ``budget`` bytes.
+def search(estimate: SensitivityEstimate, budget: int, starts: int, rng: np.random.Generator,
+           limits: Sequence[Cost] = ()) -> IntArray:
+    """The best pick (n,) of all starts within ``budget`` bytes and within limits.
 
     Each start is improved until no change of one or two layers within the budget lowers the score. The greedy plans
-    are among the starts, so the result is never worse than either; the other starts are random.
+    are among the starts, so the result is never worse than either; with limits also the best plan by the linear terms.
+    The other starts are random.
 
     Raises:
-        ImpqError: the budget is below the smallest plan.
+        ImpqError: the budget is below the smallest plan, or no plan is within budget and limits.
     """
-    best = descend(estimate, promote(estimate, budget), budget)
+    best = descend(estimate, promote(estimate, budget, limits), budget, limits)
     value = float(estimate.score(best)[0])
-    for number in range(starts):
-        start = _random_start(estimate, budget, rng) if number else demote(estimate, budget)
-        pick = descend(estimate, start, budget)
+    fitting = any_fitting(estimate.space, budget, limits)
+    first = [demote(estimate, budget, limits)]
+    if limits and (linear := least(estimate.space, estimate.linear, budget, limits)) is not None:
+        first.append(linear)
+    for number in range(max(starts, len(first))):
+        start = first[number] if number < len(first) else _random_start(estimate, budget, rng, fitting, limits)
+        pick = descend(estimate, start, budget, limits)
         score = float(estimate.score(pick)[0])
         if score < value:
             best, value = pick, score
     return best
 
 
-def descend(estimate: SensitivityEstimate, pick: IntArray, budget: int) -> IntArray:
+def descend(estimate: SensitivityEstimate, pick: IntArray, budget: int, limits: Sequence[Cost] = ()) -> IntArray:
     """Improve a pick by its best change of one or two layers until no change lowers its score. Changes are numbered
     ``layer * m + choice``."""
     space = estimate.space
@@ -53,7 +63,10 @@ def descend(estimate: SensitivityEstimate, pick: IntArray, budget: int) -> IntAr
             double = double + (pairs - one_changed[:, :, :, None] - one_changed.transpose(2, 0, 1)[:, None]
                                + unchanged[:, None, :, None]).reshape(n * m, n * m)
         double = np.where(same_layer | (size[:, None] + size[None, :] > room), np.inf, double)
-        single = np.where(size > room, np.inf, single)
+        for cost in limits:
+            taken, left = cost.grown(pick).ravel(), cost.room(pick)
+            double[taken[:, None] + taken[None, :] > left] = np.inf
+        single = np.where((size > room) | ~np.broadcast_to(within(limits, pick), (n, m)).ravel(), np.inf, single)
         best_single, best_double = int(single.argmin()), int(double.argmin())
         best_changes = ([best_single] if single[best_single] <= double.flat[best_double]
                         else list(divmod(best_double, n * m)))
@@ -66,13 +79,16 @@ def descend(estimate: SensitivityEstimate, pick: IntArray, budget: int) -> IntAr
         pick, score = changed, changed_score
 
 
-def _random_start(estimate: SensitivityEstimate, budget: int, rng: np.random.Generator) -> IntArray:
-    """A random pick: from all-narrowest, each layer in random order takes a random choice that fits the budget."""
+def _random_start(estimate: SensitivityEstimate, budget: int, rng: np.random.Generator, fitting: IntArray,
+                  limits: Sequence[Cost]) -> IntArray:
+    """A random pick: from one that fits, such as all-narrowest, each layer in random order takes a random choice with
+    which it still fits."""
     space = estimate.space
-    pick = space.uniform(len(space.choices) - 1)
-    room = budget - space.bytes_of(pick)
+    pick = fitting.copy()
     for layer in rng.permutation(len(space)):
-        sizes = space.nbytes[layer] - space.nbytes[layer, -1]
-        pick[layer] = rng.choice(np.flatnonzero(sizes <= room))
-        room -= int(sizes[pick[layer]])
+        open_choices = space.nbytes[layer] - space.nbytes[layer, pick[layer]] <= budget - space.bytes_of(pick)
+        for cost in limits:
+            open_choices = open_choices & (cost.grown(pick)[layer] <= cost.room(pick))
+        open_choices[pick[layer]] = True
+        pick[layer] = rng.choice(np.flatnonzero(open_choices))
     return pick

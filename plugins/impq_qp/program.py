@@ -5,12 +5,13 @@ from __future__ import annotations
 import heapq
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from impq_core.costs import Cost, fits
 from impq_core.interfaces import Allocator
 from impq_core.space import FloatArray, IntArray
 from impq_core.types import Plan, SensitivityEstimate
@@ -71,38 +72,42 @@ class Options:
 
 
 class QuadraticProgram(Allocator):
-    """``min sum_i linear[i, q_i] + sum_{i<j} pairwise[i, q_i, j, q_j]`` within a budget in bytes.
+    """``min sum_i linear[i, q_i] + sum_{i<j} pairwise[i, q_i, j, q_j]`` within a budget in bytes and limits on further
+    costs, each of which is a row of the program.
 
     A multi-start local search finds a plan, which is replaced only by a better one. Convex relaxations bound the
     program from below and exclude choices that no better plan can take. HiGHS solves the rest with linearised products
     of choices (IMPQ, section on allocation; the paper has two widths and uses SCIP). If the work limit ends the proof
     early, the plan's ``bound`` is below its predicted loss. If layers interact in small parts only, such as blocks
-    (``clado -o pairs=block``), the plan is exact: every combination of a part is scored, and a knapsack takes one of
-    each.
+    (``clado -o pairs=block``) and there are no limits, the plan is exact: every combination of a part is scored, and a
+    knapsack takes one of each.
     """
 
     Options = Options
+    takes_limits = True
 
-    def allocate(self, estimate: SensitivityEstimate, budget_bytes: int) -> Plan:
-        """The best plan, with its proven bound; raises ImpqError if the budget is below the smallest plan."""
+    def allocate(self, estimate: SensitivityEstimate, budget_bytes: int, limits: Sequence[Cost] = ()) -> Plan:
+        """The best plan, with its proven bound; raises ImpqError if the budget is below the smallest plan, or no plan
+        is within budget and limits."""
         space = estimate.space
         space.check_budget(budget_bytes)
-        pick, least = solve(estimate, budget_bytes, self.options)
+        pick, least = solve(estimate, budget_bytes, self.options, limits)
         value = float(estimate.score(pick)[0])
         loss, bound = (float(estimate.losses_of(np.array(score))) for score in (value, min(least, value)))
         return Plan(space, pick, budget_bytes, loss, bound if np.isfinite(bound) else None, method="qp")
 
 
-def solve(estimate: SensitivityEstimate, budget: int, options: Options) -> tuple[IntArray, float]:
+def solve(estimate: SensitivityEstimate, budget: int, options: Options,
+          limits: Sequence[Cost] = ()) -> tuple[IntArray, float]:
     """The best pick, and a proven lower bound on the scores of all picks (-inf if none was proven)."""
-    parts_alone = parts_of(estimate) if options.linearization == "auto" else None
+    parts_alone = parts_of(estimate) if options.linearization == "auto" and not limits else None
     pick = solve_parts(estimate, budget, parts_alone) if parts_alone else None
     if pick is not None:
         return pick, float(estimate.score(pick)[0])
-    best = _Best(estimate, budget, options)
+    best = _Best(estimate, budget, options, limits)
     whole = np.ones(estimate.space.nbytes.shape, dtype=bool)
     if options.linearization != "auto":
-        pick, bound = branch(Program.of(estimate, budget, whole), (), options.linearization, best.target,
+        pick, bound = branch(Program.of(estimate, budget, whole, limits), (), options.linearization, best.target,
                              seconds=options.time_limit or options.work_limit)
         best.offer(pick)
         return best.pick, bound
@@ -162,11 +167,11 @@ class _Work:
 class _Best:
     """The best pick so far; the first one comes from the local search."""
 
-    def __init__(self, estimate: SensitivityEstimate, budget: int, options: Options) -> None:
-        self.estimate, self.budget, self.gap = estimate, budget, options.gap
+    def __init__(self, estimate: SensitivityEstimate, budget: int, options: Options, limits: Sequence[Cost]) -> None:
+        self.estimate, self.budget, self.limits, self.gap = estimate, budget, limits, options.gap
         terms = [estimate.linear] if estimate.pairwise is None else [estimate.linear, estimate.pairwise]
         self.rounding = _ROUNDING * sum(float(np.abs(term).sum()) for term in terms)
-        self.pick = search(estimate, budget, options.starts, np.random.default_rng(options.seed))
+        self.pick = search(estimate, budget, options.starts, np.random.default_rng(options.seed), limits)
         self.value = float(estimate.score(self.pick)[0])
 
     @property
@@ -175,10 +180,10 @@ class _Best:
         return self.value - max(self.gap * abs(self.value), self.rounding)
 
     def offer(self, pick: IntArray | None) -> None:
-        """Improve a pick by local search, and keep it if it is better; ignored if it is None or exceeds the budget."""
-        if pick is None or self.estimate.space.bytes_of(pick) > self.budget:
+        """Improve a pick by local search, and keep it if it is better; ignored if it is None or does not fit."""
+        if pick is None or not fits(self.estimate.space, pick, self.budget, self.limits):
             return
-        pick = descend(self.estimate, pick, self.budget)
+        pick = descend(self.estimate, pick, self.budget, self.limits)
         value = float(self.estimate.score(pick)[0])
         if value < self.value - 1e-9 * abs(self.value):
             self.pick, self.value = pick, value
@@ -233,9 +238,9 @@ def _narrow(best: _Best, allowed: _Allowed, floor: float, work: _Work) -> _Rest:
     """
     allowed, closed = allowed.copy(), np.inf
     while True:
-        program = Program.of(best.estimate, best.budget, allowed)
+        program = Program.of(best.estimate, best.budget, allowed, best.limits)
         if not len(program):
-            if program.needed > 0:
+            if (program.needed > 0).any():
                 return _Rest(allowed, None, (), np.zeros((0, 0)), np.inf, closed)
             best.offer(program.base)
             return _Rest(allowed, None, (), np.zeros((0, 0)), program.constant, min(closed, program.constant))

@@ -10,13 +10,15 @@ relaxation with ``X_ii = diag(x_i)``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from impq_core.costs import Cost
 from impq_core.space import FloatArray, IntArray
 from impq_core.types import SensitivityEstimate
 
@@ -29,6 +31,9 @@ _NEVER = 1e9
 _FREE = 1e-18
 """A price of a byte that counts as 0, in units of a program: it changes a dual bound by less than rounding."""
 
+_DEAR = 1e6
+"""Price at which what is not saved of budget and limits may be bought, in units of a program."""
+
 _SWEEPS = 10
 """Sweeps of coordinate descent in each round; the next round starts from the result."""
 
@@ -36,7 +41,8 @@ _SWEEPS = 10
 @dataclass(frozen=True, eq=False)
 class Program:
     """The program over the open choices: ``constant + unit * min (linear'x + x' pairs x / 2)`` over binary x (n, K)
-    with at most one 1 in a row and ``saved'x >= needed``. The *relaxed* program allows every x between 0 and 1.
+    with at most one 1 in a row and ``saved_r'x >= needed_r`` for the budget (r = 0) and for each limit. The *relaxed*
+    program allows every x between 0 and 1.
 
     A choice is open until it is shown that no better plan takes it. The n layers of the program are those with more
     than one open choice; K + 1 is the largest number of open choices of a layer. A row of zeros in x is the layer's
@@ -51,8 +57,8 @@ class Program:
         unit: scale of the scores, so that the numbers of the program are of the order of 1.
         linear: (n, K).
         pairs: (n, K, n, K), symmetric, 0 within a layer.
-        saved: (n, K) bytes below the widest open choice, scaled to a maximum of 1.
-        needed: bytes that must be saved, on the scale of ``saved``.
+        saved: (R, n, K) bytes, and then each limited cost, below the widest open choice, scaled to a maximum of 1.
+        needed: (R,) what must be saved of each, on the scale of ``saved``.
     """
 
     choices: IntArray
@@ -64,10 +70,11 @@ class Program:
     linear: FloatArray
     pairs: FloatArray
     saved: FloatArray
-    needed: float
+    needed: FloatArray
 
     @classmethod
-    def of(cls, estimate: SensitivityEstimate, budget: int, allowed: NDArray[np.bool_]) -> Program:
+    def of(cls, estimate: SensitivityEstimate, budget: int, allowed: NDArray[np.bool_],
+           limits: Sequence[Cost] = ()) -> Program:
         """The program over the choices ``allowed`` (layers, widths); every layer has at least one."""
         space = estimate.space
         all_layers = np.arange(len(allowed))
@@ -86,11 +93,15 @@ class Program:
             pairs = (terms[..., 1:] - terms[..., :1]) * is_open[:, :, None, None] * is_open
         linear = (costs[rows, choices[:, 1:]] - costs[rows, choices[:, :1]]) * is_open
         unit = max(float(np.abs(linear).max(initial=0)), float(np.abs(pairs).max(initial=0))) or 1.0
-        saved = (space.nbytes[rows, choices[:, :1]] - space.nbytes[rows, choices[:, 1:]]) * is_open
-        size = max(int(saved.max(initial=0)), 1)
+        saved, needed = [], []
+        for table, excess, least in ((space.nbytes, space.bytes_of(base) - budget, 1),
+                                     *((cost.values, -cost.room(base), 1e-300) for cost in limits)):
+            below = (table[rows, choices[:, :1]] - table[rows, choices[:, 1:]]) * is_open
+            size = max(float(np.abs(below).max(initial=0)), least)
+            saved.append(below / size)
+            needed.append(excess / size)
         return cls(choices, layers, base, is_open, float(estimate.score(base)[0]), unit,
-                   np.where(is_open, linear / unit, _NEVER), pairs / unit, saved / size,
-                   (space.bytes_of(base) - budget) / size)
+                   np.where(is_open, linear / unit, _NEVER), pairs / unit, np.stack(saved), np.array(needed))
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -109,13 +120,22 @@ class Program:
         """A lower bound on ``costs'x`` over the relaxed program, and (n, K+1) the increase of this bound if a layer
         takes each choice.
 
-        Both come from the Lagrange dual in the price of the budget, which is valid at any price and exact at the best.
+        Both come from the Lagrange dual in the prices of budget and limits, which is valid at any prices and exact at
+        the best.
         """
-        rows = np.arange(len(costs))
-        costs, saved = (np.pad(table, ((0, 0), (1, 0))) for table in (costs, self.saved))  # (n, K+1)
+        prices = np.array([self._price(costs)]) if len(self.needed) == 1 else self._prices(costs)
+        reduced = np.pad(costs - np.tensordot(prices, self.saved, 1), ((0, 0), (1, 0)))
+        lowest = reduced.min(axis=1)
+        rounding = 1e-14 * (len(costs) * float(prices.sum()) + np.abs(lowest).sum())
+        return float(lowest.sum() + prices @ self.needed - rounding), reduced - lowest[:, None]
+
+    def _price(self, costs: FloatArray) -> float:
+        """The best price of a byte, if the budget is the only bound, by bisection."""
+        rows, needed = np.arange(len(costs)), float(self.needed[0])
+        costs, saved = (np.pad(table, ((0, 0), (1, 0))) for table in (costs, self.saved[0]))  # (n, K+1)
 
         def saves_too_little(price: float) -> bool:
-            return bool(saved[rows, (costs - price * saved).argmin(axis=1)].sum() < self.needed - _ROUNDING)
+            return bool(saved[rows, (costs - price * saved).argmin(axis=1)].sum() < needed - _ROUNDING)
 
         price = 0.0
         if saves_too_little(0.0):
@@ -125,17 +145,46 @@ class Program:
             while price - low > max(1e-13 * price, _FREE):
                 middle = (low + price) / 2
                 low, price = (middle, price) if saves_too_little(middle) else (low, middle)
-        reduced = costs - price * saved
-        lowest = reduced.min(axis=1)
-        rounding = 1e-14 * (len(costs) * price + np.abs(lowest).sum())
-        return float(lowest.sum() + price * self.needed - rounding), reduced - lowest[:, None]
+        return price
+
+    def _prices(self, costs: FloatArray) -> FloatArray:
+        """The best prices (R,) of budget and limits: the dual of the linear program, in which what is not saved may be
+        bought at ``_DEAR``, so that there are prices if no x fits."""
+        from scipy import sparse
+        from scipy.optimize import linprog
+
+        n, at = len(costs), np.flatnonzero(self.open.ravel())
+        count = len(self.needed)
+        one_choice = sparse.csr_matrix((np.ones(len(at)), (at // self.open.shape[1], np.arange(len(at)))),
+                                       shape=(n, len(at)))
+        savings = -self.saved.reshape(count, -1)[:, at]
+        found = linprog(np.concatenate([costs.ravel()[at], np.full(count, _DEAR)]), method="highs",
+                        A_ub=sparse.bmat([[one_choice, None], [sparse.csr_matrix(savings), -sparse.eye(count)]]),
+                        b_ub=np.concatenate([np.ones(n), -self.needed]))
+        if found.status != 0:  # any prices are valid
+            return np.zeros(count)
+        prices: FloatArray = np.maximum(-found.ineqlin.marginals[n:], 0.0)
+        return prices
+
+    @cached_property
+    def _row(self) -> tuple[FloatArray, float]:
+        """One row ``(n, K), needed`` that budget and limits imply: their sum, weighted by the prices of the program
+        without pair terms."""
+        if len(self.needed) == 1:
+            return self.saved[0], float(self.needed[0])
+        prices = self._prices(np.where(self.open, self.linear, _NEVER))
+        weights = prices / prices.max() if prices.max() > 0 else np.ones(len(prices))
+        return np.tensordot(weights, self.saved, 1), float(weights @ self.needed)
 
     def nearest(self, point: FloatArray) -> FloatArray:
-        """The projection of a point (n, K) onto the relaxed program."""
+        """The projection of a point (n, K) onto the relaxed program; with limits, onto the x that satisfy the one row
+        that budget and limits imply: a superset, of which every tangent is a bound as well."""
         from scipy.optimize import brentq
 
+        saved, needed = self._row
+
         def missing(price: float) -> float:
-            return self.needed - float((self.saved * _capped(point + price * self.saved)).sum())
+            return needed - float((saved * _capped(point + price * saved)).sum())
 
         if missing(0.0) <= 0:
             return _capped(point)
@@ -143,7 +192,7 @@ class Program:
         while missing(high) > 0 and high < _NEVER:
             high *= 2
         price = brentq(missing, 0.0, high, xtol=1e-12) if missing(high) <= 0 else high
-        return _capped(point + price * self.saved)
+        return _capped(point + price * saved)
 
 
 @dataclass(frozen=True, eq=False)

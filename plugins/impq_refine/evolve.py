@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from impq_core.interfaces import Game, Refiner
-from impq_core.space import IntArray, SearchSpace
+from impq_core.space import IntArray
 from impq_core.types import Plan, SensitivityEstimate
 from impq_refine.judge import Incumbent
 
@@ -40,6 +40,7 @@ class Evolve(Refiner):
     """
 
     Options = Options
+    takes_limits = True
 
     def refine(self, plan: Plan, estimate: SensitivityEstimate | None, game: Game, referee: Game, forwards: float,
                rng: np.random.Generator) -> Plan:
@@ -50,7 +51,7 @@ class Evolve(Refiner):
             idle = 0
             while len(mutants) < self.options.offspring and idle < PATIENCE and incumbent.may_go_on:
                 swaps = int(rng.integers(1, self.options.swaps + 1))
-                pick = mutant(plan.space, incumbent.pick, plan.budget_bytes, swaps, rng)
+                pick = mutant(plan, incumbent.pick, swaps, rng)
                 if pick.tobytes() in incumbent.measured:
                     idle += 1
                     continue
@@ -65,10 +66,11 @@ class Evolve(Refiner):
                        method=f"{plan.method} + evolve({incumbent.taken} taken)")
 
 
-def mutant(space: SearchSpace, pick: IntArray, budget: int, swaps: int, rng: np.random.Generator) -> IntArray:
+def mutant(plan: Plan, pick: IntArray, swaps: int, rng: np.random.Generator) -> IntArray:
     """A pick after up to ``swaps`` exchanges: a random layer takes the next narrower width, then other layers in random
-    order take the next wider width if the pick still fits the budget."""
-    last = len(space.choices) - 1
+    order take the next wider width if the pick still fits budget and limits. An exchange that does not fit at all, as a
+    narrower width may cost more of what is limited, is left out."""
+    last = len(plan.space.choices) - 1
     pick = pick.copy()
     for _ in range(swaps):
         candidates = np.flatnonzero(pick < last)
@@ -76,10 +78,13 @@ def mutant(space: SearchSpace, pick: IntArray, budget: int, swaps: int, rng: np.
             break
         demoted = int(rng.choice(candidates))
         pick[demoted] += 1
+        if not plan.admits(pick):
+            pick[demoted] -= 1
+            continue
         for layer in rng.permutation(len(pick)):
             if layer == demoted or pick[layer] == 0:
                 continue
             pick[layer] -= 1
-            if space.bytes_of(pick) > budget:
+            if not plan.admits(pick):
                 pick[layer] += 1
     return pick

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from impq_core.costs import Cost, limited
+from impq_core.greedy import within
 from impq_core.interfaces import Game, Refiner
 from impq_core.space import FloatArray, IntArray, SearchSpace
 from impq_core.types import Plan, SensitivityEstimate
@@ -49,6 +52,7 @@ class Swaps(Refiner):
     """
 
     Options = Options
+    takes_limits = True
 
     def refine(self, plan: Plan, estimate: SensitivityEstimate | None, game: Game, referee: Game, forwards: float,
                rng: np.random.Generator) -> Plan:
@@ -59,7 +63,7 @@ class Swaps(Refiner):
         idle = 0
         while incumbent.may_go_on and idle < PATIENCE:
             pick = improve(space, belief.draw(rng), incumbent.pick, plan.budget_bytes,
-                           int(rng.integers(2, self.options.moves + 1)))
+                           int(rng.integers(2, self.options.moves + 1)), limited(plan.costs))
             if pick.tobytes() in incumbent.measured:
                 idle += 1
                 continue
@@ -144,9 +148,10 @@ class Belief:
         return result
 
 
-def improve(space: SearchSpace, costs: FloatArray, pick: IntArray, budget: int, moves: int) -> IntArray:
-    """Change at most ``moves`` layers of a pick within a budget, each time by the single or double change that lowers
-    the cost the most. Changes are numbered ``layer * m + choice``."""
+def improve(space: SearchSpace, costs: FloatArray, pick: IntArray, budget: int, moves: int,
+            limits: Sequence[Cost] = ()) -> IntArray:
+    """Change at most ``moves`` layers of a pick within a budget and limits, each time by the single or double change
+    that lowers the cost the most. Changes are numbered ``layer * m + choice``."""
     n, m = space.nbytes.shape
     rows = np.arange(n)
     start, pick = pick, pick.copy()
@@ -155,9 +160,19 @@ def improve(space: SearchSpace, costs: FloatArray, pick: IntArray, budget: int, 
         size = (space.nbytes - space.nbytes[rows, pick][:, None]).ravel()
         added = np.where(np.repeat((pick != start), m), np.inf, added)  # a layer changes once
         room = budget - space.bytes_of(pick)
-        single = int(np.where(size > room, np.inf, added).argmin())
-        best, changes = (added[single] if size[single] <= room else np.inf), [single]
-        if remaining > 1:
+        alone = np.where((size > room) | ~np.broadcast_to(within(limits, pick), (n, m)).ravel(), np.inf, added)
+        single = int(alone.argmin())
+        best, changes = alone[single], [single]
+        if remaining > 1 and limits:
+            double = added[:, None] + added[None, :]
+            double[np.repeat(rows, m)[:, None] == np.repeat(rows, m)] = np.inf
+            double[size[:, None] + size > room] = np.inf
+            for cost in limits:
+                grown = cost.grown(pick).ravel()
+                double[grown[:, None] + grown > cost.room(pick)] = np.inf
+            if double.min() < best:
+                best, changes = double.min(), list(divmod(int(double.argmin()), n * m))
+        elif remaining > 1:
             # The best partner of each change is the cheapest change that is no larger than the room it leaves.
             order = np.argsort(size, kind="stable")
             cheapest = np.minimum.accumulate(added[order])  # (n m,) over the changes up to each size
