@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -294,6 +294,11 @@ class RunResult:
     rest_bytes: int
     seconds: dict[str, float]
     digests: dict[str, str]
+
+    @property
+    def state(self) -> Literal["finished", "planned", "estimated"]:
+        """How far the run went: to the held-out scores, to a plan, or to an estimate."""
+        return "finished" if self.evaluation else "planned" if self.plan else "estimated"
 
     @property
     def model_bytes(self) -> int:

@@ -161,6 +161,12 @@ def summary(result: RunResult) -> list[str]:
     return lines
 
 
+def last_lines(result: RunResult) -> list[str]:
+    """The plan, its held-out score and the folder: all that ``--quiet`` prints of a run."""
+    scored = [score_line(result.evaluation.plan)] if result.evaluation else []
+    return [*(plan_lines(result)[:1] if result.plan else []), *scored, f"files in {result.folder}"]
+
+
 def plan_lines(result: RunResult) -> list[str]:
     """Lines about the plan's widths and bytes."""
     plan = result.plan

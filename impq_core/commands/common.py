@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from impq_core.commands.output import Answer
 from impq_core.config import RunConfig, override, read_toml
 from impq_core.errors import UsageError
 from impq_core.plugins import Plugins
@@ -46,9 +46,8 @@ tracking_option = click.option("--tracking-uri",
                                help="MLflow store; 'none' for no tracking [MLFLOW_TRACKING_URI, or sqlite:///mlflow.db].")
 
 
-def dry_run_options(command: Command) -> Command:
-    """``--dry-run`` and ``--json``."""
-    command = click.option("--json", "as_json", is_flag=True, help="With --dry-run: print JSON.")(command)
+def dry_run_option(command: Command) -> Command:
+    """``--dry-run``."""
     return click.option("--dry-run", is_flag=True,
                         help="Forecast layers, bytes, forwards, memory and disk; no weight is read, nothing is "
                              "written.")(command)
@@ -186,23 +185,17 @@ def watched(config: RunConfig, plugins: Plugins, brief: bool = False) -> RunConf
     return config
 
 
-def check_dry_run(dry_run: bool, as_json: bool) -> None:
-    """Raises UsageError if ``--json`` is given without ``--dry-run``."""
-    if as_json and not dry_run:
-        raise UsageError("--json prints a forecast: give --dry-run with it")
-
-
-def show_forecast(forecast: Forecast, as_json: bool) -> None:
-    """Print a forecast, as JSON or as lines for a reader."""
+def show_forecast(forecast: Forecast) -> Answer:
+    """Print a forecast."""
+    from impq_core.documents.planning import ForecastDocument
     from impq_core.terminal import forecast_lines
 
-    if as_json:
-        click.echo(json.dumps(forecast.to_dict(), indent=1))
-        return
-    for line in forecast_lines(forecast):
+    lines = forecast_lines(forecast)
+    for line in lines:
         click.echo(line)
     for line in forecast.warnings:
         click.echo(f"warning: {line}", err=True)
+    return Answer(ForecastDocument.of(forecast), [line for line in lines if line.startswith(("memory:", "disk:"))])
 
 
 def look_at(config: RunConfig) -> None:

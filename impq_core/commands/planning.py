@@ -6,20 +6,27 @@ import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from impq_core.commands.common import part_options, plugin_option, read_pairs, trust_option
+from impq_core.commands.output import Answer, answers
 from impq_core.errors import ImpqError, UsageError
 from impq_core.plugins import Plugins
+
+if TYPE_CHECKING:
+    from impq_core.documents.comparison import ComparisonDocument
 
 
 @click.command()
 @click.argument("run")
 @click.option("--surrogate", "names", multiple=True, help="Surrogate to fit [all installed ones].")
 @part_options
-def fit(run: str, names: tuple[str, ...], options: tuple[str, ...]) -> None:
+@answers
+def fit(run: str, names: tuple[str, ...], options: tuple[str, ...]) -> Answer:
     """Fit surrogates to the measured losses of a run (its folder), and cross-validate them."""
+    from impq_core.documents.planning import FitsDocument
     from impq_core.runs.fit import fit_run
     from impq_core.terminal import fit_table, make_console
 
@@ -28,6 +35,7 @@ def fit(run: str, names: tuple[str, ...], options: tuple[str, ...]) -> None:
         plugins.find("surrogate", name)
     fits = fit_run(run, names, read_pairs(options), plugins)
     make_console().print(fit_table(fits))
+    return Answer(FitsDocument.of(fits), [f"{fit.surrogate} in {fit.file}" for fit in fits.surrogates if fit.estimate])
 
 
 @click.command()
@@ -38,9 +46,11 @@ def fit(run: str, names: tuple[str, ...], options: tuple[str, ...]) -> None:
 @click.option("--allocator", help="Allocator: makes the plans [the run's].")
 @part_options
 @plugin_option
+@answers
 def allocate(run: str, budgets: str, surrogate: str | None, allocator: str | None, options: tuple[str, ...],
-             plugin_files: tuple[Path, ...]) -> None:
+             plugin_files: tuple[Path, ...]) -> Answer:
     """Make plans for other budgets from the estimate of a run (its folder), without the model."""
+    from impq_core.documents.planning import PlansDocument
     from impq_core.runs.allocate import allocate_run
     from impq_core.terminal import make_console, plans_table
 
@@ -49,6 +59,7 @@ def allocate(run: str, budgets: str, surrogate: str | None, allocator: str | Non
     make_console().print(plans_table(plans))
     first = plans[0].file
     click.echo(f"score one on held-out text: impq run --config {first.parent.parent / 'impq.toml'} --plan {first}")
+    return Answer(PlansDocument.of(plans), [f"{each.budget} in {each.file}" for each in plans])
 
 
 @click.command("import")
@@ -60,8 +71,9 @@ def allocate(run: str, budgets: str, surrogate: str | None, allocator: str | Non
 @click.option("--quantize-embeddings", "embeddings", is_flag=True, help="Read the widths of embedding and head, too.")
 @trust_option
 @plugin_option
+@answers
 def import_file(file: Path, model: str, backend: str, target: Path, embeddings: bool, trust: bool,
-                plugin_files: tuple[Path, ...]) -> None:
+                plugin_files: tuple[Path, ...]) -> Answer:
     """Read the widths in a file that other software made, such as a GGUF, as a plan of single linears."""
     plugins = Plugins(plugin_files)
     plugins.find("backend", backend)
@@ -69,6 +81,7 @@ def import_file(file: Path, model: str, backend: str, target: Path, embeddings: 
         raise ImpqError(f"{file}: no such file")
     if target.exists():
         raise UsageError(f"{target} exists: give another file with --to")
+    from impq_core.documents.runs import PlanDocument
     from impq_core.runs.importing import import_plan
     from impq_core.terminal import quiet_libraries
     from impq_core.trust import Trust
@@ -81,6 +94,7 @@ def import_file(file: Path, model: str, backend: str, target: Path, embeddings: 
                f"{plan.nbytes / 1e6:.2f} MB, {plan.space.bits_per_weight(plan.nbytes):.2f} stored bits a weight")
     click.echo(f"measure it: impq run --model {shlex.quote(model)} --backend {backend} --plan "
                f"{shlex.quote(str(target))}; a plan of that size: --budget {plan.nbytes}B")
+    return Answer(PlanDocument.of(plan, target), [f"plan in {target}"])
 
 
 @click.command()
@@ -88,15 +102,18 @@ def import_file(file: Path, model: str, backend: str, target: Path, embeddings: 
 @click.option("--html", type=click.Path(path_type=Path), default=Path("compare.html"), show_default=True,
               help="File of the page.")
 @click.option("--no-html", is_flag=True, help="Write no page.")
-def compare(runs: tuple[str, ...], html: Path, no_html: bool) -> None:
+@answers
+def compare(runs: tuple[str, ...], html: Path, no_html: bool) -> Answer:
     """Compare finished runs: run folders, or folders of run folders [impq-runs]."""
-    show(runs or ("impq-runs",), None if no_html else html)
+    compared = print_comparison(runs or ("impq-runs",), None if no_html else html)
+    return Answer(compared, best_lines(compared))
 
 
-def show(runs: Sequence[str | Path], html: Path | None) -> None:
+def print_comparison(runs: Sequence[str | Path], html: Path | None) -> ComparisonDocument:
     """Print tables that compare finished runs, and write the page unless ``html`` is None; raises ImpqError."""
     from impq_core.compare.read import gather
     from impq_core.compare.table import contest_table
+    from impq_core.documents.comparison import ComparisonDocument
     from impq_core.terminal import make_console
 
     contests, notes = gather(runs)
@@ -110,3 +127,11 @@ def show(runs: Sequence[str | Path], html: Path | None) -> None:
 
         write_page(contests, html)
         click.echo(f"page in {html}")
+    return ComparisonDocument.of(contests, notes, html)
+
+
+def best_lines(compared: ComparisonDocument) -> list[str]:
+    """A line for the best plan of each budget, and one for the page."""
+    best = [f"budget {run.budget}: {run.label}, {run.verdict}" for contest in compared.contests
+            for run in contest.runs if run.minus_best_nats is None]
+    return [*best, *([f"page in {compared.page}"] if compared.page else [])]

@@ -12,8 +12,7 @@ from click.core import ParameterSource
 
 from impq_core.commands.common import (
     check,
-    check_dry_run,
-    dry_run_options,
+    dry_run_option,
     look_at,
     plugin_option,
     read_config,
@@ -24,14 +23,15 @@ from impq_core.commands.common import (
     warn,
     watched,
 )
-from impq_core.commands.planning import show
+from impq_core.commands.output import Answer, answers
+from impq_core.commands.planning import best_lines, print_comparison
 from impq_core.config import RunConfig, override
 from impq_core.errors import UsageError
 from impq_core.plugins import ROLES, Plugins
 from impq_core.trust import Trust
 
 if TYPE_CHECKING:
-    from impq_core.results import Exported
+    from impq_core.results import Exported, RunResult
 
 RESUME = click.option("--resume", metavar="FOLDER", help="Continue the run in this folder with its configuration; "
                                                          "only --plugin, --export, --memory (of a run), "
@@ -42,15 +42,15 @@ RESUME = click.option("--resume", metavar="FOLDER", help="Continue the run in th
 @RESUME
 @click.option("--export", "exports", multiple=True, metavar="FORMAT",
               help="Also export the plan in this format; see 'impq plugins'.")
-@dry_run_options
+@dry_run_option
 @run_options()
+@answers
 @click.pass_context
-def run(context: click.Context, /, resume: str | None, exports: tuple[str, ...], dry_run: bool, as_json: bool,
-        trust: bool, **given: Any) -> None:
+def run(context: click.Context, /, resume: str | None, exports: tuple[str, ...], dry_run: bool, trust: bool,
+        **given: Any) -> Answer:
     """Estimate, allocate, quantize and evaluate: one tracked run."""
     from impq_core.parts import Parts, load_exporter, require_ends
 
-    check_dry_run(dry_run, as_json)
     permitted = Trust(trust)
     plugins, config = _configure(context, resume, given)
     options = Parts.build(config, plugins).options().get("backend", {})
@@ -66,8 +66,7 @@ def run(context: click.Context, /, resume: str | None, exports: tuple[str, ...],
         from impq_core.runs.forecast import forecast_run
 
         checkpoints = sum(bool(exporter.backends) for exporter in exporters)
-        show_forecast(forecast_run(config, plugins, permitted, checkpoints), as_json)
-        return
+        return show_forecast(forecast_run(config, plugins, permitted, checkpoints))
     config = watched(config, plugins)
     from impq_core.exports.export import check_formats
     from impq_core.runs import pipeline
@@ -75,16 +74,17 @@ def run(context: click.Context, /, resume: str | None, exports: tuple[str, ...],
     check_formats(config, exports, plugins, permitted)
     result = (pipeline.resume(resume, plugins, permitted, config.memory) if resume
               else pipeline.run(config, plugins, trust=permitted))
-    for name in exports:
-        _export(str(result.folder), name, result.folder / name, plugins, permitted)
+    exported = [_export(str(result.folder), name, result.folder / name, plugins, permitted) for name in exports]
     click.echo(f"files in {result.folder}")
     look_at(config)
+    return _answer(result, exported)
 
 
 @click.command()
 @run_options()
+@answers
 @click.pass_context
-def estimate(context: click.Context, /, trust: bool, **given: Any) -> None:
+def estimate(context: click.Context, /, trust: bool, **given: Any) -> Answer:
     """Only estimate; 'impq allocate' makes plans from the estimate, 'impq run --resume' finishes the run."""
     plugins, config = _configure(context, None, given)
     if config.plan or config.refine:
@@ -96,6 +96,16 @@ def estimate(context: click.Context, /, trust: bool, **given: Any) -> None:
     result = pipeline.run(config, plugins, only_estimate=True, trust=Trust(trust))
     click.echo(f"plans from it: impq allocate {result.folder} --budget 2.5bits,3bits")
     look_at(config)
+    return _answer(result, [])
+
+
+def _answer(result: RunResult, exported: list[Exported]) -> Answer:
+    """The answer of a run: its last lines are those of the plan and of its score, and the folders."""
+    from impq_core.documents.runs import RunDocument
+    from impq_core.terminal import last_lines
+
+    return Answer(RunDocument.of(result, exported),
+                  [*last_lines(result), *(f"{each.format} in {each.folder}" for each in exported)])
 
 
 def _configure(context: click.Context, resume: str | None, given: dict[str, Any]) -> tuple[Plugins, RunConfig]:
@@ -121,23 +131,22 @@ def refuse_others(context: click.Context, *allowed: str) -> None:
     """Raises UsageError if an option was given that --resume does not allow: any but those that change no result."""
     for parameter in context.command.params:
         name = parameter.name or ""
-        if (name not in ("resume", "plugin_files", "exports", "trust", *allowed)
+        if (name not in ("resume", "plugin_files", "exports", "trust", "as_json", "quiet", *allowed)
                 and context.get_parameter_source(name) is ParameterSource.COMMANDLINE):
             raise UsageError(f"--resume continues a run with its own configuration: leave out {parameter.opts[-1]}")
 
 
 @click.command()
 @RESUME
-@dry_run_options
+@dry_run_option
 @run_options(several=True)
+@answers
 @click.pass_context
-def sweep(context: click.Context, /, resume: str | None, dry_run: bool, as_json: bool, trust: bool,
-          **given: Any) -> None:
+def sweep(context: click.Context, /, resume: str | None, dry_run: bool, trust: bool, **given: Any) -> Answer:
     """Run every combination of the given estimators, surrogates, allocators, backends and budgets, with one measurement
     for each estimator and backend."""
     from impq_core.runs.grid import Sweep
 
-    check_dry_run(dry_run, as_json)
     plugins = Plugins(given.pop("plugin_files"))
     options, time_limit, bits = (given.pop(name) for name in ("options", "time_limit", "bits"))
     config_file, pins, exclude = (given.pop(name) for name in ("config_file", "pins", "exclude"))
@@ -159,14 +168,16 @@ def sweep(context: click.Context, /, resume: str | None, dry_run: bool, as_json:
         quiet_libraries()
         from impq_core.runs.forecast import forecast_sweep
 
-        show_forecast(forecast_sweep(plan, plugins, Trust(trust)), as_json)
-        return
-    from impq_core.runs.sweep import run_sweep
+        return show_forecast(forecast_sweep(plan, plugins, Trust(trust)))
+    from impq_core.documents.comparison import SweepDocument
+    from impq_core.runs.sweep import failed_runs, run_sweep
 
     base = watched(plan.base, plugins, brief=True)
     folder = run_sweep(replace(plan, base=base), plugins, Path(resume) if resume else None, Trust(trust))
-    show([folder], folder / "compare.html")
+    compared = print_comparison([folder], folder / "compare.html")
     look_at(base)
+    return Answer(SweepDocument(str(folder), failed_runs(folder), compared),
+                  [*best_lines(compared), f"files in {folder}"])
 
 
 @click.command()
@@ -177,8 +188,9 @@ def sweep(context: click.Context, /, resume: str | None, dry_run: bool, as_json:
 @click.option("--memory", help="Memory that this may take where blocks compute, such as 8GB [the run's].")
 @trust_option
 @plugin_option
+@answers
 def export(run: str, format: str, target: Path | None, device: str | None, memory: str | None, trust: bool,
-           plugin_files: tuple[Path, ...]) -> None:
+           plugin_files: tuple[Path, ...]) -> Answer:
     """Write the plan of a run (its folder) as a checkpoint or a recipe; 'impq plugins' lists the formats."""
     plugins = Plugins(plugin_files)
     plugins.find("exporter", format)
@@ -192,11 +204,11 @@ def export(run: str, format: str, target: Path | None, device: str | None, memor
     check_target(target)
     plugins.watch(ExportTracker())
     plugins.watch(ConsoleReporter(make_console()))
-    _export(run, format, target, plugins, Trust(trust), device, memory)
+    return _exported(_export(run, format, target, plugins, Trust(trust), device, memory))
 
 
 def _export(run: str, format: str, target: Path, plugins: Plugins, trust: Trust, device: str | None = None,
-            memory: str | None = None) -> None:
+            memory: str | None = None) -> Exported:
     from impq_core.exports.export import export_run
     from impq_core.terminal import score_line
 
@@ -205,6 +217,16 @@ def _export(run: str, format: str, target: Path, plugins: Plugins, trust: Trust,
         click.echo(f"quantized block by block, each behind the quantized ones: {score_line(exported.score)}")
         click.echo(_on(exported))
     click.echo(f"{format} in {exported.folder}")
+    return exported
+
+
+def _exported(exported: Exported) -> Answer:
+    """The answer of a command about an exported folder."""
+    from impq_core.documents.runs import CheckpointDocument
+    from impq_core.terminal import score_line
+
+    scored = [score_line(exported.score)] if exported.score else []
+    return Answer(CheckpointDocument.of(exported), [*scored, f"{exported.format} in {exported.folder}"])
 
 
 def _on(exported: Exported) -> str:
@@ -222,7 +244,8 @@ def _on(exported: Exported) -> str:
                                            "free].")
 @trust_option
 @plugin_option
-def evaluate(path: str, device: str, memory: str, trust: bool, plugin_files: tuple[Path, ...], **text: Any) -> None:
+@answers
+def evaluate(path: str, device: str, memory: str, trust: bool, plugin_files: tuple[Path, ...], **text: Any) -> Answer:
     """Load a checkpoint of 'impq export', and measure its loss on held-out text."""
     from impq_core.exports.manifest import read_manifest
 
@@ -236,6 +259,7 @@ def evaluate(path: str, device: str, memory: str, trust: bool, plugin_files: tup
     assert exported.score is not None
     click.echo(score_line(exported.score))
     click.echo(f"{_on(exported)}, format {exported.format}")
+    return _exported(exported)
 
 
 @click.command()
@@ -250,8 +274,9 @@ def evaluate(path: str, device: str, memory: str, trust: bool, plugin_files: tup
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
               help="Type of the stored weights [auto: the model's].")
 @trust_option
+@answers
 def rotate(model: str, target: Path, block: int, order: str, residual: bool, values: bool, dtype: str,
-           trust: bool) -> None:
+           trust: bool) -> Answer:
     """Write a model that computes what MODEL computes, with weights rotated, which may lose less when quantized."""
     from impq_core.exports.manifest import check_target
     from impq_core.model.source import locate_model
@@ -278,3 +303,8 @@ def rotate(model: str, target: Path, block: int, order: str, residual: bool, val
         click.echo(f"the head was tied, and now has {written.untied_bytes / 1e6:.2f} MB of its own")
     click.echo(f"{written.file_bytes / 1e6:.2f} MB in {written.folder}; quantize it: impq run --model "
                f"{shlex.quote(str(written.folder))}")
+    from impq_core.documents.installation import RotatedDocument
+
+    document = RotatedDocument(str(written.folder), written.dtype, done.block, done.attentions, written.difference,
+                               written.rounding, written.untied_bytes, written.file_bytes)
+    return Answer(document, [f"{written.file_bytes / 1e6:.2f} MB in {written.folder}"])

@@ -72,6 +72,12 @@ def run_sweep(sweep: Sweep, plugins: Plugins | None = None, path: Path | None = 
     return folder.path
 
 
+def failed_runs(folder: Path) -> dict[str, str]:
+    """The error of each run of a sweep that no plan could be made for, by the run's name."""
+    runs = [RunFolder(path) for path in sorted((folder / CHILDREN).glob("*/"))]
+    return {run.path.name: run.error.read_text().strip() for run in runs if run.error.is_file()}
+
+
 def _make(sweep: Sweep) -> RunFolder:
     facts = {"varied": {name: list(values) for name, values in sweep.varied.items()}, "pairs": dict(sweep.pairs)}
     return RunFolder.create(Path(sweep.base.output), {"impq.toml": recorded(sweep.base).to_toml(),
