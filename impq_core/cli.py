@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import click
 
 from impq_core.commands import maintenance, planning, running
+from impq_core.commands.completion import complete_names
 from impq_core.commands.output import JSON
 from impq_core.documents.base import ErrorDocument, envelope
 from impq_core.errors import ImpqError, Terminated, UsageError, nearest, one_line
@@ -49,9 +50,10 @@ def cli(debug: bool) -> None:
 
 
 for _command in (running.run, running.estimate, running.sweep, running.export, running.evaluate, running.rotate,
-                 planning.fit, planning.allocate, planning.import_file, planning.compare, maintenance.plugins,
-                 maintenance.cache, maintenance.doctor, maintenance.ui):
+                 planning.fit, planning.allocate, planning.import_file, planning.compare, planning.show,
+                 maintenance.plugins, maintenance.cache, maintenance.doctor, maintenance.ui):
     cli.add_command(_command)
+complete_names(cli)
 
 
 def _warn(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -36,6 +37,9 @@ COMMANDS = {
     "allocate finished --budget 2.5bits,3bits": "plans",
     "compare finished swept": "comparison",
     "compare finished --no-html": "comparison",
+    "show finished": "run",
+    "show estimated": "run",
+    "show unfinished": "run",
     "plugins": "plugins",
     "plugins --options": "plugins",
     "plugins new mine.py": "written",
@@ -68,7 +72,10 @@ def documents(world: World) -> dict[str, Any]:
     printed = {}
     for command in COMMANDS:
         world.reset()
-        (world.here / "impq.toml").write_text('tracking_uri = "none"\n' + (world.here / "impq.toml").read_text())
+        settings = world.here / "impq.toml"
+        settings.write_text(settings.read_text().replace('tracking_uri = ""', 'tracking_uri = "none"'))
+        if "unfinished" in command:
+            leave_unfinished(world.here)
         if command.startswith("import"):
             linears = linears_of(world.here / "model")[:-2]
             write_gguf(world.here / "model.gguf", linears, {linear.name: "Q8_0" for linear in linears}, blocks=2)
@@ -76,6 +83,13 @@ def documents(world: World) -> dict[str, Any]:
         assert answer.code == 0, (command, answer.err)
         printed[command] = json.loads(answer.out)
     return printed
+
+
+def leave_unfinished(here: Path) -> None:
+    """A run that was killed while it measured."""
+    shutil.copytree(here / "estimated", here / "unfinished")
+    for name in ("estimate.npz", "measurements.npz", "cost.json"):
+        (here / "unfinished" / name).unlink()
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,4 +1,4 @@
-"""Commands that read no weights: fit, allocate, import, compare."""
+"""Commands that read no weights: fit, allocate, import, compare, show."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from impq_core.plugins import Plugins
 
 if TYPE_CHECKING:
     from impq_core.documents.comparison import ComparisonDocument
+    from impq_core.results import RunResult
+    from impq_core.runs.reading import Progress
 
 
 @click.command()
@@ -135,3 +137,47 @@ def best_lines(compared: ComparisonDocument) -> list[str]:
     best = [f"budget {run.budget}: {run.label}, {run.verdict}" for contest in compared.contests
             for run in contest.runs if run.minus_best_nats is None]
     return [*best, *([f"page in {compared.page}"] if compared.page else [])]
+
+
+@click.command()
+@click.argument("run")
+@answers
+def show(run: str) -> Answer:
+    """Print the plan, the widths and the table of a run (its folder) again, as the run ended with them."""
+    from impq_core.documents.runs import RunDocument
+    from impq_core.exports.manifest import exports_in
+    from impq_core.runs.reading import open_run, progress_of, read_run
+    from impq_core.terminal import make_console, print_result
+
+    folder, progress = open_run(run), progress_of(run)
+    if not folder.plan.is_file() and not folder.estimate.is_file():
+        line = progress_line(progress)
+        click.echo(line)
+        return Answer(RunDocument.unfinished(folder.path, folder.read_config(), folder.read_space(),
+                                             progress.error or None), [line])
+    result = read_run(run)
+    click.echo(f"run folder {result.folder}")
+    print_result(result, make_console())
+    for exported in exports_in(result.folder):
+        click.echo(f"{exported.name} in {exported}")
+    if result.state != "finished":
+        click.echo(progress_line(progress))
+    return run_answer(result, progress.error)
+
+
+def run_answer(result: RunResult, error: str = "") -> Answer:
+    """The answer of a run: its last lines are those of its plan, its score and its folder."""
+    from impq_core.documents.runs import RunDocument
+    from impq_core.terminal import last_lines
+
+    return Answer(RunDocument.of(result, error or None), last_lines(result))
+
+
+def progress_line(progress: Progress) -> str:
+    """What a run has on disk, and how to go on."""
+    done = [f"{count} {name}" for count, name in ((progress.losses, "losses"), (progress.gradients, "gradients"),
+                                                  (progress.scores, "held-out scores")) if count]
+    state = "a process works in it" if progress.working else (
+        f"it ended with {progress.error}" if progress.error else "it ended early")
+    return (f"{progress.folder.name} has not finished: {', '.join(done) or 'nothing measured'} on disk; {state}"
+            + ("" if progress.working else f"; impq run --resume {shlex.quote(str(progress.folder))} goes on"))

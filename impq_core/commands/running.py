@@ -24,14 +24,14 @@ from impq_core.commands.common import (
     watched,
 )
 from impq_core.commands.output import Answer, answers
-from impq_core.commands.planning import best_lines, print_comparison
+from impq_core.commands.planning import best_lines, print_comparison, run_answer
 from impq_core.config import RunConfig, override
 from impq_core.errors import UsageError
 from impq_core.plugins import ROLES, Plugins
 from impq_core.trust import Trust
 
 if TYPE_CHECKING:
-    from impq_core.results import Exported, RunResult
+    from impq_core.results import Exported
 
 RESUME = click.option("--resume", metavar="FOLDER", help="Continue the run in this folder with its configuration; "
                                                          "only --plugin, --export, --memory (of a run), "
@@ -74,10 +74,11 @@ def run(context: click.Context, /, resume: str | None, exports: tuple[str, ...],
     check_formats(config, exports, plugins, permitted)
     result = (pipeline.resume(resume, plugins, permitted, config.memory) if resume
               else pipeline.run(config, plugins, trust=permitted))
-    exported = [_export(str(result.folder), name, result.folder / name, plugins, permitted) for name in exports]
+    for name in exports:
+        _export(str(result.folder), name, result.folder / name, plugins, permitted)
     click.echo(f"files in {result.folder}")
     look_at(config)
-    return _answer(result, exported)
+    return run_answer(result)
 
 
 @click.command()
@@ -96,16 +97,7 @@ def estimate(context: click.Context, /, trust: bool, **given: Any) -> Answer:
     result = pipeline.run(config, plugins, only_estimate=True, trust=Trust(trust))
     click.echo(f"plans from it: impq allocate {result.folder} --budget 2.5bits,3bits")
     look_at(config)
-    return _answer(result, [])
-
-
-def _answer(result: RunResult, exported: list[Exported]) -> Answer:
-    """The answer of a run: its last lines are those of the plan and of its score, and the folders."""
-    from impq_core.documents.runs import RunDocument
-    from impq_core.terminal import last_lines
-
-    return Answer(RunDocument.of(result, exported),
-                  [*last_lines(result), *(f"{each.format} in {each.folder}" for each in exported)])
+    return run_answer(result)
 
 
 def _configure(context: click.Context, resume: str | None, given: dict[str, Any]) -> tuple[Plugins, RunConfig]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from impq_core.config import RunConfig
 from impq_core.documents.base import Document, plain
+from impq_core.exports.manifest import exports_in, read_manifest
 from impq_core.results import Evaluation, Exported, Row, RunResult, Score
 from impq_core.runs.folder import recorded
-from impq_core.space import Choice, LayerSpec
+from impq_core.space import Choice, LayerSpec, SearchSpace
 from impq_core.types import Plan, SensitivityEstimate
 
 
@@ -244,7 +245,8 @@ class CheckpointDocument(Document):
         folder: the folder.
         format: name of the format.
         size_bytes: stored bytes of the quantized weights.
-        file_bytes: bytes of the file of the model, embeddings and head included; 0 for a recipe.
+        file_bytes: bytes of the file of the model, embeddings and head included; 0 for a recipe; null if an impq
+            before 0.6 wrote it.
         text: description of the held-out text.
         score: held-out score of the model in it; null for a recipe, which holds no model.
     """
@@ -253,8 +255,8 @@ class CheckpointDocument(Document):
 
     folder: str
     format: str
-    size_bytes: int
-    file_bytes: int
+    size_bytes: int | None
+    file_bytes: int | None
     text: str
     score: ScoreDocument | None
 
@@ -263,6 +265,17 @@ class CheckpointDocument(Document):
         """The document of an exported folder."""
         return cls(str(exported.folder), exported.format, exported.nbytes, exported.file_bytes, exported.text,
                    ScoreDocument.of(exported.score) if exported.score else None)
+
+    @classmethod
+    def read(cls, folder: Path) -> CheckpointDocument:
+        """The document of an exported folder, from its manifest; raises ImpqError if there is none."""
+        manifest = read_manifest(folder)
+        score = manifest.get("score")
+        numbers = None if not score else ScoreDocument(
+            score["nll"], score["nll_stderr"], score["perplexity"], score["perplexity"] * score["nll_stderr"],
+            score["kl"], score["top1_agreement"])
+        return cls(str(folder), manifest["exporter"], manifest.get("bytes"), manifest.get("file_bytes"),
+                   str(manifest.get("text", "")), numbers)
 
 
 @dataclass(frozen=True)
@@ -287,7 +300,7 @@ class RunDocument(Document):
         forwards: cost of the search in full-model forwards; null if it has not ended.
         seconds: by stage.
         rest_bytes: bytes of what is in no layer: norms; embeddings and head unless they are layers; null if unknown.
-        exports: the folders that were exported by this command, or that lie in the run's folder.
+        exports: the exported folders in the run's folder.
     """
 
     kind = "run"
@@ -310,22 +323,29 @@ class RunDocument(Document):
     exports: list[CheckpointDocument]
 
     @classmethod
-    def of(cls, result: RunResult, exports: list[Exported]) -> RunDocument:
-        """The document of a run that ended, and of what was exported from it."""
+    def of(cls, result: RunResult, error: str | None = None) -> RunDocument:
+        """The document of a run, and of what was exported from it."""
         known = result.plan or result.estimate
         assert known is not None
         space = known.space
-        return cls(str(result.folder), result.state, None, settings_of(result), len(space), space.parameters,
+        return cls(str(result.folder), result.state, error, settings_of(result.config), len(space), space.parameters,
                    [choice.name for choice in space.choices],
                    PlanDocument.of(result.plan, result.folder / "plan.json") if result.plan else None,
                    EstimateDocument.of(result.estimate) if result.estimate else None,
                    EvaluationDocument.of(result.evaluation) if result.evaluation else None,
                    result.measured_loss, len(result.measurements) if result.measurements is not None else None,
                    result.forwards, result.seconds, result.rest_bytes,
-                   [CheckpointDocument.of(exported) for exported in exports])
+                   [CheckpointDocument.read(folder) for folder in exports_in(result.folder)])
 
 
-def settings_of(result: RunResult) -> dict[str, Any]:
-    """The configuration of a run as files hold it: without passwords."""
-    settings: Mapping[str, Any] = asdict(recorded(result.config))
-    return {name: plain(value) for name, value in settings.items()}
+    @classmethod
+    def unfinished(cls, folder: Path, config: RunConfig, space: SearchSpace, error: str | None) -> RunDocument:
+        """The document of a run that has no estimate and no plan yet."""
+        return cls(str(folder), "unfinished", error, settings_of(config), len(space), space.parameters,
+                   [choice.name for choice in space.choices], None, None, None, None, None, None, {}, None, [])
+
+
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    """A configuration as files hold it: without passwords."""
+    settings: dict[str, Any] = plain(asdict(recorded(config)))
+    return settings

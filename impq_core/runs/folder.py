@@ -18,9 +18,9 @@ from impq_core.config import RunConfig, read_toml
 from impq_core.credentials import without_secret
 from impq_core.errors import ImpqError, one_line
 from impq_core.files import scratch_folder, write_text
-from impq_core.results import Evaluation
+from impq_core.results import Evaluation, RunResult
 from impq_core.space import SearchSpace
-from impq_core.types import Measurements, SensitivityEstimate
+from impq_core.types import Measurements, Plan, SensitivityEstimate
 
 T = TypeVar("T")
 
@@ -132,7 +132,7 @@ class RunFolder:
 
     @property
     def cost(self) -> Path:
-        """Forwards and seconds spent."""
+        """Forwards and seconds spent; the plan's loss in the game, and the bytes of what is in no layer."""
         return self.path / "cost.json"
 
     @property
@@ -164,6 +164,11 @@ class RunFolder:
             raise ImpqError(f"{path} cannot be read: {error}") from error
         return data
 
+    def write_cost(self, result: RunResult) -> None:
+        """Write cost.json."""
+        self.write_json(self.cost, {"forwards": result.forwards, "seconds": result.seconds,
+                                    "measured_loss": result.measured_loss, "rest_bytes": result.rest_bytes})
+
     def write_json(self, path: Path, data: Mapping[str, Any]) -> None:
         """Write a JSON file."""
         write_text(path, json.dumps(data, indent=1) + "\n")
@@ -184,6 +189,11 @@ class RunFolder:
     def read_evaluation(self) -> Evaluation:
         """The held-out evaluation; raises ImpqError if it cannot be read."""
         return _readable(self.evaluation, lambda path: Evaluation.from_dict(self.read_json(path)))
+
+    def read_plan(self) -> Plan:
+        """The plan as the run saved it; raises ImpqError if it cannot be read."""
+        space = self.read_space()
+        return _readable(self.plan, lambda path: Plan.restore(path, space))
 
     def read_measurements(self) -> Measurements:
         """The measured losses; raises ImpqError if there are none, or if they cannot be read."""

@@ -142,7 +142,8 @@ def run_numbers(result: RunResult) -> dict[str, float]:
     if result.measured_loss is not None:
         numbers["measured_plan_loss"] = result.measured_loss
     if result.plan is not None:
-        numbers["model_bytes"] = result.model_bytes
+        if result.model_bytes is not None:
+            numbers["model_bytes"] = result.model_bytes
         if result.plan.is_loss and result.plan.predicted_loss is not None and result.measured_loss is not None:
             numbers["surrogate_error"] = result.plan.predicted_loss - result.measured_loss
     if result.evaluation is not None:
