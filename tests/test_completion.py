@@ -31,7 +31,7 @@ def completed(line: str) -> dict[str, str]:
     ("run --estimate-with hq", {"hqq"}),
     ("run --export comp", {"compressed-tensors"}),
     ("run --refiner sw", {"swaps"}),
-    ("fit finished --surrogate cov", {"covariance"}),
+    ("fit finished --surrogate covar", {"covariance"}),
     ("run --estimator spqe -o perm", {"permutations="}),
     ("run --estimator spqe -o estimator.perm", {"estimator.permutations="}),
     ("run --backend hqq -o backend.g", {"backend.group_size="}),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 import sys
 import time
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -18,16 +20,20 @@ REFRESH_SECONDS = 0.2
 """Least time between two refreshes of the bars."""
 
 
-def console(brief: bool = False) -> Plugins:
+def console(brief: bool = False, files: Iterable[str | Path] = ()) -> Plugins:
     """The installed plugins with an observer that shows progress: lines and bars in a terminal or a notebook.
 
     Call it before torch or transformers are imported: it silences what they print at their import.
 
     Args:
         brief: print one line for each finished run, as a sweep does.
+        files: Python files to load as further plugins.
+
+    Raises:
+        UsageError: a file is missing or cannot be loaded.
     """
     quiet_libraries()
-    plugins = Plugins()
+    plugins = Plugins(map(Path, files))
     plugins.watch(NotebookReporter(brief) if in_notebook() else ConsoleReporter(make_console(), brief))
     return plugins
 

@@ -6,7 +6,7 @@ import json
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +29,24 @@ SWEEP = "sweep.json"
 
 CHILDREN = "runs"
 """The folder of a sweep's runs."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The content of cost.json.
+
+    Args:
+        forwards: cost of the search in full-model forwards.
+        seconds: by stage.
+        measured_loss: the plan's loss in the game, nats per token; None if there was no game, or if a run of 0.5 or
+            before wrote the file.
+        rest_bytes: bytes of what is in no layer; None if a run of 0.5 or before wrote the file.
+    """
+
+    forwards: float
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    measured_loss: float | None = None
+    rest_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -166,8 +184,17 @@ class RunFolder:
 
     def write_cost(self, result: RunResult) -> None:
         """Write cost.json."""
-        self.write_json(self.cost, {"forwards": result.forwards, "seconds": result.seconds,
-                                    "measured_loss": result.measured_loss, "rest_bytes": result.rest_bytes})
+        self.write_json(self.cost, asdict(Cost(result.forwards, result.seconds, result.measured_loss,
+                                               result.rest_bytes)))
+
+    def read_cost(self) -> Cost:
+        """The content of cost.json; raises ImpqError if it cannot be read."""
+        def read(path: Path) -> Cost:
+            data = self.read_json(path)
+            loss, rest = data.get("measured_loss"), data.get("rest_bytes")
+            return Cost(float(data["forwards"]), {stage: float(value) for stage, value in data["seconds"].items()},
+                        None if loss is None else float(loss), None if rest is None else int(rest))
+        return _readable(self.cost, read)
 
     def write_json(self, path: Path, data: Mapping[str, Any]) -> None:
         """Write a JSON file."""

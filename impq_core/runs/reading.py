@@ -7,7 +7,7 @@ from pathlib import Path
 
 from impq_core.errors import ImpqError
 from impq_core.results import RunResult
-from impq_core.runs.folder import SWEEP, RunFolder
+from impq_core.runs.folder import SWEEP, Cost, RunFolder
 from impq_core.types import Measurements
 
 
@@ -48,11 +48,10 @@ def read_run(path: str | Path) -> RunResult:
     if plan is None and estimate is None:
         raise ImpqError(f"{path} has no estimate and no plan yet: impq run --resume {path} goes on")
     measurements: Measurements | None = run.read_measurements() if run.measurements.is_file() else None
-    cost = run.read_json(run.cost) if run.cost.is_file() else {}
-    return RunResult(run.path, run.read_config(), plan, run.read_evaluation() if run.evaluation.is_file() else None,
-                     estimate, measurements, cost.get("measured_loss"),
-                     float(cost.get("forwards", estimate.forwards if estimate else 0.0)), cost.get("rest_bytes"),
-                     dict(cost.get("seconds", {})), _digests(run))
+    evaluation = run.read_evaluation() if run.evaluation.is_file() else None
+    cost = run.read_cost() if run.cost.is_file() else Cost(estimate.forwards if estimate else 0.0)
+    return RunResult(run.path, run.read_config(), plan, evaluation, estimate, measurements, cost.measured_loss,
+                     cost.forwards, cost.rest_bytes, dict(cost.seconds), _digests(run))
 
 
 def open_run(path: str | Path) -> RunFolder:
