@@ -165,7 +165,8 @@ def summary(result: RunResult) -> list[str]:
         shown = "unknown (one replicate)" if math.isnan(error) else f"{error:.4f} on average"
         lines.append(f"estimate {result.estimate.method}: standard error {shown}, "
                      f"spread over layers {spread:.4f} nats per token")
-    lines.append("seconds: " + ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in result.seconds.items()))
+    if result.seconds:  # runs of a sweep share their stages
+        lines.append("seconds: " + ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in result.seconds.items()))
     if result.evaluation:
         how = ("plan and references quantized in sequence, as an export is" if result.evaluation.sequential
                else "every width quantized behind a prefix at the widest")

@@ -72,4 +72,6 @@ def _fields(document: Any, *without: str) -> dict[str, Any]:
 def _table(rows: Sequence[dict[str, Any]]) -> Any:
     import pandas
 
-    return pandas.DataFrame(rows)
+    table = pandas.DataFrame(rows)
+    unknown = table.columns[table.isna().all()]  # a column of None alone is no number for pandas
+    return table.astype(dict.fromkeys(unknown, float))

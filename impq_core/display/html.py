@@ -17,7 +17,7 @@ from impq_core.compare.layers import UNQUANTIZED, width_colours
 from impq_core.compare.table import HEADER, contest_lines, contest_title
 from impq_core.results import Evaluation, RunResult
 from impq_core.space import Choice
-from impq_core.terminal import evaluation_rows, plan_lines, summary
+from impq_core.terminal import evaluation_rows, summary
 from impq_core.types import Plan, SensitivityEstimate
 from impq_core.width_map import WidthMap
 
@@ -76,11 +76,10 @@ def html(result: Any) -> str:
 
 @sections.register
 def _(evaluation: Evaluation) -> Iterator[Section]:
-    header, rows = evaluation_rows(evaluation)
     how = "quantized in sequence, as an export is" if evaluation.sequential else (
         "every width quantized behind a prefix at the widest")
-    yield Section(lines=[f"{evaluation.text}, {evaluation.tokens} scored tokens; {how}"], header=header,
-                  rows=[("plan" if row[0] == "plan" else "", row) for row in rows])
+    yield Section(lines=[f"{evaluation.text}, {evaluation.tokens} scored tokens; {how}"])
+    yield _scores(evaluation)
 
 
 @sections.register
@@ -110,13 +109,12 @@ def _(estimate: SensitivityEstimate) -> Iterator[Section]:
 
 @sections.register
 def _(result: RunResult) -> Iterator[Section]:
-    shown = set(plan_lines(result)) if result.plan else set()
     yield Section(f"{result.config.model}: {result.state} run {result.folder.name}", summary(result))
     if result.plan is not None:
         yield _widths(result.plan)
     if result.evaluation is not None:
-        yield from sections(result.evaluation)
-    elif result.estimate is not None and not shown:
+        yield _scores(result.evaluation)
+    elif result.estimate is not None and result.plan is None:
         yield from sections(result.estimate)
 
 
@@ -129,6 +127,12 @@ def _(comparison: Comparison) -> Iterator[Section]:
         yield Section(contest_title(contest), header=HEADER, rows=rows)
     if comparison.notes:
         yield Section(lines=comparison.notes)
+
+
+def _scores(evaluation: Evaluation) -> Section:
+    """The held-out table."""
+    header, rows = evaluation_rows(evaluation)
+    return Section(header=header, rows=[("plan" if row[0] == "plan" else "", row) for row in rows])
 
 
 def _cost(estimate: SensitivityEstimate, layer: int, choice: int) -> str:

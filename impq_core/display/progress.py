@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import sys
 import time
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,11 @@ def console(brief: bool = False, files: Iterable[str | Path] = ()) -> Plugins:
     """
     quiet_libraries()
     plugins = Plugins(map(Path, files))
-    plugins.watch(NotebookReporter(brief) if in_notebook() else ConsoleReporter(make_console(), brief))
+    if in_notebook():
+        warnings.filterwarnings("ignore", "IProgress not found")  # of tqdm, whose bars are off
+        plugins.watch(NotebookReporter(brief))
+    else:
+        plugins.watch(ConsoleReporter(make_console(), brief))
     return plugins
 
 
