@@ -93,7 +93,8 @@ def document_kinds() -> dict[str, type[Document]]:
     """The documents that commands print, by their kind."""
     for module in pkgutil.iter_modules(impq_core.documents.__path__, "impq_core.documents."):
         importlib.import_module(module.name)
-    return {kind.kind: kind for kind in sorted(Document.__subclasses__(), key=lambda kind: kind.kind)}
+    own = [kind for kind in Document.__subclasses__() if kind.__module__.startswith("impq_core.")]  # not of plugins
+    return {kind.kind: kind for kind in sorted(own, key=lambda kind: kind.kind)}
 
 
 def json_schema() -> dict[str, Any]:
