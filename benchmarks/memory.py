@@ -159,7 +159,7 @@ def forecast_of(case: Case, scratch: Path) -> Mapping[str, int]:
     done = subprocess.run([sys.executable, "-m", "impq_core.cli", "run", "--dry-run", "--json", "--model",
                            folder_of(case, scratch), *case.options], check=True, env=environment, capture_output=True,
                           text=True)
-    [search] = json.loads(done.stdout)["searches"]
+    [search] = json.loads(done.stdout)["result"]["searches"]
     return {stage: sum(sizes.values()) for stage, sizes in search["memory"].items()}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-OUTSIDE = {"benchmarks/results": ("*.md", "*.png"), "examples": ("*.md", "*.toml", "*.py")}
+OUTSIDE = {"benchmarks/results": ("*.md", "*.png"), "examples": ("*.md", "*.toml", "*.py", "*.ipynb")}
 """Folders beside docs/ with published files, and the patterns of the files. They keep their paths."""
 
 

@@ -6,12 +6,15 @@ import signal
 import sys
 import traceback
 import warnings
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from impq_core.commands import curve, maintenance, measuring, planning, running
-from impq_core.errors import ImpqError, Terminated, nearest, one_line
+from impq_core.commands.completion import complete_names
+from impq_core.commands.output import JSON
+from impq_core.documents.base import ErrorDocument, envelope
+from impq_core.errors import ImpqError, Terminated, UsageError, nearest, one_line
 from impq_core.plugins import Plugins, responsible
 
 
@@ -48,8 +51,10 @@ def cli(debug: bool) -> None:
 
 for _command in (running.run, running.estimate, running.sweep, running.export, running.evaluate, running.rotate,
                  measuring.ask, curve.curve, planning.fit, planning.allocate, planning.import_file, planning.compare,
+                 planning.show,
                  maintenance.plugins, maintenance.cache, maintenance.doctor, maintenance.ui):
     cli.add_command(_command)
+complete_names(cli)
 
 
 def _warn(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
@@ -65,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The ``impq`` command. Exit codes: 0; 1 for an error that the user can correct; 2 for usage; 130 for Ctrl-C; 143
     for SIGTERM."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    debug = "--debug" in arguments
+    debug, as_json = "--debug" in arguments, JSON in arguments
     signal.signal(signal.SIGTERM, _terminate)
     warnings.showwarning = _warn
     try:
@@ -73,28 +78,34 @@ def main(arguments: list[str] | None = None) -> None:
         if code:  # click returns the code of an Exit that a command raised
             sys.exit(code)
     except (click.Abort, KeyboardInterrupt) as error:
-        click.echo("impq: stopped", err=True)
-        sys.exit(143 if isinstance(error.__cause__, Terminated) else 130)  # click wraps it in its Abort
+        stopped = 143 if isinstance(error.__cause__, Terminated) else 130  # click wraps it in its Abort
+        _fail(ErrorDocument("stopped", "stopped", stopped), as_json)
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         see = f" (see '{context.command_path} --help')" if context else ""
-        click.echo(f"impq: {' '.join(error.format_message().split())}{see}", err=True)
-        sys.exit(error.exit_code)
-    except ImpqError as error:
-        if debug:
-            traceback.print_exc()
-        click.echo(f"impq: {error}", err=True)
-        sys.exit(error.exit_code)
+        _fail(ErrorDocument("usage", f"{' '.join(error.format_message().split())}{see}", error.exit_code), as_json)
     except Exception as error:
         if debug:
             traceback.print_exc()
-        if isinstance(error, OSError) and error.strerror:  # the disk or its permissions
-            click.echo(f"impq: {error.filename or 'a file'} cannot be read or written: {error.strerror}; correct that "
-                       "and try again (impq run --resume RUN continues a run)", err=True)
-            sys.exit(1)
-        click.echo(f"impq: {one_line(error, 300)} (this is a bug of {responsible(error)}; --debug shows where)",
-                   err=True)
-        sys.exit(1)
+        _fail(_described(error), as_json)
+
+
+def _described(error: Exception) -> ErrorDocument:
+    if isinstance(error, ImpqError):
+        return ErrorDocument("usage" if isinstance(error, UsageError) else "error", str(error), error.exit_code)
+    if isinstance(error, OSError) and error.strerror:  # the disk or its permissions
+        return ErrorDocument("system", f"{error.filename or 'a file'} cannot be read or written: {error.strerror}; "
+                             "correct that and try again (impq run --resume RUN continues a run)", 1)
+    return ErrorDocument("bug", f"{one_line(error, 300)} (this is a bug of {responsible(error)}; --debug shows where)",
+                         1)
+
+
+def _fail(error: ErrorDocument, as_json: bool) -> NoReturn:
+    """End with a line on stderr, and with ``--json`` a document on stdout too."""
+    click.echo(f"impq: {error.message}", err=True)
+    if as_json:
+        click.echo(envelope(error))
+    sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ class Curve:
 
 
 @dataclass(frozen=True, eq=False)
-class Answer:
+class Outcome:
     """The smallest measured plan of a curve within a target.
 
     Args:
@@ -234,7 +234,7 @@ class Answer:
                 "uniform_within": uniform and uniform.name}
 
 
-def curves_data(model: str, curves: tuple[Curve, ...], answer: Answer | None, folder: Path) -> dict[str, Any]:
+def curves_data(model: str, curves: tuple[Curve, ...], answer: Outcome | None, folder: Path) -> dict[str, Any]:
     """The content of ``curve.json``: curves of one model on one text, and the answer to a target if there is one."""
     first = curves[0]
     return {"format": FORMAT, "model": model, "text": first.text, "tokens": first.tokens, "windows": first.windows,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import click
 
     from impq_core.config import RunConfig
-    from impq_core.curve import Answer, Curve
+    from impq_core.curve import Curve, Outcome
     from impq_core.paired_answers import AnswerTable
     from impq_core.results import Exported, RunResult
     from impq_core.space import FloatArray, IntArray, SearchSpace
@@ -131,7 +131,7 @@ def impq_sweep_started(config: RunConfig, folder: Path, varied: Mapping[str, Seq
 
 
 @hookspec
-def impq_curve_ready(folder: Path, curves: tuple[Curve, ...], answer: Answer | None) -> None:
+def impq_curve_ready(folder: Path, curves: tuple[Curve, ...], answer: Outcome | None) -> None:
     """The runs of a sweep over budgets have ended, and ``curve.json`` is in its folder. ``answer`` is that to the
     target, if there is one."""
 

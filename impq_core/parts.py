@@ -345,15 +345,14 @@ def require_ends(exporter: Exporter, name: str, layer: str) -> None:
                         "out --quantize-embeddings and the pins that name them, or choose another format")
 
 
-def describe_options(plugins: Plugins, role: str, name: str) -> list[str]:
-    """A line ``name=default  description`` for each option of a part; no line if the part cannot be loaded."""
+def described_options(plugins: Plugins, role: str, name: str) -> list[tuple[str, str, str]]:
+    """Name, default and description of each option of a part; none if the part cannot be loaded."""
     try:
         part = plugins.load(role, name, BASES[role])
     except ImpqError:
         return []
     described = described_fields(part.Options)
-    return [f"{field.name}={_shown(field.default)}  {described.get(field.name, '')}".rstrip()
-            for field in fields(part.Options)]
+    return [(field.name, _shown(field.default), described.get(field.name, "")) for field in fields(part.Options)]
 
 
 def _shown(value: Any) -> str:

@@ -10,11 +10,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from impq_core.config import RunConfig
+from impq_core.displayed import Displayed
 from impq_core.errors import ImpqError
 from impq_core.files import write_text
 from impq_core.space import FloatArray, IntArray
@@ -166,7 +167,7 @@ class Row(WindowLosses):
 
 
 @dataclass(frozen=True, eq=False)
-class Evaluation:
+class Evaluation(Displayed):
     """The plan and its references on one held-out text, and the same on others.
 
     Args:
@@ -336,7 +337,7 @@ def _number(entry: Mapping[str, Any], key: str) -> float:
 
 
 @dataclass(frozen=True, eq=False)
-class RunResult:
+class RunResult(Displayed):
     """Results of a run; the same are files in ``folder``. If only an estimate was asked for, there is no plan and no
     evaluation.
 
@@ -350,7 +351,8 @@ class RunResult:
         measured_loss: the plan's loss in the game it was estimated from, nats per token above the reference, to compare
             with ``plan.predicted_loss``; None if no calibration text was read.
         forwards: cost of the search in full-model forwards.
-        rest_bytes: bytes of all that is in no layer (norms; embeddings and head unless they are layers).
+        rest_bytes: bytes of all that is in no layer (norms; embeddings and head unless they are layers); None if the
+            result was read from a folder that does not say.
         seconds: by stage.
         digests: of the tokens of the texts: by ``calibration``, ``evaluation``, and ``evaluation NAME`` for further
             held-out texts.
@@ -364,15 +366,19 @@ class RunResult:
     measurements: Measurements | None
     measured_loss: float | None
     forwards: float
-    rest_bytes: int
+    rest_bytes: int | None
     seconds: dict[str, float]
     digests: dict[str, str]
 
     @property
-    def model_bytes(self) -> int:
-        """Bytes of the whole model under the plan."""
-        assert self.plan is not None
-        return self.plan.nbytes + self.rest_bytes
+    def state(self) -> Literal["finished", "planned", "estimated"]:
+        """How far the run went: to the held-out scores, to a plan, or to an estimate."""
+        return "finished" if self.evaluation else "planned" if self.plan else "estimated"
+
+    @property
+    def model_bytes(self) -> int | None:
+        """Bytes of the whole model under the plan; None if they are unknown."""
+        return None if self.plan is None or self.rest_bytes is None else self.plan.nbytes + self.rest_bytes
 
 
 @dataclass(frozen=True)

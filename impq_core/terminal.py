@@ -16,9 +16,9 @@ from rich.table import Table
 
 from impq_core.errors import ImpqError
 from impq_core.hookspecs import hookimpl
-from impq_core.plugins import Plugins
 from impq_core.space import in_bits, unit_of
 from impq_core.units import shown
+from impq_core.width_map import WidthMap
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -111,10 +111,7 @@ class ConsoleReporter:
             self._say(f"{result.folder.name}: {score_line(score)}" if score else result.folder.name)
             return
         self._stop()
-        for line in summary(result):
-            self._say(line)
-        if result.evaluation is not None:
-            self._console.print(evaluation_table(result.evaluation))
+        print_result(result, self._console)
 
     @hookimpl
     def impq_run_failed(self, error: BaseException) -> None:
@@ -130,12 +127,27 @@ class ConsoleReporter:
         self._stop()
 
     def _say(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+        _say(self._console, text)
 
     def _stop(self) -> None:
         if self._bars is not None:
             self._bars.stop()
             self._bars = None
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def print_result(result: RunResult, console: Console) -> None:
+    """Print what a run ends with, and ``impq show`` prints again: the summary, the widths and the held-out table."""
+    for line in summary(result):
+        _say(console, line)
+    if result.plan is not None:
+        for line in WidthMap.of(result.plan).lines():
+            _say(console, line)
+    if result.evaluation is not None:
+        console.print(evaluation_table(result.evaluation))
 
 
 def summary(result: RunResult) -> list[str]:
@@ -154,7 +166,8 @@ def summary(result: RunResult) -> list[str]:
         shown = "unknown (one replicate)" if math.isnan(error) else f"{error:.4f} on average"
         lines.append(f"estimate {result.estimate.method}: standard error {shown}, "
                      f"spread over layers {spread:.4f} nats per token")
-    lines.append("seconds: " + ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in result.seconds.items()))
+    if result.seconds:  # runs of a sweep share their stages
+        lines.append("seconds: " + ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in result.seconds.items()))
     if result.evaluation:
         how = ("plan and references quantized in sequence, as an export is" if result.evaluation.sequential
                else "every width quantized behind a prefix at the widest")
@@ -162,6 +175,12 @@ def summary(result: RunResult) -> list[str]:
             name = f" {text.name}" if text.name else ""
             lines.append(f"held-out text{name}: {text.text}, {text.tokens} scored tokens; {how}")
     return lines
+
+
+def last_lines(result: RunResult) -> list[str]:
+    """The plan, its held-out score and the folder: all that ``--quiet`` prints of a run."""
+    scored = [score_line(result.evaluation.plan)] if result.evaluation else []
+    return [*(plan_lines(result)[:1] if result.plan else []), *scored, f"files in {result.folder}"]
 
 
 def plan_lines(result: RunResult) -> list[str]:
@@ -173,10 +192,17 @@ def plan_lines(result: RunResult) -> list[str]:
     return [f"plan: {width_counts(plan)}{unit}{alike}; {plan.nbytes / 1e6:.2f} MB = "
             f"{plan.space.nominal_bits(plan.nbytes):.3f} bits nominal, "
             f"{plan.space.bits_per_weight(plan.nbytes):.3f} stored",
-            f"whole model: {result.model_bytes / 1e6:.2f} MB, of which {result.rest_bytes / 1e6:.2f} MB are "
+            *_whole_lines(result)]
+
+
+def _whole_lines(result: RunResult) -> list[str]:
+    if result.plan is None or result.model_bytes is None or result.rest_bytes is None:
+        return []
+    file_bytes = result.plan.file_bytes
+    return [f"whole model: {result.model_bytes / 1e6:.2f} MB, of which {result.rest_bytes / 1e6:.2f} MB are "
             "embeddings, head, norms and other parts that are no layers"
-            + (f"; its file: at most {plan.file_bytes / 1e6:.6g} MB" if plan.file_bytes else ""),
-            *(f"{cost.describe(plan.pick)} a token, by meter {cost.meter}" for cost in plan.costs)]
+            + (f"; its file: at most {file_bytes / 1e6:.6g} MB" if file_bytes else ""),
+            *(f"{cost.describe(result.plan.pick)} a token, by meter {cost.meter}" for cost in result.plan.costs)]
 
 
 def width_counts(plan: Plan) -> str:
@@ -384,20 +410,6 @@ def shelves_table(shelves: Sequence[Shelf]) -> Table:
 def make_console() -> Console:
     """Standard output, 130 columns wide if it is not a terminal."""
     return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 130)
-
-
-def console(brief: bool = False) -> Plugins:
-    """The installed plugins with a ``ConsoleReporter``, for a script that prints what the command line prints.
-
-    Call it before torch or transformers are imported: it silences what they print at their import.
-
-    Args:
-        brief: print one line for each finished run, as a sweep does.
-    """
-    quiet_libraries()
-    plugins = Plugins()
-    plugins.watch(ConsoleReporter(make_console(), brief))
-    return plugins
 
 
 def quiet_libraries() -> None:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from impq_core.costs import Cost, fits, limited
+from impq_core.displayed import Displayed
 from impq_core.errors import ImpqError, InvalidArrays, nearest
 from impq_core.files import write_npz, write_text
 from impq_core.space import Choice, FloatArray, IntArray, SearchSpace, frozen
@@ -152,7 +153,7 @@ class Measurements:
 
 
 @dataclass(frozen=True, eq=False)
-class SensitivityEstimate:
+class SensitivityEstimate(Displayed):
     """The predicted cost of every choice, alone and in pairs: the input of an allocator.
 
     ``score(q) = sum_i linear[i, q_i] + sum_{i<j} pairwise[i, q_i, j, q_j]``. The score is the predicted loss in nats
@@ -275,7 +276,7 @@ class SensitivityEstimate:
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class Plan(Displayed):
     """A width for every layer, and how sure the program is of it.
 
     Args:
@@ -396,6 +397,23 @@ class Plan:
             pick.append(matches[0])
         picked = np.array(pick, dtype=np.int64)
         return cls(space, picked, space.bytes_of(picked), method=f"plan file {Path(path).name}")
+
+    @classmethod
+    def restore(cls, path: Path, space: SearchSpace) -> Plan:
+        """Read a plan as it was saved, with its budget, prediction and provenance, which ``load`` leaves out: a file
+        that was edited has others.
+
+        Raises:
+            ImpqError: as ``load``, or a number is missing.
+        """
+        plan = cls.load(path, space)
+        try:
+            data = json.loads(Path(path).read_text())
+            return replace(plan, budget_bytes=int(data["budget_bytes"]), predicted_loss=data["predicted_loss"],
+                           bound=data["bound"], method=str(data["method"]), provenance=data["provenance"],
+                           is_loss=bool(data.get("is_loss", True)), file_bytes=data.get("file_bytes"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ImpqError(f"plan {path} is not what a run writes: {type(error).__name__}: {error}") from error
 
 
 def _described(choice: Choice) -> str:

@@ -34,6 +34,13 @@ USAGE = [
     Case("compare model", 1, "model"),
     Case("compare finished estimated --no-html", 1, "estimated"),
     Case("compare --htm page.html", 2, "--html"),
+    light("run --json --quiet", 2, "--json"),
+    light("run --jason", 2, "--json"),
+    light("show", 2, "RUN"),
+    light("show nowhere", 1, "nowhere"),
+    light("show exported", 1, "exported"),
+    light("show swept", 1, "swept/runs"),
+    light("show finished twice", 2, "twice"),
     light("ui --port http", 2, "--port"),
     Case("ui --port 99999", 2, "--port"),
 ]

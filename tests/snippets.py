@@ -110,9 +110,12 @@ class Page:
 
     def _type(self, command: str) -> None:
         words = shlex.split(command, comments=True)
+        kept = words.pop() if words[-2:-1] == [">"] else ""
         if words[0] == "impq":
-            answer = self.world.ask(shlex.join(words[1:]))
+            answer = self.world.ask(shlex.join(words[1:len(words) - bool(kept)]))
             result = answer.code, answer.out + answer.err
+            if kept:
+                Path(kept).write_text(answer.out)
         else:
             ours = {"python": [sys.executable], "pytest": [sys.executable, "-m", "pytest"]}
             done = subprocess.run([*ours.get(words[0], words[:1]), *words[1:]], capture_output=True, text=True,

@@ -19,7 +19,7 @@ from impq_core.cli import cli
 from impq_core.compare.curve import answer_lines, curve_lines
 from impq_core.compare.read import gather
 from impq_core.config import RunConfig
-from impq_core.curve import Answer, Curve, Point
+from impq_core.curve import Curve, Outcome, Point
 from impq_core.errors import ImpqError, UsageError
 from impq_core.hookspecs import hookimpl
 from impq_core.plugins import Plugins
@@ -160,16 +160,16 @@ def test_a_curve_without_a_bend_has_no_knee() -> None:
 
 def test_an_answer_says_what_is_not_certain() -> None:
     target = Target("nll", 0.2)
-    falls = Answer(target, planted([10, 20, 30, 40], [0.5, 0.25, 0.195, 0.05], noise=0.02))
+    falls = Outcome(target, planted([10, 20, 30, 40], [0.5, 0.25, 0.195, 0.05], noise=0.02))
     assert falls.within is falls.curve.points[2] and falls.outside is falls.curve.points[1]
     assert 0.05 < falls.confidence(falls.curve.points[2]) < 0.95 < falls.confidence(falls.curve.points[3])
     assert any("95% sure" in line for line in answer_lines(falls))
-    waves = Answer(target, planted([10, 20, 30, 40], [0.5, 0.15, 0.3, 0.05]))
+    waves = Outcome(target, planted([10, 20, 30, 40], [0.5, 0.15, 0.3, 0.05]))
     assert waves.within is waves.curve.points[1] and waves.larger_outside == (waves.curve.points[2],)
     assert any("do not fall with size" in line for line in answer_lines(waves))
-    never = Answer(target, planted([10, 20], [0.5, 0.3]))  # but uniform 4 is at 0.1
+    never = Outcome(target, planted([10, 20], [0.5, 0.3]))  # but uniform 4 is at 0.1
     assert never.within is None and never.uniform_within is not None and "uniform 4" in "".join(answer_lines(never))
-    always = Answer(target, planted([10, 20], [0.1, 0.05]))
+    always = Outcome(target, planted([10, 20], [0.1, 0.05]))
     assert always.within is always.curve.points[0] and always.outside is None and always.uniform_within is None
     assert json.dumps([one.to_dict(Path()) for one in (falls, waves, never, always)])
     assert curve_lines(falls.curve, falls)
@@ -248,7 +248,7 @@ def test_a_search_that_was_cut_ends_as_if_it_had_not_been(config: RunConfig) -> 
     sweep = Sweep(config, target=f"kl={(narrow * wide)**0.5:.6f}", steps=4)
     whole = run_sweep(sweep, watched(every := Watcher()))
     [curve] = read_curves(whole)
-    answer = Answer(Target.parse(sweep.target), curve)
+    answer = Outcome(Target.parse(sweep.target), curve)
     assert answer.within and answer.outside and answer.outside.nbytes < answer.within.nbytes
     assert answer.loss(answer.within).mean <= answer.target.limit < answer.loss(answer.outside).mean
     assert 3 <= len(curve.points) <= 6

@@ -292,7 +292,7 @@ def test_both_accounts_are_shown(tiny_config: RunConfig, capsys: pytest.CaptureF
     monkeypatch.chdir(tmp_path)
     (tmp_path / "impq.toml").write_text(replace(tiny_config, budget="220000B", whole=True).to_toml())
     main(["run", "--dry-run", "--json"])
-    [search] = json.loads(capsys.readouterr().out)["searches"]
+    [search] = json.loads(capsys.readouterr().out)["result"]["searches"]
     [size] = search["budgets"]
     assert size["file_bytes"] == 220_000 and size["bytes"] < 220_000
     assert search["smallest"]["file_bytes"] - search["smallest"]["bytes"] == 220_000 - size["bytes"]

@@ -12,6 +12,7 @@ import pytest
 
 from impq_core.cli import main
 from impq_core.config import RunConfig, TextConfig, read_toml
+from impq_core.display.progress import console
 from impq_core.errors import ImpqError
 from impq_core.hookspecs import hookimpl
 from impq_core.ledger import MeasurementLog
@@ -19,7 +20,6 @@ from impq_core.plugins import Plugins
 from impq_core.results import RunResult
 from impq_core.runs.fit import fit_run
 from impq_core.runs.pipeline import play, run
-from impq_core.terminal import console
 from impq_core.tracking.tracker import Tracker
 from impq_core.types import Measurements, Plan, SensitivityEstimate
 

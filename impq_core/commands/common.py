@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from impq_core.commands.output import Answer
 from impq_core.config import RunConfig, override, read_toml
 from impq_core.errors import UsageError
 from impq_core.plugins import Plugins
@@ -58,10 +58,6 @@ tracking_option = click.option("--tracking-uri",
                                help="MLflow store; 'none' for no tracking [MLFLOW_TRACKING_URI, or sqlite:///mlflow.db].")
 
 
-def _names(_context: click.Context, _option: click.Parameter, given: tuple[str, ...]) -> tuple[str, ...] | None:
-    return given or None
-
-
 def _limits(_context: click.Context, _option: click.Parameter, given: tuple[str, ...]) -> dict[str, str] | None:
     limits: dict[str, str] = {}
     for text in given:
@@ -78,9 +74,8 @@ limit_option = click.option("--limit", "limits", multiple=True, metavar="COST=AM
                             help="The most that the plan may take of a meter's cost, such as latency=9ms.")
 
 
-def dry_run_options(command: Command) -> Command:
-    """``--dry-run`` and ``--json``."""
-    command = click.option("--json", "as_json", is_flag=True, help="With --dry-run: print JSON.")(command)
+def dry_run_option(command: Command) -> Command:
+    """``--dry-run``."""
     return click.option("--dry-run", is_flag=True,
                         help="Forecast layers, bytes, forwards, memory and disk; no weight is read, nothing is "
                              "written.")(command)
@@ -110,7 +105,7 @@ def run_options(several: bool = False, budgets: bool = False) -> Callable[[Comma
                                       f"60%{many} [the middle of the menu]."),
         click.option("--whole", is_flag=True, default=None,
                      help="The budget bounds the file of an export, with embeddings, head and metadata."),
-        click.option("--meter", "meters", multiple=True, metavar="NAME", callback=_names,
+        click.option("--meter", "meters", multiple=True, metavar="NAME", callback=several_or_none,
                      help="Also show a cost of plans beside their bytes, such as the latency of llamacpp; see 'impq "
                           "plugins'."),
         limit_option,
@@ -224,32 +219,26 @@ def watched(config: RunConfig, plugins: Plugins, brief: bool = False) -> RunConf
     return config
 
 
-def check_dry_run(dry_run: bool, as_json: bool) -> None:
-    """Raises UsageError if ``--json`` is given without ``--dry-run``."""
-    if as_json and not dry_run:
-        raise UsageError("--json prints a forecast: give --dry-run with it")
-
-
 def refuse_others(context: click.Context, *allowed: str) -> None:
     """Raises UsageError if an option was given that --resume does not allow: any but those that change no result."""
     for parameter in context.command.params:
         name = parameter.name or ""
-        if (name not in ("resume", "plugin_files", "exports", "trust", *allowed)
+        if (name not in ("resume", "plugin_files", "exports", "trust", "as_json", "quiet", *allowed)
                 and context.get_parameter_source(name) is ParameterSource.COMMANDLINE):
             raise UsageError(f"--resume continues a run with its own configuration: leave out {parameter.opts[-1]}")
 
 
-def show_forecast(forecast: Forecast, as_json: bool) -> None:
-    """Print a forecast, as JSON or as lines for a reader."""
+def show_forecast(forecast: Forecast) -> Answer:
+    """Print a forecast."""
+    from impq_core.documents.planning import ForecastDocument
     from impq_core.terminal import forecast_lines
 
-    if as_json:
-        click.echo(json.dumps(forecast.to_dict(), indent=1))
-        return
-    for line in forecast_lines(forecast):
+    lines = forecast_lines(forecast)
+    for line in lines:
         click.echo(line)
     for line in forecast.warnings:
         click.echo(f"warning: {line}", err=True)
+    return Answer(ForecastDocument.of(forecast), [line for line in lines if line.startswith(("memory:", "disk:"))])
 
 
 def look_at(config: RunConfig) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,13 +22,14 @@ from impq_core.commands.common import (
     watched,
 )
 from impq_core.commands.exporting import export_plan, load_exporters
+from impq_core.commands.output import Answer, answers
 from impq_core.hookspecs import hookimpl
 from impq_core.plugins import Plugins
 from impq_core.target import MOST_STEPS, STEPS
 from impq_core.trust import Trust
 
 if TYPE_CHECKING:
-    from impq_core.curve import Answer, Curve
+    from impq_core.curve import Curve, Outcome
     from impq_core.runs.folder import RunFolder
     from impq_core.runs.grid import Sweep
 
@@ -49,54 +48,74 @@ def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--budget", "budgets", metavar="BUDGETS",
               help="Further budgets to measure, separated by commas: 2.5bits,3.25bpw,60MB.")
 @target_options
-@click.option("--json", "as_json", is_flag=True, help="Print curve.json instead of a table.")
 @click.option("--memory", default="", help="Memory that this may take where blocks compute, such as 8GB [the run's].")
 @trust_option
 @plugin_option
-def curve(run: str, budgets: str | None, target: str, steps: int, as_json: bool, memory: str, trust: bool,
-          plugin_files: tuple[Path, ...]) -> None:
+@answers
+def curve(run: str, budgets: str | None, target: str, steps: int, memory: str, trust: bool,
+          plugin_files: tuple[Path, ...]) -> Answer:
     """Loss against size of a run (its folder) or sweep: what was measured, and further budgets or a target."""
-    from impq_core.runs.curves import CURVE, check_wanted, earlier_answer, read_curves, save_curves
+    from impq_core.runs.curves import check_wanted, earlier_answer, read_curves, save_curves
     from impq_core.runs.folder import RunFolder
 
     texts = _split(budgets)
     check_wanted(texts, target, steps)
     folder = RunFolder.open(run)
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():  # progress and tables
-        if texts or target:
-            _extend(folder, texts, target, steps, memory, Trust(trust), Plugins(plugin_files))
-        else:
-            curves = read_curves(run)
-            answer = earlier_answer(folder, curves)
-            save_curves(folder, curves, answer)
-            _show(folder.path, curves, answer)
-    if as_json:
-        click.echo((folder.path / CURVE).read_text(), nl=False)
+    if texts or target:
+        return _extend(folder, texts, target, steps, memory, Trust(trust), Plugins(plugin_files))
+    curves = read_curves(run)
+    outcome = earlier_answer(folder, curves)
+    save_curves(folder, curves, outcome)
+    _show(folder.path, curves, outcome)
+    return _answer(folder.path, curves, outcome)
 
 
 def _extend(folder: RunFolder, budgets: tuple[str, ...], target: str, steps: int, memory: str, trust: Trust,
-            plugins: Plugins) -> None:
+            plugins: Plugins) -> Answer:
     config = folder.read_config()
     for budget in budgets:
         check(replace(config, budget=budget), plugins)
     config = watched(config, plugins, brief=True)
-    plugins.watch(_Show())
+    plugins.watch(shown := _Show())
     from impq_core.runs.points import extend_curve
 
     extend_curve(folder.path, budgets, target, steps, plugins, trust, memory)
     look_at(config)
+    return _answer(folder.path, shown.curves, shown.outcome)
+
+
+def _answer(folder: Path, curves: tuple[Curve, ...], outcome: Outcome | None) -> Answer:
+    """The answer of a command about curves."""
+    from impq_core.compare.curve import curve_lines
+    from impq_core.documents.measured import CurvesDocument
+
+    lines = [line for one in curves
+             for line in curve_lines(one, outcome if outcome and outcome.curve.parts == one.parts else None)]
+    return Answer(CurvesDocument.of(folder, curves, outcome), [*lines, f"files in {folder}"])
 
 
 class _Show:
-    """Observer that prints a curve and draws its picture."""
+    """Observer that prints curves and draws their picture; it keeps the last ones."""
+
+    def __init__(self) -> None:
+        self.curves: tuple[Curve, ...] = ()
+        self.outcome: Outcome | None = None
 
     @hookimpl(tryfirst=True)  # the picture is there when other observers keep the folder's files
-    def impq_curve_ready(self, folder: Path, curves: tuple[Curve, ...], answer: Answer | None) -> None:
+    def impq_curve_ready(self, folder: Path, curves: tuple[Curve, ...], answer: Outcome | None) -> None:
         """Print the table, and write the picture."""
+        self.curves, self.outcome = curves, answer
         _show(folder, curves, answer)
 
+    @property
+    def exported(self) -> list[Path]:
+        """Folders of the runs whose plans are exported: of every budget, or of the one found."""
+        if self.outcome:
+            return [self.outcome.within.run] if self.outcome.within else []
+        return [point.run for one in self.curves for point in one.points]
 
-def _show(folder: Path, curves: tuple[Curve, ...], answer: Answer | None) -> None:
+
+def _show(folder: Path, curves: tuple[Curve, ...], answer: Outcome | None) -> None:
     from impq_core.compare.curve import curve_lines, curve_table, save_picture
     from impq_core.runs.curves import CURVE
     from impq_core.terminal import make_console
@@ -139,7 +158,7 @@ def several_budgets(context: click.Context, resume: str | None, target: str, ste
 
 
 def run_budgets(sweep: Sweep, resume: str | None, exports: tuple[str, ...], plugin_files: tuple[Path, ...],
-                trust: Trust, dry_run: bool, as_json: bool) -> None:
+                trust: Trust, dry_run: bool) -> Answer:
     """Measure once, and plan and score every budget; raises ImpqError."""
     plugins = Plugins(plugin_files)
     configs = sweep.configs(plugins)
@@ -153,36 +172,20 @@ def run_budgets(sweep: Sweep, resume: str | None, exports: tuple[str, ...], plug
         quiet_libraries()
         from impq_core.runs.forecast import forecast_sweep
 
-        show_forecast(forecast_sweep(sweep, plugins, trust), as_json)
-        return
+        return show_forecast(forecast_sweep(sweep, plugins, trust))
     base = watched(sweep.base, plugins, brief=True)
-    plugins.watch(_Show())
-    plugins.watch(found := _Found())
+    plugins.watch(shown := _Show())
     from impq_core.exports.export import check_formats
     from impq_core.runs.sweep import run_sweep
 
     check_formats(configs[0], exports, plugins, trust)
     folder = run_sweep(replace(sweep, base=base), plugins, Path(resume) if resume else None, trust)
-    for run in found.runs:
+    for run in shown.exported:
         for name in exports:
             export_plan(str(run), name, run / name, plugins, trust)
     click.echo(f"runs in {folder / 'runs'}")
     look_at(base)
-
-
-class _Found:
-    """Observer that keeps the folders of the runs whose plans are exported: of every budget, or of the one found."""
-
-    def __init__(self) -> None:
-        self.runs: list[Path] = []
-
-    @hookimpl
-    def impq_curve_ready(self, curves: tuple[Curve, ...], answer: Answer | None) -> None:
-        """Keep the folders."""
-        points = [point for one in curves for point in one.points]
-        if answer:
-            points = [answer.within] if answer.within else []
-        self.runs = [point.run for point in points]
+    return _answer(folder, shown.curves, shown.outcome)
 
 
 def _split(budgets: str | None) -> tuple[str, ...]:

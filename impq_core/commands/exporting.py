@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from impq_core.commands.output import Answer
 from impq_core.config import RunConfig
 from impq_core.plugins import Plugins
 from impq_core.trust import Trust
@@ -29,7 +30,7 @@ def load_exporters(config: RunConfig, names: tuple[str, ...], plugins: Plugins) 
 
 
 def export_plan(run: str, format: str, target: Path, plugins: Plugins, trust: Trust, device: str | None = None,
-                memory: str | None = None) -> None:
+                memory: str | None = None) -> Exported:
     """Export the plan of a run, and print its score; raises ImpqError."""
     from impq_core.exports.export import export_run
     from impq_core.terminal import score_line
@@ -40,6 +41,16 @@ def export_plan(run: str, format: str, target: Path, plugins: Plugins, trust: Tr
         click.echo(size_line(exported))
         show_others(exported)
     click.echo(f"{format} in {exported.folder}")
+    return exported
+
+
+def export_answer(exported: Exported) -> Answer:
+    """The answer of a command about an exported folder."""
+    from impq_core.documents.runs import CheckpointDocument
+    from impq_core.terminal import score_line
+
+    scored = [score_line(exported.score)] if exported.score else []
+    return Answer(CheckpointDocument.of(exported), [*scored, f"{exported.format} in {exported.folder}"])
 
 
 def size_line(exported: Exported) -> str:

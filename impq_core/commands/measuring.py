@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from impq_core.commands.common import plugin_option, trust_option
+from impq_core.commands.output import Answer, answers
 from impq_core.errors import UsageError
 from impq_core.plugins import Plugins
 from impq_core.trust import Trust
@@ -60,7 +61,7 @@ def task_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def show_tasks(path: str, asked: TaskOptions, plugins: Plugins, trust: Trust, device: str | None,
-               memory: str | None) -> None:
+               memory: str | None) -> Answer:
     """Measure tasks on a run or an exported folder, and print a table for each; raises ImpqError."""
     from impq_core.exports.manifest import folder_of
     from impq_core.tasks.harness import Settings, read_words
@@ -81,7 +82,11 @@ def show_tasks(path: str, asked: TaskOptions, plugins: Plugins, trust: Trust, de
     console = make_console()
     for one in task_tables(table):
         console.print(one)
-    click.echo(f"scores in {models.folder / FILE}")
+    lines = [f"scores in {models.folder / FILE}"]
+    click.echo(lines[0])
+    from impq_core.documents.measured import TasksDocument
+
+    return Answer(TasksDocument.of(models.folder, table), lines)
 
 
 def observe(plugins: Plugins) -> None:
@@ -107,8 +112,9 @@ def observe(plugins: Plugins) -> None:
                                "an export].")
 @trust_option
 @plugin_option
+@answers
 def ask(path: str, prompts: tuple[str, ...], file: Path | None, tokens: int, chat: bool | None, device: str | None,
-        memory: str | None, trust: bool, plugin_files: tuple[Path, ...]) -> None:
+        memory: str | None, trust: bool, plugin_files: tuple[Path, ...]) -> Answer:
     """Show the greedy answers of the unquantized and the quantized model of a run or an export (its folder) beside each
     other, and where they first differ."""
     from impq_core.answers.prompts import read_prompts
@@ -127,8 +133,12 @@ def ask(path: str, prompts: tuple[str, ...], file: Path | None, tokens: int, cha
     from impq_core.terminal import make_console
 
     models = models_of(folder, (), plugins, Trust(trust), device, memory)
-    answers = ask_models(models, asked, tokens, chat)
+    found = ask_models(models, asked, tokens, chat)
     console = make_console()
-    for one in answer_tables(answers):
+    for one in answer_tables(found):
         console.print(one)
-    click.echo(f"answers in {models.folder / FILE}")
+    lines = [f"answers in {models.folder / FILE}"]
+    click.echo(lines[0])
+    from impq_core.documents.measured import AnswersDocument
+
+    return Answer(AnswersDocument.of(models.folder, found), lines)

@@ -11,8 +11,7 @@ import click
 
 from impq_core.commands.common import (
     check,
-    check_dry_run,
-    dry_run_options,
+    dry_run_option,
     look_at,
     plugin_option,
     read_config,
@@ -26,9 +25,10 @@ from impq_core.commands.common import (
     watched,
 )
 from impq_core.commands.curve import run_budgets, several_budgets, target_options
-from impq_core.commands.exporting import export_plan, load_exporters, show_others, size_line
+from impq_core.commands.exporting import export_answer, export_plan, load_exporters, show_others, size_line
 from impq_core.commands.measuring import TaskOptions, show_tasks, task_options
-from impq_core.commands.planning import show
+from impq_core.commands.output import Answer, answers
+from impq_core.commands.planning import best_lines, print_comparison, run_answer
 from impq_core.config import RunConfig, override
 from impq_core.errors import UsageError
 from impq_core.plugins import ROLES, Plugins
@@ -43,19 +43,18 @@ RESUME = click.option("--resume", metavar="FOLDER", help="Continue the run in th
 @RESUME
 @click.option("--export", "exports", multiple=True, metavar="FORMAT",
               help="Also export the plan in this format; see 'impq plugins'.")
-@dry_run_options
+@dry_run_option
 @target_options
 @run_options(budgets=True)
+@answers
 @click.pass_context
 def run(context: click.Context, /, resume: str | None, exports: tuple[str, ...], target: str, steps: int, dry_run: bool,
-        as_json: bool, trust: bool, **given: Any) -> None:
+        trust: bool, **given: Any) -> Answer:
     """Estimate, allocate, quantize and evaluate: one tracked run; or one for each of several budgets, from one
     estimate."""
-    check_dry_run(dry_run, as_json)
     permitted = Trust(trust)
     if several := several_budgets(context, resume, target, steps, given):
-        run_budgets(several, resume, exports, given["plugin_files"], permitted, dry_run, as_json)
-        return
+        return run_budgets(several, resume, exports, given["plugin_files"], permitted, dry_run)
     plugins, config = _configure(context, resume, given)
     exporters = load_exporters(config, exports, plugins)
     warn(config, plugins)
@@ -66,8 +65,7 @@ def run(context: click.Context, /, resume: str | None, exports: tuple[str, ...],
         from impq_core.runs.forecast import forecast_run
 
         checkpoints = sum(bool(exporter.backends) for exporter in exporters)
-        show_forecast(forecast_run(config, plugins, permitted, checkpoints), as_json)
-        return
+        return show_forecast(forecast_run(config, plugins, permitted, checkpoints))
     config = watched(config, plugins)
     from impq_core.exports.export import check_formats
     from impq_core.runs import pipeline
@@ -79,12 +77,14 @@ def run(context: click.Context, /, resume: str | None, exports: tuple[str, ...],
         export_plan(str(result.folder), name, result.folder / name, plugins, permitted)
     click.echo(f"files in {result.folder}")
     look_at(config)
+    return run_answer(result)
 
 
 @click.command()
 @run_options()
+@answers
 @click.pass_context
-def estimate(context: click.Context, /, trust: bool, **given: Any) -> None:
+def estimate(context: click.Context, /, trust: bool, **given: Any) -> Answer:
     """Only estimate; 'impq allocate' makes plans from the estimate, 'impq run --resume' finishes the run."""
     plugins, config = _configure(context, None, given)
     if config.plan or config.refine:
@@ -96,6 +96,7 @@ def estimate(context: click.Context, /, trust: bool, **given: Any) -> None:
     result = pipeline.run(config, plugins, only_estimate=True, trust=Trust(trust))
     click.echo(f"plans from it: impq allocate {result.folder} --budget 2.5bits,3bits")
     look_at(config)
+    return run_answer(result)
 
 
 def _configure(context: click.Context, resume: str | None, given: dict[str, Any]) -> tuple[Plugins, RunConfig]:
@@ -119,16 +120,15 @@ def _configure(context: click.Context, resume: str | None, given: dict[str, Any]
 
 @click.command()
 @RESUME
-@dry_run_options
+@dry_run_option
 @run_options(several=True)
+@answers
 @click.pass_context
-def sweep(context: click.Context, /, resume: str | None, dry_run: bool, as_json: bool, trust: bool,
-          **given: Any) -> None:
+def sweep(context: click.Context, /, resume: str | None, dry_run: bool, trust: bool, **given: Any) -> Answer:
     """Run every combination of the given estimators, surrogates, allocators, backends and budgets, with one measurement
     for each estimator and backend."""
     from impq_core.runs.grid import Sweep
 
-    check_dry_run(dry_run, as_json)
     plugins = Plugins(given.pop("plugin_files"))
     options, time_limit, bits = (given.pop(name) for name in ("options", "time_limit", "bits"))
     config_file, pins, exclude = (given.pop(name) for name in ("config_file", "pins", "exclude"))
@@ -150,14 +150,16 @@ def sweep(context: click.Context, /, resume: str | None, dry_run: bool, as_json:
         quiet_libraries()
         from impq_core.runs.forecast import forecast_sweep
 
-        show_forecast(forecast_sweep(plan, plugins, Trust(trust)), as_json)
-        return
-    from impq_core.runs.sweep import run_sweep
+        return show_forecast(forecast_sweep(plan, plugins, Trust(trust)))
+    from impq_core.documents.comparison import SweepDocument
+    from impq_core.runs.sweep import failed_runs, run_sweep
 
     base = watched(plan.base, plugins, brief=True)
     folder = run_sweep(replace(plan, base=base), plugins, Path(resume) if resume else None, Trust(trust))
-    show([folder], folder / "compare.html")
+    compared = print_comparison([folder], folder / "compare.html")
     look_at(base)
+    return Answer(SweepDocument(str(folder), failed_runs(folder), compared),
+                  [*best_lines(compared), f"files in {folder}"])
 
 
 @click.command()
@@ -168,8 +170,9 @@ def sweep(context: click.Context, /, resume: str | None, dry_run: bool, as_json:
 @click.option("--memory", help="Memory that this may take where blocks compute, such as 8GB [the run's].")
 @trust_option
 @plugin_option
+@answers
 def export(run: str, format: str, target: Path | None, device: str | None, memory: str | None, trust: bool,
-           plugin_files: tuple[Path, ...]) -> None:
+           plugin_files: tuple[Path, ...]) -> Answer:
     """Write the plan of a run (its folder) as a checkpoint or a recipe; 'impq plugins' lists the formats."""
     plugins = Plugins(plugin_files)
     plugins.find("exporter", format)
@@ -183,7 +186,7 @@ def export(run: str, format: str, target: Path | None, device: str | None, memor
     check_target(target)
     plugins.watch(ExportTracker())
     plugins.watch(ConsoleReporter(make_console()))
-    export_plan(run, format, target, plugins, Trust(trust), device, memory)
+    return export_answer(export_plan(run, format, target, plugins, Trust(trust), device, memory))
 
 
 @click.command()
@@ -200,8 +203,9 @@ def export(run: str, format: str, target: Path | None, device: str | None, memor
                                "an export].")
 @trust_option
 @plugin_option
+@answers
 def evaluate(path: str, asked: TaskOptions, device: str | None, memory: str | None, trust: bool,
-             plugin_files: tuple[Path, ...], **text: Any) -> None:
+             plugin_files: tuple[Path, ...], **text: Any) -> Answer:
     """Load a checkpoint of 'impq export', and measure its loss on held-out text; with --tasks, measure it, or the plan
     and references of a run, on tasks of lm-eval and files of questions."""
     from impq_core.exports.manifest import read_manifest
@@ -209,8 +213,7 @@ def evaluate(path: str, asked: TaskOptions, device: str | None, memory: str | No
     if asked.tasks is not None:
         if given := next((name for name, value in text.items() if value is not None), None):
             raise UsageError(f"--{given.replace('_', '-')} is for held-out text: leave it out with --tasks")
-        show_tasks(path, asked, Plugins(plugin_files), Trust(trust), device, memory)
-        return
+        return show_tasks(path, asked, Plugins(plugin_files), Trust(trust), device, memory)
     read_manifest(Path(path))
     from impq_core.terminal import quiet_libraries, score_line
 
@@ -222,6 +225,7 @@ def evaluate(path: str, asked: TaskOptions, device: str | None, memory: str | No
     click.echo(score_line(exported.score))
     click.echo(f"{size_line(exported)}, format {exported.format}")
     show_others(exported)
+    return export_answer(exported)
 
 
 @click.command()
@@ -236,8 +240,9 @@ def evaluate(path: str, asked: TaskOptions, device: str | None, memory: str | No
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto",
               help="Type of the stored weights [auto: the model's].")
 @trust_option
+@answers
 def rotate(model: str, target: Path, block: int, order: str, residual: bool, values: bool, dtype: str,
-           trust: bool) -> None:
+           trust: bool) -> Answer:
     """Write a model that computes what MODEL computes, with weights rotated, which may lose less when quantized."""
     from impq_core.exports.manifest import check_target
     from impq_core.model.source import locate_model
@@ -264,3 +269,8 @@ def rotate(model: str, target: Path, block: int, order: str, residual: bool, val
         click.echo(f"the head was tied, and now has {written.untied_bytes / 1e6:.2f} MB of its own")
     click.echo(f"{written.file_bytes / 1e6:.2f} MB in {written.folder}; quantize it: impq run --model "
                f"{shlex.quote(str(written.folder))}")
+    from impq_core.documents.installation import RotatedDocument
+
+    document = RotatedDocument(str(written.folder), written.dtype, done.block, done.attentions, written.difference,
+                               written.rounding, written.untied_bytes, written.file_bytes)
+    return Answer(document, [f"{written.file_bytes / 1e6:.2f} MB in {written.folder}"])

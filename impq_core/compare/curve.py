@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from impq_core.compare.drawing import COLOURS, GREY, Picture, legend_below, look, new_figure, style
-from impq_core.curve import KNEE, Answer, Curve, Point
+from impq_core.curve import KNEE, Curve, Outcome, Point
 from impq_core.results import Difference, Row
 from impq_core.target import measured_loss
 
@@ -24,7 +24,7 @@ SURE = 0.95
 """Confidence from which a plan is called sure to be within a target."""
 
 
-def curve_table(curve: Curve, answer: Answer | None = None) -> Table:
+def curve_table(curve: Curve, answer: Outcome | None = None) -> Table:
     """Plans and uniform models by size, with their loss above the unquantized model."""
     target = answer if answer and answer.curve.parts == curve.parts else None
     files = any(point.file_bytes for point in curve.points)
@@ -57,7 +57,7 @@ def curve_table(curve: Curve, answer: Answer | None = None) -> Table:
     return table
 
 
-def curve_lines(curve: Curve, answer: Answer | None = None) -> list[str]:
+def curve_lines(curve: Curve, answer: Outcome | None = None) -> list[str]:
     """Sentences about the knee, and about the answer to a target."""
     knee, first, last = curve.knee, curve.points[0], curve.points[-1]
     if knee:
@@ -71,7 +71,7 @@ def curve_lines(curve: Curve, answer: Answer | None = None) -> list[str]:
     return [*lines, *(answer_lines(answer) if answer else [])]
 
 
-def answer_lines(answer: Answer) -> list[str]:
+def answer_lines(answer: Outcome) -> list[str]:
     """The smallest plan within a target with its neighbour, and how sure that is."""
     points, target = answer.curve.points, answer.target
     last = max(points, key=lambda point: point.budget_bytes)
@@ -98,7 +98,7 @@ def answer_lines(answer: Answer) -> list[str]:
     return [*lines, *smaller]
 
 
-def draw_curves(curves: Sequence[Curve], answer: Answer | None = None) -> Picture:
+def draw_curves(curves: Sequence[Curve], answer: Outcome | None = None) -> Picture:
     """Loss above the unquantized model against stored bytes, beside the uniform models of each backend: KL if a target
     bounds that, else NLL."""
     measure = answer.target.measure if answer else "nll"
@@ -140,7 +140,7 @@ def draw_curves(curves: Sequence[Curve], answer: Answer | None = None) -> Pictur
                    f"NLL paired with the unquantized model. The knee is {KNEE}.")
 
 
-def save_picture(curves: Sequence[Curve], answer: Answer | None, folder: Path) -> Path:
+def save_picture(curves: Sequence[Curve], answer: Outcome | None, folder: Path) -> Path:
     """Write the picture of curves into a folder; returns its path."""
     path = folder / PICTURE
     picture = draw_curves(curves, answer)
@@ -166,11 +166,11 @@ def _bits(point: Point) -> str:
     return f"{point.row.bits_nominal:.3f} bits"
 
 
-def _against(answer: Answer, point: Point) -> str:
+def _against(answer: Outcome, point: Point) -> str:
     return _judged(answer, answer.loss(point))
 
 
-def _judged(answer: Answer, loss: Difference) -> str:
+def _judged(answer: Outcome, loss: Difference) -> str:
     target = answer.target
     sign, sure = "<=" if target.met_by(loss) else ">", target.confidence(loss, answer.curve.windows)
     return f"{_shown(loss)} {sign} {target.limit:g}: {percent(sure)} sure to be within"

@@ -32,7 +32,7 @@ def draw_widths(contest: Contest) -> Iterator[Picture]:
                  if tuple(run.widths) == names]
         bits = sorted({width for _, widths in plans for width in widths if width is not None},
                       key=lambda choice: (choice.bits, choice.name))
-        colours = [*_spread(len(bits)), UNQUANTIZED]
+        colours = [*width_colours(len(bits)), UNQUANTIZED]
         cells = np.array([[bits.index(width) if width is not None else len(bits) for width in widths]
                           for _, widths in plans])
         short = len(names) <= NAMED_LAYERS
@@ -61,18 +61,24 @@ def draw_widths(contest: Contest) -> Iterator[Picture]:
 def draw_sensitivities(estimates: Iterable[tuple[str, SensitivityEstimate]]) -> Iterator[Picture]:
     """Cost of every layer at the narrowest width, for each titled estimate."""
     for title, estimate in estimates:
-        costs = estimate.linear[:, -1]
-        wide = len(costs) > NAMED_LAYERS
+        wide = len(estimate.space) > NAMED_LAYERS
         figure, axes = new_figure(12.5, 3.2) if wide else new_figure(6.4, 4)
-        error = None if estimate.stderr is None else np.nan_to_num(estimate.stderr[:, -1])
-        axes.bar(range(len(costs)), costs, yerr=error, color=COLOURS[0], ecolor="black", capsize=0 if wide else 2,
-                 error_kw={"elinewidth": 0.7 if wide else 1.2})
-        axes.axhline(0, color=GREY, linewidth=0.8)
-        axes.set_xlim(-0.7, len(costs) - 0.3)
-        _layer_axis(axes, tuple(layer.name for layer in estimate.space.layers))
-        axes.set_ylabel(f"cost of {estimate.space.choices[-1]} bits (nats per token)")
+        draw_costs(axes, estimate)
         bars = "bars are standard errors of the measured part" if estimate.stderr is not None else "no standard errors"
         yield Picture(title, figure, f"Estimate {estimate.method}; {bars}.", wide)
+
+
+def draw_costs(axes: Any, estimate: SensitivityEstimate) -> None:
+    """Draw the cost of every layer at the narrowest width on axes."""
+    costs = estimate.linear[:, -1]
+    wide = len(costs) > NAMED_LAYERS
+    error = None if estimate.stderr is None else np.nan_to_num(estimate.stderr[:, -1])
+    axes.bar(range(len(costs)), costs, yerr=error, color=COLOURS[0], ecolor="black", capsize=0 if wide else 2,
+             error_kw={"elinewidth": 0.7 if wide else 1.2})
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    axes.set_xlim(-0.7, len(costs) - 0.3)
+    _layer_axis(axes, tuple(layer.name for layer in estimate.space.layers))
+    axes.set_ylabel(f"cost of {estimate.space.choices[-1]} bits (nats per token)")
 
 
 def draw_interactions(estimates: Iterable[tuple[str, SensitivityEstimate]]) -> Iterator[Picture]:
@@ -107,7 +113,7 @@ def distinct_estimates(contest: Contest) -> list[tuple[str, SensitivityEstimate]
     return [(shared_name(contest, runs), estimate) for estimate, runs in groups.values()]
 
 
-def _spread(count: int) -> list[str]:
+def width_colours(count: int) -> list[str]:
     """Colours for ``count`` widths, from the narrowest to the widest, both ends of the scale included."""
     if count <= 1:
         return [WIDTHS[-1]] * count

@@ -74,14 +74,12 @@ def read_contestant(path: Path) -> Contestant:
     """
     run = RunFolder.open(path)
     config, evaluation = run.read_config(), run.read_evaluation()
-    plan, cost = run.read_json(run.plan), run.read_json(run.cost)
+    plan, forwards = run.read_json(run.plan), run.read_cost().forwards
     with _naming(run.plan):
         widths = {name: None if choice is None else Choice.of(choice)
                   for name, choice in sorted(plan["layers"].items(), key=lambda item: block_of(item[0]))}
         budget_bytes, bits = int(plan["budget_bytes"]), float(plan["bits_nominal"])
         provenance = dict(plan.get("provenance", {}))
-    with _naming(run.cost):
-        forwards = float(cost["forwards"])
     if run.provenance.is_file():
         provenance = run.read_json(run.provenance)
     estimate = run.read_estimate() if run.estimate.is_file() else None

@@ -95,7 +95,8 @@ def export_run(run: str | Path, name: str, target: Path | None = None, plugins: 
         plan.save(work / "plan.json")
         write_text(work / MANIFEST, json.dumps({
             "format": FORMAT, "exporter": name, "run": _plain(asdict(recorded(prepared.config))),
-            "text": str(prepared.evaluation), "score": _numbers(score) if score else None}, indent=1) + "\n")
+            "text": str(prepared.evaluation), "score": _numbers(score) if score else None, "bytes": plan.nbytes,
+            "file_bytes": _file_bytes(exporter, work)}, indent=1) + "\n")
         for file in work.iterdir():
             file.chmod(0o644)  # safetensors and temporary files are readable by their owner alone
         if target.exists():

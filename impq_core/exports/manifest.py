@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,16 @@ def check_target(folder: Path) -> None:
     above = next(parent for parent in folder.absolute().parents if parent.exists())
     if not above.is_dir():
         raise ImpqError(f"the export folder {folder} cannot be made: {above} is no folder")
+
+
+def exports_in(run: Path) -> list[Path]:
+    """The exported folders in a run's folder, by name; damaged ones are left out."""
+    found = []
+    for manifest in sorted(run.glob(f"*/{MANIFEST}")):
+        with suppress(ImpqError):
+            read_manifest(manifest.parent)
+            found.append(manifest.parent)
+    return found
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

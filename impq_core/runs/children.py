@@ -99,8 +99,9 @@ def finish(child: Child, search: Search, session: Session, evaluator: Evaluator,
             plugins.notify("impq_plan_ready", plan=search.plan)
             evaluation = session.evaluate(evaluator, search.plan, same_size)
             evaluation.save(folder.evaluation)
-            folder.write_json(folder.cost, {"forwards": search.forwards, "seconds": {}})
-            plugins.notify("impq_run_finished", result=result_of(prepared, folder, search, evaluation, {}))
+            result = result_of(prepared, folder, search, evaluation, {})
+            folder.write_cost(result)
+            plugins.notify("impq_run_finished", result=result)
         except BaseException as error:
             plugins.notify("impq_run_failed", error=error)
             raise

@@ -8,7 +8,7 @@ from typing import Any
 
 from impq_core.budget import Budget
 from impq_core.config import RunConfig
-from impq_core.curve import Answer, Curve, Point, curves_data
+from impq_core.curve import Curve, Outcome, Point, curves_data
 from impq_core.errors import ImpqError, UsageError
 from impq_core.runs.folder import CHILDREN, SWEEP, RunFolder
 from impq_core.target import Target, check_steps
@@ -69,7 +69,7 @@ def read_point(run: RunFolder, config: RunConfig | None = None) -> Point:
     return Point(run.path, (config or run.read_config()).budget, budget, file_bytes, run.read_evaluation())
 
 
-def earlier_answer(root: RunFolder, curves: tuple[Curve, ...]) -> Answer | None:
+def earlier_answer(root: RunFolder, curves: tuple[Curve, ...]) -> Outcome | None:
     """The answer of the curve to the target that ``curve.json`` has, if it has one; raises ImpqError if it cannot be
     read."""
     if len(curves) != 1 or not (root.path / CURVE).is_file():
@@ -77,10 +77,10 @@ def earlier_answer(root: RunFolder, curves: tuple[Curve, ...]) -> Answer | None:
     target = root.read_json(root.path / CURVE).get("target")
     if not isinstance(target, dict) or not isinstance(target.get("target"), str):
         return None
-    return Answer(Target.parse(target["target"]), curves[0])
+    return Outcome(Target.parse(target["target"]), curves[0])
 
 
-def save_curves(root: RunFolder, curves: tuple[Curve, ...], answer: Answer | None = None) -> dict[str, Any]:
+def save_curves(root: RunFolder, curves: tuple[Curve, ...], answer: Outcome | None = None) -> dict[str, Any]:
     """Write ``curve.json``; returns its content."""
     data = curves_data(root.read_config().model, curves, answer, root.path)
     root.write_json(root.path / CURVE, data)

@@ -6,7 +6,7 @@ import json
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,9 +19,9 @@ from impq_core.costs import Metering
 from impq_core.credentials import without_secret
 from impq_core.errors import ImpqError, one_line
 from impq_core.files import scratch_folder, write_text
-from impq_core.results import Evaluation
+from impq_core.results import Evaluation, RunResult
 from impq_core.space import SearchSpace
-from impq_core.types import Measurements, SensitivityEstimate
+from impq_core.types import Measurements, Plan, SensitivityEstimate
 
 T = TypeVar("T")
 
@@ -33,6 +33,24 @@ CHILDREN = "runs"
 
 MEASURED = "measured"
 """The folder of a sweep with its measurements: a folder for each backend and estimator."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The content of cost.json.
+
+    Args:
+        forwards: cost of the search in full-model forwards.
+        seconds: by stage.
+        measured_loss: the plan's loss in the game, nats per token; None if there was no game, or if a run of 0.5 or
+            before wrote the file.
+        rest_bytes: bytes of what is in no layer; None if a run of 0.5 or before wrote the file.
+    """
+
+    forwards: float
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    measured_loss: float | None = None
+    rest_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +159,7 @@ class RunFolder:
 
     @property
     def cost(self) -> Path:
-        """Forwards and seconds spent."""
+        """Forwards and seconds spent; the plan's loss in the game, and the bytes of what is in no layer."""
         return self.path / "cost.json"
 
     @property
@@ -173,6 +191,20 @@ class RunFolder:
             raise ImpqError(f"{path} cannot be read: {error}") from error
         return data
 
+    def write_cost(self, result: RunResult) -> None:
+        """Write cost.json."""
+        self.write_json(self.cost, asdict(Cost(result.forwards, result.seconds, result.measured_loss,
+                                               result.rest_bytes)))
+
+    def read_cost(self) -> Cost:
+        """The content of cost.json; raises ImpqError if it cannot be read."""
+        def read(path: Path) -> Cost:
+            data = self.read_json(path)
+            loss, rest = data.get("measured_loss"), data.get("rest_bytes")
+            return Cost(float(data["forwards"]), {stage: float(value) for stage, value in data["seconds"].items()},
+                        None if loss is None else float(loss), None if rest is None else int(rest))
+        return _readable(self.cost, read)
+
     def write_json(self, path: Path, data: Mapping[str, Any]) -> None:
         """Write a JSON file."""
         write_text(path, json.dumps(data, indent=1) + "\n")
@@ -199,6 +231,11 @@ class RunFolder:
     def read_evaluation(self) -> Evaluation:
         """The held-out evaluation; raises ImpqError if it cannot be read."""
         return _readable(self.evaluation, lambda path: Evaluation.from_dict(self.read_json(path)))
+
+    def read_plan(self) -> Plan:
+        """The plan as the run saved it; raises ImpqError if it cannot be read."""
+        space = self.read_space()
+        return _readable(self.plan, lambda path: Plan.restore(path, space))
 
     def read_measurements(self) -> Measurements:
         """The measured losses; raises ImpqError if there are none, or if they cannot be read."""

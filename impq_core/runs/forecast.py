@@ -6,11 +6,10 @@ No weight and no text is read, and nothing is written. It takes seconds for a mo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from impq_core.config import RunConfig
 from impq_core.costs import Metering
@@ -34,8 +33,6 @@ from impq_core.runs.work import (
 )
 from impq_core.space import LayerSpec
 from impq_core.trust import NO_TRUST, Trust
-
-FORMAT = "impq-forecast/1"
 
 STAGES = ("quantize", "estimate", "plan", "refine", "evaluate")
 """The stages that run the model, in order."""
@@ -122,10 +119,12 @@ class SearchForecast:
         budgets: of the plans.
         smallest, largest: sizes of the all-narrowest and of the all-widest plan.
         losses: number of losses that the estimator measures; None if that is unknown.
-        forwards: full-model forwards of the game's windows by stage (``STAGES``); None if unknown. ``refine`` is the
-            limit that the user gave.
+        forwards: full-model forwards of the game's windows by stage: ``quantize`` (statistics for the quantizer),
+            ``estimate``, ``plan`` (losses of the plans in the game), ``refine`` (the limit that the user gave) and
+            ``evaluate`` (held-out scores); None if unknown.
         streamed: whether weights of blocks stay on disk until the block works, as they do not fit into memory.
-        memory: resident bytes by stage, and in each stage by content.
+        memory: resident bytes by stage (``check`` of the files, ``load``, ``quantize``, ``quantize_deployed`` if
+            another backend is measured, ``estimate``, ``refine``, ``evaluate``), and in each stage by content.
         disk: ``cache_bytes``, ``run_bytes`` and ``export_bytes``.
         costs: what meters give to plans beside bytes.
     """
@@ -211,20 +210,6 @@ class Forecast:
                 lines.append(f"about {size / 1e9:.2f} GB are needed on the disk of {where}, "
                              f"{self.free_disk[name] / 1e9:.2f} GB are free")
         return lines
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON, in the format that docs/dry-run.md describes."""
-        stage, peak = self.peak
-        return {
-            "format": FORMAT, "model": self.config.model, "architecture": self.architecture,
-            "device": {"name": self.config.device, "hardware": self.hardware, "free_bytes": self.free_device},
-            "dtype": self.config.dtype, "parameters": self.parameters, "blocks": self.blocks,
-            "forward": {"windows": self.config.game_windows, "length": self.config.calibration.length,
-                        "flops": self.flops},
-            "searches": [asdict(search) for search in self.searches],
-            "memory": {"stage": stage, "peak_bytes": peak, "free_bytes": self.free_memory},
-            "disk": {**self.disk, "free_bytes": dict(self.free_disk)},
-            "warnings": self.warnings}
 
 
 def forecast_run(config: RunConfig, plugins: Plugins | None = None, trust: Trust = NO_TRUST,

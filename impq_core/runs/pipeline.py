@@ -177,8 +177,9 @@ def _stages(session: Session, folder: RunFolder, only_estimate: bool) -> RunResu
             assert search.plan is not None
             evaluation = session.evaluate(session.evaluator(log), search.plan)
             evaluation.save(folder.evaluation)
-    folder.write_json(folder.cost, {"forwards": search.forwards, "seconds": session.clock.seconds})
-    return result_of(prepared, folder, search, evaluation, session.clock.seconds)
+    result = result_of(prepared, folder, search, evaluation, session.clock.seconds)
+    folder.write_cost(result)
+    return result
 
 
 def _variants_ready(session: Session, folder: RunFolder) -> None:

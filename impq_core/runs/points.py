@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from impq_core.config import override
-from impq_core.curve import Answer, Curve
+from impq_core.curve import Curve, Outcome
 from impq_core.errors import ImpqError
 from impq_core.evaluate import Evaluator
 from impq_core.plugins import Plugins
@@ -92,28 +92,28 @@ class Series:
         rows = [point.evaluation.rows for point in curve.points if point.budget_bytes == budget] if curve else []
         return any(not same_size or any(row.kind == "random" for row in one) for one in rows)
 
-    def seek(self, target: Target, steps: int = STEPS) -> Answer:
+    def seek(self, target: Target, steps: int = STEPS) -> Outcome:
         """Search the smallest plan within a target. Plans on the way are scored beside references of every size, the
         one found also beside those of its own size."""
         space, whole = self._base.space, self._base.whole
         fixed = whole.account.fixed if whole else 0
         while True:
             curve = self.curve
-            tried = Answer(target, curve).tried if curve else []
+            tried = Outcome(target, curve).tried if curve else []
             budget = next_budget(target.limit, tried, space.low_bytes, space.high_bytes, steps)
             if budget is None:
                 break
             self.measure(self.child(f"{budget + fixed}B"), same_size=False)
         assert curve is not None
-        if found := Answer(target, curve).within:
+        if found := Outcome(target, curve).within:
             self.measure(self.child(found.budget))
         curve = self.curve
         assert curve is not None
-        return Answer(target, curve)
+        return Outcome(target, curve)
 
 
 def extend_curve(path: str | Path, budgets: Sequence[str] = (), target: str = "", steps: int = STEPS,
-                 plugins: Plugins | None = None, trust: Trust = NO_TRUST, memory: str = "") -> Answer | None:
+                 plugins: Plugins | None = None, trust: Trust = NO_TRUST, memory: str = "") -> Outcome | None:
     """Measure plans for further budgets from the estimate of a run or sweep, or search the smallest plan within a
     target. What was measured already is read. Afterwards ``curve.json`` is in the folder.
 

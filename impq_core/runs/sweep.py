@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from impq_core.costs import Metering
-from impq_core.curve import Answer
+from impq_core.curve import Outcome
 from impq_core.errors import ImpqError
 from impq_core.interfaces import Game
 from impq_core.keys import SweepKey
@@ -21,7 +21,7 @@ from impq_core.model.source import ModelSource
 from impq_core.plugins import Plugins
 from impq_core.runs.children import Child, fail, finish
 from impq_core.runs.curves import earlier_answer, finished_runs, read_curves, save_curves
-from impq_core.runs.folder import MEASURED, SWEEP, RunFolder, recorded
+from impq_core.runs.folder import CHILDREN, MEASURED, SWEEP, RunFolder, recorded
 from impq_core.runs.grid import Sweep
 from impq_core.runs.pipeline import Search, allocate, make_folder
 from impq_core.runs.points import Series, scores_of
@@ -68,7 +68,7 @@ def run_sweep(sweep: Sweep, plugins: Plugins | None = None, path: Path | None = 
             raise
         if sweep.is_curve and any(finished_runs(folder)):
             [curve] = curves = read_curves(folder.path)
-            answer = Answer(target, curve) if target else earlier_answer(folder, curves)
+            answer = Outcome(target, curve) if target else earlier_answer(folder, curves)
             save_curves(folder, curves, answer)
             plugins.notify("impq_curve_ready", folder=folder.path, curves=curves, answer=answer)
         plugins.notify("impq_sweep_finished", folder=folder.path)
@@ -78,6 +78,10 @@ def run_sweep(sweep: Sweep, plugins: Plugins | None = None, path: Path | None = 
 def _told(sweep: Sweep) -> dict[str, Sequence[str]]:
     """The settings of a sweep that observers are told."""
     return {**sweep.varied, **({"target": [sweep.target]} if sweep.target else {})}
+def failed_runs(folder: Path) -> dict[str, str]:
+    """The error of each run of a sweep that no plan could be made for, by the run's name."""
+    runs = [RunFolder(path) for path in sorted((folder / CHILDREN).glob("*/"))]
+    return {run.path.name: run.error.read_text().strip() for run in runs if run.error.is_file()}
 
 
 def _make(sweep: Sweep) -> RunFolder:

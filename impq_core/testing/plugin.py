@@ -6,7 +6,7 @@ from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 from typing import ClassVar
 
-from impq_core.parts import BASES, describe_options
+from impq_core.parts import BASES, described_options
 from impq_core.plugins import GROUP, Plugins
 from impq_core.testing.part import Suite
 
@@ -34,7 +34,7 @@ class PluginSuite(Suite):
         plugins = self.load()
         for role, name in plugins.offers:
             part = plugins.load(role, name, BASES[role])
-            assert len(describe_options(plugins, role, name)) == len(vars(part.Options()))
+            assert len(described_options(plugins, role, name)) == len(vars(part.Options()))
 
     def test_every_offer_has_a_summary(self) -> None:
         """Every component has a summary of one short line for ``impq plugins``."""
