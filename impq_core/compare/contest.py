@@ -111,14 +111,25 @@ class Contestant:
         return {kind: gap for kind, gap in self.gaps.items() if not gap.mean <= 0 and gap.significant}
 
     @property
+    def ties(self) -> dict[str, Difference]:
+        """The gaps to references that differ from the plan by no more than two standard errors."""
+        return {kind: gap for kind, gap in self.gaps.items() if not gap.significant}
+
+    @property
+    def outcome(self) -> str:
+        """``loses`` if a reference is significantly better than the plan, else ``ties`` if one is not significantly
+        worse, else ``wins``; empty if there is no reference."""
+        return "loses" if self.losses else "ties" if self.ties else "wins" if self.gaps else ""
+
+    @property
     def verdict(self) -> str:
         """The references that the plan loses to; else those that it ties with; else its smallest lead."""
         if self.losses:
             return "LOSES to " + ", ".join(f"{kind} by {gap.unsigned}" for kind, gap in self.losses.items())
         if not self.gaps:
             return "no reference"
-        if ties := {kind: gap for kind, gap in self.gaps.items() if not gap.significant}:
-            return "ties with " + ", ".join(f"{kind} ({gap})" for kind, gap in ties.items())
+        if self.ties:
+            return "ties with " + ", ".join(f"{kind} ({gap})" for kind, gap in self.ties.items())
         return f"beats all by ≥ {max(self.gaps.values(), key=lambda gap: gap.mean).unsigned}"
 
 
