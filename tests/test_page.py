@@ -16,13 +16,16 @@ from finished import BASE, NOISE, Page, make_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from impq_core.answers.results import Answer, AnswerTable, Split
 from impq_core.compare.contest import Contest
 from impq_core.compare.html import render
+from impq_core.compare.outcomes import prompts_of, task_tables
 from impq_core.compare.read import gather
 from impq_core.compare.uniform import UniformLine
 from impq_core.compare.verdict import equal_loss, give_verdict
 from impq_core.config import RunConfig
 from impq_core.results import Row
+from impq_core.tasks.results import TaskScore, TaskTable
 from impq_core.testing import planted_estimate
 
 if TYPE_CHECKING:
@@ -169,6 +172,52 @@ def test_identifiers_of_figures_do_not_clash(tmp_path: Path, config: RunConfig) 
     made = re.findall(r'\bid="([^"]+)"', text)
     assert len(made) == len(set(made)) > 5
     assert set(re.findall(r'(?:href="|url\()#([^")]+)', text)) <= set(made)
+
+
+def test_tasks_and_answers_are_shown_between_plans_and_widths(tmp_path: Path, config: RunConfig) -> None:
+    contest_of(tmp_path, config, {"2.5bits": 0.1, "3bits": 0.1})
+    right = np.tile([1.0, 0.0], 10)
+    for budget, wrong in (("2.5bits", 4), ("3bits", 2)):
+        documents = {"unquantized": right, "plan": right * (np.arange(20) >= wrong), "uniform 4": right}
+        TaskTable(tuple(TaskScore(
+            row=row, bytes=None if row == "unquantized" else 130_000 if row == "uniform 4" else SIZES[budget],
+            task="<b>arc", metric="acc", filter="none", value=float(values.mean()), stderr=0.1, n=20,
+            higher_is_better=True, aggregation="mean", documents=tuple(values), limit=20, fewshot=0, chat=False,
+            batch_size=1, lm_eval="0.4", key="k") for row, values in documents.items())).save(
+                tmp_path / budget / "tasks.json")
+        split = Split(3, "It is a", " cat", f" <i>{budget}", 0.25) if budget == "2.5bits" else None
+        AnswerTable((Answer("What is & it?", (), False, 8, "It is a cat.", f"It is a <i>{budget}." if split else
+                            "It is a cat.", 5, 5, split, "k"),)).save(tmp_path / budget / "answers.json")
+    [contest], _ = gather([tmp_path])
+    [table] = task_tables(contest)
+    shown = {line[0].text: line[2] for line in table.lines}
+    assert list(shown) == ["unquantized", "2.5bits", "3bits", "uniform 4"] and not shown["unquantized"].note
+    difference = right * (np.arange(20) < 4)  # paired over documents
+    assert shown["2.5bits"].text == "0.400 ± 0.100"
+    assert shown["2.5bits"].note == f"{-difference.mean():+.3f} ± {difference.std(ddof=1) / np.sqrt(20):.3f}"
+    [prompt] = prompts_of(contest)
+    assert [reply.model for reply in prompt.replies] == ["unquantized", "2.5bits", "3bits"]
+    assert [reply.token for reply in prompt.replies] == ["", " <i>2.5bits", ""]
+    assert "".join((prompt.replies[1].common, prompt.replies[1].token, prompt.replies[1].rest)) == "It is a <i>2.5bits."
+    text = render([contest])
+    assert not {"b", "i"} & set(Page(text).seen) and text.index("<h3>Plans") < text.index("<h3>Tasks") < text.index(
+        "<h3>Answers") < text.index("<h3>Widths")
+
+
+def test_tasks_asked_in_other_ways_are_not_put_into_one_table(tmp_path: Path, config: RunConfig) -> None:
+    contest_of(tmp_path, config, {"2.5bits": 0.1, "3bits": 0.1})
+    for budget, limit in (("2.5bits", 20), ("3bits", None)):
+        TaskTable((TaskScore("plan", SIZES[budget], "arc", "acc", "none", 0.5, 0.1, 20, True, "mean", (), limit, 0,
+                             False, 1, "0.4", "k"),)).save(tmp_path / budget / "tasks.json")
+    assert [len(table.lines) for table in task_tables(gather([tmp_path])[0][0])] == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["tasks.json", "answers.json"])
+def test_a_broken_file_of_tasks_or_answers_is_named(name: str, tmp_path: Path, config: RunConfig) -> None:
+    contest_of(tmp_path, config, {"2.5bits": 0.1, "3bits": 0.1})
+    (tmp_path / "3bits" / name).write_text("{")
+    [contest], [note] = gather([tmp_path])
+    assert len(contest.contestants) == 1 and str(tmp_path / "3bits" / name) in note
 
 
 def variables(css: str) -> dict[str, str]:

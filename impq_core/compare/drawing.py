@@ -75,8 +75,8 @@ def style() -> AbstractContextManager[Any]:
         "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK})
 
 
-def new_axes(height: float = 3.1, width: float = WIDTH) -> tuple[Any, Any]:
-    """A figure of a height and width in inches, and its axes."""
+def new_figure(width: float = WIDTH, height: float = 3.1) -> tuple[Any, Any]:
+    """A figure of a width and height in inches, and its axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from impq_core.compare.contest import Contest, Contestant
-from impq_core.compare.drawing import GREY, INK, PALE, Picture, legend_below, look, new_axes, shared_name, style
+from impq_core.compare.drawing import GREY, INK, PALE, Picture, legend_below, look, new_figure, shared_name, style
 from impq_core.compare.layers import distinct_estimates, draw_interactions, draw_sensitivities
 from impq_core.compare.uniform import UniformLine
 from impq_core.results import Difference, Row
@@ -53,7 +53,7 @@ def draw_sizes(contest: Contest) -> Iterator[Picture]:
 
 
 def _minus_line(contest: Contest) -> Picture:
-    figure, axes = new_axes()
+    figure, axes = new_figure()
     axes.axhline(0, color=INK, linewidth=1)
     for name, runs in _curves(contest).items():
         points = [(_megabytes(run.plan), gap) for run in runs if (gap := _line_gap(run))]
@@ -87,7 +87,7 @@ def _minus_line(contest: Contest) -> Picture:
 
 
 def _above_unquantized(contest: Contest) -> Picture:
-    figure, axes = new_axes()
+    figure, axes = new_figure()
     lines = {tuple((row.nbytes, row.nll, row.name) for row in line.models): (line, run)
              for run in contest.contestants if (line := UniformLine.of(run.evaluation))}
     backends = list(dict.fromkeys(run.config.backend for _, run in lines.values()))
@@ -129,7 +129,7 @@ def _costs(contest: Contest) -> Iterator[Picture]:
     groups = {budget: runs for budget, runs in groups.items() if len({run.forwards for run in runs}) > 1}
     if not groups:
         return
-    figure, axes = new_axes()
+    figure, axes = new_figure()
     styles = _styles(contest)
     for budget, runs in groups.items():
         gaps = [run.plan.minus(contest.budgets[budget][0].plan) for run in runs]
@@ -154,7 +154,7 @@ def _convergence(contest: Contest) -> Iterator[Picture]:
             curves.setdefault(run.convergence.tobytes(), []).append(run)
     if not curves:
         return
-    figure, axes = new_axes()
+    figure, axes = new_figure()
     for number, runs in enumerate(curves.values()):
         axes.plot(*runs[0].convergence, linewidth=1.2, label=shared_name(contest, runs), **look(number))
     axes.set(xlabel="cost of the measurements (forwards)", ylabel="mean standard error (nats)")

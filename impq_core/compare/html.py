@@ -17,6 +17,7 @@ from impq_core.compare.contest import Contest, Contestant
 from impq_core.compare.drawing import Picture
 from impq_core.compare.figures import Section, draw_details, draw_glance
 from impq_core.compare.layers import WidthMap, width_maps
+from impq_core.compare.outcomes import Prompt, TasksTable, prompts_of, task_tables
 from impq_core.compare.rows import PlanTable, plan_table
 from impq_core.compare.table import model_name
 from impq_core.compare.verdict import Verdict, give_verdict
@@ -42,6 +43,8 @@ class Chapter:
     verdict: Verdict
     glance: Sequence[Picture]
     table: PlanTable
+    tasks: Sequence[TasksTable]
+    prompts: Sequence[Prompt]
     widths: Sequence[WidthMap]
     details: Sequence[Section]
     facts: Sequence[Fact]
@@ -62,8 +65,8 @@ def render(contests: Sequence[Contest]) -> str:
     """The page as HTML. All names are escaped, figures are embedded, and nothing is loaded from a server."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     chapters = [Chapter(model_name(contest), contest, give_verdict(contest), draw_glance(contest),
-                        plan_table(contest), tuple(width_maps(contest)), draw_details(contest), tuple(facts(contest)))
-                for contest in contests]
+                        plan_table(contest), task_tables(contest), prompts_of(contest), tuple(width_maps(contest)),
+                        draw_details(contest), tuple(facts(contest))) for contest in contests]
     files = resources.files("impq_core.compare")
     template, style = (files.joinpath(name).read_text(encoding="utf-8") for name in ("page.html.jinja", "page.css"))
     return environment.from_string(template).render(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from impq_core.compare.contest import Contest, Contestant, block_of
-from impq_core.compare.drawing import COLOURS, GREY, INK, Picture, new_axes, shared_name
+from impq_core.compare.drawing import COLOURS, GREY, INK, Picture, new_figure, shared_name
 from impq_core.space import Choice, in_bits
 from impq_core.types import SensitivityEstimate
 
@@ -92,11 +92,9 @@ class WidthMap:
 
 def width_maps(contest: Contest) -> Iterator[WidthMap]:
     """The plans of a contest, a map for each set of layers."""
-    ordered = [(budget, run) for budget, runs in contest.budgets.items() for run in runs]
-    several = len(set(contest.labels.values())) > 1
-    for layers in dict.fromkeys(tuple(run.widths) for _, run in ordered):
-        plans = tuple((f"{budget}: {contest.label(run)}" if several else budget, tuple(run.widths.values()))
-                      for budget, run in ordered if tuple(run.widths) == layers)
+    for layers in dict.fromkeys(tuple(run.widths) for run in contest.ordered):
+        plans = tuple((contest.name(run), tuple(run.widths.values())) for run in contest.ordered
+                      if tuple(run.widths) == layers)
         choices = sorted({width for _, widths in plans for width in widths if width is not None},
                          key=lambda choice: (choice.bits, choice.name))
         yield WidthMap(layers, tuple(choices), (*_spread(len(choices)), UNQUANTIZED), plans)
@@ -109,7 +107,7 @@ def draw_widths(contest: Contest) -> Iterator[Picture]:
 
     for found in width_maps(contest):
         cells = np.array([found.kinds(widths) for _, widths in found.plans])
-        figure, axes = new_axes(1.4 + 0.27 * len(found.plans), width=12.5)
+        figure, axes = new_figure(12.5, 1.4 + 0.27 * len(found.plans))
         axes.imshow(cells, cmap=ListedColormap(found.colours), vmin=-0.5, vmax=len(found.colours) - 0.5, aspect="auto",
                     interpolation="none")
         axes.hlines(np.arange(1, len(cells)) - 0.5, -0.5, len(found.layers) - 0.5, color="white", linewidth=1.5)
@@ -130,7 +128,7 @@ def draw_sensitivities(estimates: Iterable[tuple[str, SensitivityEstimate]]) -> 
         if len(costs) < 2:
             continue
         wide = len(costs) > NAMED_LAYERS
-        figure, axes = new_axes(3.2 if wide else 4)
+        figure, axes = new_figure(height=3.2 if wide else 4)
         error = None if estimate.stderr is None else np.nan_to_num(estimate.stderr[:, -1])
         axes.bar(range(len(costs)), costs, yerr=error, color=COLOURS[0], ecolor=INK, capsize=0 if wide else 2,
                  error_kw={"elinewidth": 0.7 if wide else 1.2})
@@ -149,7 +147,7 @@ def draw_interactions(estimates: Iterable[tuple[str, SensitivityEstimate]]) -> I
             continue
         matrix, alone = estimate.pairwise[:, -1, :, -1], np.eye(len(estimate.linear), dtype=bool)
         limit = float(np.percentile(np.abs(matrix[~alone]), 99)) if len(matrix) > 1 else 0.0
-        figure, axes = new_axes(3.9)
+        figure, axes = new_figure(height=3.9)
         axes.set_facecolor(UNQUANTIZED)
         image = axes.imshow(np.where(alone, np.nan, matrix), cmap="PuOr_r", vmin=-(limit or 1.0), vmax=limit or 1.0,
                             interpolation="none")
@@ -167,7 +165,7 @@ def draw_interactions(estimates: Iterable[tuple[str, SensitivityEstimate]]) -> I
 def distinct_estimates(contest: Contest) -> list[tuple[str, SensitivityEstimate]]:
     """Every distinct estimate once, titled with the names of the runs that made it."""
     groups: dict[Any, tuple[SensitivityEstimate, list[Contestant]]] = {}
-    for run in (run for runs in contest.budgets.values() for run in runs):
+    for run in contest.ordered:
         if (e := run.estimate) is not None:
             key = (e.method, e.linear.tobytes(), None if e.pairwise is None else e.pairwise.tobytes())
             groups.setdefault(key, (e, []))[1].append(run)

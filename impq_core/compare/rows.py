@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from impq_core.compare.contest import Contest, Contestant
@@ -16,10 +17,17 @@ AGAINST = {"line": "minus uniform", "first/last": "minus first/last high", "rand
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of the table; ``outcome`` is ``wins``, ``ties``, ``loses`` or empty."""
+    """A cell of a table.
+
+    Args:
+        text: its text.
+        outcome: ``wins``, ``ties``, ``loses`` or empty.
+        note: a second line; empty for none.
+    """
 
     text: str
     outcome: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,17 +50,15 @@ class PlanTable:
 def plan_table(contest: Contest) -> PlanTable:
     """The table of a contest. Columns in which no plan has anything are left out."""
     several = len(contest.contestants) > len(contest.budgets)
-    named = len(set(contest.labels.values())) > 1
     columns: dict[str, dict[Contestant | Row, Cell]] = {}
 
     def put(column: str, line: Contestant | Row, text: str, outcome: str = "") -> None:
         columns.setdefault(column, {})[line] = Cell(text, outcome)
 
-    ordered = [run for runs in contest.budgets.values() for run in runs]
+    ordered = contest.ordered
     for run in ordered:
-        budget = contest.budget_of(run)
-        put("plan", run, f"{budget}: {contest.label(run)}" if named else budget)
-        put("MB", run, _megabytes(run.plan))
+        put("plan", run, contest.name(run))
+        put("MB", run, megabytes(run.plan.nbytes))
         for kind, name in AGAINST.items():
             if (gap := run.gaps.get(kind)) is not None:
                 outcome = "loses" if kind in run.losses else "ties" if kind in run.ties else "wins"
@@ -75,7 +81,7 @@ def plan_table(contest: Contest) -> PlanTable:
     references = _references(contest)
     for row, run in references.items():
         put("plan", row, row.name)
-        put("MB", row, _megabytes(row))
+        put("MB", row, megabytes(row.nbytes))
         if row.bits_nominal is not None and math.isfinite(row.bits_nominal):
             put("bits", row, f"{row.bits_nominal:.2f}")
         put("NLL", row, f"{row.nll:.3f}")
@@ -102,7 +108,7 @@ def _references(contest: Contest) -> dict[Row, Contestant]:
     return {best.unquantized: best, **dict(rows)}
 
 
-def _note(runs: list[Contestant]) -> str:
+def _note(runs: Sequence[Contestant]) -> str:
     error = runs[0].unquantized.stderr
     shared = "" if math.isnan(error) else f" (± {error:.3f} for the text itself, which all rows share)"
     sizes = "" if not any(UniformLine.of(run.evaluation) for run in runs) else (
@@ -113,8 +119,9 @@ def _note(runs: list[Contestant]) -> str:
             "nominal average.")
 
 
-def _megabytes(row: Row) -> str:
-    return "" if row.nbytes is None else f"{row.nbytes / 1e6:.2f}" if row.nbytes >= 1e6 else f"{row.nbytes / 1e6:.3f}"
+def megabytes(nbytes: int | None) -> str:
+    """Bytes in megabytes; nothing if they are unknown."""
+    return "" if nbytes is None else f"{nbytes / 1e6:.2f}" if nbytes >= 1e6 else f"{nbytes / 1e6:.3f}"
 
 
 def _difference(gap: Difference) -> str:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 
 from impq_core.results import Evaluation, Row
-from impq_core.statistics import standard_error
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class UniformLine:
             sizes = [row.nbytes or 0 for row in models]
             losses = np.stack([row.window_nll for row in models], axis=1)
             windows = np.array([np.interp(nbytes, sizes, window) for window in losses])
-            found.append(Row("line", windows, round(nbytes)))
+            found.append(replace(models[0], name="line", window_nll=windows, nbytes=round(nbytes), score=None))
         return min(found, key=lambda row: row.nll)
 
     def equal_loss(self, plan: Row) -> EqualLoss | None:
@@ -100,7 +99,7 @@ def _crossing(models: Sequence[Row], plan: Row, plan_bytes: int) -> EqualLoss:
         share = (left.nll - plan.nll) / (left.nll - right.nll)
         ends = np.array([left.nbytes, right.nbytes], float), np.array([left.bits_nominal, right.bits_nominal], float)
         nbytes, bits = (float(low + share * (high - low)) for low, high in ends)
-        between = (1 - share) * left.window_nll + share * right.window_nll
+        between = replace(left, window_nll=(1 - share) * left.window_nll + share * right.window_nll)
         slope = (left.nll - right.nll) / (ends[0][1] - ends[0][0]) if ends[0][1] > ends[0][0] else math.inf
-        return EqualLoss(nbytes, standard_error(between - plan.window_nll) / slope, bits, plan_bytes)
+        return EqualLoss(nbytes, between.minus(plan).stderr / slope, bits, plan_bytes)
     return EqualLoss(large.nbytes or 0, math.nan, large.bits_nominal or math.nan, plan_bytes, "above")
