@@ -16,7 +16,6 @@ from finished import BASE, NOISE, Page, make_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from impq_core.answers.results import Answer, AnswerTable, Split
 from impq_core.compare.contest import Contest
 from impq_core.compare.html import render
 from impq_core.compare.outcomes import prompts_of, task_tables
@@ -24,8 +23,9 @@ from impq_core.compare.read import gather
 from impq_core.compare.uniform import UniformLine
 from impq_core.compare.verdict import equal_loss, give_verdict
 from impq_core.config import RunConfig
+from impq_core.paired_answers import Answer, AnswerTable, Split
 from impq_core.results import Row
-from impq_core.tasks.results import TaskScore, TaskTable
+from impq_core.task_scores import TaskScore, TaskTable
 from impq_core.testing import planted_estimate
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from impq_core.answers.results import AnswerTable
 from impq_core.config import RunConfig
+from impq_core.paired_answers import AnswerTable
 from impq_core.results import Difference, Evaluation, Row
 from impq_core.space import Choice, FloatArray, in_bits, narrowest_first
-from impq_core.tasks.results import TaskTable
+from impq_core.task_scores import TaskTable
 from impq_core.types import SensitivityEstimate
 
 ALIKE = 0.005

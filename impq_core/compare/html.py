@@ -16,7 +16,7 @@ from jinja2 import Environment, StrictUndefined
 from impq_core.compare.contest import Contest, Contestant
 from impq_core.compare.drawing import Picture
 from impq_core.compare.figures import Section, draw_details, draw_glance
-from impq_core.compare.layers import WidthMap, width_maps
+from impq_core.compare.layers import WidthStrips, width_strips
 from impq_core.compare.outcomes import Prompt, TasksTable, prompts_of, task_tables
 from impq_core.compare.rows import PlanTable, plan_table
 from impq_core.compare.table import model_name
@@ -45,7 +45,7 @@ class Chapter:
     table: PlanTable
     tasks: Sequence[TasksTable]
     prompts: Sequence[Prompt]
-    widths: Sequence[WidthMap]
+    widths: Sequence[WidthStrips]
     details: Sequence[Section]
     facts: Sequence[Fact]
 
@@ -65,7 +65,7 @@ def render(contests: Sequence[Contest]) -> str:
     """The page as HTML. All names are escaped, figures are embedded, and nothing is loaded from a server."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     chapters = [Chapter(model_name(contest), contest, give_verdict(contest), draw_glance(contest),
-                        plan_table(contest), task_tables(contest), prompts_of(contest), tuple(width_maps(contest)),
+                        plan_table(contest), task_tables(contest), prompts_of(contest), tuple(width_strips(contest)),
                         draw_details(contest), tuple(facts(contest))) for contest in contests]
     files = resources.files("impq_core.compare")
     template, style = (files.joinpath(name).read_text(encoding="utf-8") for name in ("page.html.jinja", "page.css"))

@@ -30,7 +30,7 @@ class Cell:
     Args:
         first: number of the first layer.
         count: number of layers.
-        kind: number of the choice among ``WidthMap.choices``; their number for layers that stay unquantized.
+        kind: number of the choice among ``WidthStrips.choices``; their number for layers that stay unquantized.
         title: the layers and their choice, for a reader.
     """
 
@@ -41,20 +41,22 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class WidthMap:
+class WidthStrips:
     """Plans over the same layers.
 
     Args:
         layers: names of the layers, in model order.
         choices: choices that the plans use, from the narrowest to the widest.
         colours: a colour for each choice, and one for layers that stay unquantized.
-        plans: name and choice of each layer (None: unquantized) of each plan, by budget, the best plan first.
+        plans: name and choice of each layer (None: unquantized) of the best plan of each budget.
+        others: the same of the other plans.
     """
 
     layers: tuple[str, ...]
     choices: tuple[Choice, ...]
     colours: tuple[str, ...]
     plans: tuple[tuple[str, tuple[Choice | None, ...]], ...]
+    others: tuple[tuple[str, tuple[Choice | None, ...]], ...] = ()
 
     def kinds(self, widths: Sequence[Choice | None]) -> list[int]:
         """The number of each layer's choice."""
@@ -63,7 +65,7 @@ class WidthMap:
     @property
     def names(self) -> tuple[str, ...]:
         """A name for each colour that is used."""
-        unquantized = any(width is None for _, widths in self.plans for width in widths)
+        unquantized = any(width is None for _, widths in (*self.plans, *self.others) for width in widths)
         return (*(in_bits(choice.name) for choice in self.choices), *["unquantized"] * unquantized)
 
     def cells(self, widths: Sequence[Choice | None]) -> list[Cell]:
@@ -90,14 +92,16 @@ class WidthMap:
         return [(i / len(self.layers), f"{block_of(self.layers[i]):g}") for i in firsts[::-(-len(firsts) // 6) or 1]]
 
 
-def width_maps(contest: Contest) -> Iterator[WidthMap]:
+def width_strips(contest: Contest) -> Iterator[WidthStrips]:
     """The plans of a contest, a map for each set of layers."""
     for layers in dict.fromkeys(tuple(run.widths) for run in contest.ordered):
-        plans = tuple((contest.name(run), tuple(run.widths.values())) for run in contest.ordered
-                      if tuple(run.widths) == layers)
-        choices = sorted({width for _, widths in plans for width in widths if width is not None},
+        runs = [run for run in contest.ordered if tuple(run.widths) == layers]
+        best = [run for run in runs if contest.behind_best(run) is None] or runs
+        plans, others = (tuple((contest.name(run), tuple(run.widths.values())) for run in some)
+                         for some in (best, [run for run in runs if run not in best]))
+        choices = sorted({width for run in runs for width in run.widths.values() if width is not None},
                          key=lambda choice: (choice.bits, choice.name))
-        yield WidthMap(layers, tuple(choices), (*_spread(len(choices)), UNQUANTIZED), plans)
+        yield WidthStrips(layers, tuple(choices), (*width_colours(len(choices)), UNQUANTIZED), plans, others)
 
 
 def draw_widths(contest: Contest) -> Iterator[Picture]:
@@ -105,14 +109,15 @@ def draw_widths(contest: Contest) -> Iterator[Picture]:
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
-    for found in width_maps(contest):
-        cells = np.array([found.kinds(widths) for _, widths in found.plans])
-        figure, axes = new_figure(12.5, 1.4 + 0.27 * len(found.plans))
+    for found in width_strips(contest):
+        plans = (*found.plans, *found.others)
+        cells = np.array([found.kinds(widths) for _, widths in plans])
+        figure, axes = new_figure(12.5, 1.4 + 0.27 * len(plans))
         axes.imshow(cells, cmap=ListedColormap(found.colours), vmin=-0.5, vmax=len(found.colours) - 0.5, aspect="auto",
                     interpolation="none")
         axes.hlines(np.arange(1, len(cells)) - 0.5, -0.5, len(found.layers) - 0.5, color="white", linewidth=1.5)
         axes.vlines(np.array(_firsts(found.layers)) - 0.5, -0.5, len(cells) - 0.5, color="white", linewidth=1.5)
-        axes.set_yticks(range(len(cells)), [name for name, _ in found.plans])
+        axes.set_yticks(range(len(cells)), [name for name, _ in plans])
         axes.tick_params(left=False)
         axes.spines[:].set_visible(False)
         _layer_axis(axes, found.layers)
@@ -122,22 +127,27 @@ def draw_widths(contest: Contest) -> Iterator[Picture]:
 
 
 def draw_sensitivities(estimates: Iterable[tuple[str, SensitivityEstimate]]) -> Iterator[Picture]:
-    """Cost of every layer at the narrowest width, for each titled estimate."""
+    """Cost of every layer at the narrowest width, for each titled estimate of several layers."""
     for title, estimate in estimates:
-        costs = estimate.linear[:, -1]
-        if len(costs) < 2:
+        if len(estimate.space) < 2:
             continue
-        wide = len(costs) > NAMED_LAYERS
-        figure, axes = new_figure(height=3.2 if wide else 4)
-        error = None if estimate.stderr is None else np.nan_to_num(estimate.stderr[:, -1])
-        axes.bar(range(len(costs)), costs, yerr=error, color=COLOURS[0], ecolor=INK, capsize=0 if wide else 2,
-                 error_kw={"elinewidth": 0.7 if wide else 1.2})
-        axes.axhline(0, color=GREY, linewidth=0.8)
-        axes.set_xlim(-0.7, len(costs) - 0.3)
-        _layer_axis(axes, tuple(layer.name for layer in estimate.space.layers))
-        axes.set_ylabel(f"cost of {estimate.space.choices[-1]} bits (nats per token)")
+        figure, axes = new_figure(height=3.2 if len(estimate.space) > NAMED_LAYERS else 4)
+        draw_costs(axes, estimate)
         bars = "bars are standard errors of the measured part" if estimate.stderr is not None else "no standard errors"
         yield Picture(title, figure, f"Estimate {estimate.method}; {bars}.")
+
+
+def draw_costs(axes: Any, estimate: SensitivityEstimate) -> None:
+    """Draw the cost of every layer at the narrowest width on axes."""
+    costs = estimate.linear[:, -1]
+    wide = len(costs) > NAMED_LAYERS
+    error = None if estimate.stderr is None else np.nan_to_num(estimate.stderr[:, -1])
+    axes.bar(range(len(costs)), costs, yerr=error, color=COLOURS[0], ecolor=INK, capsize=0 if wide else 2,
+             error_kw={"elinewidth": 0.7 if wide else 1.2})
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    axes.set_xlim(-0.7, len(costs) - 0.3)
+    _layer_axis(axes, tuple(layer.name for layer in estimate.space.layers))
+    axes.set_ylabel(f"cost of {estimate.space.choices[-1]} bits (nats per token)")
 
 
 def draw_interactions(estimates: Iterable[tuple[str, SensitivityEstimate]]) -> Iterator[Picture]:
@@ -172,7 +182,7 @@ def distinct_estimates(contest: Contest) -> list[tuple[str, SensitivityEstimate]
     return [(shared_name(contest, runs), estimate) for estimate, runs in groups.values()]
 
 
-def _spread(count: int) -> list[str]:
+def width_colours(count: int) -> list[str]:
     """Colours for ``count`` widths, from the narrowest to the widest, both ends of the scale included."""
     if count <= 1:
         return [WIDTHS[-1]] * count

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from impq_core.answers.results import Answer, Split
 from impq_core.compare.contest import Contest, Contestant
 from impq_core.compare.rows import Cell, megabytes
+from impq_core.paired_answers import Answer, Split
 from impq_core.results import Difference
-from impq_core.tasks.results import UNQUANTIZED, TaskScore
+from impq_core.task_scores import UNQUANTIZED, TaskScore
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from impq_core.answers.results import FILE as ANSWERS
-from impq_core.answers.results import AnswerTable
 from impq_core.compare.contest import Contest, Contestant, block_of
 from impq_core.errors import ImpqError
+from impq_core.paired_answers import FILE as ANSWERS
+from impq_core.paired_answers import AnswerTable
 from impq_core.runs.folder import CHILDREN, SWEEP, RunFolder
 from impq_core.space import Choice, FloatArray
-from impq_core.tasks.results import FILE as TASKS
-from impq_core.tasks.results import TaskTable
+from impq_core.task_scores import FILE as TASKS
+from impq_core.task_scores import TaskTable
 
 DEPTH = 3
 """Levels of folders below a given one that are searched for run folders."""

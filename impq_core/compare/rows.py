@@ -21,7 +21,8 @@ class Cell:
 
     Args:
         text: its text.
-        outcome: ``wins``, ``ties``, ``loses`` or empty.
+        outcome: ``wins``, ``ties`` or ``loses`` of a difference, ``best`` of the name of a budget's best plan, or
+            empty.
         note: a second line; empty for none.
     """
 
@@ -57,7 +58,7 @@ def plan_table(contest: Contest) -> PlanTable:
 
     ordered = contest.ordered
     for run in ordered:
-        put("plan", run, contest.name(run))
+        put("plan", run, contest.name(run), "best" if several and contest.behind_best(run) is None else "")
         put("MB", run, megabytes(run.plan.nbytes))
         for kind, name in AGAINST.items():
             if (gap := run.gaps.get(kind)) is not None:

@@ -1,1 +1,0 @@
-"""Greedy answers of the unquantized and the quantized model to the same prompts."""
