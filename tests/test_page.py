@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,6 +125,19 @@ def test_the_verdict_names_every_reference_that_is_not_beaten(tmp_path: Path, co
     assert "ties with the best random plan" in verdict.sentence
 
 
+def test_the_largest_mix_that_is_not_better_is_named(tmp_path: Path, config: RunConfig) -> None:
+    file = make_run(tmp_path / "run", config, BASE + 0.5, references={
+        "mix Q2": 0.6, "mix Q3": 0.55, "mix Q4": 0.3, "mix Q5": math.nan}) / "evaluation.json"
+    data = json.loads(file.read_text())
+    for row in data["rows"]:
+        if row["name"].startswith("mix"):
+            row["bytes"] = {"mix Q2": 90_000, "mix Q3": 110_000, "mix Q4": 120_000, "mix Q5": 125_000}[row["name"]]
+    file.write_text(json.dumps(data))
+    [contest], _ = gather([tmp_path])
+    assert "better than mix Q3, and 9 % smaller" in give_verdict(contest).sentence
+    Page(render([contest]))
+
+
 def test_the_verdict_on_several_budgets(tmp_path: Path, config: RunConfig) -> None:
     gains = {"2.25bits": 0.1, "2.5bits": 0.2, "2.75bits": 0.15, "3bits": 0.0, "3.5bits": -0.05}
     contest = contest_of(tmp_path, config, gains, references={})
@@ -212,6 +225,14 @@ def test_tasks_asked_in_other_ways_are_not_put_into_one_table(tmp_path: Path, co
     assert [len(table.lines) for table in task_tables(gather([tmp_path])[0][0])] == [1, 1]
 
 
+def test_what_all_texts_share_is_shown_once(tmp_path: Path, config: RunConfig) -> None:
+    contest = contest_of(tmp_path, config, {"2.5bits": 0.1, "3bits": 0.1}, estimate=planted_estimate(1, 6))
+    other = Contest(tuple(replace(run, evaluation=replace(run.evaluation, text="6 windows of c4"))
+                          for run in contest.contestants))
+    text = render([contest, other])
+    assert text.count("<h3>Widths") == 1 and text.count('class="verdict') == text.count("<h3>Plans") == 2
+
+
 @pytest.mark.parametrize("name", ["tasks.json", "answers.json"])
 def test_a_broken_file_of_tasks_or_answers_is_named(name: str, tmp_path: Path, config: RunConfig) -> None:
     contest_of(tmp_path, config, {"2.5bits": 0.1, "3bits": 0.1})
@@ -255,24 +276,6 @@ def test_figures_take_the_colours_of_the_page(tmp_path: Path, config: RunConfig)
     assert {"ink", "c0", "muted"} <= used <= set(variables(CSS))
     figures = "".join(re.findall(r"<figure>.*?</figure>", text, re.DOTALL))
     assert not re.findall(r"(?<!, )#[0-9a-f]{6}\b", figures)
-
-
-@pytest.fixture
-def chrome(tmp_path: Path) -> Iterator[Chrome]:
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    driver = shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("needs chromium and chromedriver on the PATH (Debian: apt-get install chromium-driver)")
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium (pip install 'impq[browser]')")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'chromium'}"):
-        options.add_argument(flag)
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    try:
-        yield browser
-    finally:
-        browser.quit()
 
 
 @pytest.mark.browser

@@ -64,14 +64,24 @@ def write_page(contests: Sequence[Contest], path: Path) -> None:
 def render(contests: Sequence[Contest]) -> str:
     """The page as HTML. All names are escaped, figures are embedded, and nothing is loaded from a server."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    chapters = [Chapter(model_name(contest), contest, give_verdict(contest), draw_glance(contest),
-                        plan_table(contest), task_tables(contest), prompts_of(contest), tuple(width_strips(contest)),
-                        draw_details(contest), tuple(facts(contest))) for contest in contests]
+    chapters = list(_chapters(contests))
     files = resources.files("impq_core.compare")
     template, style = (files.joinpath(name).read_text(encoding="utf-8") for name in ("page.html.jinja", "page.css"))
     return environment.from_string(template).render(
         chapters=chapters, style=style, version=importlib.metadata.version("impq"),
         date=f"{datetime.now():%Y-%m-%d %H:%M}")
+
+
+def _chapters(contests: Sequence[Contest]) -> Iterator[Chapter]:
+    """The chapters; what does not depend on the held-out text is in the first one of the same runs."""
+    seen: set[Path] = set()
+    for contest in contests:
+        folders = {run.folder for run in contest.contestants}
+        new, seen = not folders <= seen, seen | folders
+        yield Chapter(model_name(contest), contest, give_verdict(contest), draw_glance(contest), plan_table(contest),
+                      task_tables(contest) if new else (), prompts_of(contest) if new else (),
+                      tuple(width_strips(contest)) if new else (), draw_details(contest) if new else (),
+                      tuple(facts(contest)))
 
 
 def facts(contest: Contest) -> Iterator[Fact]:
