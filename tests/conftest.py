@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,11 @@ from impq_core.tracking.store import create_store, sqlite_file
 
 if TYPE_CHECKING:
     from scenes import World
+    from selenium.webdriver import Chrome
+
+FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+         "--disable-background-networking", "--disable-component-update", "--window-size=1900,1400")
+"""Flags of Chromium."""
 
 # The matrices are tiny: more threads only wait for each other. Commands that the tests start inherit the variables.
 torch.set_num_threads(1)
@@ -135,3 +140,22 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     from scenes import World
 
     return World.make(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def chrome(tmp_path: Path) -> Iterator[Chrome]:
+    """Headless Chromium; the test is skipped where there is none."""
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    driver = shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("needs chromium and chromedriver on the PATH (Debian: apt-get install chromium-driver)")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium (pip install 'impq[browser]')")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path / 'chromium'}"):
+        options.add_argument(flag)
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    try:
+        yield browser
+    finally:
+        browser.quit()

@@ -6,14 +6,13 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from finished import BASE, NOISE, WINDOWS, Page, make_run
 
 from impq_core.cli import main
 from impq_core.compare.contest import Contest
@@ -23,40 +22,7 @@ from impq_core.config import RunConfig
 from impq_core.errors import ImpqError
 from impq_core.runs.pipeline import run
 from impq_core.testing import planted_estimate
-from impq_core.types import Measurements, SensitivityEstimate
-
-WINDOWS = 6
-BASE = np.linspace(3.0, 4.0, WINDOWS)
-NOISE = np.array([0.02, -0.01, 0.03, -0.04, 0.01, -0.01])
-
-
-def make_run(folder: Path, config: RunConfig, plan: np.ndarray[Any, Any], estimate: SensitivityEstimate | None = None,
-             references: Mapping[str, float] = {"first/last high": 0.9, "random 1": 0.8, "random 2": 0.7},
-             unquantized: np.ndarray[Any, Any] = BASE, text: str = "6 windows of wiki") -> Path:
-    """A finished run's folder: 100 kB plans of a model that is at ``unquantized``, and references that much above."""
-    folder.mkdir(parents=True)
-    (folder / "impq.toml").write_text(replace(config, budget=config.budget or "3bits").to_toml())
-    rows: list[dict[str, Any]] = [
-        {"name": "plan", "bytes": 100_000, "window_nll": plan.tolist()},
-        {"name": "unquantized", "bytes": None, "window_nll": unquantized.tolist()},
-        {"name": "uniform 4", "bytes": 130_000, "window_nll": (unquantized + 0.2).tolist()},
-        {"name": "uniform 2", "bytes": 70_000, "window_nll": (unquantized + 1.0 + NOISE).tolist()}]
-    rows += [{"name": name, "bytes": 99_000, "window_nll": (unquantized + above).tolist()}
-             for name, above in references.items()]
-    for row in rows:
-        row |= {"nll": float(np.mean(row["window_nll"])), "kl": 0.1, "top1_agreement": 0.9}
-        if row["bytes"]:
-            row |= {"bits_nominal": row["bytes"] / 33_000, "bits_stored": row["bytes"] / 30_000}
-    line = float((unquantized + 0.6 + NOISE / 2).mean())
-    rows.append({"name": "line low-high", "bytes": 100_000, "nll": line if math.isfinite(line) else None})
-    (folder / "evaluation.json").write_text(json.dumps({"text": text, "tokens": 288, "rows": rows}))
-    space = estimate.space if estimate else planted_estimate(0, 4).space
-    layers = {layer.name: {"bits": (4, 2)[i % 2], "group_size": 64} for i, layer in enumerate(space.layers)}
-    (folder / "plan.json").write_text(json.dumps({"budget_bytes": 101_000, "bits_nominal": 2.97, "layers": layers}))
-    (folder / "cost.json").write_text(json.dumps({"forwards": 12.5, "seconds": {"estimate": 3.0}}))
-    if estimate:
-        estimate.save(folder / "estimate.npz")
-    return folder
+from impq_core.types import Measurements
 
 
 @pytest.fixture
@@ -107,7 +73,7 @@ def test_a_plan_that_loses_is_said_to_lose(tmp_path: Path, config: RunConfig,
     [contest], _ = gather([tmp_path])
     assert set(contest.budgets["3bits"][1].losses) == {"line", "random"}
     page = render([contest])
-    assert page.count('class="plan loses"') == 3 and page.count('class="best wins"') == 1
+    assert page.count('class="loses"') == 8 and page.count('class="verdict wins"') == 1
 
 
 def test_a_difference_within_two_standard_errors_is_a_tie(tmp_path: Path, config: RunConfig) -> None:
@@ -228,28 +194,6 @@ def test_a_reference_that_is_no_number_stops_nothing(value: float, reference: st
     Page(render(contests))
 
 
-class Page(HTMLParser):
-    """The references of a page, and whether its elements are closed in order."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.references: list[str] = []
-        self.seen: list[str] = []
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen.append(tag)
-        if tag not in ("meta", "img", "link", "br"):
-            self.open.append(tag)
-        self.references += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-
 def test_the_page_needs_no_other_file_and_escapes_names(tmp_path: Path, config: RunConfig) -> None:
     estimate = planted_estimate(1, 6, strength=0.1)
     stderr = np.full_like(estimate.linear, 0.01)
@@ -263,9 +207,9 @@ def test_the_page_needs_no_other_file_and_escapes_names(tmp_path: Path, config: 
     text = page.read_text()
     parsed = Page(text)
     assert not {"script", "link", "b", "i", "u"} & set(parsed.seen) and parsed.seen.count("table") == 2
-    # Sizes twice, cost, widths, sensitivities, interactions; nothing was measured, so nothing converged.
-    assert parsed.seen.count("img") == 6 and "Convergence" not in text
-    assert all(reference.startswith(("data:image/svg+xml;base64,", "#")) for reference in parsed.references)
+    # Sizes, sensitivities, interactions: one budget has no curve, one cost no figure, and nothing converged.
+    assert parsed.seen.count("figure") == 3 and "convergence" not in text
+    assert all(reference.startswith(("data:image/png;base64,", "#")) for reference in parsed.references)
     assert "&lt;b&gt;x" in text and "ab12" in text and "http" not in text.replace("http-equiv", "")
 
 
@@ -299,7 +243,7 @@ def test_a_real_run_and_its_convergence(tiny_config: RunConfig, monkeypatch: pyt
     assert one.convergence[0, -1] == measurements.forwards
     assert one.convergence[1, -1] == pytest.approx((draws.std(axis=0, ddof=1) / 2).mean())
     page = render([contest])
-    assert "Convergence" in page and "Interactions" in page and Page(page).seen.count("img") == 7
+    assert "Convergence" in page and "Interactions" in page and Page(page).seen.count("figure") == 4
 
 
 def test_measurements_that_are_no_permutations_converge_to_nothing(tmp_path: Path, config: RunConfig) -> None:

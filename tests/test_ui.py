@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.browser
 
-FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-         "--disable-background-networking", "--disable-component-update", "--window-size=1900,1400")
 FIRST, SECOND = "spqe auto qp gptq 3bits", "hawq qp gptq 2.5bits"
 SECONDS = 60.0
 """Time limit of a page in seconds, for a busy machine."""
@@ -84,21 +81,8 @@ class Pages:
 
 
 @pytest.fixture
-def pages(tmp_path: Path) -> Iterator[Pages]:
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    driver = shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("needs chromium and chromedriver on the PATH (Debian: apt-get install chromium-driver)")
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium (pip install 'impq[browser]')")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path / 'chromium'}"):
-        options.add_argument(flag)
-    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    try:
-        yield Pages(chrome)
-    finally:
-        chrome.quit()
+def pages(chrome: Chrome) -> Pages:
+    return Pages(chrome)
 
 
 @pytest.fixture

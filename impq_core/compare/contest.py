@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from impq_core.config import RunConfig
+from impq_core.paired_answers import AnswerTable
 from impq_core.results import Difference, Evaluation, Row
 from impq_core.space import Choice, FloatArray, in_bits, narrowest_first
+from impq_core.task_scores import TaskTable
 from impq_core.types import SensitivityEstimate
 
 ALIKE = 0.005
@@ -39,6 +41,8 @@ class Contestant:
         convergence: float64 (2, K): forwards spent, and the mean standard error of the Shapley values at that point,
             nats per token. K is 0 if the run played no whole permutations.
         provenance: digests and versions as the run wrote them.
+        tasks: scores on tasks, if the run was evaluated on some.
+        answers: answers to prompts, if the run was asked some.
     """
 
     folder: Path
@@ -52,6 +56,8 @@ class Contestant:
     estimate: SensitivityEstimate | None
     convergence: FloatArray
     provenance: Mapping[str, Any]
+    tasks: TaskTable
+    answers: AnswerTable
 
     @property
     def plan(self) -> Row:
@@ -111,14 +117,25 @@ class Contestant:
         return {kind: gap for kind, gap in self.gaps.items() if not gap.mean <= 0 and gap.significant}
 
     @property
+    def ties(self) -> dict[str, Difference]:
+        """The gaps to references that differ from the plan by no more than two standard errors."""
+        return {kind: gap for kind, gap in self.gaps.items() if not gap.significant}
+
+    @property
+    def outcome(self) -> str:
+        """``loses`` if a reference is significantly better than the plan, else ``ties`` if one is not significantly
+        worse, else ``wins``; empty if there is no reference."""
+        return "loses" if self.losses else "ties" if self.ties else "wins" if self.gaps else ""
+
+    @property
     def verdict(self) -> str:
         """The references that the plan loses to; else those that it ties with; else its smallest lead."""
         if self.losses:
             return "LOSES to " + ", ".join(f"{kind} by {gap.unsigned}" for kind, gap in self.losses.items())
         if not self.gaps:
             return "no reference"
-        if ties := {kind: gap for kind, gap in self.gaps.items() if not gap.significant}:
-            return "ties with " + ", ".join(f"{kind} ({gap})" for kind, gap in ties.items())
+        if self.ties:
+            return "ties with " + ", ".join(f"{kind} ({gap})" for kind, gap in self.ties.items())
         return f"beats all by ≥ {max(self.gaps.values(), key=lambda gap: gap.mean).unsigned}"
 
 
@@ -183,9 +200,25 @@ class Contest:
                        if names.count(name) > 1}
         return labels
 
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Components and settings that all contestants have."""
+        columns = zip(*(run.parts for run in self.contestants), strict=True)
+        return tuple(column[0] for column in columns if column[0] and len(set(column)) == 1)
+
+    @property
+    def ordered(self) -> tuple[Contestant, ...]:
+        """The contestants by budget, the best of each first."""
+        return tuple(run for runs in self.budgets.values() for run in runs)
+
     def label(self, run: Contestant) -> str:
-        """The name of a contestant."""
+        """The name of a contestant, which may be that of contestants of other budgets too."""
         return self.labels[run.folder]
+
+    def name(self, run: Contestant) -> str:
+        """The budget of a contestant, and its name unless all contestants have the same."""
+        budget = self.budget_of(run)
+        return budget if len(set(self.labels.values())) == 1 else f"{budget}: {self.label(run)}"
 
     def behind_best(self, run: Contestant) -> Difference | None:
         """A plan's NLL minus that of the best plan of its budget; None for the best itself."""

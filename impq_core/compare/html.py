@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import importlib.metadata
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,8 +14,13 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from impq_core.compare.contest import Contest, Contestant
-from impq_core.compare.figures import Section, draw_contest
-from impq_core.compare.table import EXPLAINED, HEADER, Line, contest_lines, model_name
+from impq_core.compare.drawing import Picture
+from impq_core.compare.figures import Section, draw_details, draw_glance
+from impq_core.compare.layers import WidthStrips, width_strips
+from impq_core.compare.outcomes import Prompt, TasksTable, prompts_of, task_tables
+from impq_core.compare.rows import PlanTable, plan_table
+from impq_core.compare.table import model_name
+from impq_core.compare.verdict import Verdict, give_verdict
 from impq_core.errors import ImpqError
 from impq_core.files import write_text
 
@@ -32,12 +36,17 @@ class Fact:
 
 @dataclass(frozen=True)
 class Chapter:
-    """A contest with its table, figures and provenance."""
+    """A contest: its verdict, figures, tables and provenance, in the order of the page."""
 
     model: str
     contest: Contest
-    lines: Mapping[str, Sequence[Line]]
-    sections: Sequence[Section]
+    verdict: Verdict
+    glance: Sequence[Picture]
+    table: PlanTable
+    tasks: Sequence[TasksTable]
+    prompts: Sequence[Prompt]
+    widths: Sequence[WidthStrips]
+    details: Sequence[Section]
     facts: Sequence[Fact]
 
 
@@ -55,13 +64,24 @@ def write_page(contests: Sequence[Contest], path: Path) -> None:
 def render(contests: Sequence[Contest]) -> str:
     """The page as HTML. All names are escaped, figures are embedded, and nothing is loaded from a server."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["data_uri"] = _data_uri
-    chapters = [Chapter(model_name(contest), contest, contest_lines(contest), draw_contest(contest),
-                        tuple(facts(contest))) for contest in contests]
-    template = resources.files("impq_core.compare").joinpath("page.html.jinja").read_text(encoding="utf-8")
+    chapters = list(_chapters(contests))
+    files = resources.files("impq_core.compare")
+    template, style = (files.joinpath(name).read_text(encoding="utf-8") for name in ("page.html.jinja", "page.css"))
     return environment.from_string(template).render(
-        chapters=chapters, header=HEADER, explained=EXPLAINED, version=importlib.metadata.version("impq"),
+        chapters=chapters, style=style, version=importlib.metadata.version("impq"),
         date=f"{datetime.now():%Y-%m-%d %H:%M}")
+
+
+def _chapters(contests: Sequence[Contest]) -> Iterator[Chapter]:
+    """The chapters; what does not depend on the held-out text is in the first one of the same runs."""
+    seen: set[Path] = set()
+    for contest in contests:
+        folders = {run.folder for run in contest.contestants}
+        new, seen = not folders <= seen, seen | folders
+        yield Chapter(model_name(contest), contest, give_verdict(contest), draw_glance(contest), plan_table(contest),
+                      task_tables(contest) if new else (), prompts_of(contest) if new else (),
+                      tuple(width_strips(contest)) if new else (), draw_details(contest) if new else (),
+                      tuple(facts(contest)))
 
 
 def facts(contest: Contest) -> Iterator[Fact]:
@@ -92,8 +112,3 @@ def _flat(data: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]
             yield from _flat(value, name)
         else:
             yield name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _data_uri(svg: str) -> str:
-    # As an image of its own, so that identifiers inside two figures cannot clash.
-    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()

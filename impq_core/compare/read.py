@@ -12,9 +12,13 @@ import numpy as np
 
 from impq_core.compare.contest import Contest, Contestant, block_of
 from impq_core.errors import ImpqError
+from impq_core.paired_answers import FILE as ANSWERS
+from impq_core.paired_answers import AnswerTable
 from impq_core.runs.curves import finished_runs
 from impq_core.runs.folder import CHILDREN, SWEEP, RunFolder
 from impq_core.space import Choice, FloatArray
+from impq_core.task_scores import FILE as TASKS
+from impq_core.task_scores import TaskTable
 
 DEPTH = 3
 """Levels of folders below a given one that are searched for run folders."""
@@ -83,8 +87,11 @@ def read_contestant(path: Path) -> Contestant:
     if run.provenance.is_file():
         provenance = run.read_json(run.provenance)
     estimate = run.read_estimate() if run.estimate.is_file() else None
+    tasks, answers = run.path / TASKS, run.path / ANSWERS
     return Contestant(run.path, config, evaluation, budget_bytes, bits, widths, forwards, run.measurements.is_file(),
-                      estimate, _convergence(run), provenance)
+                      estimate, _convergence(run), provenance,
+                      TaskTable.load(tasks) if tasks.is_file() else TaskTable(),
+                      AnswerTable.load(answers) if answers.is_file() else AnswerTable())
 
 
 @contextmanager

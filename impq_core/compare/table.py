@@ -10,17 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from impq_core.compare.contest import Contest, Contestant
+from impq_core.compare.verdict import give_verdict
 from impq_core.results import Row
 
 HEADER = ("allocation", "MB", "bits", "forwards", "NLL", "minus best", "against references")
-
-EXPLAINED = (
-    "NLL in nats per token ± its standard error over windows. Differences and their standard errors are paired over "
-    "the same windows; 'minus best' is the difference to the best plan of the budget. Every plan is compared with the "
-    "references of its own run: the line between uniform models at the plan's bytes, the first and last layers at the "
-    "widest width, and the best random plan. The references of the best plan are listed below the plans. MB: stored "
-    "bytes of the quantizable weights. bits: nominal average. forwards: cost of the search in full-model forwards.")
-
 
 @dataclass(frozen=True)
 class Line:
@@ -59,7 +52,8 @@ def contest_table(contest: Contest) -> Table:
     """The table that ``impq compare`` prints for a contest."""
     # Text and not str: names given by users are not markup.
     table = Table(box=None, header_style="bold", pad_edge=False, title=Text(contest_title(contest)),
-                  title_justify="left", title_style="bold")
+                  title_justify="left", title_style="bold", caption=Text(give_verdict(contest).sentence),
+                  caption_justify="left", caption_style="bold")
     for name in HEADER:
         left = name in (HEADER[0], HEADER[-1])
         table.add_column(name, justify="left" if left else "right", no_wrap=not left, overflow="fold")
