@@ -244,7 +244,7 @@ def test_experts_count_by_how_often_they_are_read(tmp_path: Path, tiny_config: R
 
 def test_a_dry_run_shows_the_reachable_costs(tiny_config: RunConfig, tmp_path: Path) -> None:
     forecast = forecast_run(replace(config_with(tiny_config, tmp_path), limits={"latency": "6ms"}))
-    [latency, traffic] = json.loads(json.dumps(forecast.to_dict()))["searches"][0]["costs"]
+    [latency, traffic] = forecast.searches[0].costs
     assert any("latency by meter table: 4.5 ms to 6.5 ms a token, limit 6 ms" in line
                for line in forecast_lines(forecast))
-    assert (latency["least"], latency["most"], latency["limit"]) == (4.5, 6.5, 6.0) and traffic["limit"] is None
+    assert (latency.least, latency.most, latency.limit) == (4.5, 6.5, 6.0) and traffic.limit is None

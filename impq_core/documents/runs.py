@@ -55,6 +55,7 @@ class RowDocument:
         perplexity, perplexity_stderr, kl_nats, top1_share: as in a score; null for a loss that is interpolated between
             uniform models, but for the perplexity.
         window_nll_nats: loss of each window; null for an interpolated loss.
+        costs: what the run's meters give it beside bytes, by name of the cost, in the units of the evaluation.
     """
 
     allocation: str
@@ -70,6 +71,7 @@ class RowDocument:
     kl_nats: float | None
     top1_share: float | None
     window_nll_nats: list[float | None] | None
+    costs: dict[str, float]
 
     @classmethod
     def of(cls, row: Row, evaluation: Evaluation) -> RowDocument:
@@ -80,7 +82,8 @@ class RowDocument:
         return cls(row.name, row.nbytes, row.bits_nominal, row.bits_stored, row.nll, row.stderr,
                    minus.mean if minus else None, minus.stderr if minus else None, score.perplexity,
                    score.perplexity_stderr, score.kl_nats if measured else None,
-                   score.top1_share if measured else None, row.window_nll.tolist() if measured else None)
+                   score.top1_share if measured else None, row.window_nll.tolist() if measured else None,
+                   dict(row.costs))
 
 
 @dataclass(frozen=True)
@@ -88,21 +91,25 @@ class EvaluationDocument:
     """The plan and its references on a held-out text.
 
     Args:
+        name: of the text among several; empty if there is one.
         text: description of the text.
         tokens: scored tokens.
         sequential: whether plan and references were quantized in sequence, as an export is.
+        costs: unit of each cost of the rows, by its name.
         rows: the plan first.
     """
 
+    name: str
     text: str
     tokens: int
     sequential: bool
+    costs: dict[str, str]
     rows: list[RowDocument]
 
     @classmethod
     def of(cls, evaluation: Evaluation) -> EvaluationDocument:
         """The document of an evaluation."""
-        return cls(evaluation.text, evaluation.tokens, evaluation.sequential,
+        return cls(evaluation.name, evaluation.text, evaluation.tokens, evaluation.sequential, dict(evaluation.costs),
                    [RowDocument.of(row, evaluation) for row in evaluation.rows])
 
 
@@ -155,6 +162,7 @@ class PlanDocument(Document):
             if nothing was predicted.
         bound: proven lower bound of the prediction of any plan of the budget; null if nothing was proven.
         predicted_is_nats: whether the prediction is a loss; else a score that only ranks.
+        costs: what meters give it beside bytes, by name of the cost.
         layers: every layer, in the order of the search space, then the fixed ones.
     """
 
@@ -170,6 +178,7 @@ class PlanDocument(Document):
     predicted: float | None
     bound: float | None
     predicted_is_nats: bool
+    costs: dict[str, float]
     layers: list[LayerDocument]
 
     @classmethod
@@ -182,7 +191,7 @@ class PlanDocument(Document):
                    for pin in space.pinned]
         return cls(str(file) if file else None, plan.method, plan.nbytes, plan.budget_bytes, plan.file_bytes,
                    space.nominal_bits(plan.nbytes), space.bits_per_weight(plan.nbytes), plan.predicted_loss, plan.bound,
-                   plan.is_loss, layers)
+                   plan.is_loss, {cost.name: float(cost.of(plan.pick)) for cost in plan.costs}, layers)
 
 
 @dataclass(frozen=True)
@@ -293,7 +302,8 @@ class RunDocument(Document):
         choices: names of the menu, widest first.
         plan: null if there is none yet.
         estimate: null if there is none: the plan was given, or the run is unfinished.
-        evaluation: null if there is none yet.
+        evaluation: on the first held-out text; null if there is none yet.
+        further_evaluations: on the other held-out texts.
         measured_loss_nats: the plan's loss in the game that it was estimated from, above the widest plan; null if
             unknown.
         losses: number of losses that the estimate was fitted to; null if it was fitted to none.
@@ -315,6 +325,7 @@ class RunDocument(Document):
     plan: PlanDocument | None
     estimate: EstimateDocument | None
     evaluation: EvaluationDocument | None
+    further_evaluations: list[EvaluationDocument]
     measured_loss_nats: float | None
     losses: int | None
     forwards: float | None
@@ -333,6 +344,7 @@ class RunDocument(Document):
                    PlanDocument.of(result.plan, result.folder / "plan.json") if result.plan else None,
                    EstimateDocument.of(result.estimate) if result.estimate else None,
                    EvaluationDocument.of(result.evaluation) if result.evaluation else None,
+                   list(map(EvaluationDocument.of, result.evaluation.others if result.evaluation else ())),
                    result.measured_loss, len(result.measurements) if result.measurements is not None else None,
                    result.forwards, result.seconds, result.rest_bytes,
                    [CheckpointDocument.read(folder) for folder in exports_in(result.folder)])
@@ -342,7 +354,8 @@ class RunDocument(Document):
     def unfinished(cls, folder: Path, config: RunConfig, space: SearchSpace, error: str | None) -> RunDocument:
         """The document of a run that has no estimate and no plan yet."""
         return cls(str(folder), "unfinished", error, settings_of(config), len(space), space.parameters,
-                   [choice.name for choice in space.choices], None, None, None, None, None, None, {}, None, [])
+                   [choice.name for choice in space.choices], None, None, None, [], None, None, None, {}, None,
+                   [])
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
