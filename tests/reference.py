@@ -134,7 +134,8 @@ def _dataclasses(*kinds: type) -> dict[str, type]:
 def _forecast_parts() -> dict[str, type]:
     from impq_core.runs import forecast
 
-    return {kind.__name__: kind for kind in (forecast.Fixed, forecast.SearchForecast, forecast.Size)}
+    return {kind.__name__: kind for kind in (forecast.CostForecast, forecast.Fixed, forecast.SearchForecast,
+                                            forecast.Size)}
 
 
 def schema_text() -> str:

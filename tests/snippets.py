@@ -66,7 +66,7 @@ def blocks_of(page: str) -> list[Block]:
     text = (ROOT / page).read_text()
     return [Block(page, text[:found.start("language")].count("\n") + 1, found["language"], found["text"],
                   found["title"] or "", found["skip"] or "")
-            for found in _BLOCK.finditer(text) if found["language"] in ("bash", "console", "python")]
+            for found in _BLOCK.finditer(text) if found["title"] or found["language"] in ("bash", "console", "python")]
 
 
 @dataclass
