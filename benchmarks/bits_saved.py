@@ -30,7 +30,7 @@ from impq_core.statistics import standard_error
 KEPT = Path(__file__).parent / "kept"
 BUDGETS = (2.5, 3.0, 3.5)
 MENUS = {"gptq": ("2", "3", "4"), "hqq": ("2", "3", "4"), "quanto": ("2", "4"), "gguf": ("Q2_K", "Q3_K", "Q4_K"),
-         "cmpq": ("2", "2.5", "3", "3.5", "4"), "ratio": ("2", "2+20%", "3", "3+20%", "4"), "slim": ("2", "3", "4")}
+         "cmpq": ("2", "2.5", "3", "4"), "ratio": ("2", "2+20%", "3", "3+20%", "4"), "slim": ("2", "3", "4")}
 
 
 def main() -> None:
@@ -115,7 +115,33 @@ def report(rows: Sequence[Mapping[str, Any]], given: argparse.Namespace) -> list
             "loss, and what the plan saves of it, in percent and in bits a weight. Errors are paired over windows.", "",
             *table(["backend", "nominal bits", "stored bits", "MB", "NLL of the plan", "minus the line",
                     "MB of the line", "saved", "bits saved"], cells),
-            "![Bytes that plans save](bits_saved.png)"]
+            "![Bytes that plans save](bits_saved.png)", "", *beside_gptq(rows)]
+
+
+def beside_gptq(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The models of each other backend minus those of gptq of the same stored bytes, paired over windows."""
+    lines = {}
+    for row in rows:
+        if row["backend"] == "gptq":
+            ends = [row["uniform"][0], row["uniform"][-1]]
+            lines = {"uniform": row["uniform"],
+                     "plan": sorted([*ends, *row["plans"]], key=lambda model: model["bytes"])}
+    cells = []
+    for row in rows if lines else []:
+        named = [*((f"uniform {model['name'].removeprefix('uniform ')}", model) for model in row["uniform"]),
+                 *((f"plan at {model['budget']:g} bits", model) for model in row["plans"])]
+        for name, model in named if row["backend"] != "gptq" else []:
+            cell = [row["backend"], name, f"{8 * model['bytes'] / row['weights']:.3f}",
+                    f"{np.mean(model['windows']):.3f}"]
+            for line in lines.values():
+                sizes = [other["bytes"] for other in line]
+                inside = sizes[0] <= model["bytes"] <= sizes[-1]
+                there = [np.interp(model["bytes"], sizes, at) for at in np.array([x["windows"] for x in line]).T]
+                apart = np.array(model["windows"]) - np.array(there)
+                cell.append(plus_minus(apart.mean(), standard_error(apart), sign=True) if inside else "")
+            cells.append(cell)
+    return ["## Beside gptq at equal stored bytes", "", *table(
+        ["backend", "model", "stored bits", "NLL", "minus uniform gptq", "minus planned gptq"], cells)]
 
 
 def draw(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -66,7 +66,7 @@ def main() -> None:
 def measure(bench: Bench, facts: dict[str, Any]) -> list[dict[str, Any]]:
     """A row for each budget."""
     config = replace(bench.prepared.config, granularity=facts["granularity"], estimator=facts["estimator"],
-                     probe_windows=facts["probed"])
+                     probe_windows=facts["probed"], options={})
     there = bench.at(config)
     estimate, _ = there.estimate(config)
     uniforms = bench.uniforms()
