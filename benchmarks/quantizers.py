@@ -165,7 +165,8 @@ class _Workshop:
 
 
 def _report(log: _Log, given: argparse.Namespace, texts: Sequence[str]) -> list[str]:
-    lines = heading("Options of GPTQ", shlex.join(["python", "benchmarks/quantizers.py", *sys.argv[1:]]))
+    lines = heading("Options of GPTQ", shlex.join(["python", "benchmarks/quantizers.py", *(
+        word if "/" not in word else Path(word).name for word in sys.argv[1:])]))
     lines += [f"Model {Path(given.model).name}; {given.calibration_windows} calibration windows and "
               f"{given.evaluation_windows} evaluation windows of 256 tokens on each text. In brackets: the loss above "
               "that of the unquantized model. A difference is paired with the first row of its width.", ""]
