@@ -77,8 +77,8 @@ TASKS = [
           scene=partial(write, "q.jsonl", QUESTION + '{"question": "q", "answer": "a"}')),
     light("evaluate finished --tasks mine.yaml", 1, "mine.yaml", "a task file that runs code",
           scene=partial(write, "mine.yaml", "task: mine\nprocess_docs: !function mine.docs\n")),
-    Case("evaluate finished --tasks mine.yaml", 1, "'mine'", "a task file without an output type",
-         scene=partial(write, "mine.yaml", "task: mine\ndataset_path: json\n")),
+    Case("evaluate finished --tasks mine.yaml", 1, "'mine'", "a task file with an unknown output type",
+         scene=partial(write, "mine.yaml", "task: mine\ndataset_path: json\noutput_type: multiple\n")),
     Case("evaluate finished --tasks mine.yaml", 1, "'mine'", "a task file with data that are missing",
          scene=partial(write, "mine.yaml", "task: mine\ndataset_path: json\noutput_type: multiple_choice\n"
                                            "dataset_kwargs: {data_files: none.jsonl}\n")),

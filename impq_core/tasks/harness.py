@@ -309,23 +309,32 @@ def _documented(task: Task, results: Any, name: str, metric: str, kind: str) -> 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The context in which lm-eval prints and logs nothing. That it cuts a prompt which is longer than the model's
-    context becomes a warning, once."""
+    """The context in which lm-eval and ``datasets`` print and log nothing. That lm-eval cuts a prompt which is longer
+    than the model's context becomes a warning, once."""
     class Cuts(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             if "runcat" in (text := record.getMessage()):
                 cut.append(" ".join(text.split()))
+
+    import datasets
 
     cut: list[str] = []
     logger, handler = logging.getLogger("lm_eval"), Cuts()
     before = logger.propagate, logger.level, list(logger.handlers)
     logger.propagate, logger.handlers = False, [handler]
     logger.setLevel(logging.WARNING)
+    reader, bars = logging.getLogger("datasets"), datasets.are_progress_bars_disabled()
+    level = reader.level
+    reader.setLevel(logging.CRITICAL)  # what it logs as an error, it raises as well
+    datasets.disable_progress_bars()
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         logger.propagate, logger.handlers = before[0], before[2]
         logger.setLevel(before[1])
+        reader.setLevel(level)
+        if not bars:
+            datasets.enable_progress_bars()
     if cut:
         warnings.warn(f"lm-eval cut {len(cut)} prompts, the first: {cut[0][:200]}", RuntimeWarning, stacklevel=3)
