@@ -207,7 +207,6 @@ def resume(key: str, what: str, scene: Callable[[], object], code: int = 1, leav
 
 RUNS = [
     light("run --resume nowhere", 1, "impq.toml"),
-    light("run --resume swept", 1, "provenance.json"),
     light("sweep --resume finished", 1, "sweep.json"),
     light("allocate nowhere --budget 3bits", 1, "nowhere"),
     light("fit model", 1, "model"),

@@ -6,7 +6,7 @@ from functools import partial
 
 from scenes import Case, light, write
 
-FIGURES_OF_SPEECH = ("about 3 bits", "half", "three bits", "3 bit", "-1bits", "1e400bits", "NaNbits", "3,5bits", "0MB",
+FIGURES_OF_SPEECH = ("about 3 bits", "half", "three bits", "3 bit", "-1bits", "1e400bits", "NaNbits", "0MB",
                      "60 percent", "as small as possible", "٣bits", "3", "bits")
 
 USAGE = [
