@@ -113,13 +113,19 @@ class Budget:
             if not low <= nbytes <= high * (1 + 1e-9):
                 raise UsageError(f"budget {self} for the whole file is outside what these widths can reach: "
                                  f"{self._show_file(low, file)} to {self._show_file(high, file)}, of which "
-                                 f"{file.fixed / 1e6:.6g}MB are no layer's")
+                                 f"{file.fixed / 1e6:.6g}MB are no layer's; {self._cure(nbytes < low)}")
         if not low <= nbytes <= high * (1 + 1e-9):
             raise UsageError(
                 f"budget {self} is outside what these widths can reach: {self._show(low, space)} to "
                 f"{self._show(high, space)} ({space.nominal_bits(low):.4g}bits to {space.nominal_bits(high):.4g}bits, "
-                f"{low / 1e6:.4g}MB to {high / 1e6:.4g}MB)")
+                f"{low / 1e6:.4g}MB to {high / 1e6:.4g}MB); {self._cure(nbytes < low)}")
         return min(int(round(nbytes, 3)), high)  # 60.7MB is 60,700,000 bytes, not one less
+
+    @staticmethod
+    def _cure(below: bool) -> str:
+        if below:
+            return "write a larger budget, or run with narrower --bits"
+        return "write a smaller budget, or run with wider --bits"
 
     def _show_file(self, nbytes: int, file: FileAccount) -> str:
         if self.unit == "%":
