@@ -16,6 +16,7 @@ from torch import nn
 
 from impq_core.config import RunConfig
 from impq_core.doctor import examine
+from impq_core.documents.forecasts import DeviceDocument, ForecastDocument
 from impq_core.errors import ImpqError, UsageError
 from impq_core.machine import free_device_memory
 from impq_core.model.device import devices_there, hardware, on_host, resolve_device, resolve_dtype
@@ -113,8 +114,8 @@ def test_doctor_and_dry_run_show_the_device(tiny_config: RunConfig) -> None:
         line, first = shown(tiny_config)
         assert f"{NAME}:0 ({NAME} a stand-in" in line and f"on {NAME}:0 ({NAME} a stand-in" in first
         assert "on cpu" in shown(replace(tiny_config, device="cpu"))[1]
-        data = forecast_run(tiny_config).to_dict()["device"]
-        assert data == {"name": f"{NAME}:0", "hardware": f"{NAME} a stand-in in host memory", "free_bytes": MEMORY}
+        device = ForecastDocument.of(forecast_run(tiny_config)).device
+        assert device == DeviceDocument(f"{NAME}:0", f"{NAME} a stand-in in host memory", MEMORY)
 
 
 MIXED: dict[str, Callable[[torch.Tensor, torch.Tensor], object]] = {

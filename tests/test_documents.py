@@ -131,7 +131,6 @@ def test_text_that_begins_far_down_is_not_taken_for_empty(tmp_path: Path) -> Non
 @pytest.mark.skipif(not shutil.which("jq"), reason="jq is not installed")
 @pytest.mark.parametrize(("content", "text"), [
     (json.dumps({"id": "7", "my 文 \"text\"": "hello"}), "hello"),
-    ("\n".join([json.dumps({"id": 1, "messages": CHAT})] * 2), "\n\n".join(["hello\n\ngood day"] * 2)),
     (json.dumps({"conversations": [{"from": "human", "value": "hello"}]}), "hello"),
     (json.dumps([{"text": "a"}, {"text": "b"}]), "a\n\nb"),
     (json.dumps([{"text": "a"}, {"text": "b"}], indent=1), "a\n\nb"),

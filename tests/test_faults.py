@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +16,8 @@ from impq_core.interfaces import NO_FILE, InputFile, Inspector, Probe
 from impq_core.parts import Parts
 from impq_core.plugins import Plugins, build_options
 from impq_core.runs.allocate import allocate_run
+from impq_core.runs.children import Child
 from impq_core.runs.pipeline import REFINE_STREAM, resume, run
-from impq_core.runs.sweep import _file_name
 from impq_core.testing import PlantedProbe, planted_estimate
 from impq_core.types import SensitivityEstimate
 
@@ -78,8 +79,10 @@ def test_budgets_of_every_digit_are_resumed_and_allocated(tiny_config: RunConfig
 
 def test_two_names_of_a_sweep_are_two_folders() -> None:
     taken: set[str] = set()
-    for name in ("a-60%", "a-60 %", "a-60percent", "a-1600001B", "a-1600002B", "a/b", "a\\b", "a b"):
-        taken.add(_file_name(name, taken))
+    parts = SimpleNamespace(estimator=SimpleNamespace(needs_surrogate=False))
+    for budget in ("60%", "60 %", "60percent", "1600001B", "1600002B", "a/b", "a\\b", "a b"):
+        run = SimpleNamespace(config=RunConfig(budget=budget), parts=parts)
+        taken.add(Child.of(run, taken).name)  # type: ignore[arg-type]
     assert len(taken) == 8 and not any(set(name) & set("/\\% ") for name in taken)
 
 

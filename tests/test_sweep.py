@@ -161,7 +161,7 @@ def test_what_is_wrong_is_said_before_anything_is_made(sweep: Sweep, change: dic
 
 
 def test_a_sweep_refines_nothing(sweep: Sweep) -> None:
-    with pytest.raises(UsageError, match="refines none"):
+    with pytest.raises(UsageError, match="refine none"):
         replace(sweep, base=replace(sweep.base, refine=4)).configs(Plugins())
 
 

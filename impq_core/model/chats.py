@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -100,7 +101,7 @@ def _problem(messages: Any) -> str:
 
 def is_chat(source: str, role: str) -> bool:
     """Whether the first row of a .jsonl file has ``messages`` and no ``text``. A file that cannot be read is none."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.suffix.lower() != ".jsonl" or not path.is_file():
         return False
     try:

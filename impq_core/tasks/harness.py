@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import math
+import os
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -111,7 +112,7 @@ def read_words(words: Sequence[str], trust: Trust) -> list[str | Path | Question
         raise UsageError("--tasks takes names of lm-eval tasks and files of questions, separated by commas, such as "
                          "lambada_openai,mine.jsonl")
     for word in words:
-        path = Path(word).expanduser()
+        path = Path(os.path.expanduser(word))
         if path.suffix in (".yaml", ".yml"):
             _check_file(path, trust)
             found.append(path)
