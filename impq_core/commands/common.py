@@ -74,6 +74,14 @@ limit_option = click.option("--limit", "limits", multiple=True, metavar="COST=AM
                             help="The most that the plan may take of a meter's cost, such as latency=9ms.")
 
 
+def place_options(command: Command) -> Command:
+    """``--device`` and ``--memory`` of a command on a run or an export."""
+    command = click.option("--memory", help="Memory that this may take where blocks compute, such as 8GB [a run's; "
+                                            "what is free for an export].")(command)
+    return click.option("--device", help="Where blocks compute: auto, cpu, cuda, cuda:1, mps or xpu [a run's; auto for "
+                                         "an export].")(command)
+
+
 def dry_run_option(command: Command) -> Command:
     """``--dry-run``."""
     return click.option("--dry-run", is_flag=True,

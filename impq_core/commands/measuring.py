@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from impq_core.commands.common import plugin_option, trust_option
+from impq_core.commands.common import place_options, plugin_option, trust_option
 from impq_core.commands.output import Answer, answers
 from impq_core.errors import UsageError
 from impq_core.plugins import Plugins
@@ -106,10 +106,7 @@ def observe(plugins: Plugins) -> None:
               help="File of prompts: one a line, or a .jsonl with a field 'prompt' or 'messages' a line.")
 @click.option("--tokens", type=int, default=64, show_default=True, help="Most tokens of an answer.")
 @click.option("--chat/--no-chat", default=None, help="Send prompts through the model's chat template [if it has one].")
-@click.option("--device", help="Where blocks compute: auto, cpu, cuda, cuda:1, mps or xpu [a run's; auto for an "
-                               "export].")
-@click.option("--memory", help="Memory that this may take where blocks compute, such as 8GB [a run's; what is free for "
-                               "an export].")
+@place_options
 @trust_option
 @plugin_option
 @answers

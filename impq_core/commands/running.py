@@ -13,6 +13,7 @@ from impq_core.commands.common import (
     check,
     dry_run_option,
     look_at,
+    place_options,
     plugin_option,
     read_config,
     read_pairs,
@@ -197,10 +198,7 @@ def export(run: str, format: str, target: Path | None, device: str | None, memor
 @click.option("--evaluation-length", type=int, help="Tokens in a window.")
 @click.option("--evaluation-scored", help="Tokens of chats that count: all, or those of the assistant.")
 @task_options
-@click.option("--device", help="Where blocks compute: auto, cpu, cuda, cuda:1, mps or xpu [a run's; auto for an "
-                               "export].")
-@click.option("--memory", help="Memory that this may take where blocks compute, such as 8GB [a run's; what is free for "
-                               "an export].")
+@place_options
 @trust_option
 @plugin_option
 @answers
