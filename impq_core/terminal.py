@@ -86,7 +86,7 @@ class ConsoleReporter:
         now = time.monotonic()
         if stage not in self._starts or done < self._starts[stage][1]:
             self._starts[stage] = (now, done)
-        if now - self._last >= PLAIN_SECONDS or (done in (0, total) and not self._brief):
+        if now - self._last >= PLAIN_SECONDS or (total and done in (0, total) and not self._brief):
             started, first = self._starts[stage]
             remaining = (now - started) / (done - first) * (total - done) if done > first else math.nan
             tail = "" if math.isnan(remaining) or done == total else f", about {remaining:.0f} s left"
