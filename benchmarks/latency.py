@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="Threads of llama.cpp.")
     parser.add_argument("--repeats", type=int, default=20, help="Repetitions of kernels and of files.")
     parser.add_argument("--tokens", type=int, default=16, help="Tokens of a file in a repetition.")
+    parser.add_argument("--no-frontier", action="store_true", help="Leave out the plans of every budget and limit.")
     given = parser.parse_args()
     config = replace(BASE, model=given.model,
                      options={"meter.llamacpp": {"threads": given.threads, "repeats": given.repeats}})
@@ -56,7 +57,8 @@ def main() -> None:
     lines = heading("Size, time and loss: limits on the latency", command)
     lines += [f"{given.model}, layers: every linear and the tied embedding; menu {', '.join(MENU)} with llama.cpp's "
               f"stand-ins; latency: {'; '.join(metering.notes)}.", ""]
-    lines += frontier(bench, estimate, cost)
+    if not given.no_frontier:
+        lines += frontier(bench, estimate, cost)
     lines += against_files(bench, estimate, cost, given.threads, given.repeats, given.tokens)
     write("latency.md", lines)
 
