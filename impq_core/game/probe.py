@@ -88,7 +88,8 @@ class ModelProbe:
     def _flops_of(self, name: Hashable, work: Callable[[slice], object]) -> int:
         """FLOPs of what a reading with a name does with one window, counted on the first, once."""
         if name not in self._counted:
-            _ = self._cost  # the first forward of a model has checks, which are no part of a pass
+            _ = self._cost  # the first passes of a model have checks, which are no part of a pass
+            self._runner.learn_backward(self._text.ids)
             self._bank.apply([None] * len(self._bank.layers))  # other weights may route tokens to other experts
             with flop_counter() as counter:
                 work(slice(0, 1))

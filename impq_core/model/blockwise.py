@@ -99,7 +99,7 @@ class BlockwiseModel:
         self.blocks: list[nn.Module] = [block for _, block in blocks_of(model)]
         self.placement = Placement(model, self.blocks, device, stored)
         self.forward = OwnForward(model, self.blocks, self.placement.loaded)
-        self._learnt = False
+        self._learnt = self._learnt_backward = False
         self._costs: dict[int, ForwardCost] = {}
 
     def __len__(self) -> int:
@@ -122,6 +122,12 @@ class BlockwiseModel:
             self.forward.learn(batches[0][:1])
             self._learnt = True
         return [Batch(batch, self.forward.first_input(batch)) for batch in batches]
+
+    def learn_backward(self, ids: IntArray) -> None:
+        """Try a backward pass on the first window of ``ids`` (windows, length), the first time; see ``OwnForward``."""
+        if not self._learnt_backward:
+            self.forward.learn_backward(self.embed(ids[:1])[0].ids)
+            self._learnt_backward = True
 
     @contextmanager
     def whole(self, at_once: bool) -> Iterator[PreTrainedModel]:
