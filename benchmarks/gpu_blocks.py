@@ -179,11 +179,12 @@ def memory(name: str, tiny: bool, folder: Path) -> dict[str, Any]:
     model.to("cpu").save_pretrained(folder / "model")
     byte_tokenizer().save_pretrained(folder / "model")
     del model
-    text = folder / "text.txt"
-    text.write_text(made_text(0, 100_000))
+    texts = folder / "calibration.txt", folder / "evaluation.txt"
+    for seed, path in enumerate(texts):
+        path.write_text(made_text(seed, 100_000))
     config = RunConfig(model=str(folder / "model"), backend="gptq", bits=("2", "3", "4"), granularity="group",
-                       estimator="aumann-shapley", calibration=TextConfig(str(text), 4 if tiny else 64, 256),
-                       game_windows=4 if tiny else 8, evaluation=TextConfig(str(text), 4 if tiny else 16, 256),
+                       estimator="aumann-shapley", calibration=TextConfig(str(texts[0]), 4 if tiny else 64, 256),
+                       game_windows=4 if tiny else 8, evaluation=TextConfig(str(texts[1]), 4 if tiny else 16, 256),
                        device=name, dtype="auto", tracking_uri="none",
                        options={"backend": {"group_size": 64}})
     return {"shape": str(shape), "blocks": BLOCKS, "stages": [

@@ -183,8 +183,9 @@ def repeat(device: str, tiny: bool, folder: Path) -> dict[str, Any]:
                          pool.submit(_killed, words, place.with_suffix(".killed"))])
         for (estimator, dtype, _), (one, two, three) in zip(cases, runs, strict=True):
             first, (killed, logged) = _results(one.result()), three.result()
-            rows.append({"estimator": estimator, "dtype": dtype, "repeated": _differences(first, _results(two.result())),
-                         "resumed": _differences(first, _results(killed)), "logged_when_killed": logged})
+            repeated, resumed = (_differences(first, _results(made)) for made in (two.result(), killed))
+            rows.append({"estimator": estimator, "dtype": dtype, "repeated": repeated, "resumed": resumed,
+                         "logged_when_killed": logged})
             print(json.dumps(rows[-1]), flush=True)
     return {"rows": rows}
 
