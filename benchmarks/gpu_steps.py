@@ -274,11 +274,11 @@ def commands(device: str, tiny: bool, folder: Path) -> dict[str, Any]:
              "2,4", *options, "--output", str(out), *common)
         for path in out.glob("*/impq.toml"):
             for form in (backend, "dense", "impq"):
-                call(f"export {form} of {backend}", "export", str(path.parent), "--format", form, "--device", device)
+                call(f"export {form} of {backend}", "export", str(path.parent), form, "--device", device)
             call(f"evaluate {backend}", "evaluate", str(path.parent / "dense"), "--device", device)
 
     def of_rotated() -> None:
-        call("rotate", "rotate", str(model), str(folder / "rotated"))
+        call("rotate", "rotate", str(model), "--to", str(folder / "rotated"), "--block", "32")
         call("run of the rotated model in sequence", "run", "--model", str(folder / "rotated"), "--device", device,
          "--estimator", "guided-output", "--granularity", "linear", "--sequential", "-o", "group_size=32", "--output",
          str(folder / "sequential"), *common)

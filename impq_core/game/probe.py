@@ -142,7 +142,7 @@ class ModelProbe:
         try:
             for linear, module in (item for block in inner for item in block.items() if weights):
                 assert weights is not None
-                runner.placement.replace(module, partial(weights, linear))
+                runner.placement.replace(module, partial(self._given, weights, linear))
             hidden = runner.embed(self._text.ids)
             for index, here in enumerate(inner):
                 found: dict[LinearSpec, list[torch.Tensor]] = {}
@@ -156,6 +156,10 @@ class ModelProbe:
                 hidden = output
         finally:
             self._bank.apply([None] * len(self._bank.layers))
+
+    def _given(self, weights: Callable[[LinearSpec], torch.Tensor], linear: LinearSpec) -> torch.Tensor:
+        """An estimator's weight, which may have been drawn on the host, on the device."""
+        return weights(linear).to(self._runner.device)
 
     def slopes(self, at: FloatArray | None = None) -> FloatArray:
         """First-order changes (windows, n, m) of each window's loss, nats per token; costs about four forwards of the
