@@ -243,7 +243,7 @@ def suites(device: str, tiny: bool, folder: Path) -> dict[str, Any]:
     found = {}
     for name, words in {"backends": ["test_conformance.py", "-k", "Gptq or Hqq or Quanto or Cmpq or Ratio or Slim"],
                         "devices": ["test_device.py"]}.items():
-        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *words], cwd=TESTS,
+        done = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *words], cwd=TESTS,
                               env={**os.environ, "IMPQ_TEST_DEVICE": kind}, capture_output=True, text=True)
         lines = done.stdout.splitlines()
         print(done.stdout, done.stderr, flush=True)
