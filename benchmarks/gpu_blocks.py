@@ -185,7 +185,7 @@ def memory(name: str, tiny: bool, folder: Path) -> dict[str, Any]:
     config = RunConfig(model=str(folder / "model"), backend="gptq", bits=("2", "3", "4"), granularity="group",
                        estimator="aumann-shapley", calibration=TextConfig(str(texts[0]), 4 if tiny else 64, 256),
                        game_windows=4 if tiny else 8, evaluation=TextConfig(str(texts[1]), 4 if tiny else 16, 256),
-                       device=name, dtype="auto", tracking_uri="none",
+                       device=name, dtype="auto", tracking_uri="none", cache=False,
                        options={"backend": {"group_size": 64}})
     return {"shape": str(shape), "blocks": BLOCKS, "stages": [
         row for streamed in (False, True) for row in _stages(config, device, streamed)]}
