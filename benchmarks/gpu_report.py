@@ -98,7 +98,7 @@ def _block(answer: Mapping[str, Any]) -> list[str]:
     for row in answer["rows"]:
         if "tflops" in row:
             rate = f"{row['tflops']:.0f} TFLOP/s"
-        elif "us_per_column" in row:
+        elif row["stage"] == "quantize gptq":
             rate = f"{row['us_per_column']:.0f} us a column, {row['ns_per_weight']:.1f} ns a weight"
         else:
             rate = f"{row['ns_per_weight']:.3f} ns a weight" if "ns_per_weight" in row else ""
