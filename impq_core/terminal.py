@@ -50,6 +50,7 @@ class ConsoleReporter:
         self._tasks: dict[str, Any] = {}
         self._starts: dict[str, tuple[float, int]] = {}  # of a stage: time, and units done then
         self._last = 0.0
+        self._printed: tuple[str, int, int] | None = None  # of the last plain line: stage, done, total
 
     @hookimpl
     def impq_run_started(self, config: RunConfig, space: SearchSpace, folder: Path, coverage: float) -> None:
@@ -86,12 +87,13 @@ class ConsoleReporter:
         now = time.monotonic()
         if stage not in self._starts or done < self._starts[stage][1]:
             self._starts[stage] = (now, done)
-        if now - self._last >= PLAIN_SECONDS or (total and done in (0, total) and not self._brief):
+        ends = total and done in (0, total) and not self._brief and self._printed != (stage, done, total)
+        if now - self._last >= PLAIN_SECONDS or ends:
             started, first = self._starts[stage]
             remaining = (now - started) / (done - first) * (total - done) if done > first else math.nan
             tail = "" if math.isnan(remaining) or done == total else f", about {remaining:.0f} s left"
             self._say(f"{stage}: {done} of {total}{tail}")
-            self._last = now
+            self._last, self._printed = now, (stage, done, total)
 
     @hookimpl
     def impq_plan_ready(self, plan: Plan) -> None:

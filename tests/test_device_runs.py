@@ -15,6 +15,7 @@ import pytest
 
 from impq_core.config import RunConfig, TextConfig
 from impq_core.exports.export import evaluate_folder, export_run
+from impq_core.interfaces import Backend
 from impq_core.plugins import Plugins
 from impq_core.runs.pipeline import run
 from impq_core.runs.prepare import prepare
@@ -135,6 +136,57 @@ def test_the_run_of_every_kind_of_estimator_is_that_of_the_processor(estimator: 
     assert found.evaluation is not None and expected.evaluation is not None
     for ours, theirs in zip(found.evaluation.rows, expected.evaluation.rows, strict=True):
         assert ours.name == theirs.name and ours.nll == theirs.nll
+
+
+OPTIONS: Mapping[str, dict[str, Any]] = {"spqe": {"permutations": 2}, "gamma": {"steps": 2}}
+
+
+@pytest.mark.parametrize("estimator", sorted(Plugins().names("estimator")))
+def test_the_estimate_of_every_estimator_is_that_of_the_processor(estimator: str, tied: Path, base: RunConfig,
+                                                                  plugins: Plugins) -> None:
+    given = replace(base, model=str(tied), estimator=estimator, granularity="linear",
+                    options={"estimator": OPTIONS.get(estimator, {})})
+    expected = run(given, plugins)
+    with device_there() as device:
+        found = run(replace(given, device=device.name), plugins)
+    assert found.plan is not None and expected.plan is not None
+    np.testing.assert_array_equal(found.plan.pick, expected.plan.pick)
+    for name in ("linear", "pairwise"):
+        np.testing.assert_array_equal(getattr(found.estimate, name), getattr(expected.estimate, name))
+
+
+@pytest.mark.parametrize("backend", ["gptq", "hqq", "quanto", "cmpq", "ratio", "slim"])
+def test_variants_made_on_a_device_are_those_of_the_processor(backend: str, tied: Path, base: RunConfig,
+                                                              plugins: Plugins,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backends that work on devices, as if they named this one."""
+    made = plugins.load("backend", backend, Backend)
+    options = {} if backend in ("quanto", "cmpq") else {"group_size": 32}
+    config = replace(base, model=str(tied), backend=backend, bits=(), options={"backend": options}, partial=True,
+                     exclude=("model.layers.1.*", "*.mlp.*"))
+    given: list[str] = []
+    own = made.quantize_together
+
+    def quantize_together(self: Backend, weights: Any, *rest: Any) -> Any:
+        given.extend(weight.device.type for weight in weights.values())
+        return own(self, weights, *rest)
+
+    def variants(config: RunConfig) -> dict[str, Any]:
+        session = Session(prepare(config, plugins), plugins)
+        session.quantize_deployed()
+        space, bank = session.prepared.space, session.bank
+        found = {f"{linear.name} {choice} {name}": tensor.numpy() for layer in space.layers for linear in layer.linears
+                 for choice in space.choices for name, tensor in bank.stored(linear, choice).tensors.items()}
+        return found | {f"{linear.name} {choice}": bank.variant(linear, choice).cpu().numpy() for layer in space.layers
+                        for linear in layer.linears for choice in space.choices}
+
+    expected = variants(config)
+    with device_there(float64=True) as device:
+        monkeypatch.setattr(made, "devices", made.devices | {device.name})
+        monkeypatch.setattr(made, "quantize_together", quantize_together)
+        found = variants(replace(config, device=device.name))
+    assert set(given) == {NAME}
+    assert_same(found, expected)
 
 
 @pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "rounding"])

@@ -88,7 +88,8 @@ class ModelProbe:
     def _flops_of(self, name: Hashable, work: Callable[[slice], object]) -> int:
         """FLOPs of what a reading with a name does with one window, counted on the first, once."""
         if name not in self._counted:
-            _ = self._cost  # the first forward of a model has checks, which are no part of a pass
+            _ = self._cost  # the first passes of a model have checks, which are no part of a pass
+            self._runner.learn_backward(self._text.ids)
             self._bank.apply([None] * len(self._bank.layers))  # other weights may route tokens to other experts
             with flop_counter() as counter:
                 work(slice(0, 1))
@@ -141,7 +142,7 @@ class ModelProbe:
         try:
             for linear, module in (item for block in inner for item in block.items() if weights):
                 assert weights is not None
-                runner.placement.replace(module, partial(weights, linear))
+                runner.placement.replace(module, partial(self._given, weights, linear))
             hidden = runner.embed(self._text.ids)
             for index, here in enumerate(inner):
                 found: dict[LinearSpec, list[torch.Tensor]] = {}
@@ -155,6 +156,10 @@ class ModelProbe:
                 hidden = output
         finally:
             self._bank.apply([None] * len(self._bank.layers))
+
+    def _given(self, weights: Callable[[LinearSpec], torch.Tensor], linear: LinearSpec) -> torch.Tensor:
+        """An estimator's weight, which may have been drawn on the host, on the device."""
+        return weights(linear).to(self._runner.device)
 
     def slopes(self, at: FloatArray | None = None) -> FloatArray:
         """First-order changes (windows, n, m) of each window's loss, nats per token; costs about four forwards of the

@@ -106,7 +106,8 @@ class Probe(Protocol):
         forward. Needs ``activations``.
 
         Args:
-            weights: returns the weight (rows, columns) that a linear of a block has instead of the unquantized one.
+            weights: returns the weight (rows, columns), on any device, that a linear of a block has instead of the
+                unquantized one.
         """
 
     def charging(self) -> AbstractContextManager[None]:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from impq_core.model.blockwise import BlockwiseModel, Hidden
+from impq_core.model.device import repeatable
 from impq_core.space import FloatArray, IntArray
 
 BATCH_TOKENS = 1024
@@ -67,6 +68,7 @@ class Backward:
                  weights: FloatArray | None = None) -> None:
         self._runner, self._ids, last = runner, ids, len(runner) - 1
         self._weights = None if weights is None else torch.from_numpy(weights).float().to(runner.device).flatten()
+        runner.learn_backward(ids)
         inputs = [runner.embed(ids, tokens)]
         self._parts = [(block, block) for block in range(last + 1)] if runner.partial else [(0, last)]
         for first, _ in self._parts[:-1]:
@@ -108,7 +110,8 @@ class Backward:
                 if self._weights is not None:
                     weights = self._weights[rows.first:rows.first + size]
                     losses = (losses.flatten(1).sum(dim=1) if losses.dim() > 1 else losses) @ weights
-                (losses / scored).backward()  # type: ignore[no-untyped-call]
+                with repeatable(self._runner.device):
+                    (losses / scored).backward()  # type: ignore[no-untyped-call]
                 assert leaf.grad is not None
                 parts.append(leaf.grad)
             gradients.append(forward.from_rows(torch.cat(parts, dim=axis), count, scored + 1))

@@ -99,7 +99,7 @@ class BlockwiseModel:
         self.blocks: list[nn.Module] = [block for _, block in blocks_of(model)]
         self.placement = Placement(model, self.blocks, device, stored)
         self.forward = OwnForward(model, self.blocks, self.placement.loaded)
-        self._learnt = False
+        self._learnt = self._learnt_backward = False
         self._costs: dict[int, ForwardCost] = {}
 
     def __len__(self) -> int:
@@ -122,6 +122,12 @@ class BlockwiseModel:
             self.forward.learn(batches[0][:1])
             self._learnt = True
         return [Batch(batch, self.forward.first_input(batch)) for batch in batches]
+
+    def learn_backward(self, ids: IntArray) -> None:
+        """Try a backward pass on the first window of ``ids`` (windows, length), the first time; see ``OwnForward``."""
+        if not self._learnt_backward:
+            self.forward.learn_backward(self.embed(ids[:1])[0].ids)
+            self._learnt_backward = True
 
     @contextmanager
     def whole(self, at_once: bool) -> Iterator[PreTrainedModel]:
@@ -215,12 +221,9 @@ class BlockwiseModel:
             with self.placement.unreplaced_outside():
                 reference_logits = next(logits)
             log_reference, likeliest = functional.log_softmax(reference_logits, dim=-1), reference_logits.argmax(dim=1)
+            del reference_logits
             for (nll, kl, agree), part in zip(found, logits, strict=True):
-                log_p = functional.log_softmax(part, dim=-1)
-                nll[rows] = -on_host(log_p.gather(1, targets[:, None])[:, 0])
-                divergence = functional.kl_div(log_p, log_reference, reduction="none", log_target=True)
-                kl[rows] = on_host(divergence.sum(dim=1))
-                agree[rows] = on_host(part.argmax(dim=1) == likeliest)
+                nll[rows], kl[rows], agree[rows] = _differences(part, targets, log_reference, likeliest)
         return [Comparison(*(values.reshape(shape) for values in parts)) for parts in found]
 
     def nll(self, hidden: Hidden, ids: IntArray) -> FloatArray:
@@ -230,3 +233,12 @@ class BlockwiseModel:
             out[where] = on_host(functional.cross_entropy(next(logits), targets, reduction="none"))
         return out.reshape(ids.shape[0], -1)
 
+
+def _differences(logits: torch.Tensor, targets: torch.Tensor, log_reference: torch.Tensor,
+                 likeliest: torch.Tensor) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """NLL, KL divergence and agreement (rows,) of logits (rows, vocabulary). A function, so that what it makes of the
+    size of the logits ends with it."""
+    log_p = functional.log_softmax(logits, dim=-1)
+    nll = -on_host(log_p.gather(1, targets[:, None])[:, 0])
+    divergence = functional.kl_div(log_p, log_reference, reduction="none", log_target=True)
+    return nll, on_host(divergence.sum(dim=1)), on_host(logits.argmax(dim=1) == likeliest)

@@ -6,6 +6,8 @@ A run has one device. Blocks compute there; everything that has become a number 
 from __future__ import annotations
 
 import contextlib
+import os
+from collections.abc import Iterator
 
 import torch
 
@@ -36,6 +38,8 @@ def resolve_device(name: str) -> torch.device:
         UsageError: torch knows no device of that name.
         ImpqError: this machine has no such device that torch can use.
     """
+    # Read when the library is first used; without it torch refuses to promise repeatable products on CUDA devices.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     there = devices_there()
     if name == "auto":
         return _current(there[-1].type)
@@ -114,6 +118,30 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
         matrix = torch.ones(2, 2, dtype=torch.bfloat16, device=device)
         return bool((matrix @ matrix)[0, 0].item() == 2.0)
     return False
+
+
+@contextlib.contextmanager
+def repeatable(device: torch.device, strict: bool = False) -> Iterator[None]:
+    """The context in which operators on an accelerator return the same bits each time that they are called. Without it
+    the backward pass of attention on CUDA devices adds in the order in which its threads end. Nothing changes on the
+    processor, whose kernels are repeatable.
+
+    Args:
+        device: where operators compute.
+        strict: raise a RuntimeError at an operator without a repeatable kernel; else torch warns of it once. Some
+            kernels, such as those of attention in float32, are repeatable only if this is set.
+    """
+    if device.type == "cpu":
+        yield
+        return
+    mode, fills = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.set_deterministic_debug_mode("error" if strict else "warn")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # no code here reads memory that it has not written
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
 def on_host(tensor: torch.Tensor) -> FloatArray:

@@ -8,8 +8,9 @@ from an earlier forward.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 
 from impq_core.errors import ImpqError, one_line
 from impq_core.model.arguments import leaves, unlike
+from impq_core.model.device import repeatable
 from impq_core.model.ends import ends_of
 
 UNSUPPORTED = "impq cannot run this architecture block by block yet"
@@ -55,13 +57,14 @@ class OwnForward:
         handed: name of an argument through which blocks hand a state to later blocks (shared keys and values, indices
             of tokens), or ``no argument`` if the state is elsewhere. A forward of such a model cannot begin at a block:
             blocks that answer from memory write no state. Empty if there is none; set by ``learn``.
+        strict: whether backward passes refuse operators without a repeatable kernel; set by ``learn_backward``.
         axis: the dimension of hidden states that counts windows; positions are the next. 0 for most models; a few keep
             several streams (streams, windows, length, width).
     """
 
     def __init__(self, model: PreTrainedModel, blocks: Sequence[nn.Module],
                  loaded: Callable[[int], AbstractContextManager[None]] = lambda index: nullcontext()) -> None:
-        self.model, self.blocks, self.handed, self.axis = model, tuple(blocks), "", 0
+        self.model, self.blocks, self.handed, self.axis, self.strict = model, tuple(blocks), "", 0, True
         self._loaded = loaded
         self._lengths: list[int] = []
         accepted = inspect.signature(model.forward).parameters.values()
@@ -94,6 +97,33 @@ class OwnForward:
         if not agreed:
             raise ImpqError(f"the logits of {type(self.model).__name__} depend on more than the output of its last "
                             f"block at the same position: {UNSUPPORTED}")
+
+    def learn_backward(self, ids: torch.Tensor) -> None:
+        """Find out on an accelerator whether backward passes through the blocks have repeatable kernels, see
+        ``strict``; a warning names the first operator that has none. Costs about four forwards of ``CHECKED`` tokens,
+        and nothing on the processor.
+
+        Args:
+            ids: one window (1, length); after ``learn``.
+        """
+        if ids.device.type == "cpu":
+            return
+        ids, last = ids[:, :CHECKED], len(self.blocks) - 1
+        states = self.outputs(ids, 0, None, last)
+        for first, behind in [(0, last)] if self.handed else [(index, index) for index in range(last + 1)]:
+            try:
+                with ExitStack() as stack:
+                    for index in range(first, behind + 1):
+                        stack.enter_context(self._loaded(index))
+                    self.backward(ids, first, states[first - 1] if first else None, behind,
+                                  torch.ones_like(states[behind]))
+            except RuntimeError as error:
+                if "deterministic" not in str(error):
+                    raise
+                self.strict = False
+                warnings.warn(f"gradients of {type(self.model).__name__} on {ids.device} may differ in their last bits "
+                              f"from run to run: {one_line(error, 160)}", RuntimeWarning, stacklevel=2)
+                return
 
     def _watch(self, ids: torch.Tensor) -> _Watched:
         watched, order, lengths = _Watched(), [], []
@@ -231,7 +261,8 @@ class OwnForward:
             return forward
 
         self._run(ids, [*self._memory(first, leaf), *(running(index) for index in range(first, last + 1))], graph=True)
-        torch.autograd.backward(found, [gradient.clone()])
+        with repeatable(ids.device, self.strict):
+            torch.autograd.backward(found, [gradient.clone()])
         return None if leaf is None else leaf.grad
 
     def rows(self, states: torch.Tensor, count: int | None = None) -> torch.Tensor:
@@ -365,7 +396,7 @@ class OwnForward:
             graph: keep what a backward pass reads.
         """
         options = {"use_cache": False} if "use_cache" in self._accepted else {}
-        with _replaced(self.blocks[:len(forwards)], forwards), (
+        with _replaced(self.blocks[:len(forwards)], forwards), repeatable(ids.device), (
                 torch.enable_grad() if graph else torch.inference_mode()):
             try:
                 logits: torch.Tensor = self.model(input_ids=ids, **options).logits

@@ -6,14 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedModel
-from transformers.core_model_loading import (
-    Concatenate,
-    MergeModulelist,
-    WeightConverter,
-    WeightRenaming,
-    apply_converters,
-    apply_renamings,
-)
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 
 
 def file_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
@@ -36,10 +29,16 @@ def file_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
     found = {}
     for name in names:
         if expert := _expert_name(name, merged):
-            found[name] = apply_renamings(expert, renamings)
-        elif apply_converters(name, converters)[1] is None:
-            found[name] = apply_renamings(name, renamings)
+            found[name] = _renamed(expert, renamings)
+        elif all(converter.rename_source_key(name)[1] is None for converter in converters):
+            found[name] = _renamed(name, renamings)
     return found
+
+
+def _renamed(name: str, renamings: Sequence[WeightRenaming]) -> str:
+    for renaming in renamings:
+        name, _ = renaming.rename_source_key(name)
+    return name
 
 
 _EXPERT = re.compile(r"(?P<experts>.+)\.(?P<number>\d+)\.(?P<part>gate_proj|up_proj|down_proj)\.weight")

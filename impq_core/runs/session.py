@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 import time
 import warnings
@@ -69,6 +70,7 @@ class Session:
             self.runner.check_ends(prepared.evaluation.ids)
 
     def _load(self) -> BlockwiseModel:
+        gc.collect()  # a model of an earlier run may be part of a cycle, and keeps its memory on the device until then
         plan, source = plan_memory(self.prepared), self.prepared.source
         if plan.shortfall:
             warnings.warn(plan.shortfall, RuntimeWarning, stacklevel=3)

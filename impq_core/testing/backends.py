@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from impq_core.errors import ImpqError
 from impq_core.exports.packed import LONGEST_NAME, MOST_TENSORS
-from impq_core.interfaces import Backend, Statistics
+from impq_core.interfaces import Backend, Statistics, Variant
 from impq_core.parts import named_choice
 from impq_core.space import Choice, LinearSpec
 from impq_core.testing.part import PartSuite
@@ -17,9 +19,13 @@ if TYPE_CHECKING:
 AWKWARD = (LinearSpec("a.b", 32, 72), LinearSpec("a.b", 33, 64), LinearSpec("a.b", 33, 71))
 """Shapes that a group size or a packing may not fit."""
 
+DEVICE_VARIABLE = "IMPQ_TEST_DEVICE"
+"""Environment variable with the device that backends are tested on, such as cuda; the processor by default, and for
+backends that do not work on that device."""
+
 
 class BackendSuite(PartSuite):
-    """Tests a ``Backend`` on random weights and correlated inputs.
+    """Tests a ``Backend`` on random weights and correlated inputs, on the device of ``DEVICE_VARIABLE``.
 
     Class attributes:
         fine: upper limit of the relative output error of the widest choice.
@@ -44,6 +50,25 @@ class BackendSuite(PartSuite):
         weight = torch.randn(96, 128, generator=generator) * 0.05
         return weight, torch.randn(2000, 128, generator=generator) @ torch.randn(128, 128, generator=generator) * 0.2
 
+    def device(self) -> torch.device:
+        """Where the backend is tested."""
+        import torch
+
+        device = torch.device(os.environ.get(DEVICE_VARIABLE) or "cpu")
+        return device if device.type in self.part.devices else torch.device("cpu")
+
+    def there(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``data`` on the device."""
+        weight, inputs = self.data()
+        return weight.to(self.device()), inputs.to(self.device())
+
+    def unpack(self, variant: Variant, spec: LinearSpec) -> torch.Tensor:
+        """The weight of a variant, unpacked on the device."""
+        tensors = {name: tensor.to(self.device()) for name, tensor in variant.tensors.items()}
+        weight: torch.Tensor = self.make().dequantize(replace(variant, tensors=tensors), spec)
+        assert weight.device.type == self.device().type, f"dequantize returned a weight on the {weight.device}"
+        return weight
+
     def statistics(self, inputs: torch.Tensor) -> Statistics | None:
         """The statistics for ``quantize``; None if ``needs`` is empty."""
         return Statistics(inputs.T @ inputs, len(inputs)) if self.make().needs else None
@@ -58,17 +83,17 @@ class BackendSuite(PartSuite):
 
     def test_more_bits_less_error(self) -> None:
         """The relative output error falls as bits grow."""
-        weight, inputs = self.data()
+        weight, inputs = self.there()
         backend, spec, errors = self.make(), LinearSpec("block.linear", *weight.shape), []
         for choice in self.choices(spec):
             backend.check(spec, choice)
-            restored = backend.dequantize(backend.quantize(weight, choice, self.statistics(inputs)), spec)
+            restored = self.unpack(backend.quantize(weight, choice, self.statistics(inputs)), spec)
             errors.append(float(((restored - weight) @ inputs.T).norm() / (weight @ inputs.T).norm()))
         assert errors == sorted(errors) and errors[0] < self.fine, f"relative output errors, widest first: {errors}"
 
     def test_sizes_are_exact(self) -> None:
         """``nbytes`` returns the bytes that ``quantize`` stores, with scales and zeros; the variant has the choice."""
-        weight, inputs = self.data()
+        weight, inputs = self.there()
         backend, spec = self.make(), LinearSpec("block.linear", *weight.shape)
         for choice in self.choices(spec):
             variant = backend.quantize(weight, choice, self.statistics(inputs))
@@ -82,22 +107,22 @@ class BackendSuite(PartSuite):
         import torch
         from safetensors.torch import load, save
 
-        weight, inputs = self.data()
+        weight, inputs = self.there()
         backend, spec = self.make(), LinearSpec("block.linear", *weight.shape)
         for choice in self.choices(spec):
             variant = backend.quantize(weight, choice, self.statistics(inputs))
-            restored = backend.dequantize(variant, spec)
+            restored = self.unpack(variant, spec)
             assert restored.shape == weight.shape and restored.dtype == torch.float32 and restored.is_contiguous()
             assert torch.isfinite(restored).all(), f"{choice} bits: not finite"
             stored = load(save({name: tensor.contiguous() for name, tensor in variant.tensors.items()}))
-            reloaded = backend.dequantize(type(variant)(choice, stored, variant.record), spec)
+            reloaded = self.unpack(type(variant)(choice, stored, variant.record), spec)
             assert torch.equal(restored, reloaded), f"{choice} bits: other weights after a round trip through a file"
 
     def test_the_same_weight_makes_the_same_variant_and_nothing_is_touched(self) -> None:
         """Two variants of one weight are equal bit for bit, and ``quantize`` changes neither weight nor statistics."""
         import torch
 
-        weight, inputs = self.data()
+        weight, inputs = self.there()
         statistics, backend = self.statistics(inputs), self.make()
         before, gram = weight.clone(), inputs.T @ inputs
         for choice in self.choices(LinearSpec("block.linear", *weight.shape)):
@@ -111,7 +136,7 @@ class BackendSuite(PartSuite):
         that of ``quantize``, whatever else is asked for; it changes neither weights nor statistics."""
         import torch
 
-        weight, inputs = self.data()
+        weight, inputs = self.there()
         statistics, backend = self.statistics(inputs), self.make()
         rows, columns = weight.shape
         weights = {LinearSpec("block.one", rows, columns): weight, LinearSpec("block.two", 64, columns): -weight[:64]}
@@ -131,7 +156,7 @@ class BackendSuite(PartSuite):
     def test_variants_are_contiguous_in_host_memory(self) -> None:
         """The tensors of a variant are contiguous and on the CPU, which is among ``devices``; they are few, with short
         names."""
-        weight, inputs = self.data()
+        weight, inputs = self.there()
         assert "cpu" in self.part.devices, "a backend must work in host memory"
         for choice in self.choices(LinearSpec("block.linear", *weight.shape)):
             tensors = self.make().quantize(weight, choice, self.statistics(inputs)).tensors
@@ -158,6 +183,19 @@ class BackendSuite(PartSuite):
                     assert spec.name in str(error), f"the error does not name the linear: {error}"
                     continue
                 weight = torch.randn(spec.rows, spec.columns, generator=torch.Generator().manual_seed(0))
-                variant = backend.quantize(weight, choice, self.statistics(torch.eye(spec.columns)))
+                eye = torch.eye(spec.columns, device=self.device())
+                variant = backend.quantize(weight.to(self.device()), choice, self.statistics(eye))
                 assert variant.nbytes == backend.nbytes(spec, choice), f"{spec} at {choice} bits"
-                assert backend.dequantize(variant, spec).shape == (spec.rows, spec.columns)
+                assert self.unpack(variant, spec).shape == (spec.rows, spec.columns)
+
+    def test_a_variant_is_the_same_weight_wherever_it_is_unpacked(self) -> None:
+        """``dequantize`` returns the same weight on the device and in host memory, but for the rounding of 16-bit
+        products: exports and forwards on other machines have the weights that were measured."""
+        import torch
+
+        weight, inputs = self.there()
+        backend, spec = self.make(), LinearSpec("block.linear", *weight.shape)
+        for choice in self.choices(spec):
+            variant = backend.quantize(weight, choice, self.statistics(inputs))
+            here, there = backend.dequantize(variant, spec), self.unpack(variant, spec).cpu()
+            assert torch.allclose(here, there, rtol=2**-10, atol=1e-6), f"{choice} bits: {(here - there).abs().max()}"

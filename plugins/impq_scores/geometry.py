@@ -73,12 +73,14 @@ def effective_rank(outputs: Sequence[torch.Tensor], probe: Probe) -> float:
     import torch
 
     width = outputs[0].shape[-1]
-    covariance = torch.zeros(width, width, dtype=torch.float64, device=outputs[0].device)
+    # Some devices have no float64: there the sum is kept on the host.
+    covariance = torch.zeros(width, width, dtype=torch.float64,
+                             device=outputs[0].device if outputs[0].device.type in ("cpu", "cuda") else "cpu")
     for part in outputs:
         rows = part.reshape(-1, width).float()
         rows = torch.nn.functional.normalize(rows - rows.mean(dim=1, keepdim=True), dim=1)
         with probe.charging():
-            covariance += rows.T @ rows
+            covariance += (rows.T @ rows).to(covariance.device)
     if not torch.isfinite(covariance).all():
         raise ImpqError("estimator lieq: an output in a block is not finite: try --dtype float32")
     values = torch.linalg.eigvalsh(covariance).clamp_min(0.0)
