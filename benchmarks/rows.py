@@ -40,6 +40,7 @@ class PlanRow:
         menu: names of the choices, widest first.
         granularity: ``block``, ``group``, ``expert`` or ``linear``.
         budget: in nominal bits.
+        budget_bytes: the same in bytes.
         nbytes: stored bytes of the quantizable weights under the plan.
         text: digest of the tokens of the held-out windows.
         method: what made the plan, in words.
@@ -48,7 +49,8 @@ class PlanRow:
         tokens: scored tokens of the game's windows.
         nll: (windows,) mean negative log-likelihood of each held-out window, nats per token.
         kl: (windows,) mean divergence from the unquantized model, nats per token.
-        widths: the choice of each linear in the model's order, by its place in ``menu``; empty if it is unknown.
+        widths: the choice of each linear, in alphabetical order of their names, by its place in ``menu``; empty if it
+            is not on the menu or unknown.
         shown: the held-out windows in words.
         machine: processor or accelerator.
         made: date of the measurement.
@@ -60,6 +62,7 @@ class PlanRow:
     menu: tuple[str, ...]
     granularity: str
     budget: float
+    budget_bytes: int
     nbytes: int
     text: str
     method: str
@@ -86,10 +89,10 @@ class PlanRow:
         """
         assert score.window_kl is not None
         menu = [choice.name for choice in plan.space.choices]
-        widths = [choice.name if choice else "" for choice in plan.widths().values()]
+        widths = [choice.name if choice else "" for _, choice in sorted(plan.widths().items())]
         known = all(width in menu for width in widths)
-        return cls(**facts, budget=budget, nbytes=plan.nbytes, method=method, seed=seed, forwards=forwards,
-                   nll=score.window_nll, kl=score.window_kl,
+        return cls(**facts, budget=budget, budget_bytes=plan.budget_bytes, nbytes=plan.nbytes, method=method, seed=seed,
+                   forwards=forwards, nll=score.window_nll, kl=score.window_kl,
                    widths=tuple(menu.index(width) for width in widths) if known else ())
 
     @property
