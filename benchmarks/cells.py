@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,20 +34,19 @@ class Method:
         label: its name in tables.
         estimator: name of the estimator.
         allocator: name of the allocator.
-        options: options of the estimator.
+        options: options of its parts, by role.
         reads_text: whether the estimate depends on the calibration text, and so on the seed.
     """
 
     label: str
     estimator: str
     allocator: str = "qp"
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     reads_text: bool = True
 
     def applied(self, config: RunConfig) -> RunConfig:
         """A configuration with this method's parts and options."""
-        return replace(config, estimator=self.estimator, allocator=self.allocator,
-                       options={"estimator": dict(self.options)} if self.options else {})
+        return replace(config, estimator=self.estimator, allocator=self.allocator, options=self.options)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,20 +58,22 @@ class Cell:
             for each seed, and all of it is what a backend reads that needs activations.
         kept: where rows go.
         budgets: in nominal bits.
+        files: further plugins.
     """
 
     config: RunConfig
     kept: Kept
     budgets: Sequence[float]
+    files: Sequence[Path] = ()
 
     @cached_property
     def prepared(self) -> Prepared:
-        return prepare(self.config, Plugins())
+        return prepare(self.config, Plugins(self.files))
 
     @cached_property
     def bench(self) -> Bench:
         """The model with the backend's variants; loaded and quantized on first use."""
-        return Bench.build(self.config)
+        return Bench.build(self.config, self.files)
 
     @cached_property
     def facts(self) -> dict[str, Any]:

@@ -38,9 +38,9 @@ class Bench:
     evaluator: Evaluator
 
     @classmethod
-    def build(cls, config: RunConfig) -> Bench:
-        """Load and quantize the model of a configuration."""
-        plugins = Plugins()
+    def build(cls, config: RunConfig, files: Sequence[Path] = ()) -> Bench:
+        """Load and quantize the model of a configuration; ``files`` are further plugins."""
+        plugins = Plugins(files)
         plugins.watch(Printer())
         prepared = prepare(config, plugins)
         prepared.require_text()

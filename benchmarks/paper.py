@@ -39,8 +39,8 @@ PROXY = "quanto"
 
 SAMPLED = {"antithetic": False, "fresh": False}
 BASELINES = (
-    Method("Z-score, more outliers", "zscore", options={"direction": "more"}, reads_text=False),
-    Method("Z-score, fewer outliers", "zscore", options={"direction": "fewer"}, reads_text=False),
+    Method("Z-score, more outliers", "zscore", options={"estimator": {"direction": "more"}}, reads_text=False),
+    Method("Z-score, fewer outliers", "zscore", options={"estimator": {"direction": "fewer"}}, reads_text=False),
     Method("LIM", "lim"),
     Method("LLM-MQ", "llm-mq"),
     Method("Activation", "activation"),
@@ -77,7 +77,8 @@ class PaperCell(Cell):
         """The rows of SPQE with the paper's covariance, from a growing number of permutations."""
         name = "measured with Quanto" if measured == PROXY else "measured as deployed"
         for count in sorted({max(2, permutations // 5), max(2, permutations // 2), permutations}):
-            method = Method(f"CoopQ, {count} permutations, {name}", "spqe", options={**SAMPLED, "permutations": count})
+            method = Method(f"CoopQ, {count} permutations, {name}", "spqe",
+                            options={"estimator": {**SAMPLED, "permutations": count}})
             budgets = self.kept.missing(self.facts, method.label, seed, self.budgets)
             if budgets:
                 surrogate = Parts.build(replace(self.config, surrogate="covariance"), Plugins()).surrogate
@@ -92,7 +93,7 @@ class PaperCell(Cell):
         name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
         folder = self.kept.path.parent / "paper-losses"
         folder.mkdir(exist_ok=True)
-        path = folder / f"{name}-{method.options['permutations']}.npz"
+        path = folder / f"{name}-{method.options['estimator']['permutations']}.npz"
         if not path.exists():
             bench = self.bench if measured == self.config.backend else self.proxy
             key = prepared.losses_key(prepared.game_space, text)
