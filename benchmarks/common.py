@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import math
 import os
+import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date
@@ -108,6 +111,29 @@ class Printer:
     def impq_progress(self, stage: str, done: int, total: int) -> None:
         if done % max(1, total // 10) == 0:
             print(f"{stage}: {done} of {total}", flush=True)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add ``--model`` to the options of a benchmark whose page is named by ``page_of``."""
+    parser.add_argument("--model", default="demo",
+                        help="demo, or the folder of a model, whose name is then in that of the page [demo]")
+
+
+def model_name(model: str) -> str:
+    """The name of a model in tables: that of its folder, or of the demo model."""
+    return "SmolLM2-135M" if model == "demo" else Path(model).name
+
+
+def page_of(page: str, model: str) -> str:
+    """The name of a file of results: ``shape.md`` for the demo model, ``shape-NAME.md`` for another."""
+    path = Path(page)
+    return page if model == "demo" else f"{path.stem}-{model_name(model)}{path.suffix}"
+
+
+def command() -> str:
+    """The command line of the benchmark that runs, without the folders of models and files."""
+    script, *words = sys.argv
+    return shlex.join(["python", f"benchmarks/{Path(script).name}", *(Path(word).name for word in words)])
 
 
 def heading(title: str, command: str, accelerator: str = "no GPU") -> list[str]:

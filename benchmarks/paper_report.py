@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-import shlex
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
-from common import heading, plus_minus, table
+from common import command, heading, plus_minus, table
 from rows import UNIFORM, PlanRow, line_at
 
 from impq_core.space import FloatArray
@@ -117,8 +114,7 @@ def report(rows: Sequence[PlanRow]) -> list[str]:
         groups.setdefault((row.problem, row.tokens), []).append(row)
     sections = [Section(group) for group in groups.values() if any(row.method == UNIFORM for row in group)
                 and any(row.method not in (UNIFORM, "unquantized") for row in group)]
-    words = shlex.join(["python", "benchmarks/paper.py", *(Path(word).name for word in sys.argv[1:])])
-    lines = [*heading("CoopQ's protocol: its measurement, its baselines and its budgets", words), *method_of(rows)]
+    lines = [*heading("CoopQ's protocol: its measurement, its baselines and its budgets", command()), *method_of(rows)]
     for model in dict.fromkeys(section.rows[0].model for section in sections):
         mine = [section for section in sections if section.rows[0].model == model]
         lines += [f"## {model}", "", *table_1(mine)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from cells import UNQUANTIZED
-from common import heading, plus_minus, table
+from common import command, heading, plus_minus, table
 from rows import UNIFORM, PlanRow, line_at
 
 from impq_core.errors import ImpqError
@@ -111,8 +109,7 @@ def best_within(rows: Iterable[PlanRow], nbytes: int) -> PlanRow | None:
 
 def report(rows: Sequence[PlanRow]) -> list[str]:
     """The page."""
-    words = shlex.join(["python", "benchmarks/regret.py", *(Path(word).name for word in sys.argv[1:])])
-    lines = [*heading("Regret: the distance of every method to the best plan that anything found", words),
+    lines = [*heading("Regret: the distance of every method to the best plan that anything found", command()),
              "Regret is a method's held-out NLL minus that of the best known plan of at most the budget's bytes, nats "
              "per token, with its standard error paired over the held-out windows. The best plan is chosen on the same "
              "windows, which favours it: a method within two errors of it may be as good. Cost is in forwards of the "

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import model_name
 
 from impq_core.errors import ImpqError
 from impq_core.model.device import hardware
@@ -144,11 +145,6 @@ def variants_of(prepared: Prepared) -> str:
     facts = [config.backend, sorted(backend.variant_options().items()), groups if backend.needs else [], read,
              config.dtype, config.quantize_embeddings, sorted(config.exclude)]
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:12]
-
-
-def model_name(model: str) -> str:
-    """The name of a model in tables: that of its folder, or of the demo model."""
-    return "SmolLM2-135M" if model == "demo" else Path(model).name
 
 
 class Kept:
