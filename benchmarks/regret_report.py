@@ -27,23 +27,22 @@ class Entry:
     """A method at one budget, over its seeds.
 
     Args:
-        method, granularity: of the rows.
-        tokens: scored tokens of a forward.
-        forwards: mean cost.
+        method: with the tokens that it reads, if not all methods of the problem read as many.
+        granularity: of its plans.
+        forwards: mean cost, in forwards of the problem's unit.
         nll: (windows,) mean over seeds, nats per token.
         spread: standard deviation over seeds; None for one seed.
     """
 
     method: str
     granularity: str
-    tokens: int
     forwards: float
     nll: FloatArray
     spread: float | None
 
     @property
-    def key(self) -> tuple[str, str, int]:
-        return self.method, self.granularity, self.tokens
+    def key(self) -> tuple[str, str]:
+        return self.method, self.granularity
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,11 @@ class Problem:
     @cached_property
     def plans(self) -> list[PlanRow]:
         return [row for row in self.rows if row.method not in (UNIFORM, UNQUANTIZED)]
+
+    @cached_property
+    def unit(self) -> int:
+        """Scored tokens of the forwards that costs are shown in: the fewest of any method."""
+        return min(row.tokens for row in self.plans)
 
     @cached_property
     def budgets(self) -> dict[int, float]:
@@ -89,9 +93,11 @@ class Problem:
         for row in self.plans:
             if row.budget_bytes == nbytes:
                 groups.setdefault((row.method, row.granularity, row.tokens), []).append(row)
-        return [Entry(*key, float(np.mean([row.forwards for row in rows])), np.mean([row.nll for row in rows], axis=0),
+        return [Entry(method if tokens == self.unit else f"{method} on {tokens:,} tokens", granularity,
+                      float(np.mean([row.forwards for row in rows])) * tokens / self.unit,
+                      np.mean([row.nll for row in rows], axis=0),
                       float(np.std([row.nll.mean() for row in rows], ddof=1)) if len(rows) > 1 else None)
-                for key, rows in groups.items()]
+                for (method, granularity, tokens), rows in groups.items()]
 
 
 def problems(rows: Iterable[PlanRow]) -> list[Problem]:
@@ -112,9 +118,9 @@ def report(rows: Sequence[PlanRow]) -> list[str]:
     lines = [*heading("Regret: the distance of every method to the best plan that anything found", command()),
              "Regret is a method's held-out NLL minus that of the best known plan of at most the budget's bytes, nats "
              "per token, with its standard error paired over the held-out windows. The best plan is chosen on the same "
-             "windows, which favours it: a method within two errors of it may be as good. Cost is in forwards of the "
-             "calibration windows, and does not contain the calibration of the variants; a plan that starts from "
-             "another one has the costs of both. `--estimator NAME` adds one.", "",
+             "windows, which favours it: a method within two errors of it may be as good. Costs do not contain the "
+             "calibration of the variants; a plan that starts from another one has the costs of both. `--estimator "
+             "NAME` adds a method.", "",
              "![Regret over cost](regret.png)", ""]
     for problem in problems(rows):
         lines += [f"## {problem.title}", "", *about(problem), *best_plans(problem), *regrets(problem)]
@@ -125,8 +131,8 @@ def about(problem: Problem) -> list[str]:
     def each(values: Iterable[object]) -> str:
         return "; ".join(dict.fromkeys(map(str, values)))
 
-    return [f"Held-out text: {each(row.shown for row in problem.rows)}. Calibration tokens of a forward: "
-            f"{each(row.tokens for row in problem.plans)}. Measured {each(sorted({r.made for r in problem.rows}))} on "
+    return [f"Held-out text: {each(row.shown for row in problem.rows)}. Forwards are of {problem.unit:,} scored "
+            f"calibration tokens. Measured {each(sorted({r.made for r in problem.rows}))} on "
             f"{each(row.machine for row in problem.rows)}.", ""]
 
 
@@ -147,12 +153,12 @@ def best_plans(problem: Problem) -> list[str]:
 
 def regrets(problem: Problem) -> list[str]:
     """The table of regrets, the least mean first; methods that lack a budget come last."""
-    found: dict[tuple[str, str, int], dict[int, Entry]] = {}
+    found: dict[tuple[str, str], dict[int, Entry]] = {}
     for nbytes in problem.budgets:
         for entry in problem.entries(nbytes):
             found.setdefault(entry.key, {})[nbytes] = entry
     cells = []
-    for (method, granularity, _), entries in found.items():
+    for (method, granularity), entries in found.items():
         values = {nbytes: entry.nll - problem.best(nbytes).nll for nbytes, entry in entries.items()}
         row = [method, granularity, f"{np.mean([entry.forwards for entry in entries.values()]):.0f}"]
         for nbytes in problem.budgets:
@@ -185,7 +191,8 @@ def draw(rows: Sequence[PlanRow], path: Path) -> None:
     found = problems(rows)
     width = max(len(problem.budgets) for problem in found)
     figure = Figure(figsize=(4.2 * width + 2.6, 3.8 * len(found)), layout="constrained", dpi=110)
-    names = list(dict.fromkeys(row.method for problem in found for row in problem.plans))
+    names = list(dict.fromkeys(entry.method for problem in found for nbytes in problem.budgets
+                               for entry in problem.entries(nbytes)))
     signs = {name: "o^vsDPX*<>hpd8"[i % 14] for i, name in enumerate(names)}
     sizes = dict(zip(dict.fromkeys(row.granularity for p in found for row in p.plans), COLOURS, strict=False))
     panels = figure.subplots(len(found), width, squeeze=False)
