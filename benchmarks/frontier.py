@@ -20,6 +20,7 @@ import numpy as np
 from common import Bench, add_model, model_name
 from frontier_report import Row, write_report
 from frontier_settings import GAME_WINDOWS, LONG, MENUS, SETTINGS, Method, Setting
+from rows import UNIFORM, Kept, PlanRow, problem_of
 
 from impq_core.budget import Budget
 from impq_core.config import RunConfig, TextConfig
@@ -27,7 +28,9 @@ from impq_core.errors import ImpqError
 from impq_core.game.model_game import ModelGame
 from impq_core.model.text import Windows, draw_windows
 from impq_core.parts import Parts
+from impq_core.results import Score
 from impq_core.runs.pipeline import REFINE_STREAM
+from impq_core.runs.prepare import Prepared
 from impq_core.space import FloatArray
 from impq_core.types import Measurements, Plan, SensitivityEstimate
 
@@ -46,6 +49,8 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._scores = folder / "scores.jsonl"
+        self.plans = Kept(folder / "plans.jsonl")
+        """Every plan in the form of all benchmarks, for ``regret.py --rows``."""
         self._windows: dict[tuple[str, str], list[float]] = {}
         if self._scores.exists():
             for line in self._scores.read_text().splitlines():
@@ -73,6 +78,7 @@ class Workshop:
     whole: Bench
     judge: ModelGame
     store: Store
+    held_out: Windows
     texts: tuple[Windows, ...]
     """The calibration text, and texts of the same source for other seeds; disjoint, and disjoint from the held-out
     windows."""
@@ -94,7 +100,7 @@ class Workshop:
         spare, size = fresh[TEXT_WINDOWS:], len(calibration)
         others = [replace(other, ids=spare[first:first + size]) for first in range(0, len(spare) - size + 1, size)]
         return cls(whole, ModelGame(prepared.space, whole.session.bank, whole.session.runner, held_out), store,
-                   (prepared.calibration, *others))
+                   held_out, (prepared.calibration, *others))
 
     def score(self, plan: Plan) -> FloatArray:
         """Held-out NLL (windows,) of a plan of any granularity."""
@@ -102,6 +108,16 @@ class Workshop:
         choices = self.whole.prepared.space.choices
         pick = np.array([choices.index(widths[layer.linears[0].name]) for layer in self.whole.prepared.space.layers])
         return self.score_pick(pick)
+
+    def keep(self, prepared: Prepared, plan: Plan, windows: FloatArray, budget: float, method: str, seed: int = 0,
+             forwards: float = 0.0) -> None:
+        """Keep a plan, its held-out NLL (windows,) and its cost."""
+        text = self.held_out
+        facts = {**problem_of(prepared, GAME_WINDOWS * (text.ids.shape[1] - 1)), "text": text.digest,
+                 "shown": f"{text}, Wikipedia and C4"}
+        if self.store.plans.missing(facts, method, seed, [budget]):
+            self.store.plans.add([PlanRow.of(facts, plan, Score(windows, np.nan, np.nan), budget, method, seed,
+                                             forwards)])
 
     def score_pick(self, pick: Any) -> FloatArray:
         """Held-out NLL (windows,) of a pick over single linears."""
@@ -193,7 +209,9 @@ def rows_of(shop: Workshop, setting: Setting) -> Iterator[Row]:
                                                         [*key, method.refine, method.game])
                         label, forwards = f"{name} + {method.refine[0]}", forwards + refine_forwards * unit
                         label += f" on {method.game} windows" if unit != 1 else ""
-                    yield Row(setting.name, label, seed, budget, plan.nbytes, forwards, shop.score(plan).tolist())
+                    windows = shop.score(plan)
+                    shop.keep(bench.prepared, plan, windows, budget, label, seed, forwards)
+                    yield Row(setting.name, label, seed, budget, plan.nbytes, forwards, windows.tolist())
 
 
 def stored_plan(store: Store, key: Sequence[Any], bench: Bench, make: Callable[[], Plan]) -> Plan:
@@ -248,8 +266,10 @@ def measure(shop: Workshop, settings: Sequence[Setting]) -> Iterator[Row]:
     """The rows of a backend: its uniform models, then the plans of each setting."""
     space = shop.whole.prepared.space
     for k, choice in enumerate(space.choices):
-        yield Row("uniform", f"uniform {choice}", 0, choice.bits, space.bytes_of(space.uniform(k)), 0.0,
-                  shop.score_pick(space.uniform(k)).tolist())
+        pick, nbytes = space.uniform(k), space.bytes_of(space.uniform(k))
+        windows = shop.score_pick(pick)
+        shop.keep(shop.whole.prepared, Plan(space, pick, nbytes), windows, choice.bits, UNIFORM)
+        yield Row("uniform", f"uniform {choice}", 0, choice.bits, nbytes, 0.0, windows.tolist())
     for setting in settings:
         for row in rows_of(shop, setting):
             print(f"{row.setting}; {row.method}; seed {row.seed}; {row.budget:g} bits: "

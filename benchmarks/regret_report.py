@@ -144,7 +144,7 @@ def best_plans(problem: Problem) -> list[str]:
         apart = None if line is None else best.nll - line
         cells.append([f"{budget:g}", f"{nbytes:,}", f"{best.nbytes:,}", f"{best.method}, {best.granularity}",
                       f"{best.forwards:.0f}", plus_minus(float(best.nll.mean()), standard_error(best.nll)),
-                      f"{best.kl.mean():.3f}",
+                      f"{best.kl.mean():.3f}" if len(best.kl) else "",
                       "" if apart is None else plus_minus(float(apart.mean()), standard_error(apart), sign=True)])
     return ["The best plan of each budget:", "", *table(
         ["bits", "budget, bytes", "its bytes", "found by", "forwards", "NLL", "KL", "minus the line of uniforms"],

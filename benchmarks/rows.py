@@ -49,7 +49,7 @@ class PlanRow:
         forwards: cost of the estimate, in forwards of ``tokens`` calibration tokens.
         tokens: scored tokens of the game's windows.
         nll: (windows,) mean negative log-likelihood of each held-out window, nats per token.
-        kl: (windows,) mean divergence from the unquantized model, nats per token.
+        kl: (windows,) mean divergence from the unquantized model, nats per token; empty if it was not measured.
         widths: the choice of each linear, in alphabetical order of their names, by its place in ``menu``; empty if it
             is not on the menu or unknown.
         shown: the held-out windows in words.
@@ -88,12 +88,12 @@ class PlanRow:
             score: its score on the problem's held-out windows.
             budget, method, seed, forwards: see ``PlanRow``.
         """
-        assert score.window_kl is not None
         menu = [choice.name for choice in plan.space.choices]
         widths = [choice.name if choice else "" for _, choice in sorted(plan.widths().items())]
         known = all(width in menu for width in widths)
         return cls(**facts, budget=budget, budget_bytes=plan.budget_bytes, nbytes=plan.nbytes, method=method, seed=seed,
-                   forwards=forwards, nll=score.window_nll, kl=score.window_kl,
+                   forwards=forwards, nll=score.window_nll,
+                   kl=np.zeros(0) if score.window_kl is None else score.window_kl,
                    widths=tuple(menu.index(width) for width in widths) if known else ())
 
     @property
