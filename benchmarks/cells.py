@@ -87,15 +87,17 @@ class Cell:
 
     def uniforms(self) -> None:
         """The uniform models, and the unquantized one."""
-        widths = [choice.bits for choice in self.prepared.space.choices]
-        if not self.kept.missing(self.facts, UNIFORM, 0, widths):
+        if not self.kept.missing(self.facts, UNIFORM, 0, [choice.bits for choice in self.prepared.space.choices]):
             return
         menu = [*self.prepared.space.choices, *(choice for choice, _ in self.prepared.between)]
         bits = {f"uniform {choice}": choice.bits for choice in menu}
         facts = {**self.facts, "seed": 0, "forwards": 0.0}
-        rows = [PlanRow(**facts, method=UNIFORM, budget=bits[name], budget_bytes=nbytes, nbytes=nbytes,
-                        nll=score.window_nll, kl=divergences(score)) for name, nbytes, score in self.bench.uniforms()]
         everyone = self.prepared.space.everyone
+        linears = sum(len(layer.linears) for layer in everyone)
+        widths = {f"uniform {choice}": (k,) * linears for k, choice in enumerate(self.prepared.space.choices)}
+        rows = [PlanRow(**facts, method=UNIFORM, budget=bits[name], budget_bytes=nbytes, nbytes=nbytes,
+                        nll=score.window_nll, kl=divergences(score), widths=widths.get(name, ()))
+                for name, nbytes, score in self.bench.uniforms()]
         score = self.bench.evaluator.score([None] * len(everyone))
         nbytes = 2 * sum(layer.parameters for layer in everyone)
         self.add([*rows, PlanRow(**facts, method=UNQUANTIZED, budget=16.0, budget_bytes=nbytes, nbytes=nbytes,

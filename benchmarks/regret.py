@@ -53,7 +53,7 @@ class RegretCell(Cell):
                 and row.granularity == self.facts["granularity"] and row.menu == self.facts["menu"] and row.widths]
         for budget in self.kept.missing(self.facts, label, seed, self.budgets):
             best = best_within(rows, Budget.nominal(budget).resolve(space))
-            if best is None or best.method == label:
+            if best is None:
                 continue
             plan = Plan(space, self._pick(best), Budget.nominal(budget).resolve(space), method=best.method)
             refining = replace(config, refiner="swaps", refine=forwards)
