@@ -148,7 +148,10 @@ def main(words: Sequence[str] | None = None) -> int:
     given = parser.parse_args(words)
     try:
         if given.report:
-            write("paper.md", report(read_rows(given.kept)))
+            rows = read_rows(given.kept)
+            if not rows:
+                raise ImpqError(f"{', '.join(map(str, given.kept))}: no rows; leave out --report, and they are measured")
+            write("paper.md", report(rows))
             return 0
         for cell in cells(given):
             cell.measure(given.permutations, given.seeds)
