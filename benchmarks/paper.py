@@ -150,7 +150,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if given.report:
             rows = read_rows(given.kept)
             if not rows:
-                raise ImpqError(f"{', '.join(map(str, given.kept))}: no rows; leave out --report, and they are measured")
+                raise ImpqError(f"{given.kept[0]} has no rows: leave out --report, and they are measured")
             write("paper.md", report(rows))
             return 0
         for cell in cells(given):

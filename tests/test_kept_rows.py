@@ -176,7 +176,8 @@ def test_a_method_of_ones_own_is_measured_beside_others(words: list[str], tmp_pa
 @pytest.mark.parametrize(("script", "bad", "named"), [
     (paper, ["--backends", "hqqq"], "hqqq"), (paper, ["--models", "/no/model"], "/no/model"),
     (paper, ["--permutations", "1"], "--permutations"), (paper, ["--seeds", "0"], "--seeds"),
-    (paper, ["--report"], "kept.jsonl"), (paper, ["--text", "/no/text.txt"], "/no/text.txt"), (paper, ["--device", "cudaa"], "cudaa"),
+    (paper, ["--report"], "kept.jsonl"), (paper, ["--text", "/no/text.txt"], "/no/text.txt"),
+    (paper, ["--device", "cudaa"], "cudaa"),
     (regret, ["--methods", "kurtosiss"], "kurtosiss"), (regret, ["--add", "mine"], "--add mine"),
     (regret, ["--add", "mine=spqee"], "spqee"), (regret, ["--add", "mine=random:qpp"], "qpp"),
     (regret, ["--add", "mine=spqe:qp:permutationz=4"], "permutationz"),
