@@ -60,16 +60,20 @@ class Section:
 
     @cached_property
     def methods(self) -> list[str]:
-        """The methods in the order of the rows."""
-        return list(dict.fromkeys(method for method, _ in self.plans))
+        """The methods: references and baselines, CoopQ measured with Quanto and as deployed, then others."""
+        names = dict.fromkeys(method for method, _ in self.plans)
+        return sorted(names, key=place)
 
     @property
     def coopq(self) -> list[str]:
         """CoopQ's methods of the most permutations: measured with Quanto, then as deployed."""
-        names = [name for name in self.methods if name.startswith("CoopQ")]
-        most = max((permutations_of(name) for name in names), default=0)
-        return sorted((name for name in names if permutations_of(name) == most), reverse=True,
-                      key=lambda name: name.endswith("Quanto"))
+        most = {kind_of(name): name for name in self.methods if name.startswith("CoopQ")}
+        return list(most.values())
+
+    @property
+    def shown(self) -> list[str]:
+        """The methods, CoopQ's with the most permutations only."""
+        return [name for name in self.methods if not name.startswith("CoopQ") or name in self.coopq]
 
     def losses(self, method: str, budget: float) -> FloatArray | None:
         """NLL (windows,), the mean over seeds; None if the method has no plan at the budget."""
@@ -102,6 +106,18 @@ class Section:
         return float(np.mean(np.exp(values)))
 
 
+def place(method: str) -> tuple[int, str, int]:
+    """Where a method stands among others; methods of one group stay in the order of the rows."""
+    if method.startswith("CoopQ"):
+        return 1, "" if method.endswith("Quanto") else "deployed", permutations_of(method)
+    return (2 if method.startswith("impq") else 0), "", 0
+
+
+def kind_of(method: str) -> str:
+    """What one of CoopQ's methods was measured with."""
+    return method.rpartition(", ")[2]
+
+
 def permutations_of(method: str) -> int:
     """The number of permutations of one of CoopQ's methods."""
     return int(method.split(" ")[1])
@@ -114,7 +130,8 @@ def report(rows: Sequence[PlanRow]) -> list[str]:
         groups.setdefault((row.problem, row.tokens), []).append(row)
     sections = [Section(group) for group in groups.values() if any(row.method == UNIFORM for row in group)
                 and any(row.method not in (UNIFORM, "unquantized") for row in group)]
-    lines = [*heading("CoopQ's protocol: its measurement, its baselines and its budgets", command()), *method_of(rows)]
+    lines = [*heading("CoopQ's protocol: its measurement, its baselines and its budgets", command(),
+                      measured_on(rows)), *method_of(rows)]
     for model in dict.fromkeys(section.rows[0].model for section in sections):
         mine = [section for section in sections if section.rows[0].model == model]
         lines += [f"## {model}", "", *table_1(mine)]
@@ -122,6 +139,10 @@ def report(rows: Sequence[PlanRow]) -> list[str]:
     for section in sections:
         lines += [f"## {section.title}: every budget", "", *every_budget(section)]
     return lines
+
+
+def measured_on(rows: Sequence[PlanRow]) -> str:
+    return "rows measured on " + " and on ".join(dict.fromkeys(row.machine for row in rows))
 
 
 def method_of(rows: Sequence[PlanRow]) -> list[str]:
@@ -136,16 +157,16 @@ def method_of(rows: Sequence[PlanRow]) -> list[str]:
         "shown in both directions: CoopQ says that more outlying weights make a block more important, the original "
         "paper says fewer. All plans of a column have the same budget in bytes, and the line of uniform models "
         "joins all widths that the backend has from 2 to 4.", "",
-        f"Measured {each(sorted({row.made for row in rows}))} on: {each(row.machine for row in rows)}. Every estimator "
-        f"reads {each(sorted({row.tokens for row in rows}))} scored calibration tokens. Held-out text: "
+        f"Measured on {each(sorted({row.made for row in rows}))}; every estimator reads "
+        f"{each(sorted({row.tokens for row in rows}))} scored calibration tokens. Held-out text: "
         f"{each(row.shown for row in rows)}. Errors are standard errors of differences paired over windows.", ""]
 
 
 def table_1(sections: Sequence[Section]) -> list[str]:
     """The paper's Table 1: mean perplexity of the plans in each bin of average bits."""
     header = ["method", *(f"{section.rows[0].backend} {shown(ends)}" for section in sections for ends in BINS)]
-    names = list(dict.fromkeys(name for section in sections for name in (*section.methods, LINE)))
-    least = {(i, ends): min((value for name in section.methods
+    names = [*sorted(dict.fromkeys(name for section in sections for name in section.shown), key=place), LINE]
+    least = {(i, ends): min((value for name in section.shown
                              if (value := section.perplexity(name, ends)) is not None), default=math.nan)
              for i, section in enumerate(sections) for ends in BINS}
     cells = []
@@ -168,7 +189,7 @@ def table_1(sections: Sequence[Section]) -> list[str]:
 def claims(sections: Sequence[Section]) -> list[str]:
     """CoopQ minus the best baseline, paired, beside the paper's numbers."""
     rows = []
-    won = cells_counted = 0
+    won = tied = cells_counted = 0
     for section in sections:
         for name in section.coopq:
             cells = []
@@ -182,7 +203,8 @@ def claims(sections: Sequence[Section]) -> list[str]:
                 best = min(others, key=lambda method: others[method].mean())
                 apart = ours - others[best]
                 cells_counted += 1
-                won += apart.mean() < 0
+                won += bool(apart.mean() < 0)
+                tied += not apart.any()
                 cells.append(f"{plus_minus(float(apart.mean()), standard_error(apart), sign=True)} ({best})")
             rows.append([f"{section.title}: {name}", *cells])
     for model, cells in PUBLISHED.items():
@@ -192,7 +214,8 @@ def claims(sections: Sequence[Section]) -> list[str]:
             "per token, the mean over the plans in the bin. The published rows are the logarithms of the paper's "
             "ratios of mean perplexities; their errors are not published.", "",
             *table(["", *map(shown, BINS)], rows),
-            f"CoopQ has the lower loss in {won} of {cells_counted} cells here; the paper says 67 of 72.", ""]
+            f"CoopQ has the lower loss in {won} of {cells_counted} cells here, and the same plans in {tied}; in the "
+            "paper it has the lower one in 67 of 72.", ""]
 
 
 def gains(sections: Sequence[Section]) -> list[str]:
@@ -202,8 +225,8 @@ def gains(sections: Sequence[Section]) -> list[str]:
         names = section.coopq
         pairs: list[tuple[str, str, str]] = []
         if len(names) == 2:
-            pairs.append(("measured as deployed, minus measured with Quanto", names[1], names[0]))
-        pairs += [(f"{name.rpartition(', ')[2]}, minus {reference}", name, reference)
+            pairs.append((f"{names[1]}, minus {names[0]}", names[1], names[0]))
+        pairs += [(f"{name}, minus {reference}", name, reference)
                   for name in names for reference in (LINE, "random", "first/last high")]
         for label, one, other in pairs:
             cells = []
@@ -224,7 +247,7 @@ def numbers_of_permutations(sections: Sequence[Section]) -> list[str]:
                      if name.startswith("CoopQ")})
     rows = []
     for section in sections:
-        for kind in dict.fromkeys(name.rpartition(", ")[2] for name in section.coopq):
+        for kind in dict.fromkeys(kind_of(name) for name in section.coopq):
             cells = []
             for count in counts:
                 name = f"CoopQ, {count} permutations, {kind}"

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ class PlanRow:
         widths: the choice of each linear, in alphabetical order of their names, by its place in ``menu``; empty if it
             is not on the menu or unknown.
         shown: the held-out windows in words.
-        machine: processor or accelerator.
+        machine: processor or accelerator, and the version of torch.
         made: date of the measurement.
     """
 
@@ -133,7 +134,8 @@ def problem_of(prepared: Prepared, calibration_tokens: int, name: str = "") -> d
     return {"model": name or model_name(config.model), "backend": config.backend, "variants": variants_of(prepared),
             "menu": tuple(choice.name for choice in prepared.space.choices),
             "granularity": prepared.parts.granularity, "text": prepared.evaluation.digest,
-            "shown": str(prepared.evaluation), "tokens": calibration_tokens, "machine": hardware(prepared.device)}
+            "shown": str(prepared.evaluation), "tokens": calibration_tokens,
+            "machine": f"{hardware(prepared.device)}, torch {version('torch')}"}
 
 
 def variants_of(prepared: Prepared) -> str:

@@ -136,11 +136,11 @@ def losses_of(path: Path) -> dict[Any, tuple[Any, ...]]:
 
 def test_the_papers_protocol_continues_where_it_was_killed(words: list[str], tmp_path: Path) -> None:
     path = tmp_path / "whole" / "paper.jsonl"
-    given_words = [*words, "--permutations", "4", "--seeds", "2"]
+    given_words = [*words, "--permutations", "2", "--seeds", "2"]
     assert paper.main([*given_words, "--kept", str(path)]) == 0
     whole = losses_of(path)
     rows = read_rows([path])
-    for method in ("LIM", "CoopQ, 4 permutations, measured with Quanto", "CoopQ, 2 permutations, measured as deployed"):
+    for method in ("LIM", "CoopQ, 2 permutations, measured with Quanto", "CoopQ, 2 permutations, measured as deployed"):
         seeds = {row.seed for row in rows if row.method == method}
         assert seeds == {0, 1}, method
         assert {row.budget for row in rows if row.method == method} == set(paper.BUDGETS)
@@ -194,7 +194,7 @@ def test_a_wrong_word_is_named_before_a_model_is_loaded(script: Any, bad: list[s
 
     monkeypatch.setattr(cells.Bench, "build", loaded)
     code = script.main([*words, "--kept", str(tmp_path / "kept.jsonl"), *bad])
-    captured = capsys.readouterr()
+    bar = "Loading weights"  # transformers' own
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line and bar not in line]
     assert code in (1, 2)
-    assert named in captured.err
-    assert captured.err.count("\n") == 1
+    assert named in line
