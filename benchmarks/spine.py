@@ -38,8 +38,8 @@ def measure(model: str, bits: tuple[float, ...]) -> list[str]:
         same = ", ".join(f"{int((plan.pick != other).sum())} layers from seed {s}"
                          for s, other in zip(SEEDS, plans[:-1], strict=False))
         lines += [f"### Seed {seed}", "",
-                  f"{forwards:.1f} forwards of {windows.scored_tokens} tokens; {error}plan's objective {predicted:.4f}, its measured "
-                  f"calibration loss {measured:.4f} nats per token above all-high; proven within {plan.gap:.1g}"
+                  f"{forwards:.1f} forwards of {windows.scored_tokens} tokens; {error}plan's objective "
+                  f"{predicted:.4f}, its measured calibration loss {measured:.4f} nats per token above all-high; proven within {plan.gap:.1g}"
                   + (f"; the plan differs in {same}" if same else "") + ".", ""]
         header, cells = evaluation_rows(evaluation)
         lines += table(header, cells)
