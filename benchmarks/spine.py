@@ -39,7 +39,8 @@ def measure(model: str, bits: tuple[float, ...]) -> list[str]:
                          for s, other in zip(SEEDS, plans[:-1], strict=False))
         lines += [f"### Seed {seed}", "",
                   f"{forwards:.1f} forwards of {windows.scored_tokens} tokens; {error}plan's objective "
-                  f"{predicted:.4f}, its measured calibration loss {measured:.4f} nats per token above all-high; proven within {plan.gap:.1g}"
+                  f"{predicted:.4f}, its measured calibration loss {measured:.4f} nats per token above all-high; "
+                  f"proven within {plan.gap:.1g}"
                   + (f"; the plan differs in {same}" if same else "") + ".", ""]
         header, cells = evaluation_rows(evaluation)
         lines += table(header, cells)
