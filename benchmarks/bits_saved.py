@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, Bench, heading, plus_minus, table, write
+from common import RESULTS, Bench, add_model, heading, page_of, plus_minus, table, write
 from matplotlib.figure import Figure
 
 from impq_core.budget import Budget
@@ -37,7 +37,7 @@ MENUS = {"gptq": ("2", "3", "4"), "hqq": ("2", "3", "4"), "quanto": ("2", "4"),
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="demo")
+    add_model(parser)
     parser.add_argument("--backends", default=",".join(MENUS))
     parser.add_argument("--estimator", default="guided-output")
     parser.add_argument("--calibration-windows", type=int, default=32)
@@ -59,8 +59,8 @@ def main() -> None:
             with path.open("a") as file:
                 file.write(json.dumps(kept[backend]) + "\n")
         rows = [kept[name] for name in given.backends.split(",") if name in kept]
-        write("bits_saved.md", report(rows, given))
-        draw(rows)
+        write(page_of("bits_saved.md", given.model), report(rows, given))
+        draw(rows, page_of("bits_saved.png", given.model))
 
 
 def measure(config: RunConfig) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def report(rows: Sequence[Mapping[str, Any]], given: argparse.Namespace) -> list
             "loss, and what the plan saves of it, in percent and in bits a weight. Errors are paired over windows.", "",
             *table(["backend", "nominal bits", "stored bits", "MB", "NLL of the plan", "minus the line",
                     "MB of the line", "saved", "bits saved"], cells),
-            "![Bytes that plans save](bits_saved.png)", "", *beside_gptq(rows)]
+            f"![Bytes that plans save]({page_of('bits_saved.png', given.model)})", "", *beside_gptq(rows)]
 
 
 def beside_gptq(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -146,7 +146,7 @@ def beside_gptq(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         ["backend", "model", "stored bits", "NLL", "minus uniform gptq", "minus planned gptq"], cells)]
 
 
-def draw(rows: Sequence[Mapping[str, Any]]) -> None:
+def draw(rows: Sequence[Mapping[str, Any]], name: str) -> None:
     """Saved bytes in percent by backend, a mark for each budget."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
@@ -160,7 +160,7 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> None:
     axes.set_xticks(range(len(rows)), [row["backend"] for row in rows])
     axes.set_ylabel("bytes saved at equal loss, %")
     axes.legend(frameon=False)
-    figure.savefig(RESULTS / "bits_saved.png", dpi=120)
+    figure.savefig(RESULTS / name, dpi=120)
 
 
 if __name__ == "__main__":

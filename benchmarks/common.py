@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import math
 import os
+import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date
@@ -17,6 +20,7 @@ from impq_core.config import RunConfig
 from impq_core.evaluate import Evaluator
 from impq_core.game.model_game import ModelGame
 from impq_core.hookspecs import hookimpl
+from impq_core.ledger import MeasurementLog
 from impq_core.model.text import Windows
 from impq_core.parts import Parts
 from impq_core.plugins import Plugins
@@ -37,9 +41,9 @@ class Bench:
     evaluator: Evaluator
 
     @classmethod
-    def build(cls, config: RunConfig) -> Bench:
-        """Load and quantize the model of a configuration."""
-        plugins = Plugins()
+    def build(cls, config: RunConfig, files: Sequence[Path] = ()) -> Bench:
+        """Load and quantize the model of a configuration; ``files`` are further plugins."""
+        plugins = Plugins(files)
         plugins.watch(Printer())
         prepared = prepare(config, plugins)
         prepared.require_text()
@@ -63,15 +67,17 @@ class Bench:
         session = self.session.for_space(prepare(config, self.session.plugins))
         return Bench(session, session.evaluator_of_exports())
 
-    def game(self, config: RunConfig, budget_bytes: int | None = None, text: Windows | None = None) -> ModelGame:
-        """The game and the probe of a configuration on this model, on the calibration text unless ``text`` is given."""
+    def game(self, config: RunConfig, budget_bytes: int | None = None, text: Windows | None = None,
+             log: MeasurementLog | None = None) -> ModelGame:
+        """The game and the probe of a configuration on this model, on the calibration text unless ``text`` is given.
+        Losses are written to ``log``, and those of an earlier process are read from it."""
         session = self.session.with_prepared(replace(self.prepared, config=replace(
             self.prepared.config, game_windows=config.game_windows, probe_windows=config.probe_windows,
             value=config.value, refine=0)))
         calibration = text or self.prepared.calibration
         assert calibration is not None
         probe = session.probe(text=calibration.first(config.probe_windows or config.game_windows))
-        game = session.game(probe=probe, text=calibration)
+        game = session.game(log, probe, calibration)
         game.budget_bytes = budget_bytes
         return game
 
@@ -105,6 +111,29 @@ class Printer:
     def impq_progress(self, stage: str, done: int, total: int) -> None:
         if done % max(1, total // 10) == 0:
             print(f"{stage}: {done} of {total}", flush=True)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add ``--model`` to the options of a benchmark whose page is named by ``page_of``."""
+    parser.add_argument("--model", default="demo",
+                        help="demo, or the folder of a model, whose name is then in that of the page [demo]")
+
+
+def model_name(model: str) -> str:
+    """The name of a model in tables: that of its folder, or of the demo model."""
+    return "SmolLM2-135M" if model == "demo" else Path(model).name
+
+
+def page_of(page: str, model: str) -> str:
+    """The name of a file of results: ``shape.md`` for the demo model, ``shape-NAME.md`` for another."""
+    path = Path(page)
+    return page if model == "demo" else f"{path.stem}-{model_name(model)}{path.suffix}"
+
+
+def command() -> str:
+    """The command line of the benchmark that runs, without the folders of models and files."""
+    script, *words = sys.argv
+    return shlex.join(["python", f"benchmarks/{Path(script).name}", *(Path(word).name for word in words)])
 
 
 def heading(title: str, command: str, accelerator: str = "no GPU") -> list[str]:

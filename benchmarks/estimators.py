@@ -10,7 +10,7 @@ import math
 from dataclasses import replace
 
 import numpy as np
-from common import Bench, heading, plus_minus, table, write
+from common import Bench, add_model, command, heading, model_name, page_of, plus_minus, table, write
 
 from impq_core.budget import Budget
 from impq_core.config import RunConfig, TextConfig
@@ -40,15 +40,15 @@ ESTIMATORS = {
 ALLOCATORS = ("greedy", "qp")
 
 
-def measure(backend: str, bits: tuple[float, ...], budgets: tuple[float, ...]) -> list[str]:
-    base = replace(BASE, backend=backend, bits=bits)
+def measure(model: str, backend: str, bits: tuple[float, ...], budgets: tuple[float, ...]) -> list[str]:
+    base = replace(BASE, model=model, backend=backend, bits=bits)
     bench = Bench.build(base)
     space = bench.prepared.space
     scores: dict[tuple[str, float, str], Score] = {}
     forwards = {}
     measured = None
     for name, config in ESTIMATORS.items():
-        config = replace(config, backend=backend, bits=bits)
+        config = replace(config, model=model, backend=backend, bits=bits)
         if config.estimator == "spqe" and measured is not None:  # another surrogate for the same losses
             estimate = Parts.build(config, bench.session.plugins).surrogate.fit(measured)
         else:
@@ -88,13 +88,15 @@ def measure(backend: str, bits: tuple[float, ...], budgets: tuple[float, ...]) -
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    lines = heading("Every estimator and allocator on SmolLM2-135M, block level", "python benchmarks/estimators.py")
-    lines += ["All 30 blocks have one size: with two widths an additive estimate is a ranking, of which both "
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_model(parser)
+    model = parser.parse_args().model
+    lines = heading(f"Every estimator and allocator on {model_name(model)}, block level", command())
+    lines += ["Blocks of equal size: with two widths an additive estimate is a ranking, of which both "
               "allocators keep the top; they can differ only by pair terms.", ""]
     for menu in MENUS:
-        lines += measure(*menu)
-        write("estimators.md", lines)
+        lines += measure(model, *menu)
+        write(page_of("estimators.md", model), lines)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,17 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import Bench
-from frontier_report import AIMS, Row, write_report
+from common import Bench, add_model, model_name
+from frontier_report import Row, write_report
+from frontier_settings import GAME_WINDOWS, LONG, MENUS, SETTINGS, Method, Setting
+from rows import UNIFORM, Kept, PlanRow, problem_of
 
 from impq_core.budget import Budget
 from impq_core.config import RunConfig, TextConfig
@@ -26,157 +28,14 @@ from impq_core.errors import ImpqError
 from impq_core.game.model_game import ModelGame
 from impq_core.model.text import Windows, draw_windows
 from impq_core.parts import Parts
+from impq_core.results import Score
 from impq_core.runs.pipeline import REFINE_STREAM
+from impq_core.runs.prepare import Prepared
 from impq_core.space import FloatArray
 from impq_core.types import Measurements, Plan, SensitivityEstimate
 
 WORK = Path(__file__).parent / "kept" / "frontier"
 TEXT_WINDOWS = 16
-GAME_WINDOWS = 4
-
-
-@dataclass(frozen=True)
-class Method:
-    """A method that makes plans.
-
-    Args:
-        estimator: name of the estimator; with ``options``, ``value`` and the seed it determines the measurements.
-        surrogates: surrogates that are fitted to the measurements.
-        seeds: number of seeds.
-        value: loss of the game.
-        parts: number of plans and permutations for each: plans from parts of one measurement, in place of more seeds.
-        refine: refiner and its limit in forwards, starting from the estimate's plan; empty for no refinement.
-        budgets: budgets in nominal bits; empty for all budgets of the setting.
-        aimed: whether every budget has its own measurement.
-        game: number of windows of the game; forwards are counted over ``GAME_WINDOWS`` windows.
-        text: number of windows of gradients.
-        drawn: whether every seed has its own text; the first seed has the calibration text.
-    """
-
-    estimator: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    surrogates: tuple[str, ...] = ("",)
-    seeds: int = 1
-    value: str = "nll"
-    parts: tuple[int, int] = (0, 0)
-    refine: tuple[str, int] = ("", 0)
-    budgets: tuple[float, ...] = ()
-    aimed: bool = False
-    game: int = GAME_WINDOWS
-    text: int = GAME_WINDOWS
-    drawn: bool = False
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A backend, a menu and a granularity, with the methods for them."""
-
-    backend: str
-    bits: tuple[float, ...]
-    granularity: str
-    budgets: tuple[float, ...]
-    methods: tuple[Method, ...]
-
-    @property
-    def name(self) -> str:
-        return f"{self.backend} {','.join(f'{b:g}' for b in self.bits)}, {self.granularity}"
-
-
-PAPER = {"permutations": 50, "antithetic": False, "fresh": False}
-TEN = {**PAPER, "permutations": 10}
-LOW = (2.25, 2.5, 2.75, 3.0, 3.5)
-HIGH = (3.5, 4.0, 4.5, 5.5, 6.5)
-ALL = (2.0, 3.0, 4.0)
-TWO = Method("aumann-shapley", {"nodes": 2})
-WIDE = replace(TWO, text=32)
-WIDEST = replace(WIDE, text=64)
-ISOLATED = Method("isolated")
-ONE = Method("aumann-shapley", {"nodes": 1})
-
-
-def slopes(aim: tuple[float, ...]) -> tuple[Method, ...]:
-    return tuple(Method(name, options, budgets=aim) for name, options in (
-        ("aumann-shapley", {"nodes": 2}), ("aumann-shapley", {"nodes": 4}), ("fisher", {"at": 0.5}),
-        ("fisher", {"at": 1.0}), ("hawq", {"samples": 4}), ("llm-mq", {})))
-
-
-def metrics(aim: tuple[float, ...]) -> tuple[Method, ...]:
-    """Scores of the field, beside ours on as many windows."""
-    return (*(Method(name, text=16, budgets=aim) for name in (
-        "guided-output", "autoscheme", "aumann-shapley", "fisher", "llm-mq", "lieq", "kurtosis", "nsds")),
-        Method("guided-output", {"form": "gram", "groups": 1}, text=16, budgets=aim),
-        Method("gamma", text=16, budgets=aim, aimed=True))
-
-
-def chance(aim: tuple[float, ...]) -> tuple[Method, ...]:
-    return Method("random", seeds=3, budgets=aim), Method("first-last", budgets=aim)
-
-
-def games(aim: tuple[float, float]) -> tuple[Method, ...]:
-    """Methods with many measured losses, for the paper's players and menu."""
-    top = aim[1:]
-    return (Method("clado", budgets=aim),
-            Method("spqe", {**TEN, "antithetic": True, "around": top[0]}, ("additive", "regression"), seeds=3,
-                   budgets=top),
-            Method("random", refine=("evolve", 100), budgets=top, seeds=3),
-            Method("spqe", {**TEN, "fresh": True}, ("covariance",), seeds=3, budgets=aim),
-            Method("spqe", TEN, ("covariance",), value="kl", budgets=aim))
-
-
-def long(aim: tuple[float, float]) -> tuple[Method, ...]:
-    """Methods that need hundreds of forwards for each plan."""
-    return (Method("spqe", {**PAPER, "settle": 0.02}, ("covariance",), budgets=aim[1:], aimed=True),
-            Method("spqe", PAPER, ("covariance",), seeds=3, budgets=aim))
-
-
-def papers(aim: tuple[float, float]) -> tuple[Method, ...]:
-    """The paper's protocol, other surrogates for its losses, and plans from parts of its losses."""
-    return (Method("spqe", PAPER, ("covariance", "additive")),
-            Method("spqe", PAPER, ("regression", "coverage"), budgets=aim),
-            Method("spqe", PAPER, ("auto",), budgets=aim),
-            Method("spqe", PAPER, ("covariance",), parts=(3, 10), budgets=aim))
-
-
-def drawn(aim: tuple[float, float], *methods: Method) -> tuple[Method, ...]:
-    """Methods on three texts."""
-    return tuple(replace(method, seeds=3, drawn=True, budgets=aim) for method in methods)
-
-
-FITS = "covariance", "regression", "auto"
-FINE = Method("coarse-to-fine", budgets=(3.0,), aimed=True)
-FEW = (ISOLATED, ONE, WIDE)
-GPTQ, HQQ = AIMS["gptq"], AIMS["hqq"]
-SETTINGS = (  # the expensive ones last
-    Setting("gptq", ALL, "group", LOW, (
-        *FEW, *slopes(GPTQ), WIDEST, FINE, replace(WIDE, refine=("swaps", 60), budgets=(3.0,)),
-        replace(WIDE, refine=("evolve", 60), budgets=(3.0,)), *metrics(GPTQ))),
-    Setting("gptq", (2.0, 4.0), "block", LOW, (*FEW, *papers(GPTQ), *chance(GPTQ), *slopes(GPTQ))),
-    Setting("gptq", ALL, "linear", LOW, (*FEW, WIDEST)),
-    Setting("hqq", (3.0, 8.0), "block", HIGH, (*FEW, *chance(HQQ))),
-    Setting("hqq", (3.0, 8.0), "group", HIGH, FEW),
-    Setting("hqq", (3.0, 8.0), "linear", HIGH, FEW),
-    Setting("gptq", (2.0, 4.0), "group", LOW, FEW),
-    Setting("gptq", (2.0, 4.0), "linear", LOW, FEW),
-    Setting("gptq", ALL, "block", LOW, (
-        *FEW, *slopes(GPTQ), Method("spqe", {"permutations": 4}, FITS, seeds=3, budgets=GPTQ),
-        Method("spqe", {"permutations": 4, "fresh": False}, FITS, seeds=3, budgets=GPTQ))),
-    Setting("gptq", (2.0, 4.0), "block", LOW, games(GPTQ)),
-    Setting("gptq", ALL, "linear", LOW, slopes(GPTQ)),
-    Setting("hqq", (3.0, 8.0), "block", HIGH, (*slopes(HQQ), *papers(HQQ), *games(HQQ))),
-    Setting("gptq", ALL, "group", LOW, (
-        replace(FINE, text=32), replace(WIDE, refine=("swaps", 60), budgets=(3.0,), game=16))),
-    Setting("gptq", ALL, "linear", LOW, (replace(FINE, text=32),)),
-)
-LONG = (
-    Setting("gptq", (2.0, 4.0), "block", LOW, long(GPTQ)),
-    Setting("hqq", (3.0, 8.0), "block", HIGH, long(HQQ)),
-    Setting("gptq", ALL, "group", LOW, drawn(GPTQ, ONE, TWO, WIDE, WIDEST, ISOLATED)),
-    Setting("gptq", ALL, "linear", LOW, drawn(GPTQ, ONE, TWO, WIDE, WIDEST)),
-    Setting("gptq", (2.0, 4.0), "block", LOW, drawn(GPTQ, *FEW, TWO)),
-    Setting("hqq", (3.0, 8.0), "block", HIGH, drawn(HQQ, *FEW, TWO)),
-)
-MENUS = {"gptq": ALL, "hqq": (3.0, 4.0, 8.0)}
-"""Widths of a backend's settings and uniform references."""
 
 
 class Store:
@@ -190,6 +49,8 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._scores = folder / "scores.jsonl"
+        self.plans = Kept(folder / "plans.jsonl")
+        """Every plan in the form of all benchmarks, for ``regret.py --rows``."""
         self._windows: dict[tuple[str, str], list[float]] = {}
         if self._scores.exists():
             for line in self._scores.read_text().splitlines():
@@ -217,13 +78,14 @@ class Workshop:
     whole: Bench
     judge: ModelGame
     store: Store
+    held_out: Windows
     texts: tuple[Windows, ...]
     """The calibration text, and texts of the same source for other seeds; disjoint, and disjoint from the held-out
     windows."""
 
     @classmethod
-    def build(cls, backend: str, bits: tuple[float, ...], store: Store) -> Workshop:
-        config = RunConfig(tracking_uri="none", backend=backend, bits=bits, granularity="linear",
+    def build(cls, chosen: str, backend: str, bits: tuple[float, ...], store: Store) -> Workshop:
+        config = RunConfig(tracking_uri="none", model=chosen, backend=backend, bits=bits, granularity="linear",
                            game_windows=GAME_WINDOWS, evaluation=TextConfig(windows=TEXT_WINDOWS))
         whole = Bench.build(config)
         prepared = whole.prepared
@@ -238,7 +100,7 @@ class Workshop:
         spare, size = fresh[TEXT_WINDOWS:], len(calibration)
         others = [replace(other, ids=spare[first:first + size]) for first in range(0, len(spare) - size + 1, size)]
         return cls(whole, ModelGame(prepared.space, whole.session.bank, whole.session.runner, held_out), store,
-                   (prepared.calibration, *others))
+                   held_out, (prepared.calibration, *others))
 
     def score(self, plan: Plan) -> FloatArray:
         """Held-out NLL (windows,) of a plan of any granularity."""
@@ -246,6 +108,16 @@ class Workshop:
         choices = self.whole.prepared.space.choices
         pick = np.array([choices.index(widths[layer.linears[0].name]) for layer in self.whole.prepared.space.layers])
         return self.score_pick(pick)
+
+    def keep(self, prepared: Prepared, plan: Plan, windows: FloatArray, budget: float, method: str, seed: int = 0,
+             forwards: float = 0.0) -> None:
+        """Keep a plan, its held-out NLL (windows,) and its cost."""
+        text = self.held_out
+        facts = {**problem_of(prepared, GAME_WINDOWS * (text.ids.shape[1] - 1)), "text": text.digest,
+                 "shown": f"{text}, Wikipedia and C4"}
+        if self.store.plans.missing(facts, method, seed, [budget]):
+            self.store.plans.add([PlanRow.of(facts, plan, Score(windows, np.nan, np.nan), budget, method, seed,
+                                             forwards)])
 
     def score_pick(self, pick: Any) -> FloatArray:
         """Held-out NLL (windows,) of a pick over single linears."""
@@ -313,7 +185,8 @@ def estimates(bench: Bench, base: RunConfig, method: Method, shop: Workshop,
 
 def rows_of(shop: Workshop, setting: Setting) -> Iterator[Row]:
     """The rows of a setting: every method at every budget."""
-    base = RunConfig(tracking_uri="none", backend=setting.backend, bits=setting.bits, granularity=setting.granularity,
+    base = RunConfig(tracking_uri="none", model=shop.whole.prepared.config.model, backend=setting.backend,
+                     bits=setting.bits, granularity=setting.granularity,
                      game_windows=GAME_WINDOWS, evaluation=TextConfig(windows=TEXT_WINDOWS))
     bench = shop.whole.at(base)
     for method in setting.methods:
@@ -336,7 +209,9 @@ def rows_of(shop: Workshop, setting: Setting) -> Iterator[Row]:
                                                         [*key, method.refine, method.game])
                         label, forwards = f"{name} + {method.refine[0]}", forwards + refine_forwards * unit
                         label += f" on {method.game} windows" if unit != 1 else ""
-                    yield Row(setting.name, label, seed, budget, plan.nbytes, forwards, shop.score(plan).tolist())
+                    windows = shop.score(plan)
+                    shop.keep(bench.prepared, plan, windows, budget, label, seed, forwards)
+                    yield Row(setting.name, label, seed, budget, plan.nbytes, forwards, windows.tolist())
 
 
 def stored_plan(store: Store, key: Sequence[Any], bench: Bench, make: Callable[[], Plan]) -> Plan:
@@ -368,28 +243,33 @@ def refined(bench: Bench, config: RunConfig, plan: Plan, estimate: SensitivityEs
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="only settings with this text in their names")
-    parser.add_argument("--work", type=Path, default=WORK, help="folder of the measurements")
-    parser.add_argument("--name", default="frontier", help="name of the report in results/, of all rows in --work")
+    add_model(parser)
+    parser.add_argument("--work", type=Path, help="folder of the measurements, of one model")
+    parser.add_argument("--name", help="name of the report in results/, of all rows in --work")
     parser.add_argument("--long", action="store_true", help="also methods that need hundreds of forwards for each plan")
     given = parser.parse_args()
-    store = Store(given.work)
+    beside = "" if given.model == "demo" else f"-{model_name(given.model)}"
+    work, name = given.work or WORK.with_name(WORK.name + beside), given.name or f"frontier{beside}"
+    store = Store(work)
     chosen = [setting for setting in (*SETTINGS, *(LONG if given.long else ())) if given.only in setting.name]
     for backend, settings in groupby(chosen, key=lambda setting: setting.backend):
-        file = given.work / f"{backend}.rows.json"
+        file = work / f"{backend}.rows.json"
         stored = [Row(**data) for data in json.loads(file.read_text())] if file.exists() else []
         rows = {key(row): row for row in stored}
-        for row in measure(Workshop.build(backend, MENUS[backend], store), list(settings)):
+        for row in measure(Workshop.build(given.model, backend, MENUS[backend], store), list(settings)):
             rows[key(row)] = row
             file.write_text(json.dumps([vars(row) for row in rows.values()]))
-    write_report(given.work, TEXT_WINDOWS, given.name, given.long)
+    write_report(work, TEXT_WINDOWS, name, model_name(given.model))
 
 
 def measure(shop: Workshop, settings: Sequence[Setting]) -> Iterator[Row]:
     """The rows of a backend: its uniform models, then the plans of each setting."""
     space = shop.whole.prepared.space
     for k, choice in enumerate(space.choices):
-        yield Row("uniform", f"uniform {choice}", 0, choice.bits, space.bytes_of(space.uniform(k)), 0.0,
-                  shop.score_pick(space.uniform(k)).tolist())
+        pick, nbytes = space.uniform(k), space.bytes_of(space.uniform(k))
+        windows = shop.score_pick(pick)
+        shop.keep(shop.whole.prepared, Plan(space, pick, nbytes), windows, choice.bits, UNIFORM)
+        yield Row("uniform", f"uniform {choice}", 0, choice.bits, nbytes, 0.0, windows.tolist())
     for setting in settings:
         for row in rows_of(shop, setting):
             print(f"{row.setting}; {row.method}; seed {row.seed}; {row.budget:g} bits: "

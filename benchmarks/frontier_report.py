@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from common import RESULTS, heading, plus_minus, table, write
+from common import RESULTS, command, heading, plus_minus, table, write
 
 from impq_core.space import FloatArray
 
@@ -86,10 +86,9 @@ class Board:
         return min([float(np.mean(row.windows)) for row in rows] + [float(self.line(rows[0].nbytes).mean())])
 
 
-def write_report(work: Path, text_windows: int, name: str, long: bool) -> None:
-    """Write results/NAME.md and NAME-*.png from the rows in a folder."""
-    command = "python benchmarks/frontier.py" + " --long" * long + (f" --name {name}" if name != "frontier" else "")
-    lines = heading("Cost and held-out loss of plans, SmolLM2-135M", command)
+def write_report(work: Path, text_windows: int, name: str, model: str) -> None:
+    """Write results/NAME.md and NAME-*.png from the rows of a model in a folder."""
+    lines = heading(f"Cost and held-out loss of plans, {model}", command())
     lines += [f"Held-out NLL, nats per token, mean over {text_windows} windows of 256 tokens of Wikipedia and as many "
               f"of C4 ({2 * text_windows * 255} scored tokens; no window is among those of calibration or game); "
               "differences are paired over windows, ± their standard error. Losses of the game are measured on 1,020 "

@@ -9,7 +9,7 @@ import argparse
 from dataclasses import replace
 
 import numpy as np
-from common import Bench, heading, plus_minus, table, write
+from common import Bench, add_model, command, heading, model_name, page_of, plus_minus, table, write
 
 from impq_core.budget import Budget
 from impq_core.config import RunConfig, TextConfig
@@ -21,9 +21,11 @@ PERMUTATIONS = {"block": 4, "group": 2, "linear": 2}
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    lines = heading("GPTQ 2,3,4 bits at three granularities on SmolLM2-135M", "python benchmarks/granularity.py")
-    whole = Bench.build(BASE)
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_model(parser)
+    model = parser.parse_args().model
+    lines = heading(f"GPTQ 2,3,4 bits at three granularities on {model_name(model)}", command())
+    whole = Bench.build(replace(BASE, model=model))
     space = whole.prepared.space
     uniforms = whole.uniforms()
     sizes = [Budget(budget, "bits").resolve(space) for budget in BUDGETS]
@@ -31,7 +33,7 @@ def main() -> None:
     three = {name: score for name, _, score in uniforms}["uniform 3"]
     rows, facts = [], []
     for granularity, permutations in PERMUTATIONS.items():
-        config = replace(BASE, granularity=granularity)
+        config = replace(BASE, model=model, granularity=granularity)
         bench = whole.at(config)
         for estimator, options in (("spqe", {"permutations": permutations, "fresh": False}), ("isolated", {})):
             config = replace(config, estimator=estimator, options={"estimator": options})
@@ -49,7 +51,7 @@ def main() -> None:
             header = ["granularity", "layers", "estimator", "forwards", *(f"{b:g} bits" for b in BUDGETS),
                       "3 bits minus uniform 3"]
             reference = ["", "", "line of uniforms", "", *(f"{value:.3f}" for value in line), ""]
-            write("granularity.md", [
+            write(page_of("granularity.md", model), [
                 *lines, f"Held-out NLL, nats per token, on {bench.prepared.evaluation}, "
                 f"{bench.prepared.evaluation.scored_tokens} scored tokens; losses of the game on "
                 f"{bench.windows.scored_tokens} tokens; covariance surrogate for spqe ("

@@ -10,7 +10,7 @@ import argparse
 from dataclasses import replace
 
 import numpy as np
-from common import Bench, heading, plus_minus, table, write
+from common import Bench, add_model, command, heading, model_name, page_of, plus_minus, table, write
 
 from impq_core.budget import Budget
 from impq_core.config import RunConfig, TextConfig
@@ -31,14 +31,16 @@ def spearman(a: SensitivityEstimate, b: SensitivityEstimate) -> float:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    lines = heading("Measuring with one backend, deploying another, on SmolLM2-135M", "python benchmarks/protocol.py")
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_model(parser)
+    base = replace(BASE, model=parser.parse_args().model)
+    lines = heading(f"Measuring with one backend, deploying another, on {model_name(base.model)}", command())
     estimates: dict[tuple[str, tuple[float, ...]], SensitivityEstimate] = {}
     benches = {}
     for backend in MEASURED:
-        whole = Bench.build(replace(BASE, backend=backend))
+        whole = Bench.build(replace(base, backend=backend))
         for menu in MENUS:
-            config = replace(BASE, backend=backend, bits=menu)
+            config = replace(base, backend=backend, bits=menu)
             bench = whole.at(config)
             estimates[backend, menu], _ = bench.estimate(config)
         if backend in DEPLOYED:
@@ -54,7 +56,7 @@ def main() -> None:
             for a, b in (("quanto", "gptq"), ("quanto", "hqq"), ("gptq", "hqq"))) + ".", ""]
         rows = []
         for deployed in DEPLOYED:
-            config = replace(BASE, backend=deployed, bits=menu)
+            config = replace(base, backend=deployed, bits=menu)
             bench = benches[deployed].at(config)
             space = bench.prepared.space
             scores = {(measured, budget): bench.score(bench.plan(config, estimates[measured, menu].on(space), budget))
@@ -71,7 +73,7 @@ def main() -> None:
             line = np.interp(sizes, [n for _, n, _ in uniforms], [s.nll for *_, s in uniforms])
             rows.append(["line of uniforms", deployed, *(f"{value:.3f}" for value in line)])
         lines += table(["measured with", "deployed with", *(f"{budget:g} bits" for budget in budgets)], rows)
-        write("protocol.md", lines)
+        write(page_of("protocol.md", base.model), lines)
 
 
 if __name__ == "__main__":

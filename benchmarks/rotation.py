@@ -7,14 +7,12 @@ paired over the evaluation windows.
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common import Printer, heading, plus_minus, table, write
+from common import Printer, add_model, command, heading, page_of, plus_minus, table, write
 
 from impq_core.config import RunConfig, TextConfig
 from impq_core.exports.rotated import rotate_model
@@ -52,13 +50,12 @@ class Row:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="demo", help="A model folder, or demo.")
+    add_model(parser)
     parser.add_argument("--bits", default="3,2", help="Widths.")
     parser.add_argument("--block", type=int, default=64, help="Size of the Hadamard blocks.")
     parser.add_argument("--calibration-windows", type=int, default=24)
     parser.add_argument("--evaluation-windows", type=int, default=32)
     parser.add_argument("--rotations", default=",".join(map(str, range(len(ROTATIONS)))), help="Numbers of rows.")
-    parser.add_argument("--output", default="rotation.md", help="Name of the file in benchmarks/results.")
     given = parser.parse_args()
     widths = tuple(given.bits.split(","))
     config = RunConfig(tracking_uri="none", cache=False, backend="gptq", bits=widths, granularity="linear",
@@ -107,8 +104,8 @@ def report(rows: dict[str, Row], config: RunConfig, given: argparse.Namespace, w
     header = ["rotated", "unquantized", "MB of an untied head", *(cell for width in widths for cell in (
         f"{width} bits", "minus the first row"))]
     text = config.evaluation
-    write(given.output, [
-        *heading("Rotated models", shlex.join(["python", "benchmarks/rotation.py", *sys.argv[1:]])),
+    write(page_of("rotation.md", given.model), [
+        *heading("Rotated models", command()),
         f"Model {given.model}, Hadamard blocks of {given.block}, backend gptq, groups of 64, quantized in sequence on "
         f"{config.calibration.windows} windows of {config.calibration.length} tokens. Held-out NLL in nats per token "
         f"on {text.windows} windows of {text.length} tokens of the {text.source} text; differences are paired over "

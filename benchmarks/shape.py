@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from common import RESULTS, Bench, heading, plus_minus, table, write
+from common import RESULTS, Bench, add_model, command, heading, model_name, page_of, plus_minus, table, write
 
 from impq_core.compare.drawing import COLOURS, GREY
 from impq_core.config import RunConfig
@@ -65,7 +65,7 @@ def by_size(measured: Measurements, values: np.ndarray) -> np.ndarray:
     return table
 
 
-def report(curves: Sequence[Curve]) -> list[str]:
+def report(curves: Sequence[Curve], picture: str) -> list[str]:
     permutations = len(curves[0].joint)
     rows = [curve.at(k) for curve in curves for k in range(EVERY, curve.joint.shape[1], EVERY)]
     shares = [[curve.name, f"{curve.reference:.3f}", f"{100 * curve.share.loss:.1f}%",
@@ -78,7 +78,7 @@ def report(curves: Sequence[Curve]) -> list[str]:
             "which no additive model explains, and the same share after the best saturating or growing curve of an "
             "additive model (a curve changes no plan):", "",
             *table(["menu", "all-widest NLL", "order two and above", "after a curve", "forwards"], shares),
-            "![The same for every k](shape.png)", ""]
+            f"![The same for every k]({picture})", ""]
 
 
 def draw(curves: Sequence[Curve], path: str) -> None:
@@ -105,17 +105,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=sorted({backend for backend, _ in MENUS}),
                         help="one backend for a quick try: printed, the results stay as they are")
-    only = parser.parse_args().only
-    lines = heading("The shape of the game on SmolLM2-135M, block level", "python benchmarks/shape.py")
+    add_model(parser)
+    given = parser.parse_args()
+    only, model = given.only, given.model
+    lines = heading(f"The shape of the game on {model_name(model)}, block level", command())
     curves: list[Curve] = []
     for backend, bits in MENUS:
         if only in (None, backend):
-            curves.append(measure(replace(BASE, backend=backend, bits=bits)))
+            curves.append(measure(replace(BASE, model=model, backend=backend, bits=bits)))
             if only:
-                print("\n".join(report(curves)), flush=True)
+                print("\n".join(report(curves, "shape.png")), flush=True)
             else:
-                write("shape.md", [*lines, *report(curves)])
-                draw(curves, str(RESULTS / "shape.png"))
+                picture = page_of("shape.png", model)
+                write(page_of("shape.md", model), [*lines, *report(curves, picture)])
+                draw(curves, str(RESULTS / picture))
 
 
 if __name__ == "__main__":

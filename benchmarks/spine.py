@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 
 import numpy as np
-from common import Bench, heading, table, write
+from common import Bench, add_model, command, heading, model_name, page_of, table, write
 
 from impq_core.config import RunConfig
 from impq_core.evaluate import evaluate_plan
@@ -19,8 +19,8 @@ SEEDS = (0, 1, 2)
 OPTIONS = {"estimator": {"permutations": 10, "fresh": False}}
 
 
-def measure(bits: tuple[float, ...]) -> list[str]:
-    bench = Bench.build(RunConfig(estimator="spqe", granularity="block", bits=bits, tracking_uri="none",
+def measure(model: str, bits: tuple[float, ...]) -> list[str]:
+    bench = Bench.build(RunConfig(model=model, estimator="spqe", granularity="block", bits=bits, tracking_uri="none",
                                   options=OPTIONS))
     prepared, windows = bench.prepared, bench.windows
     lines: list[str] = []
@@ -32,14 +32,15 @@ def measure(bits: tuple[float, ...]) -> list[str]:
         predicted, measured, forwards = plan.predicted_loss, game.loss(plan.pick), estimate.forwards
         evaluation = evaluate_plan(bench.evaluator, plan, prepared.between, prepared.mixes, seed,
                                    bench.session.report(f"seed {seed}"))
-        assert estimate.stderr is not None
+        error = ("" if estimate.stderr is None else  # some surrogates have none
+                 f"standard error of the costs {estimate.stderr[:, 1:].mean():.4f} on average; ")
         plans.append(plan.pick)
         same = ", ".join(f"{int((plan.pick != other).sum())} layers from seed {s}"
                          for s, other in zip(SEEDS, plans[:-1], strict=False))
         lines += [f"### Seed {seed}", "",
-                  f"{forwards:.1f} forwards of {windows.scored_tokens} tokens; standard error of the Shapley values "
-                  f"{estimate.stderr[:, 1:].mean():.4f} on average; plan's objective {predicted:.4f}, its measured "
-                  f"calibration loss {measured:.4f} nats per token above all-high; proven within {plan.gap:.1g}"
+                  f"{forwards:.1f} forwards of {windows.scored_tokens} tokens; {error}plan's objective "
+                  f"{predicted:.4f}, its measured calibration loss {measured:.4f} nats per token above all-high; "
+                  f"proven within {plan.gap:.1g}"
                   + (f"; the plan differs in {same}" if same else "") + ".", ""]
         header, cells = evaluation_rows(evaluation)
         lines += table(header, cells)
@@ -49,15 +50,18 @@ def measure(bits: tuple[float, ...]) -> list[str]:
     menu = ",".join(f"{b:g}" for b in bits)
     return [f"## `--bits {menu}`, budget {prepared.config.budget}", "",
             f"SPQE with {prepared.parts.estimator.options}, surrogate {estimate.method}; evaluated on "
-            f"{prepared.evaluation}, {prepared.evaluation.scored_tokens} scored tokens, bfloat16 forwards.", "", *lines]
+            f"{prepared.evaluation}, {prepared.evaluation.scored_tokens} scored tokens, {prepared.config.dtype} "
+            "forwards.", "", *lines]
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    lines = heading("The spine: SPQE, covariance, QP, GPTQ on SmolLM2-135M", "python benchmarks/spine.py")
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_model(parser)
+    model = parser.parse_args().model
+    lines = heading(f"The spine: SPQE, covariance, QP, GPTQ on {model_name(model)}", command())
     for bits in MENUS:
-        lines += measure(bits)
-        write("spine.md", lines)
+        lines += measure(model, bits)
+        write(page_of("spine.md", model), lines)
 
 
 if __name__ == "__main__":

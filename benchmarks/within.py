@@ -10,15 +10,13 @@ import argparse
 import itertools
 import json
 import re
-import shlex
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from common import RESULTS, heading, plus_minus, table, write
+from common import RESULTS, add_model, command, heading, page_of, plus_minus, table, write
 
 from impq_core.budget import Budget
 from impq_core.config import RunConfig, TextConfig
@@ -84,17 +82,17 @@ class Result:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="demo")
+    add_model(parser)
     parser.add_argument("--windows", type=int, default=24, help="Windows of calibration, of 256 tokens.")
     parser.add_argument("--evaluation-windows", type=int, default=16, help="Windows of evaluation, of 256 tokens.")
     parser.add_argument("--only", default="", help="Names of settings, with ; between; all if empty.")
     parser.add_argument("--no-plans", action="store_true", help="Uniform models only.")
-    parser.add_argument("--output", default="within.md", help="Name of the file in benchmarks/results.")
     given = parser.parse_args()
+    page = page_of("within.md", given.model)
     base = RunConfig(tracking_uri="none", model=given.model, granularity="linear", cache=False,
                      calibration=TextConfig(windows=given.windows), game_windows=8,
                      evaluation=TextConfig(windows=given.evaluation_windows))
-    log = RESULTS / given.output.replace(".md", ".jsonl")
+    log = RESULTS / page.replace(".md", ".jsonl")
     done = [read(line) for line in log.read_text().splitlines()] if log.exists() else []
     for setting in SETTINGS:
         if given.only and setting.name not in given.only.split(";"):
@@ -106,8 +104,7 @@ def main() -> None:
             with log.open("a") as file:
                 file.write(json.dumps({**vars(found), "score": found.score.to_dict()}) + "\n")
             print(f"{found.name}: {found.bits:.3f} bits, {found.score.nll:.3f}, {found.seconds:.0f} s", flush=True)
-    command = shlex.join(["python", "benchmarks/within.py", *sys.argv[1:]])
-    write(given.output, [*heading("Widths mixed inside linears, at equal stored bytes", command),
+    write(page, [*heading("Widths mixed inside linears, at equal stored bytes", command()),
                          *report(done)])
 
 

@@ -1,0 +1,200 @@
+"""Kept rows of benchmarks, the distances of regret.py, and the protocol of paper.py on a tiny model."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from impq_core.errors import ImpqError
+from impq_core.testing import made_text, tiny_model
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # its scripts import each other as neighbours
+
+import cells
+import paper
+import paper_report
+import regret
+import regret_report
+from rows import UNIFORM, Kept, PlanRow, line_at, read_rows
+
+ROW = PlanRow("tiny", "hqq", "v", ("4", "2"), "block", 3.0, 120, 110, "t", "spqe", 0, 2.5, 510,
+              np.array([1.0, 2.0]), np.array([0.1, 0.2]), (0, 1, 1), "a text", "cpu", "2026-01-01")
+LOSSES = st.lists(st.floats(0, 20), min_size=2, max_size=2).map(np.array)
+
+
+def same(a: PlanRow, b: PlanRow) -> bool:
+    arrays = [np.array_equal(x, y) for x, y in ((a.nll, b.nll), (a.kl, b.kl))]
+    return all(arrays) and replace(a, nll=b.nll, kl=b.kl) == b
+
+
+@given(LOSSES, LOSSES, st.integers(2, 12).flatmap(lambda m: st.tuples(
+    st.just(m), st.lists(st.integers(0, m - 1), max_size=5))), st.text(max_size=9))
+def test_a_row_is_read_as_it_was_written(nll: Any, kl: Any, menu: tuple[int, list[int]], method: str) -> None:
+    row = replace(ROW, nll=nll, kl=kl, menu=tuple(map(str, range(menu[0]))), widths=tuple(menu[1]), method=method)
+    assert "\n" not in row.to_json()
+    assert same(PlanRow.of_json(row.to_json()), row)
+
+
+@settings(max_examples=20)
+@given(st.integers(1, 400))
+def test_a_killed_writer_loses_its_last_line_only(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
+    path = tmp_path_factory.mktemp("kept") / "rows.jsonl"
+    Kept(path).add([ROW, replace(ROW, seed=1)])
+    length = len(ROW.to_json()) + 1
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-min(cut, length - 1)])
+    assert [row.seed for row in read_rows([path])] == [0]
+    again = Kept(path)
+    assert again.missing(vars(ROW), "spqe", 0, [3.0, 3.5]) == [3.5]
+    assert again.missing(vars(ROW), "spqe", 1, [3.0]) == [3.0]
+    again.add([replace(ROW, seed=1)])
+    assert path.read_bytes() == whole
+
+
+def test_a_line_that_is_no_row_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(ROW.to_json() + '\n{"model": "other"}\n')
+    with pytest.raises(ImpqError, match=r"rows\.jsonl, line 2"):
+        Kept(path)
+
+
+def uniform(nbytes: int, *nll: float) -> PlanRow:
+    return replace(ROW, method=UNIFORM, nbytes=nbytes, budget_bytes=nbytes, nll=np.array(nll), kl=np.array(nll) / 2)
+
+
+def test_the_line_joins_uniform_models_window_by_window() -> None:
+    models = [uniform(200, 1.0, 3.0), uniform(100, 5.0, 4.0), uniform(150, 2.0, 8.0)]
+    np.testing.assert_allclose(line_at(models, 150), [2.0, 8.0])
+    np.testing.assert_allclose(line_at(models, 125), [3.5, 6.0])
+    np.testing.assert_allclose(line_at(models, 160), [1.8, 7.0])
+    np.testing.assert_allclose(line_at(models, 125, kl=True), [1.75, 3.0])
+    for outside in (99, 201):
+        with pytest.raises(ImpqError):
+            line_at(models, outside)
+
+
+def planted(seed: int) -> list[PlanRow]:
+    """Rows of three methods at three budgets, two of them with two seeds, and three uniform models."""
+    rng = np.random.default_rng(seed)
+    rows = [uniform(size, *rng.uniform(1, 9, 2)) for size in (100, 200, 300)]
+    for method, seeds in (("a", 2), ("b", 1), ("c", 2)):
+        for budget in (120, 180, 250):
+            rows += [replace(ROW, method=method, seed=number, budget=budget / 100, budget_bytes=budget,
+                             nbytes=budget - int(rng.integers(0, 20)), nll=rng.uniform(1, 9, 2))
+                     for number in range(seeds)]
+    return rows
+
+
+@given(st.integers(0, 10_000))
+def test_the_best_plan_is_the_least_of_all_that_fit(seed: int) -> None:
+    rows = planted(seed)
+    [problem] = regret_report.problems(rows)
+    for nbytes in problem.budgets:
+        least = min(row.nll.mean() for row in rows if row.nbytes <= nbytes)
+        assert problem.best(nbytes).nll.mean() == least
+        assert problem.best(nbytes).nbytes <= nbytes
+        for entry in problem.entries(nbytes):
+            alike = [row.nll.mean() for row in rows if (row.method, row.budget_bytes) == (entry.method, nbytes)]
+            assert entry.nll.mean() == pytest.approx(np.mean(alike))
+            assert entry.nll.mean() >= least
+            assert (entry.spread is None) == (len(alike) == 1)
+
+
+def test_rows_of_other_problems_are_not_compared(tmp_path: Path) -> None:
+    rows = planted(0)
+    others = [replace(row, text="other", nll=row.nll - 1.0) for row in rows]
+    first, second = regret_report.problems([*rows, *others])
+    for nbytes in first.budgets:
+        assert first.best(nbytes).nll.mean() == pytest.approx(second.best(nbytes).nll.mean() + 1.0)
+    page = "\n".join(regret_report.report([*rows, *others]))
+    assert page.count("\n## tiny, hqq\n") == 2
+    regret_report.draw([*rows, *others], tmp_path / "regret.png")
+    assert (tmp_path / "regret.png").stat().st_size > 10_000
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("paper")
+    model = tiny_model(folder / "model", blocks=3)
+    for name, seed in (("calibration", 0), ("text", 1)):
+        (folder / f"{name}.txt").write_text(made_text(seed, 20_000))
+    return ["--models", str(model), "--backends", "hqq", "--windows", "2", "--evaluation-windows", "3", "--length",
+            "32", "--calibration", str(folder / "calibration.txt"), "--text", str(folder / "text.txt"),
+            "--device", "cpu"]
+
+
+def losses_of(path: Path) -> dict[Any, tuple[Any, ...]]:
+    return {row.identity: (row.nll.tolist(), row.widths, row.nbytes, row.forwards) for row in read_rows([path])}
+
+
+def test_the_papers_protocol_continues_where_it_was_killed(words: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "whole" / "paper.jsonl"
+    given_words = [*words, "--permutations", "2", "--seeds", "2"]
+    assert paper.main([*given_words, "--kept", str(path)]) == 0
+    whole = losses_of(path)
+    rows = read_rows([path])
+    for method in ("LIM", "CoopQ, 2 permutations, measured with Quanto", "CoopQ, 2 permutations, measured as deployed"):
+        seeds = {row.seed for row in rows if row.method == method}
+        assert seeds == {0, 1}, method
+        assert {row.budget for row in rows if row.method == method} == set(paper.BUDGETS)
+    assert all(row.nbytes <= row.budget_bytes for row in rows)
+    lines = path.read_bytes().splitlines(keepends=True)
+    other = tmp_path / "killed" / "paper.jsonl"
+    other.parent.mkdir()
+    other.write_bytes(b"".join(lines[:len(lines) // 2]) + lines[len(lines) // 2][:50])
+    assert paper.main([*given_words, "--kept", str(other)]) == 0
+    assert losses_of(other) == whole
+    page = "\n".join(paper_report.report(rows))
+    assert "Llama-3.1-8B, GPTQ, as published" in page
+    [unquantized] = (float(np.exp(row.nll.mean())) for row in rows if row.method == "unquantized")
+    assert f"unquantized {paper_report.rounded(unquantized)}." in page
+
+
+def test_a_method_of_ones_own_is_measured_beside_others(words: list[str], tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(regret, "RESULTS", tmp_path)
+    monkeypatch.setattr("common.RESULTS", tmp_path)
+    kept = tmp_path / "kept.jsonl"
+    assert regret.main([*words, "--granularities", "group", "--methods", "kurtosis", "--refine", "3", "--kept",
+                        str(kept), "--add", "mine=random:greedy", "--estimator", "first-last"]) == 0
+    rows = read_rows([kept])
+    names = {row.method for row in rows}
+    assert {"kurtosis", "mine", "first-last", "swaps, 3 forwards from the best"} <= names
+    refined = [row for row in rows if row.method.startswith("swaps")]
+    assert {row.budget for row in refined} == {2.5, 3.0, 3.5}
+    assert all(row.forwards > 0 and row.nbytes <= row.budget_bytes for row in refined)
+    assert "| mine | group |" in (tmp_path / "regret.md").read_text()
+
+
+@pytest.mark.parametrize(("script", "bad", "named"), [
+    (paper, ["--backends", "hqqq"], "hqqq"), (paper, ["--models", "/no/model"], "/no/model"),
+    (paper, ["--permutations", "1"], "--permutations"), (paper, ["--seeds", "0"], "--seeds"),
+    (paper, ["--report"], "kept.jsonl"), (paper, ["--text", "/no/text.txt"], "/no/text.txt"),
+    (paper, ["--device", "cudaa"], "cudaa"),
+    (regret, ["--methods", "kurtosiss"], "kurtosiss"), (regret, ["--add", "mine"], "--add mine"),
+    (regret, ["--add", "mine=spqee"], "spqee"), (regret, ["--add", "mine=random:qpp"], "qpp"),
+    (regret, ["--add", "mine=spqe:qp:permutationz=4"], "permutationz"),
+    (regret, ["--add", "mine=spqe:qp:permutations=x"], "permutations"),
+    (regret, ["--add", "kurtosis=random"], "kurtosis"), (regret, ["--budgets", "2.5,x"], "--budgets"),
+    (regret, ["--budgets", "9"], "9"), (regret, ["--granularities", "rows"], "rows"),
+    (regret, ["--plugin", "/no/plugin.py"], "/no/plugin.py"), (regret, ["--report"], "kept.jsonl"),
+])
+def test_a_wrong_word_is_named_before_a_model_is_loaded(script: Any, bad: list[str], named: str, words: list[str],
+                                                        tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    def loaded(*_: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(cells.Bench, "build", loaded)
+    code = script.main([*words, "--kept", str(tmp_path / "kept.jsonl"), *bad])
+    bar = "Loading weights"  # transformers' own
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line and bar not in line]
+    assert code in (1, 2)
+    assert named in line
