@@ -318,7 +318,7 @@ def test_the_peak_of_the_json_is_that_of_its_stages(arguments: list[str]) -> Non
     for name in ("run", "sweep"):
         code, out, _ = command(name, *arguments, "--exclude", "*.0.mlp*", "--dry-run", "--json")
         data = json.loads(out)["result"]
-        assert code == 0 and {search["estimator"] for search in data["searches"]} == {"aumann-shapley"}
+        assert code == 0 and {search["estimator"] for search in data["searches"]} == {RunConfig().estimator}
         memory = data["searches"][0]["memory"]
         assert data["memory"]["peak_bytes"] == max(sum(sizes.values()) for sizes in memory.values())
 
