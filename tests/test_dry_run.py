@@ -61,7 +61,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, texts: tuple[Path, Path]) -> 
     folder = tiny_model(tmp_path_factory.mktemp("model") / "llama", blocks=8)
     return RunConfig(model=str(folder), backend="hqq", bits=(2, 3, 4), granularity="group", game_windows=4,
                      calibration=TextConfig(str(texts[0]), 12, 48), evaluation=TextConfig(str(texts[1]), 4, 40),
-                     dtype="float32", tracking_uri="none", cache=False)
+                     dtype="float32", tracking_uri="none", cache=False, fallback="no")
 
 
 @pytest.fixture(scope="module")
