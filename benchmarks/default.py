@@ -37,7 +37,6 @@ def main() -> None:
     parser.add_argument("--granularities", default="group,linear")
     parser.add_argument("--probe-windows", default="16,64", help="windows of gradients")
     parser.add_argument("--evaluation-windows", type=int, default=24)
-    parser.add_argument("--result", default="default.md", help="file in results/ that the kept rows are written to")
     given = parser.parse_args()
     torch.set_num_threads(1)
     KEPT.mkdir(exist_ok=True)
@@ -61,7 +60,7 @@ def main() -> None:
                     rows.append(row)
                     with path.open("a") as file:
                         file.write(json.dumps(row) + "\n")
-                    write(given.result, report(rows))
+                    write("default.md", report(rows))
 
 
 def measure(bench: Bench, facts: dict[str, Any]) -> list[dict[str, Any]]:
