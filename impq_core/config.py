@@ -17,7 +17,7 @@ from impq_core.mixture import NamedText, parse_texts, require_all, require_held_
 from impq_core.trust import without_permissions
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-SEQUENTIAL = ("auto", "yes", "no")
+SEQUENTIAL = FALLBACK = ("auto", "yes", "no")
 GRANULARITIES = ("auto", "block", "group", "expert", "linear")
 VALUES = ("nll", "kl")
 SCORED = ("all", "assistant")
@@ -131,6 +131,9 @@ class RunConfig:
             ``backend``.
         refiner: name of the part that improves the plan by measuring plans near it.
         refine: limit of the refiner in full-model forwards; 0 for no refinement.
+        fallback: ``yes`` to take the largest uniform model of the menu within the budget if the estimated plan does not
+            beat it on calibration windows that are held back for that (``held_back``); ``auto`` is ``no`` in a sweep
+            over parts, which compares plans as they are, and else ``yes``.
         bits: names of the choices of the menu, such as ``2``, ``3@128`` or ``Q4_K``; a number stands for its text.
             Empty for the backend's default menu.
         budget: such as ``3.0bits`` (nominal average), ``3.25bpw`` (stored), ``60MB`` or ``60%``; empty for the middle
@@ -150,7 +153,8 @@ class RunConfig:
         exclude: patterns of layers that stay unquantized; their bytes count at 16 bits a weight.
         calibration: text for quantization statistics and the game, or a mixture of texts.
         game_windows: number of calibration windows of the game.
-        probe_windows: number of calibration windows for gradients and activations; 0 for all but the referee's.
+        probe_windows: number of calibration windows for gradients and activations; 0 for all but the referee's and
+            those held back.
         value: loss of the game: ``nll``, or ``kl`` to the unquantized model.
         evaluation: held-out text, or several; the first decides comparisons.
         sequential: ``yes`` if plan and references are quantized in sequence, as an export is, before they are scored;
@@ -177,11 +181,12 @@ class RunConfig:
     model: str = "demo"
     backend: str = "gptq"
     estimate_with: str = ""
-    estimator: str = "aumann-shapley"
+    estimator: str = "guided-output"
     surrogate: str = "auto"
     allocator: str = "qp"
     refiner: str = "swaps"
     refine: int = 0
+    fallback: str = "auto"
     bits: tuple[str, ...] = ()
     budget: str = ""
     whole: bool = False
@@ -219,7 +224,7 @@ class RunConfig:
         if not re.fullmatch("[a-z][a-z0-9_]*(:[0-9]{1,3})?", self.device):
             raise UsageError(f"device is a name such as auto, cpu, cuda, cuda:1, mps or xpu, not '{self.device}'")
         for name, allowed in (("dtype", DTYPES), ("granularity", GRANULARITIES), ("value", VALUES),
-                              ("sequential", SEQUENTIAL)):
+                              ("sequential", SEQUENTIAL), ("fallback", FALLBACK)):
             if getattr(self, name) not in allowed:
                 raise UsageError(f"unknown {name} '{getattr(self, name)}'{nearest(getattr(self, name), allowed)}")
         if not 1 <= self.game_windows <= self.calibration.windows:
@@ -245,6 +250,16 @@ class RunConfig:
         for name in (*self.bits, *self.pins.values()):
             if not name or re.fullmatch("-.*|0|inf|nan", name):
                 raise UsageError(f"a width is a positive number of bits, or a name such as 3@128 or Q4_K, not '{name}'")
+
+    @property
+    def held_back(self) -> int:
+        """Number of calibration windows, the last ones, that are no windows of the game, its further sets, a referee or
+        gradients, so that the plan can be tested on them: a quarter, as far as game and referee leave them. 0 if
+        there is no fallback, or if the user gave the plan."""
+        if self.fallback == "no" or self.plan:
+            return 0
+        games = self.game_windows * (2 if self.refine else 1)
+        return max(0, min(self.calibration.windows // 4, self.calibration.windows - games))
 
     def to_toml(self) -> str:
         """The configuration as the text of an impq.toml."""

@@ -220,6 +220,7 @@ class RunKey(Key):
         code: digest of the source of impq and of the parts.
         seed: of every random draw but those of the texts.
         refine: full-model forwards of the refiner.
+        held_back: number of calibration windows on which the plan is tested against a uniform model; 0 for no test.
         plan_given: digest of the pick of ``--plan``; empty if the run makes its own plan.
         limits: of the costs of meters, as the user wrote them.
         meterings: digest of what the meters found; empty without meters.
@@ -234,6 +235,7 @@ class RunKey(Key):
     code: str
     seed: int
     refine: int
+    held_back: int
     plan_given: str
     limits: Mapping[str, str]
     meterings: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from impq_core.budget import Budget
 from impq_core.config import METER, RunConfig
 from impq_core.costs import Cost, limited
 from impq_core.errors import ImpqError, InvalidArrays, UsageError, nearest
+from impq_core.feasible_costs import feasible
 from impq_core.interfaces import (
     EVERY_BACKEND,
     Allocator,
@@ -136,7 +138,7 @@ class Parts:
 
     def measure(self, game: Game | None, probe: Probe, rng: np.random.Generator,
                 costs: Sequence[Cost] = ()) -> SensitivityEstimate | Measurements:
-        """The estimator's estimate, or its measurements if a surrogate is to fit them.
+        """The estimator's estimate, with feasible costs, or its measurements if a surrogate is to fit them.
 
         The game's budget is one of the played space: if the deployed backend has other sizes, it is at the same share
         of the way from the smallest plan to the largest.
@@ -146,13 +148,17 @@ class Parts:
             raise ImpqError(f"{type(self.estimator).__module__}.{type(self.estimator).__qualname__} returned "
                             f"{type(result).__name__} of another search space than the one it was given: this is a bug "
                             "of that plugin")
-        return result
+        return result if isinstance(result, Measurements) else _feasible(result)
 
     def estimate(self, game: Game | None, probe: Probe, rng: np.random.Generator,
                  costs: Sequence[Cost] = ()) -> tuple[SensitivityEstimate, Measurements | None]:
         """The estimate, and the measurements that the surrogate fitted (None if the estimator made the estimate)."""
         result = self.measure(game, probe, rng, costs)
-        return (result, None) if isinstance(result, SensitivityEstimate) else (self.surrogate.fit(result), result)
+        return (result, None) if isinstance(result, SensitivityEstimate) else (self.fit(result), result)
+
+    def fit(self, measurements: Measurements) -> SensitivityEstimate:
+        """The surrogate's estimate, with feasible costs; raises ImpqError if the measurements are too few."""
+        return _feasible(self.surrogate.fit(measurements))
 
     def _drift(self, budget_bytes: int | None, costs: Sequence[Cost]) -> Drift:
         before: list[IntArray] = []
@@ -161,7 +167,7 @@ class Parts:
             if budget_bytes is None:
                 return np.inf
             try:
-                estimate = self.surrogate.fit(measurements)
+                estimate = self.fit(measurements)
             except ImpqError:  # too few permutations for this surrogate
                 return np.inf
             pick = self.plan(estimate, budget_bytes, costs).pick
@@ -170,6 +176,14 @@ class Parts:
             return regret
 
         return drift
+
+
+def _feasible(estimate: SensitivityEstimate) -> SensitivityEstimate:
+    """The estimate with feasible costs; warns if nearly all of them had the wrong sign."""
+    if (gains := int((estimate.linear[:, -1] < 0).sum())) > 0.9 * len(estimate.space):
+        warnings.warn(f"by the estimate, {gains} of {len(estimate.space)} layers have a lower loss at their narrowest "
+                      "width than at their widest: is a sign wrong?", RuntimeWarning, stacklevel=3)
+    return feasible(estimate)
 
 
 def slots_of(config: RunConfig) -> dict[str, str]:

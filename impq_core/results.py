@@ -21,6 +21,7 @@ from impq_core.files import write_text
 from impq_core.space import FloatArray, IntArray
 from impq_core.statistics import mean, standard_error
 from impq_core.types import Measurements, Plan, SensitivityEstimate
+from impq_core.uniform_test import UniformTest
 
 
 class Difference(NamedTuple):
@@ -219,6 +220,13 @@ class Evaluation(Displayed):
         assert score is not None
         return score
 
+    @property
+    def plan_is(self) -> str:
+        """The name of the uniform model that the plan is, such as ``uniform 3``; empty if it is none."""
+        plan = self.rows[0]
+        return next((row.name for row in self.rows if row.kind == "uniform" and row.nbytes == plan.nbytes
+                     and np.array_equal(row.window_nll, plan.window_nll)), "")
+
     def against_plan(self, row: Row) -> Difference | None:
         """A row's NLL minus the plan's, paired over windows; None for the plan itself."""
         return None if row is self.rows[0] else row.minus(self.rows[0])
@@ -349,13 +357,14 @@ class RunResult(Displayed):
         estimate: the estimate that the plan was made from; None if the plan was given.
         measurements: losses that the estimate was fitted to; None if the estimator measured none.
         measured_loss: the plan's loss in the game it was estimated from, nats per token above the reference, to compare
-            with ``plan.predicted_loss``; None if no calibration text was read.
+            with ``plan.predicted_loss``; None if no calibration text was read, or if a uniform model is the plan.
         forwards: cost of the search in full-model forwards.
         rest_bytes: bytes of all that is in no layer (norms; embeddings and head unless they are layers); None if the
             result was read from a folder that does not say.
         seconds: by stage.
         digests: of the tokens of the texts: by ``calibration``, ``evaluation``, and ``evaluation NAME`` for further
             held-out texts.
+        uniform_test: the estimated plan against the uniform model of its budget; None if it was not tested.
     """
 
     folder: Path
@@ -369,6 +378,7 @@ class RunResult(Displayed):
     rest_bytes: int | None
     seconds: dict[str, float]
     digests: dict[str, str]
+    uniform_test: UniformTest | None = None
 
     @property
     def state(self) -> Literal["finished", "planned", "estimated"]:

@@ -111,6 +111,8 @@ class ConsoleReporter:
         if self._brief:
             score = result.evaluation.plan if result.evaluation else None
             self._say(f"{result.folder.name}: {score_line(score)}" if score else result.folder.name)
+            if result.uniform_test and result.uniform_test.replaces:
+                self._say(result.uniform_test.describe())
             return
         self._stop()
         print_result(result, self._console)
@@ -155,6 +157,8 @@ def print_result(result: RunResult, console: Console) -> None:
 def summary(result: RunResult) -> list[str]:
     """Lines about the plan, the cost of the search, the stages and the held-out text."""
     lines = plan_lines(result) if result.plan else []
+    if result.uniform_test:
+        lines.append(result.uniform_test.describe())
     if result.measurements is None and result.estimate is not None:
         lines.append(f"search: {result.forwards:.1f} full-model forwards (of {result.config.game_windows} windows of "
                      f"{result.config.calibration.shown} calibration text)")
@@ -182,7 +186,8 @@ def summary(result: RunResult) -> list[str]:
 def last_lines(result: RunResult) -> list[str]:
     """The plan, its held-out score and the folder: all that ``--quiet`` prints of a run."""
     scored = [score_line(result.evaluation.plan)] if result.evaluation else []
-    return [*(plan_lines(result)[:1] if result.plan else []), *scored, f"files in {result.folder}"]
+    fallen = [result.uniform_test.describe()] if result.uniform_test and result.uniform_test.replaces else []
+    return [*(plan_lines(result)[:1] if result.plan else []), *fallen, *scored, f"files in {result.folder}"]
 
 
 def plan_lines(result: RunResult) -> list[str]:

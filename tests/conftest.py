@@ -105,12 +105,12 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny_config(tiny_llama: Path, texts: tuple[Path, Path], tmp_path: Path) -> RunConfig:
-    """A whole run that takes seconds."""
+    """A whole run that takes seconds. Its plans are those of the estimates, whatever they are worth."""
     return _tiny_config(tiny_llama, texts, tmp_path)
 
 
 def _tiny_config(model: Path, texts: tuple[Path, Path], folder: Path) -> RunConfig:
-    return RunConfig(model=str(model), bits=(2, 4), estimator="spqe", granularity="block",
+    return RunConfig(model=str(model), bits=(2, 4), estimator="spqe", granularity="block", fallback="no",
                      calibration=TextConfig(str(texts[0]), 8, 48), game_windows=4,
                      evaluation=TextConfig(str(texts[1]), 6, 48), dtype="float32", output=str(folder / "runs"),
                      tracking_uri=f"sqlite:///{folder}/mlflow.db",

@@ -61,7 +61,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, texts: tuple[Path, Path]) -> 
     folder = tiny_model(tmp_path_factory.mktemp("model") / "llama", blocks=8)
     return RunConfig(model=str(folder), backend="hqq", bits=(2, 3, 4), granularity="group", game_windows=4,
                      calibration=TextConfig(str(texts[0]), 12, 48), evaluation=TextConfig(str(texts[1]), 4, 40),
-                     dtype="float32", tracking_uri="none", cache=False)
+                     dtype="float32", tracking_uri="none", cache=False, fallback="no")
 
 
 @pytest.fixture(scope="module")
@@ -318,7 +318,7 @@ def test_the_peak_of_the_json_is_that_of_its_stages(arguments: list[str]) -> Non
     for name in ("run", "sweep"):
         code, out, _ = command(name, *arguments, "--exclude", "*.0.mlp*", "--dry-run", "--json")
         data = json.loads(out)["result"]
-        assert code == 0 and {search["estimator"] for search in data["searches"]} == {"aumann-shapley"}
+        assert code == 0 and {search["estimator"] for search in data["searches"]} == {RunConfig().estimator}
         memory = data["searches"][0]["memory"]
         assert data["memory"]["peak_bytes"] == max(sum(sizes.values()) for sizes in memory.values())
 

@@ -71,6 +71,20 @@ def test_output_errors_are_weighted_by_squared_gradients_of_tokens() -> None:
     assert estimate.is_loss
 
 
+def test_standard_errors_are_those_of_the_costs_over_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What all windows share, such as the cost of the widest choice, is no error."""
+    probe = Probe(planted_space(3, bits=(4, 3, 2)))
+    alone = GuidedOutput().inspect(probe, RNG)  # type: ignore[arg-type]
+    assert alone.stderr is not None and np.isnan(alone.stderr).all()
+    squares = np.random.default_rng(1).uniform(size=(9, 3, 3)) + np.arange(9.0)[:, None, None]
+    monkeypatch.setattr(probe, "token_squares", lambda: squares)
+    estimate = GuidedOutput().inspect(probe, RNG)  # type: ignore[arg-type]
+    drawn = (squares - squares[:, :, :1]) / 2
+    assert estimate.stderr is not None
+    np.testing.assert_allclose(estimate.linear, drawn.mean(axis=0), atol=1e-12)
+    np.testing.assert_allclose(estimate.stderr, drawn.std(axis=0, ddof=1) / 3)
+
+
 def test_output_errors_by_gram_are_the_trace_of_each_group_of_rows() -> None:
     space = planted_space(3, bits=(4, 2))
     probe = Probe(space)

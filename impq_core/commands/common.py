@@ -44,6 +44,10 @@ def several_or_none(_context: click.Context, _option: click.Parameter,
     return given or None
 
 
+def _yes_or_no(_context: click.Context, _option: click.Parameter, given: bool | None) -> str | None:
+    return {None: None, True: "yes", False: "no"}[given]
+
+
 part_options = click.option(
     "-o", "--option", "options", multiple=True, metavar="NAME=VALUE",
     help="Option of a part, such as permutations=20 or backend.group_size=32; see 'impq plugins --options'.")
@@ -101,12 +105,15 @@ def run_options(several: bool = False, budgets: bool = False) -> Callable[[Comma
         click.option("--backend", help=f"Backend: the quantizer{more} [gptq]."),
         click.option("--estimate-with", metavar="BACKEND",
                      help="Backend for the estimator's measurements, if it differs from the deployed one."),
-        click.option("--estimator", help=f"Estimator: measures or scores the layers{more} [aumann-shapley]."),
+        click.option("--estimator", help=f"Estimator: measures or scores the layers{more} [guided-output]."),
         click.option("--surrogate", help=f"Surrogate: the model fitted to measured losses{more} [auto]."),
         click.option("--allocator", help=f"Allocator: makes the plan from the estimate{more} [qp]."),
         click.option("--refine", type=int, metavar="FORWARDS",
                      help="Improve the plan by measuring plans near it, for at most this many forwards [0: no]."),
         click.option("--refiner", help="Refiner: improves the plan if --refine is given [swaps]."),
+        click.option("--fallback/--no-fallback", default=None, callback=_yes_or_no,
+                     help="Take the largest uniform model within the budget if the estimated plan does not beat it on "
+                          "calibration windows that are held back for that [yes; no for a sweep over parts]."),
         click.option("--bits", help="Widths of the menu, such as 2,4 or 2,3@128,4 (groups of 128) or IQ2_XS,Q4_K "
                                "[the backend's default]."),
         click.option("--budget", help=f"Size of the plan: 3.0bits (nominal average), 3.25bpw (stored), 60MB, 4GiB or "
@@ -130,7 +137,7 @@ def run_options(several: bool = False, budgets: bool = False) -> Callable[[Comma
         click.option("--value", help="Loss of the game: nll, or kl to the unquantized model [nll]."),
         _text_options("evaluation", "Held-out"),
         click.option("--sequential/--no-sequential", default=None,
-                     callback=lambda _context, _option, given: {None: None, True: "yes", False: "no"}[given],
+                     callback=_yes_or_no,
                      help="Score plan and references as an export makes them: quantized in sequence [if it costs no "
                           "more forwards than the search]."),
         click.option("--device", help="Where blocks compute: auto (an accelerator, else the processor), cpu, cuda, "

@@ -129,7 +129,13 @@ class Contestant:
 
     @property
     def verdict(self) -> str:
-        """The references that the plan loses to; else those that it ties with; else its smallest lead."""
+        """The uniform model that the plan is, if it is one; the references that the plan loses to; else those that it
+        ties with; else its smallest lead."""
+        is_uniform = f"is {self.evaluation.plan_is}; " if self.evaluation.plan_is else ""
+        return is_uniform + self._against_rivals
+
+    @property
+    def _against_rivals(self) -> str:
         if self.losses:
             return "LOSES to " + ", ".join(f"{kind} by {gap.unsigned}" for kind, gap in self.losses.items())
         if not self.gaps:

@@ -44,7 +44,8 @@ def curve_table(curve: Curve, answer: Outcome | None = None) -> Table:
         cells.append("" if point.minus_line is None else str(point.minus_line))
         if target:
             cells.append(percent(target.confidence(point)))
-        notes = [*(["knee"] if curve.knee and curve.knee.point is point else []),
+        notes = [*([point.evaluation.plan_is] if point.evaluation.plan_is else []),
+                 *(["knee"] if curve.knee and curve.knee.point is point else []),
                  *(["target"] if target and target.within is point else [])]
         rows.append((point.nbytes, 1, [*cells, ", ".join(notes)], "bold" if notes else ""))
     for row in curve.uniform:

@@ -13,6 +13,7 @@ from impq_core.results import Evaluation, Exported, Row, RunResult, Score
 from impq_core.runs.folder import recorded
 from impq_core.space import Choice, LayerSpec, SearchSpace
 from impq_core.types import Plan, SensitivityEstimate
+from impq_core.uniform_test import UniformTest
 
 
 @dataclass(frozen=True)
@@ -288,6 +289,37 @@ class CheckpointDocument(Document):
 
 
 @dataclass(frozen=True)
+class UniformTestDocument:
+    """The estimated plan against the largest uniform model within its budget, on calibration windows that neither game
+    nor gradients read.
+
+    Args:
+        uniform: name of the choice of the uniform model.
+        uniform_bytes, plan_bytes: stored bytes of both.
+        minus_uniform_nats: the estimated plan's loss minus the uniform model's; null if a loss is not finite.
+        minus_uniform_stderr_nats: its standard error, paired over windows; null if unknown.
+        value: the loss: ``nll`` or ``kl``.
+        tokens: scored tokens.
+        replaces: whether the uniform model is the run's plan.
+    """
+
+    uniform: str
+    uniform_bytes: int
+    plan_bytes: int
+    minus_uniform_nats: float | None
+    minus_uniform_stderr_nats: float | None
+    value: str
+    tokens: int
+    replaces: bool
+
+    @classmethod
+    def of(cls, test: UniformTest) -> UniformTestDocument:
+        """The document of a test."""
+        return cls(test.uniform, test.uniform_bytes, test.plan_bytes, test.minus_uniform, test.stderr, test.value,
+                   test.tokens, test.replaces)
+
+
+@dataclass(frozen=True)
 class RunDocument(Document):
     """A run.
 
@@ -301,6 +333,7 @@ class RunDocument(Document):
         weights: number of quantizable weights.
         choices: names of the menu, widest first.
         plan: null if there is none yet.
+        uniform_test: null if the plan was not tested against a uniform model.
         estimate: null if there is none: the plan was given, or the run is unfinished.
         evaluation: on the first held-out text; null if there is none yet.
         further_evaluations: on the other held-out texts.
@@ -323,6 +356,7 @@ class RunDocument(Document):
     weights: int
     choices: list[str]
     plan: PlanDocument | None
+    uniform_test: UniformTestDocument | None
     estimate: EstimateDocument | None
     evaluation: EvaluationDocument | None
     further_evaluations: list[EvaluationDocument]
@@ -342,6 +376,7 @@ class RunDocument(Document):
         return cls(str(result.folder), result.state, error, settings_of(result.config), len(space), space.parameters,
                    [choice.name for choice in space.choices],
                    PlanDocument.of(result.plan, result.folder / "plan.json") if result.plan else None,
+                   UniformTestDocument.of(result.uniform_test) if result.uniform_test else None,
                    EstimateDocument.of(result.estimate) if result.estimate else None,
                    EvaluationDocument.of(result.evaluation) if result.evaluation else None,
                    list(map(EvaluationDocument.of, result.evaluation.others if result.evaluation else ())),
@@ -354,7 +389,7 @@ class RunDocument(Document):
     def unfinished(cls, folder: Path, config: RunConfig, space: SearchSpace, error: str | None) -> RunDocument:
         """The document of a run that has no estimate and no plan yet."""
         return cls(str(folder), "unfinished", error, settings_of(config), len(space), space.parameters,
-                   [choice.name for choice in space.choices], None, None, None, [], None, None, None, {}, None,
+                   [choice.name for choice in space.choices], None, None, None, None, [], None, None, None, {}, None,
                    [])
 
 

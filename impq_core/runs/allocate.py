@@ -67,7 +67,7 @@ def allocate_run(run: str | Path, budgets: Sequence[str], surrogate: str | None 
     for one, part, size in zip(every, parts, sizes, strict=True):
         if measurements:
             wanted = space.carry_over(size, measurements.space)
-            estimate = part.surrogate.fit(replace(measurements, budget_bytes=wanted))
+            estimate = part.fit(replace(measurements, budget_bytes=wanted))
         else:
             estimate = folder.read_estimate()
         plan = part.plan(estimate.on(space), size, costs)

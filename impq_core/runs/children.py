@@ -13,7 +13,7 @@ from impq_core.evaluate import Evaluator
 from impq_core.files import write_text
 from impq_core.plugins import Plugins
 from impq_core.runs.folder import CHILDREN, RunFolder
-from impq_core.runs.pipeline import Search, keep_estimate, make_folder, result_of
+from impq_core.runs.pipeline import Search, keep_estimate, make_folder, result_of, tested
 from impq_core.runs.prepare import Prepared
 from impq_core.runs.session import Session
 from impq_core.types import Measurements, SensitivityEstimate
@@ -56,7 +56,7 @@ class Child:
         """The estimate for its budget: measured losses are fitted near it."""
         if isinstance(measured, SensitivityEstimate):
             return measured
-        return self.prepared.parts.surrogate.fit(replace(measured, budget_bytes=self.prepared.game_budget))
+        return self.prepared.parts.fit(replace(measured, budget_bytes=self.prepared.game_budget))
 
 
 def start(child: Child, plugins: Plugins, folder: RunFolder) -> None:
@@ -97,6 +97,8 @@ def finish(child: Child, search: Search, session: Session, evaluator: Evaluator,
             keep_estimate(plugins, folder, search.estimate, search.measurements)
             search.plan.save(folder.plan)
             plugins.notify("impq_plan_ready", plan=search.plan)
+            search = tested(session, folder, search)
+            assert search.plan is not None
             evaluation = session.evaluate(evaluator, search.plan, same_size)
             evaluation.save(folder.evaluation)
             result = result_of(prepared, folder, search, evaluation, {})

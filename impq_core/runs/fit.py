@@ -9,6 +9,7 @@ from pathlib import Path
 
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError
+from impq_core.feasible_costs import feasible
 from impq_core.parts import assign_options, build_part
 from impq_core.plugins import Plugins
 from impq_core.runs.folder import RunFolder
@@ -76,7 +77,7 @@ def fit_run(run: str, names: Sequence[str], pairs: dict[str, str], plugins: Plug
     for name, surrogate in built:
         file = folder.path / "fits" / f"{name}.npz"
         try:
-            estimate = surrogate.fit(measurements)
+            estimate = feasible(surrogate.fit(measurements))  # as a run would use it
             validation = validate(surrogate.fit, measurements)
         except ImpqError as error:
             fitted.append(Fitted(name, file, problem=str(error)))

@@ -22,6 +22,7 @@ from impq_core.files import scratch_folder, write_text
 from impq_core.results import Evaluation, RunResult
 from impq_core.space import SearchSpace
 from impq_core.types import Measurements, Plan, SensitivityEstimate
+from impq_core.uniform_test import UniformTest
 
 T = TypeVar("T")
 
@@ -148,6 +149,21 @@ class RunFolder:
         return self.path / "plan.json"
 
     @property
+    def held_back_scores(self) -> Path:
+        """The log of scores on held-back calibration windows."""
+        return self.path / "held-back.jsonl"
+
+    @property
+    def uniform_test(self) -> Path:
+        """The plan against the uniform model of its budget; missing if there was nothing to test."""
+        return self.path / "uniform-test.json"
+
+    @property
+    def estimated_plan(self) -> Path:
+        """The plan of the estimate, if a uniform model took its place."""
+        return self.path / "estimated-plan.json"
+
+    @property
     def scores(self) -> Path:
         """The log of held-out scores."""
         return self.path / "scores.jsonl"
@@ -231,6 +247,12 @@ class RunFolder:
     def read_evaluation(self) -> Evaluation:
         """The held-out evaluation; raises ImpqError if it cannot be read."""
         return _readable(self.evaluation, lambda path: Evaluation.from_dict(self.read_json(path)))
+
+    def read_uniform_test(self) -> UniformTest | None:
+        """The plan against the uniform model of its budget, if it was tested; raises ImpqError if it cannot be read."""
+        if not self.uniform_test.is_file():
+            return None
+        return _readable(self.uniform_test, lambda path: UniformTest.from_dict(self.read_json(path)))
 
     def read_plan(self) -> Plan:
         """The plan as the run saved it; raises ImpqError if it cannot be read."""

@@ -24,6 +24,7 @@ from impq_core.runs.grid import Sweep
 from impq_core.runs.layout import Layout, lay_out
 from impq_core.runs.work import (
     evaluation_forwards,
+    fallback_forwards,
     in_sequence,
     plan_forwards,
     references,
@@ -34,7 +35,7 @@ from impq_core.runs.work import (
 from impq_core.space import LayerSpec
 from impq_core.trust import NO_TRUST, Trust
 
-STAGES = ("quantize", "estimate", "plan", "refine", "evaluate")
+STAGES = ("quantize", "estimate", "plan", "refine", "fallback", "evaluate")
 """The stages that run the model, in order."""
 
 
@@ -120,8 +121,9 @@ class SearchForecast:
         smallest, largest: sizes of the all-narrowest and of the all-widest plan.
         losses: number of losses that the estimator measures; None if that is unknown.
         forwards: full-model forwards of the game's windows by stage: ``quantize`` (statistics for the quantizer),
-            ``estimate``, ``plan`` (losses of the plans in the game), ``refine`` (the limit that the user gave) and
-            ``evaluate`` (held-out scores); None if unknown.
+            ``estimate``, ``plan`` (losses of the plans in the game), ``refine`` (the limit that the user gave),
+            ``fallback`` (tests of the plans against uniform models) and ``evaluate`` (held-out scores); None if
+            unknown.
         streamed: whether weights of blocks stay on disk until the block works, as they do not fit into memory.
         memory: resident bytes by stage (``check`` of the files, ``load``, ``quantize``, ``quantize_deployed`` if
             another backend is measured, ``estimate``, ``refine``, ``evaluate``), and in each stage by content.
@@ -285,6 +287,7 @@ def _search(layouts: Sequence[Layout], first: bool = True, exports: int = 0, tri
     forwards = {"quantize": statistics_forwards(layout) if first else 0.0,
                 "estimate": work_forwards(work, layout.shapes, config, space) if work else None,
                 "plan": 0.0 if tries else plan_forwards(layout, work, runs), "refine": float(config.refine),
+                "fallback": fallback_forwards(layout, runs),
                 "evaluate": evaluation_forwards(layout, scores, first, in_sequence(layout))}
     if layout.plan:
         forwards["estimate"] = 0.0

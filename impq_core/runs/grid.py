@@ -84,6 +84,8 @@ class Sweep:
             raise UsageError("a list of names has nothing between two commas")
         estimators = {name: plugins.load("estimator", name, Estimator) for name in values[VARIED.index("estimator")]}
         base = self.base
+        if base.fallback == "auto" and not self.is_curve:  # plans of several parts are compared as they are
+            base = replace(base, fallback="no")
         several = len(values[VARIED.index("backend")]) * len(estimators) > 1
         if base.sequential == "auto" and several:  # so that all tables of a sweep are of one kind
             base = replace(base, sequential="no")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import traceback
-import warnings
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,12 +17,14 @@ from impq_core.game.model_game import ModelGame
 from impq_core.ledger import MeasurementLog
 from impq_core.plugins import Plugins
 from impq_core.results import Evaluation, RunResult
+from impq_core.runs.fallback import against_uniform
 from impq_core.runs.folder import RunFolder, recorded
 from impq_core.runs.metering import to_data
 from impq_core.runs.prepare import Prepared, prepare
 from impq_core.runs.session import Session
 from impq_core.trust import NO_TRUST, Trust
 from impq_core.types import Measurements, Plan, SensitivityEstimate
+from impq_core.uniform_test import UniformTest
 
 REFINE_STREAM = (2**32 - 1,)
 """Follows the run's seed in the seed of the refiner's draws; random reference plans are numbered from 0."""
@@ -146,6 +147,7 @@ class Search:
         measurements: the losses that the surrogate fitted, if it fitted any.
         measured_loss: the plan's loss in the game, nats per token above the reference; None without a game.
         refine_forwards: full-model forwards that the refiner spent.
+        uniform_test: the plan against the uniform model of its budget; None if it was not tested.
     """
 
     plan: Plan | None
@@ -153,6 +155,7 @@ class Search:
     measurements: Measurements | None
     measured_loss: float | None
     refine_forwards: float = 0.0
+    uniform_test: UniformTest | None = None
 
     @property
     def forwards(self) -> float:
@@ -173,6 +176,7 @@ def _stages(session: Session, folder: RunFolder, only_estimate: bool) -> RunResu
         if prepared.parts.refiner:
             with session.clock.stage("refine"):
                 search = _refine(session, folder, search)
+        search = tested(session, folder, search)
         with session.clock.stage("evaluate"), closing(session.score_log(folder.scores)) as log:
             assert search.plan is not None
             evaluation = session.evaluate(session.evaluator(log), search.plan)
@@ -212,9 +216,6 @@ def keep_estimate(plugins: Plugins, folder: RunFolder, estimate: SensitivityEsti
     if measurements is not None:
         measurements.save(folder.measurements)
     estimate.save(folder.estimate)
-    if (gains := int((estimate.linear[:, -1] < 0).sum())) > 0.9 * len(estimate.space):
-        warnings.warn(f"by the estimate, {gains} of {len(estimate.space)} layers have a lower loss at their narrowest "
-                      "width than at their widest: is a sign wrong?", RuntimeWarning, stacklevel=2)
     plugins.notify("impq_estimate_ready", estimate=estimate, measurements=measurements)
 
 
@@ -254,6 +255,16 @@ def _refine(session: Session, folder: RunFolder, search: Search) -> Search:
                        refine_forwards=game.forwards + referee.forwards)
 
 
+def tested(session: Session, folder: RunFolder, search: Search) -> Search:
+    """The search with the plan that its run goes on with: the uniform model of its budget, if the plan of the estimate
+    does not beat it. A plan that was given stays."""
+    if search.plan is None or search.estimate is None:
+        return search
+    plan, test = against_uniform(session, folder, search.plan, search.estimate)
+    loss = search.measured_loss if plan is search.plan else None
+    return replace(search, plan=plan, measured_loss=loss, uniform_test=test)
+
+
 def result_of(prepared: Prepared, folder: RunFolder, search: Search, evaluation: Evaluation | None,
               seconds: dict[str, float]) -> RunResult:
     """The result of a run from the results of its stages."""
@@ -261,4 +272,4 @@ def result_of(prepared: Prepared, folder: RunFolder, search: Search, evaluation:
              **{f"evaluation {text.name}": text for text in prepared.held_out[1:]}}
     return RunResult(folder.path, prepared.config, search.plan, evaluation, search.estimate, search.measurements,
                      search.measured_loss, search.forwards, prepared.rest_bytes, seconds,
-                     {role: text.digest for role, text in texts.items() if text})
+                     {role: text.digest for role, text in texts.items() if text}, search.uniform_test)

@@ -141,7 +141,10 @@ def extend_curve(path: str | Path, budgets: Sequence[str] = (), target: str = ""
     prepared.key.require(source.read_json(source.provenance), str(source.path))
     config = prepared.config
     options = {slot: values for slot, values in config.options.items() if slot != "refiner"}
-    base = replace(prepared, config=replace(config, refine=0, options=options))  # further plans are not refined
+    unrefined = replace(config, refine=0, options=options)  # further plans are not refined
+    if unrefined.held_back != config.held_back:  # the estimate, or the referee, has read some of these windows
+        unrefined = replace(unrefined, fallback="no")
+    base = replace(prepared, config=unrefined)
     measured = source.read_measurements() if source.measurements.is_file() else source.read_estimate()
     with folder.locked(), Series(folder, base, measured, plugins) as series:
         children = [series.child(budget) for budget in budgets]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -124,23 +124,40 @@ class Prepared(Layout):
         return RunKey(self.losses_key(self.game_space, self.game_windows), self.deployed_key,
                       self._held_out_key, self.space.fingerprint, self.budget_bytes,
                       {slot: part_facts(name_in(self.config, slot), part) for slot, part in slots.items()},
-                      code_digest(*slots.values()), self.config.seed, self.config.refine,
+                      code_digest(*slots.values()), self.config.seed, self.config.refine, self.config.held_back,
                       digest_of(self.plan.pick.tolist()) if self.plan else "", dict(self.config.limits),
                       digest_of([metering.to_dict() for metering in self.meterings]) if self.meterings else "")
 
     @property
     def spare(self) -> Windows | None:
-        """Calibration windows outside those of the game and of a refinement's referee."""
+        """Calibration windows outside those of the game, of a refinement's referee, and those held back."""
         used = self.config.game_windows * (2 if self.config.refine else 1)
-        return self.calibration.part(used, len(self.calibration.ids)) if self.calibration else None
+        if self.calibration is None:
+            return None
+        return self.calibration.part(used, len(self.calibration.ids) - self.config.held_back)
+
+    @property
+    def held_back(self) -> Windows | None:
+        """Calibration windows that the search does not read, on which its plan is tested; None if there are none."""
+        if self.calibration is None or not self.config.held_back:
+            return None
+        count = len(self.calibration.ids)
+        return self.calibration.part(count - self.config.held_back, count)
+
+    @property
+    def held_back_key(self) -> ScoresKey:
+        """The identity of scores on the held-back windows."""
+        text = _text_key(self.held_back)
+        assert text is not None
+        return replace(self.scores_key, evaluation=text)
 
     @property
     def probed(self) -> Windows | None:
-        """Calibration windows of gradients and activations: all but those of a refinement's referee, or the first
-        ``probe_windows`` of them."""
+        """Calibration windows of gradients and activations: all but those of a refinement's referee and those held
+        back, or the first ``probe_windows`` of them."""
         if self.calibration is None:
             return None
-        config, windows = self.config, np.arange(len(self.calibration.ids))
+        config, windows = self.config, np.arange(len(self.calibration.ids) - self.config.held_back)
         games = 2 if config.refine else 1
         kept = np.concatenate([windows[:config.game_windows], windows[config.game_windows * games:]])
         return self.calibration.take(kept[:config.probe_windows or len(kept)])

@@ -51,7 +51,7 @@ def read_run(path: str | Path) -> RunResult:
     evaluation = run.read_evaluation() if run.evaluation.is_file() else None
     cost = run.read_cost() if run.cost.is_file() else Cost(estimate.forwards if estimate else 0.0)
     return RunResult(run.path, run.read_config(), plan, evaluation, estimate, measurements, cost.measured_loss,
-                     cost.forwards, cost.rest_bytes, dict(cost.seconds), _digests(run))
+                     cost.forwards, cost.rest_bytes, dict(cost.seconds), _digests(run), run.read_uniform_test())
 
 
 def open_run(path: str | Path) -> RunFolder:

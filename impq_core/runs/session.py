@@ -179,21 +179,23 @@ class Session:
             probe = self.probe(slope_log)
             yield self.game(log, probe) if prepared.calibration else None, probe
 
-    def evaluator(self, log: ScoreLog | None = None) -> Evaluator:
+    def evaluator(self, log: ScoreLog | None = None, texts: Sequence[Windows] = ()) -> Evaluator:
         """The evaluator of the run's table, of the deployed variants or of models quantized in sequence; it reads the
         scores of other runs from the cache.
 
         Args:
-            log: file of held-out scores.
+            log: file of the scores.
+            texts: windows to score on; the held-out ones by default.
         """
         prepared = self.prepared
+        texts = texts or prepared.held_out
         shelf = self._shelf(prepared.parts.backend, prepared.deployed_menus)
-        kept = KeptScores(shelf, [text.digest for text in prepared.held_out], self.bank.layers,
+        kept = KeptScores(shelf, [text.digest for text in texts], self.bank.layers,
                           prepared.sequence) if shelf else None
         if prepared.sequence:
             assert prepared.calibration is not None
-            return SequentialEvaluator(self.runner, self.bank, prepared.held_out, prepared.calibration.ids, log, kept)
-        return Evaluator(self.runner, self.bank, prepared.held_out, log, kept)
+            return SequentialEvaluator(self.runner, self.bank, texts, prepared.calibration.ids, log, kept)
+        return Evaluator(self.runner, self.bank, texts, log, kept)
 
     def evaluator_of_exports(self) -> Evaluator:
         """An evaluator of a model that is quantized in sequence, which reads no scores from the cache. Call it while

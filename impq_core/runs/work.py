@@ -18,14 +18,15 @@ BLOCK_STAGES = 4
 
 def work_of(layout: Layout) -> Workload | None:
     """The work of the run's estimator; None if a plan is given, or if it is unknown."""
-    spare = layout.config.calibration.windows - layout.config.game_windows * (2 if layout.config.refine else 1)
-    sets = 1 + max(0, spare) // layout.config.game_windows
+    config = layout.config
+    spare = config.calibration.windows - config.held_back - config.game_windows * (2 if config.refine else 1)
+    sets = 1 + max(0, spare) // config.game_windows
     return None if layout.plan else layout.parts.estimator.workload(layout.game_space, sets)
 
 
 def windows_probed(config: RunConfig) -> int:
     """Number of calibration windows that gradients and activations are read on."""
-    every = config.calibration.windows - (config.game_windows if config.refine else 0)
+    every = config.calibration.windows - config.held_back - (config.game_windows if config.refine else 0)
     return min(config.probe_windows or every, every)
 
 
@@ -116,6 +117,17 @@ def sequence_forwards(layout: Layout) -> float:
     passes = stages + exact + 1 + backend.stages
     windows = config.calibration.windows / config.game_windows
     return float(passes * windows * cost.behind(0)) / cost.total
+
+
+def fallback_forwards(layout: Layout, plans: int) -> float:
+    """Forwards that the tests of plans against uniform models cost: two allocations and the unquantized model on the
+    held-back windows."""
+    config = layout.config
+    if not config.held_back or not layout.parts.needs_calibration:
+        return 0.0
+    cost = layout.shapes.cost(config.calibration.length)
+    done = 3 * (cost.behind(0) + cost.head) * config.held_back / (config.game_windows * cost.total)
+    return float(plans * (done + (2 * sequence_forwards(layout) if in_sequence(layout) else 0.0)))
 
 
 def evaluation_forwards(layout: Layout, scores: int, first: bool, sequential: bool) -> float:

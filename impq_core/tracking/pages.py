@@ -157,6 +157,9 @@ def run_numbers(result: RunResult) -> dict[str, float]:
         numbers |= {f"cost/{cost.name}": cost.of(result.plan.pick) for cost in result.plan.costs}
         if result.plan.is_loss and result.plan.predicted_loss is not None and result.measured_loss is not None:
             numbers["surrogate_error"] = result.plan.predicted_loss - result.measured_loss
+    if result.uniform_test is not None:
+        numbers |= {"minus_uniform_held_back": result.uniform_test.minus_uniform,
+                    "uniform_is_plan": float(result.uniform_test.replaces)}
     if result.evaluation is not None:
         score = result.evaluation.plan
         numbers |= {"nll": score.nll, "nll_stderr": score.stderr, "perplexity": score.perplexity, "kl": score.kl,

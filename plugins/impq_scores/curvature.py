@@ -11,6 +11,7 @@ from impq_core.interfaces import Inspector, Probe
 from impq_core.space import FloatArray, SearchSpace
 from impq_core.types import SensitivityEstimate
 from impq_core.workload import Workload
+from impq_scores.gradients import over_windows
 
 
 def blocks_only(space: SearchSpace, name: str) -> None:
@@ -42,7 +43,9 @@ class GuidedOutputOptions:
 
 class GuidedOutput(Inspector):
     """Output errors of each linear, weighted by the gradient of the loss in its output: the score of GEMQ (arXiv
-    2605.23078), ``sum_t,f g_tf^2 (dy_tf)^2``, for any linear, in nats per token to second order.
+    2605.23078), ``sum_t,f g_tf^2 (dy_tf)^2``, for any linear, in nats per token to second order. With ``form=token``,
+    the default, this is the per-token empirical Fisher information of each linear's quantization error (the *token
+    Fisher*).
 
     With x_t the linear's input, g_t the gradient of the token-summed loss in its output, both of the unquantized model,
     and dW the quantization error of a choice, its cost is ``1/2T sum_t (g_t . dW x_t)^2``: the diagonal over tokens of
@@ -67,11 +70,13 @@ class GuidedOutput(Inspector):
         return Workload.inspection(space, curvatures=self.options.groups, products=len(space.choices) * traces)
 
     def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
-        """One backward a window: about three forwards, and the products."""
-        token = self.options.form == "token"
-        costs = probe.token_squares().mean(axis=0) / 2 if token else self._by_gram(probe)
-        method = "guided-output" if token else f"guided-output(gram, {self.options.groups} groups)"
-        return SensitivityEstimate(probe.space, costs - costs[:, :1], method=method, forwards=probe.forwards)
+        """One backward a window: about three forwards, and the products. With ``form=token`` it has standard errors
+        over windows."""
+        if self.options.form == "token":
+            return over_windows(probe, probe.token_squares() / 2, "guided-output")
+        costs = self._by_gram(probe)
+        return SensitivityEstimate(probe.space, costs - costs[:, :1], forwards=probe.forwards,
+                                   method=f"guided-output(gram, {self.options.groups} groups)")
 
     def _by_gram(self, probe: Probe) -> FloatArray:
         """``1/2 sum_g tr(dW_g H_g dW_g')`` (n, m)."""

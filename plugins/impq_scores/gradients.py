@@ -8,6 +8,7 @@ import numpy as np
 
 from impq_core.interfaces import Inspector, Probe
 from impq_core.space import FloatArray, SearchSpace
+from impq_core.statistics import standard_error
 from impq_core.types import SensitivityEstimate
 from impq_core.workload import Workload
 
@@ -108,17 +109,17 @@ class AumannShapley(Inspector):
         return Workload.inspection(space, slopes=self.options.nodes * (len(space.choices) - 1))
 
     def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
-        """``nodes`` backwards a window and width step: about four forwards each."""
+        """``nodes`` backwards a window and width step: about four forwards each. Standard errors are over windows."""
         space = probe.space
-        n, m = space.nbytes.shape
         nodes, weights = np.polynomial.legendre.leggauss(self.options.nodes)  # on [-1, 1]
-        linear = np.zeros((n, m))
+        m = len(space.choices)
+        costs: FloatArray = np.zeros((1, len(space), m))  # (windows, n, m)
         for step in range(m - 1):
             for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):  # on [0, 1]
-                slopes = probe.slopes(shares_at(space, (step + node) / (m - 1))).mean(axis=0)  # (n, m)
-                linear[:, step + 1:] += weight * (slopes[:, step + 1] - slopes[:, step])[:, None]
-        return SensitivityEstimate(space, linear, method=f"aumann-shapley({self.options.nodes} nodes)",
-                                   forwards=probe.forwards)
+                slopes = probe.slopes(shares_at(space, (step + node) / (m - 1)))
+                taken = np.arange(m) > step
+                costs = costs + weight * taken * (slopes[:, :, step + 1] - slopes[:, :, step])[:, :, None]
+        return over_windows(probe, costs, f"aumann-shapley({self.options.nodes} nodes)")
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,15 @@ class Hawq(Inspector):
             stderr = terms.std(axis=0, ddof=1) / np.sqrt(len(draws))
         return SensitivityEstimate(space, np.maximum(linear - linear[:, :1], 0.0), stderr=stderr,
                                    method=f"hawq({len(draws)} samples)", forwards=probe.forwards)
+
+
+def over_windows(probe: Probe, costs: FloatArray, method: str) -> SensitivityEstimate:
+    """The estimate of costs (windows, n, m) of each window: their means, relative to choice 0, and the standard errors
+    of these."""
+    relative = costs - costs[:, :, :1]
+    stderr = np.apply_along_axis(standard_error, 0, relative)
+    return SensitivityEstimate(probe.space, relative.mean(axis=0), stderr=stderr, method=method,
+                               forwards=probe.forwards)
 
 
 def shares_at(space: SearchSpace, at: float) -> FloatArray:
