@@ -99,7 +99,7 @@ def run(given: argparse.Namespace, peers: Sequence[Peer], pythons: Mapping[str, 
                 file.write(json.dumps(rows[-1]) + "\n")
             print(f"{row['method']}, {row['granularity']} {row['budget']:g}: {np.mean(row['nll']):.4f}", flush=True)
     finally:
-        write(given.output, report(rows, command))
+        write(given.output, report(rows, command, config.estimator))
 
 
 def plan_rows(bench: Bench, config: RunConfig, given: argparse.Namespace, peers: Sequence[Peer], folder: Path,

@@ -17,11 +17,17 @@ Row = Mapping[str, Any]
 SETTING = ("model", "backend", "bits", "read", "calibrated", "evaluated", "length", "texts")
 
 
-def report(rows: Sequence[Row], command: str) -> list[str]:
-    """All tables: a section for each model and setting of the texts."""
+def report(rows: Sequence[Row], command: str, estimator: str) -> list[str]:
+    """All tables: a section for each model and setting of the texts.
+
+    Args:
+        rows: all that was measured.
+        command: that wrote the report.
+        estimator: of impq's plans at the bytes of the peers'.
+    """
     lines = heading("Plans of other tools, at equal bytes", command)
     for setting in dict.fromkeys(map(setting_of, rows)):
-        lines += section([row for row in rows if setting_of(row) == setting])
+        lines += section([row for row in rows if setting_of(row) == setting], estimator)
     return lines
 
 
@@ -30,24 +36,25 @@ def setting_of(row: Row) -> str:
     return json.dumps([row[name] for name in SETTING])
 
 
-def section(rows: Sequence[Row]) -> list[str]:
+def section(rows: Sequence[Row], estimator: str) -> list[str]:
     """The tables of one model."""
     first, lines = rows[0], list[str]()
     lines += [f"## {first['model']}, {first['backend']} {first['bits']}", "",
               f"Held-out NLL, nats per token, on {first['text']}."]
     plans = [row for row in rows if not row["granularity"].startswith("anchor")]
     if plans:
-        lines[-1] += (f" Who chooses widths reads {first['read']} windows of calibration text, the same for all; the "
-                      f"backend that quantizes every plan reads {first['calibrated']}. *Minus impq*: minus impq's plan "
-                      f"(the first estimator's) of exactly the row's bytes; *minus the line*: minus the line between "
-                      "the uniform models, at the row's bytes. Differences are paired over windows, bold from three "
-                      "standard errors on. *Passes*: forwards over one window, a backward counts two. Seconds: of one "
-                      "core, without the installation; those of a peer contain its imports and the model's load and "
-                      "serve all budgets, those of impq do not contain the quantization, which every plan needs.")
+        lines[-1] += (
+            f" Widths are chosen from {first['read']} windows of calibration text, the same for all; the backend that "
+            f"quantizes every plan reads {first['calibrated']}. *Minus impq*: minus impq's plan by `{estimator}` "
+            "within the row's bytes; *minus the line*: minus the line between the uniform models, at the row's bytes. "
+            "Differences are paired over windows, bold from three standard errors on. *Passes*: forwards over one "
+            "window, a backward counts two. Seconds: of one core, without installation; a tool's contain its imports "
+            "and the loading of the model, and serve all budgets, impq's do not contain the quantization, which every "
+            "plan needs.")
         lines += ["", *uniform_table(plans)]
     for granularity, title in (("linear", "Single linears"), ("group", "Groups: q, k, v and gate, up share a width")):
         for budget in sorted({row["budget"] for row in plans if row["granularity"] == granularity}):
-            lines += [f"### {title}, {budget:g} bits", "", *plan_table(plans, granularity, budget)]
+            lines += [f"### {title}, {budget:g} bits", "", *plan_table(plans, granularity, budget, estimator)]
     for name in dict.fromkeys(row["granularity"] for row in rows if row not in plans):
         anchors = [row for row in rows if row["granularity"] == name]
         lines += [f"### Learned rounding as an {name}", "",
@@ -62,10 +69,10 @@ def uniform_table(rows: Sequence[Row]) -> list[str]:
         for row in sorted(uniforms(rows, True), key=lambda row: row["stored"])])
 
 
-def plan_table(rows: Sequence[Row], granularity: str, budget: float) -> list[str]:
+def plan_table(rows: Sequence[Row], granularity: str, budget: float, estimator: str) -> list[str]:
     """The plans of a granularity and budget, the best first."""
     here = [row for row in rows if (row["granularity"], row["budget"]) == (granularity, budget)]
-    pairs = {row["at"]: row for row in here if row["at"]}
+    pairs = {row["at"]: row for row in here if row["at"] and row["method"] == f"impq {estimator}"}
     cells = []
     for row in sorted((row for row in here if not row["at"]), key=lambda row: float(np.mean(row["nll"]))):
         pair = pairs.get(row["method"])

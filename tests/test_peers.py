@@ -76,6 +76,11 @@ def test_a_decompressor_of_neither_width_is_refused() -> None:
         reading.of_nncf({hook(LINEARS[0]): "FP8Decompressor"}, linears=LINEARS, widths=[2, 4])
 
 
+def test_every_peer_has_its_script() -> None:
+    for script in (*(peer.script for peer in environment.PEERS), "rounding.py", "job.py"):
+        compile((environment.SCRIPTS / script).read_text(), script, "exec")
+
+
 def test_names_that_are_wrong_are_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="autoscheme"):
         peers.peer_named("autoschema")
