@@ -189,8 +189,8 @@ def plans_of(bench: Bench, config: RunConfig, peer: Peer, granularity: str, budg
         Plan(space, pick, space.bytes_of(pick), method=f"{peer.name} {answer['version']}").save(file)
         cost = answer["cost"]
         yield budget, Plan.load(file, space), {
-            "passes": cost["forwards"] + 2 * cost["backwards"], "seconds": answer["processor_seconds"],
-            "version": answer["version"]}
+            "passes": cost["forwards"] + 2 * cost["backwards"], "version": answer["version"],
+            "seconds": answer["processor_seconds"] + cost.get("earlier", 0)}
 
 
 def score_kl(score: Score) -> list[float]:

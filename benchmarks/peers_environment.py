@@ -55,7 +55,8 @@ AUTO_ROUND = Peer("auto-round AutoScheme", (*TORCH, "auto-round==0.16.1"), "auto
 
 PEERS = (
     AUTO_ROUND,
-    Peer("ModelOpt AutoQuantize", (*TORCH, "nvidia-modelopt==0.47.0"), "modelopt_search.py", reading.of_modelopt, True),
+    Peer("ModelOpt AutoQuantize", (*TORCH, "nvidia-modelopt==0.47.0", "requests"),  # which it imports unasked
+         "modelopt_search.py", reading.of_modelopt, True),
     Peer("NNCF", (*TORCH, "nncf==3.4.0"), "nncf_search.py", reading.of_nncf, False),
     Peer("mlx-lm dynamic_quant", ("mlx[cpu]==0.32.4", "mlx-lm==0.32.2"), "mlx_search.py", reading.of_threshold, False,
          "openblas"),  # the processor build of mlx brings the reference BLAS, 1 GFLOP/s: an hour in place of minutes

@@ -1,13 +1,15 @@
 """auto-round's AutoScheme: for each format the gradients of the loss in the quantized model, one backward pass a batch
 of windows and a format, and a dynamic program. Tied linears are its ``shared_layers``.
 
-Its average bits are those of codes (``ignore_scale_zp_bits``), of the linears alone. Scores are kept in a folder of the
-job, so that a second budget costs a program alone.
+Its average bits are those of codes (``ignore_scale_zp_bits``), of the linears alone. Scores are kept beside the
+windows, so that a second budget, or ties, cost a program alone; ``cost`` has the seconds that an earlier job took.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,10 @@ from job import Job, run
 
 
 def ask(job: Job) -> dict[str, Any]:
-    os.environ["AR_AUTO_SCHEME_CACHE"] = str(Path(job["answer"]).with_suffix(".scores"))
+    scores = Path(job["tokens"]).with_suffix(".scores")
+    spent = scores / "seconds.json"
+    earlier = json.loads(spent.read_text()) if spent.is_file() else 0.0
+    os.environ["AR_AUTO_SCHEME_CACHE"] = str(scores)
     os.environ["AR_DISABLE_DATASET_SUBPROCESS"] = "1"
     from auto_round.auto_scheme.gen_auto_scheme import AutoScheme, GenScheme
     from auto_round.calib_dataset import register_dataset
@@ -45,8 +50,10 @@ def ask(job: Job) -> dict[str, Any]:
         found = GenScheme(scheme, model, list(job["linears"]), {}, dataset="windows_of_job", device_map="cpu",
                           tokenizer=tokenizer, enable_torch_compile=False).get_layer_config()
         raw[str(budget)] = {name: {"bits": entry["bits"]} for name, entry in found.items()}
+    if not earlier:
+        spent.write_text(json.dumps(round(time.process_time(), 1)))
     passes = len(tokens) * len(job["widths"])
-    return {"raw": raw, "cost": {"forwards": passes, "backwards": passes}}
+    return {"raw": raw, "cost": {"forwards": passes, "backwards": passes, "earlier": earlier}}
 
 
 if __name__ == "__main__":
