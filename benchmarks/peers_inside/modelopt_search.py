@@ -1,8 +1,8 @@
 """NVIDIA ModelOpt's AutoQuantize in gradient mode: a score for each format of each group of linears from one backward
 pass, and a linear program. It ties q, k, v and gate, up by rules of its own.
 
-The formats are searched by patterns of the linears, without the choice to leave one unquantized: a global search also
-quantizes the head, and its budget counts it.
+The formats are searched by patterns of the linears, without the choice to leave one unquantized. All other linears,
+such as the head, are disabled and left out of the budget: a global search quantizes and counts them, too.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ def ask(job: Job) -> dict[str, Any]:
                               {"quantizer_name": "*weight_quantizer", "enable": True,
                                "cfg": {"num_bits": bits, "block_sizes": {-1: job["group_size"]}}}],
                 "algorithm": "max"} for bits in job["widths"]]
+    others = [name for name, module in model.named_modules()
+              if isinstance(module, torch.nn.Linear) and name not in set(job["linears"])]
     passes = {"forwards": 0, "backwards": 0}
 
     def forward(model: Any, batch: Any) -> Any:
@@ -36,16 +38,18 @@ def ask(job: Job) -> dict[str, Any]:
         return output.loss
 
     _, state = mtq.auto_quantize(
-        model, constraints={"effective_bits": job["budgets"][0]}, quantization_formats=formats,
-        data_loader=[row[None] for row in tokens], forward_step=forward, loss_func=loss, disabled_layers=["*lm_head*"],
+        model, quantization_formats=formats, data_loader=[row[None] for row in tokens], forward_step=forward,
+        loss_func=loss, disabled_layers=others, constraints={
+            "effective_bits": job["budgets"][0], "cost": {"excluded_module_name_patterns": others}},
         module_search_spaces=[{"module_name_patterns": list(job["linears"]), "quantization_formats": formats,
                                "allow_no_quant": False}],
         num_calib_steps=len(tokens), num_score_steps=len(tokens))
     raw = {}
     for budget in job["budgets"]:
         recipes = _resolve_best_recipe(state, {"effective_bits": budget})
-        raw[str(budget)] = [{"modules": state["candidate_stats"][name]["module_names"], "bits": recipe.num_bits}
-                            for name, recipe in recipes.items()]
+        found = [{"modules": state["candidate_stats"][name]["module_names"], "bits": recipe.num_bits}
+                 for name, recipe in recipes.items()]
+        raw[str(budget)] = [group for group in found if not set(group["modules"]) & set(others)]
     return {"raw": raw, "cost": passes}
 
 
