@@ -47,7 +47,7 @@ def section(rows: Sequence[Row], estimator: str) -> list[str]:
             f" Widths are chosen from {first['read']} windows of calibration text, the same for all; the backend that "
             f"quantizes every plan reads {first['calibrated']}. *Minus impq*: minus impq's plan by `{estimator}` "
             "within the row's bytes; *minus the line*: minus the line between the uniform models, at the row's bytes. "
-            "Differences are paired over windows, bold from three standard errors on. *Passes*: forwards over one "
+            "Differences are paired over windows, bold beyond three standard errors. *Passes*: forwards over one "
             "window, a backward counts two. Seconds: of one core, without installation; a tool's contain its imports "
             "and the loading of the model, and serve all budgets, impq's do not contain the quantization, which every "
             "plan needs.")
@@ -115,8 +115,8 @@ def losses(row: Row) -> list[str]:
 
 
 def difference(these: Sequence[float], those: Sequence[float] | FloatArray) -> str:
-    """A mean difference over windows, bold if it is three standard errors from zero."""
+    """A mean difference over windows, bold if it is more than three standard errors from zero."""
     apart = np.array(these) - np.array(those)
     error = standard_error(apart)
     text = plus_minus(float(apart.mean()), error, sign=True)
-    return f"**{text}**" if abs(apart.mean()) >= 3 * error else text
+    return f"**{text}**" if abs(apart.mean()) > 3 * error else text
