@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -134,14 +135,15 @@ def repeatable(device: torch.device, strict: bool = False) -> Iterator[None]:
     if device.type == "cpu":
         yield
         return
-    mode, fills = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic  # a module with a property, which type checkers do not know
+    mode, fills = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
     torch.set_deterministic_debug_mode("error" if strict else "warn")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # no code here reads memory that it has not written
+    settings.fill_uninitialized_memory = False  # no code here reads memory that it has not written
     try:
         yield
     finally:
         torch.set_deterministic_debug_mode(mode)
-        torch.utils.deterministic.fill_uninitialized_memory = fills
+        settings.fill_uninitialized_memory = fills
 
 
 def on_host(tensor: torch.Tensor) -> FloatArray:
