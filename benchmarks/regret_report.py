@@ -17,7 +17,13 @@ from impq_core.space import FloatArray
 from impq_core.statistics import standard_error
 
 LINE = "line of uniform models"
-COLOURS = ("C0", "C1", "C2", "C3", "C4")
+SIGNS = "osv^"
+"""Markers; with ten colours each, enough for forty methods."""
+
+FILLS = ("full", "none", "left", "bottom")
+PANELS = 4
+"""Most budgets of a problem that are drawn; the table has all."""
+
 LEAST_FORWARDS = 0.5
 """Where methods without a forward are drawn."""
 
@@ -74,6 +80,13 @@ class Problem:
         found = {row.budget_bytes: row.budget for row in self.plans}
         return dict(sorted(found.items()))
 
+    @property
+    def drawn(self) -> dict[int, float]:
+        """The budgets in the picture, spread evenly."""
+        every = list(self.budgets.items())
+        places = np.linspace(0, len(every) - 1, min(PANELS, len(every))).round().astype(int)
+        return dict(every[i] for i in dict.fromkeys(places))
+
     def best(self, nbytes: int) -> PlanRow:
         """The plan of least loss within a budget, uniform models among them."""
         found = best_within([*self.plans, *self.uniforms], nbytes)
@@ -119,8 +132,9 @@ def report(rows: Sequence[PlanRow]) -> list[str]:
              "Regret is a method's held-out NLL minus that of the best known plan of at most the budget's bytes, nats "
              "per token, with its standard error paired over the held-out windows. The best plan is chosen on the same "
              "windows, which favours it: a method within two errors of it may be as good. Costs do not contain the "
-             "calibration of the variants; a plan that starts from another one has the costs of both. `--estimator "
-             "NAME` adds a method.", "",
+             "calibration of the variants. The line of uniform models is no plan; where its regret is negative, no "
+             "known plan is as good as a mixture of two uniform models would be. A plan that starts "
+             "from another one has the costs of both. `--estimator NAME` adds a method.", "",
              "![Regret over cost](regret.png)", ""]
     for problem in problems(rows):
         lines += [f"## {problem.title}", "", *about(problem), *best_plans(problem), *regrets(problem)]
@@ -183,36 +197,39 @@ def regrets(problem: Problem) -> list[str]:
 
 
 def draw(rows: Sequence[PlanRow], path: Path) -> None:
-    """Draw regret against forwards: a row of panels for each problem, a panel for each budget, a colour for each
-    granularity and a marker for each method."""
+    """Draw regret against forwards: a row of panels for each problem, a panel for each budget, a colour and a marker
+    for each method, filled by granularity."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     found = problems(rows)
-    width = max(len(problem.budgets) for problem in found)
+    width = max(len(problem.drawn) for problem in found)
     figure = Figure(figsize=(4.2 * width + 2.6, 3.8 * len(found)), layout="constrained", dpi=110)
-    names = list(dict.fromkeys(entry.method for problem in found for nbytes in problem.budgets
+    names = list(dict.fromkeys(entry.method for problem in found for nbytes in problem.drawn
                                for entry in problem.entries(nbytes)))
-    signs = {name: "o^vsDPX*<>hpd8"[i % 14] for i, name in enumerate(names)}
-    sizes = dict(zip(dict.fromkeys(row.granularity for p in found for row in p.plans), COLOURS, strict=False))
+    signs = {name: (SIGNS[i // 10 % 4], f"C{i % 10}") for i, name in enumerate(names)}
+    sizes = dict(zip(dict.fromkeys(row.granularity for p in found for row in p.plans), FILLS, strict=False))
     panels = figure.subplots(len(found), width, squeeze=False)
     for line, problem in zip(panels, found, strict=True):
-        for axes in line[len(problem.budgets):]:
+        for axes in line[len(problem.drawn):]:
             axes.set_visible(False)
-        for axes, (nbytes, budget) in zip(line, problem.budgets.items(), strict=False):
+        for axes, (nbytes, budget) in zip(line, problem.drawn.items(), strict=False):
             best = problem.best(nbytes).nll
             for entry in problem.entries(nbytes):
                 regret = entry.nll - best
-                axes.errorbar(max(entry.forwards, LEAST_FORWARDS), regret.mean(), standard_error(regret),
-                              fmt=signs[entry.method], color=sizes[entry.granularity], markersize=6, linewidth=1)
+                sign, colour = signs[entry.method]
+                axes.errorbar(max(entry.forwards, LEAST_FORWARDS), regret.mean(), standard_error(regret), fmt=sign,
+                              color=colour, fillstyle=sizes[entry.granularity], markersize=6, linewidth=1)
             if (uniform := problem.line(nbytes)) is not None:
                 axes.axhline((uniform - best).mean(), color="0.6", linestyle="--", linewidth=1)
             axes.axhline(0.0, color="black", linewidth=1)
             axes.set(xscale="log", title=f"{problem.title}, {budget:g} bits", xlabel="cost, forwards",
                      ylabel="regret, nats per token")
             axes.set_yscale("symlog", linthresh=0.1)
-    handles = [Line2D([], [], marker=signs[name], color="0.3", linestyle="", label=name) for name in names]
-    handles += [Line2D([], [], marker="o", color=colour, linestyle="", label=size) for size, colour in sizes.items()]
+    handles = [Line2D([], [], marker=sign, color=colour, linestyle="", label=name)
+               for name, (sign, colour) in signs.items()]
+    handles += [Line2D([], [], marker="D", color="0.3", fillstyle=fill, linestyle="", label=size)
+                for size, fill in sizes.items()]
     handles += [Line2D([], [], color="0.6", linestyle="--", label=LINE),
                 Line2D([], [], color="black", label="best known plan")]
     figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
