@@ -23,7 +23,7 @@ from impq_core.errors import nearest
 TIMES = RESULTS / "times.jsonl"
 SCRIPTS = ("game_cost", "spine", "estimators", "granularity", "protocol", "shape", "roundtrip", "allocation", "startup",
            "speed", "memory", "llama_cpp", "quantizers", "within", "bits_saved", "default", "latency", "rotation",
-           "regret", "paper", "frontier")
+           "regret", "paper", "peers", "tokens", "frontier")
 """In this order; frontier takes longest. Not gpu, which needs an accelerator."""
 
 MODEL_OPTION = {"paper": "--models", "regret": "--models", "default": "--models"}

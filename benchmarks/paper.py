@@ -48,7 +48,7 @@ BASELINES = (
 """The baselines of the paper. It says that blocks with more outlying weights are more important; the original
 (arXiv 2406.17415) says fewer."""
 
-OURS = (Method(f"impq's default, {RunConfig().estimator}", RunConfig().estimator),)
+OURS = tuple(Method(f"impq: {name}", name) for name in dict.fromkeys((RunConfig().estimator, "aumann-shapley")))
 
 
 @dataclass(frozen=True, eq=False)
