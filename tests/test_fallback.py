@@ -150,6 +150,14 @@ def test_a_stopped_test_is_continued_bit_for_bit(config: RunConfig, monkeypatch:
     resume(whole.path)
     assert {path: path.read_bytes() for path in wanted} == wanted
 
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("impq_core.runs.pipeline.against_uniform", stop)
+    with pytest.raises(KeyboardInterrupt):
+        resume(whole.path)
+    assert whole.plan.read_bytes() == wanted[whole.plan]
+
 
 def test_a_plan_is_not_tested_without_windows_or_if_it_was_given(config: RunConfig) -> None:
     every = replace(config, game_windows=config.calibration.windows)

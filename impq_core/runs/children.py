@@ -95,7 +95,7 @@ def finish(child: Child, search: Search, session: Session, evaluator: Evaluator,
         try:
             session.bank.save_record(folder.variants)
             keep_estimate(plugins, folder, search.estimate, search.measurements)
-            search.plan.save(folder.plan)
+            search.plan.save(folder.searched_plan)
             plugins.notify("impq_plan_ready", plan=search.plan)
             search = tested(session, folder, search)
             assert search.plan is not None

@@ -164,6 +164,12 @@ class RunFolder:
         return self.path / "estimated-plan.json"
 
     @property
+    def searched_plan(self) -> Path:
+        """Where the plan of the search is written: not over a uniform model that has taken its place, so that a run
+        that is stopped while it is resumed keeps its plan."""
+        return self.estimated_plan if self.estimated_plan.is_file() else self.plan
+
+    @property
     def scores(self) -> Path:
         """The log of held-out scores."""
         return self.path / "scores.jsonl"

@@ -205,7 +205,7 @@ def _search(session: Session, folder: RunFolder, only_estimate: bool) -> Search:
                 return Search(None, estimate, measurements, None)
             with session.clock.stage("allocate"):
                 plan = allocate(prepared, estimate)
-        plan.save(folder.plan)
+        plan.save(folder.searched_plan)
         plugins.notify("impq_plan_ready", plan=plan)
         return Search(plan, estimate, measurements, game.loss(plan.pick) if game else None)
 
@@ -248,7 +248,7 @@ def _refine(session: Session, folder: RunFolder, search: Search) -> Search:
         plan = prepared.parts.refiner.refine(plan, estimate, game, referee, float(config.refine),
                                              np.random.default_rng([config.seed, *REFINE_STREAM]))
         plan = replace(plan, file_bytes=prepared.promise(plan))
-        plan.save(folder.plan)
+        plan.save(folder.searched_plan)
         session.plugins.notify("impq_plan_ready", plan=plan)
         report(config.refine, config.refine)
         return replace(search, plan=plan, measured_loss=game.loss(plan.pick),
