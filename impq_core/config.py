@@ -173,7 +173,7 @@ class RunConfig:
         prefix: how the blocks in front of a block are quantized when its statistics are collected for the variants of a
             search: at their ``widest`` choice, or ``unquantized``.
         workers: processes that share the work: a number, ``auto`` (one for each accelerator, or for ``threads`` cores),
-            or the address of a cluster such as ``ray://host:10001``; empty for none. No number depends on it.
+            or the address of a cluster such as ``ray://10.0.0.1:6379``; empty for none. No number depends on it.
         threads: threads of the processor for each process; 0 for those that torch takes, or for 1 if there are workers
             and no accelerator. Sums may differ in their last bits between numbers of threads.
         seed: seed of all random draws but those of the texts.
@@ -241,7 +241,8 @@ class RunConfig:
             if getattr(self, name) not in allowed:
                 raise UsageError(f"unknown {name} '{getattr(self, name)}'{nearest(getattr(self, name), allowed)}")
         if self.workers and not WORKERS.fullmatch(self.workers):
-            raise UsageError(f"workers is a number, auto, or an address such as ray://host:10001, not '{self.workers}'")
+            raise UsageError("workers is a number, auto, or an address such as ray://10.0.0.1:6379, not "
+                             f"'{self.workers}'")
         if not 0 <= self.threads <= 1024:
             raise UsageError(f"threads is a number from 1 on, or 0 for torch's own, not {self.threads}")
         if self.shared and not self.cache:

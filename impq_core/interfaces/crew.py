@@ -28,7 +28,7 @@ class Crew(Part, ABC):
     It may die at any moment: its task is then given to a worker once more, with the same answer. Workers write variants
     into the cache and nothing else; ledgers, plan and MLflow are the leader's.
 
-    A crew is chosen by ``--workers``: the one with the name of the address's scheme (``ray://host:10001``), or for a
+    A crew is chosen by ``--workers``: the one with the name of the address's scheme (``ray://10.0.0.1:6379``), or for a
     number and ``auto`` the first one installed.
     """
 
