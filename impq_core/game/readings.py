@@ -45,7 +45,8 @@ class Readings:
         rows = [row for row in self.log.rows if row.get(name, _ABSENT) == key] if self.log else []
         if whole := next((row["found"] for row in rows if "windows" not in row), None):
             return list(whole)
-        found: dict[Part, list[Any]] = {tuple(row["windows"]): row["found"] for row in rows if "windows" in row}
+        found: dict[Part, list[Any]] = {(row["windows"][0], row["windows"][1]): row["found"]
+                                        for row in rows if "windows" in row}
         if self.log is None or not (self.carry_out or found):
             result = read_windows(0, shape[0])
             if self.log:
@@ -69,7 +70,8 @@ class Readings:
             return
         tasks = [{"kind": "gradients", "reading": name, "key": key, "windows": [*part]} for part in parts]
         for task, answer in self.carry_out(tasks) if tasks else ():
-            yield tuple(task["windows"]), answer["found"]
+            first, stop = task["windows"]
+            yield (first, stop), answer["found"]
 
 
 def parts_of(windows: int, length: int) -> list[Part]:

@@ -22,7 +22,7 @@ from impq_core.runs.folder import RunFolder, recorded
 from impq_core.runs.metering import to_data
 from impq_core.runs.prepare import Prepared, prepare
 from impq_core.runs.session import Session, Share
-from impq_core.runs.worker import workers_of
+from impq_core.runs.worker import with_workers, workers_of
 from impq_core.trust import NO_TRUST, Trust
 from impq_core.types import Measurements, Plan, SensitivityEstimate
 from impq_core.uniform_test import UniformTest
@@ -79,10 +79,10 @@ def resume(path: str | Path, plugins: Plugins | None = None, trust: Trust = NO_T
     """
     plugins = plugins or Plugins()
     folder = RunFolder.open(path, "provenance.json")
-    config = override(folder.read_config(), memory=memory or None, workers=workers or None)
+    config = with_workers(override(folder.read_config(), memory=memory or None), workers)
     prepared = prepare(config, plugins, trust, meterings=folder.read_meterings())
     prepared.key.require(folder.read_json(folder.provenance), str(path))
-    with workers_of(prepared.config, plugins, trust) as share, folder.locked():
+    with folder.locked(), workers_of(prepared.config, plugins, trust) as share:
         _start(prepared, plugins, folder)
         result = _observed(prepared, plugins, folder, only_estimate=False, share=share)
         folder.error.unlink(missing_ok=True)

@@ -121,6 +121,7 @@ class Session:
             self._new_bank(space, backend, menus)
             fill_bank(self.bank, self.runner, self._calibration_ids(backend), menus, report,
                       self.prepared.further_choices(backend), self._unquantized)
+            self.report("quantize")(len(self.runner), len(self.runner))
 
     def filling(self, space: SearchSpace, backend: Backend, menus: Sequence[Sequence[Choice]]) -> Filling:
         """A bank without variants yet, as ``bank``, and what fills it block by block."""

@@ -51,6 +51,14 @@ def order_of(prepared: Prepared, plugins: Plugins, trust: Trust) -> Order:
             "threads": torch.get_num_threads(), "cache": str(cache_folder())}
 
 
+def with_workers(config: RunConfig, workers: str) -> RunConfig:
+    """The configuration of a run that goes on with other workers, if they are not empty: the number of threads, of
+    which sums depend, stays what it was."""
+    if not workers:
+        return config
+    return replace(config, workers=workers, threads=config.threads or torch.get_num_threads())
+
+
 @contextmanager
 def workers_of(config: RunConfig, plugins: Plugins, trust: Trust) -> Iterator[Share | None]:
     """The workers of a configuration: a function that gives those that carry out the tasks of a prepared run; None if

@@ -15,6 +15,9 @@ from impq_core.interfaces import Answer, Crew, Order, Task
 TRIES = 9
 """How often a task that its worker died of, or beside, is given to a worker again."""
 
+OWNER = "owner has died"
+"""What Ray says of an actor if the part of the cluster on this machine is gone."""
+
 BEAT = 1.0
 """Seconds between two looks at whether the cluster is still there."""
 
@@ -61,7 +64,7 @@ class Ray(Crew):
 
         quiet = {"logging_level": "error", "log_to_driver": False}
         local = workers == "auto" or workers.isdigit()
-        self._own = not ray.is_initialized()
+        self._own, self._lost = not ray.is_initialized(), False
         try:
             if local:
                 count, devices = _here(workers, threads, accelerated)
@@ -105,7 +108,7 @@ class Ray(Crew):
                     return
                 done, _ = ray.wait([*running], timeout=BEAT)
                 if not done:
-                    _require_answer(self._head, self._gone)
+                    self._look()
                 for reference in done:
                     hand, task = running.pop(reference)
                     kind, answer = ray.get(reference)
@@ -116,22 +119,28 @@ class Ray(Crew):
         except ray.exceptions.RayTaskError:  # a bug, with the worker's traceback
             raise
         except (ray.exceptions.RayError, ConnectionError) as error:
-            _require_answer(self._head, self._gone)
-            if "owner" in str(error).lower() or "node" in str(error).lower():
-                raise ImpqError(self._gone) from error
+            self._look(OWNER in str(error))
             raise ImpqError(f"a task failed on its workers {TRIES + 1} times (is there enough memory?): "
                             f"{one_line(error, 300)}") from error
 
-    @property
-    def _gone(self) -> str:
-        return f"the Ray cluster {self._place} is gone: what was measured is kept, and impq run --resume goes on"
+    def _look(self, lost: bool = False) -> None:
+        """Raises ImpqError if the cluster is gone, or ``lost`` says so."""
+        message = f"the Ray cluster {self._place} is gone: what was measured is kept, and impq run --resume goes on"
+        try:
+            _require_answer(self._head, message)
+        except ImpqError:
+            self._lost = True
+            raise
+        if lost:
+            self._lost = True
+            raise ImpqError(message)
 
     def close(self) -> None:
         """End the workers, and Ray if it was started here."""
         import ray
 
         if ray.is_initialized():
-            for hand in getattr(self, "_hands", ()):
+            for hand in getattr(self, "_hands", ()) if not self._lost else ():
                 ray.kill(hand)
             if self._own:
                 ray.shutdown()
