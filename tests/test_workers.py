@@ -61,7 +61,7 @@ def rows_of(folder: Path) -> dict[str, Any]:
 
 
 def same_rows(alone: Path, shared: Path) -> bool:
-    """Whether two runs measured the same. A refiner's workers may measure what the limit of forwards then leaves out."""
+    """Whether two runs measured the same. Workers of a refiner may measure what its limit of forwards leaves out."""
     expected, found = rows_of(alone), rows_of(shared)
     more = set(found.get("refinement.jsonl", ("", []))[1]) - set(expected.get("refinement.jsonl", ("", []))[1])
     if more:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import socket
@@ -64,7 +65,7 @@ class Ray(Crew):
 
         quiet = {"logging_level": "error", "log_to_driver": False}
         local = workers == "auto" or workers.isdigit()
-        self._own, self._lost = not ray.is_initialized(), False
+        self._own, self._lost, self._head, self._place, self._hands = not ray.is_initialized(), False, "", "", []
         try:
             if local:
                 count, devices = _here(workers, threads, accelerated)
@@ -97,7 +98,7 @@ class Ray(Crew):
         """One task for each worker at a time."""
         import ray
 
-        waiting, free = iter(tasks), list(self._hands)
+        waiting, free, looked = iter(tasks), list(self._hands), time.monotonic()
         running: dict[Any, tuple[Any, Task]] = {}
         try:
             while True:
@@ -107,8 +108,9 @@ class Ray(Crew):
                 if not running:
                     return
                 done, _ = ray.wait([*running], timeout=BEAT)
-                if not done:
+                if not done or time.monotonic() > looked + BEAT:
                     self._look()
+                    looked = time.monotonic()
                 for reference in done:
                     hand, task = running.pop(reference)
                     kind, answer = ray.get(reference)
@@ -140,7 +142,9 @@ class Ray(Crew):
         import ray
 
         if ray.is_initialized():
-            for hand in getattr(self, "_hands", ()) if not self._lost else ():
+            with contextlib.suppress(ImpqError):  # it may have gone since its last answer, and is only left then
+                self._look()
+            for hand in () if self._lost else self._hands:
                 ray.kill(hand)
             if self._own:
                 ray.shutdown()
