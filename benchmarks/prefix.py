@@ -39,11 +39,12 @@ def main() -> None:
                 found[prefix] = result.evaluation
         plans = {prefix: evaluation.row("plan") for prefix, evaluation in found.items()}
         difference = plans["unquantized"].window_nll - plans["widest"].window_nll
+        stderr = float(difference.std(ddof=1) / len(difference) ** 0.5)
         rows.append([budget, *(f"{plan.nll:.3f}" for plan in plans.values()),
-                     plus_minus(float(difference.mean()), float(difference.std(ddof=1) / len(difference) ** 0.5), True)])
+                     plus_minus(float(difference.mean()), stderr, True)])
     lines = heading("The prefix of a search's variants", "python benchmarks/prefix.py")
-    lines += ["Plans of the default estimator from variants behind either prefix, quantized in sequence and scored on 32 "
-              "held-out windows; the difference is paired over windows. "
+    lines += ["Plans of the default estimator from variants behind either prefix, quantized in sequence and scored on "
+              "32 held-out windows; the difference is paired over windows. "
               + ("" if given.whole else "Eight blocks are quantized, the others stay at 16 bits."), ""]
     lines += table(["budget", "NLL, widest", "NLL, unquantized", "difference"], rows)
     write("prefix.md", lines)
