@@ -94,11 +94,11 @@ def test_a_run_is_the_same_with_any_number_of_workers(case: str, tiny_config: Ru
                                                       tmp_path: Path) -> None:
     changes, kinds = CASES[case]
     config = replace(tiny_config, tracking_uri="none", **changes)
-    if case == "traces" or case == "gradients":
-        config = replace(config, calibration=replace(config.calibration, windows=30, length=256))
+    if case in ("traces", "gradients"):  # two tasks
+        config = replace(config, calibration=replace(config.calibration, windows=18, length=256))
     monkeypatch.setenv("IMPQ_CACHE", str(tmp_path / "alone"))
     alone = run(replace(config, threads=1))
-    for count in (1, 2, 3) if case in ("spqe", "gradients") else (2,):
+    for count in (1, 2, 3) if case == "spqe" else (2,):
         monkeypatch.setenv("IMPQ_CACHE", str(tmp_path / str(count)))
         InProcess.carried.clear()
         shared = run(replace(config, workers=f"inprocess://{count}"), with_crew())
