@@ -23,11 +23,11 @@ from impq_core.errors import nearest
 TIMES = RESULTS / "times.jsonl"
 SCRIPTS = ("game_cost", "spine", "estimators", "granularity", "protocol", "shape", "roundtrip", "allocation", "startup",
            "speed", "memory", "llama_cpp", "quantizers", "within", "bits_saved", "default", "latency", "rotation",
-           "regret", "paper", "peers", "tokens", "frontier")
+           "regret", "paper", "peers", "tokens", "workers", "prefix", "frontier")
 """In this order; frontier takes longest. Not gpu, which needs an accelerator."""
 
 MODEL_OPTION = {"paper": "--models", "regret": "--models", "default": "--models"}
-WITHOUT_MODEL = ("game_cost", "roundtrip", "allocation", "startup", "speed", "memory")
+WITHOUT_MODEL = ("game_cost", "roundtrip", "allocation", "startup", "speed", "memory", "workers")
 """Measurements of the demo model's machine costs, or of models of their own."""
 
 

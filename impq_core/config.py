@@ -21,6 +21,10 @@ SEQUENTIAL = FALLBACK = ("auto", "yes", "no")
 GRANULARITIES = ("auto", "block", "group", "expert", "linear")
 VALUES = ("nll", "kl")
 SCORED = ("all", "assistant")
+PREFIXES = ("widest", "unquantized")
+
+WORKERS = re.compile(r"auto|[0-9]{1,4}|([a-z][a-z0-9_-]*)://(\S+)")
+"""The values of ``workers``: a number, ``auto``, or an address, whose scheme is the name of a crew."""
 
 METER = "meter."
 """Beginning of the names of the options of meters: those of meter ``table`` are in ``options."meter.table"``."""
@@ -166,6 +170,12 @@ class RunConfig:
             processor and float16 on an accelerator.
         memory: what the run may take where blocks compute, such as ``8GB``; empty for what is free. If the model does
             not fit, its blocks stay on disk until they work. No number depends on it.
+        prefix: how the blocks in front of a block are quantized when its statistics are collected for the variants of a
+            search: at their ``widest`` choice, or ``unquantized``.
+        workers: processes that share the work: a number, ``auto`` (one for each accelerator, or for ``threads`` cores),
+            or the address of a cluster such as ``ray://10.0.0.1:6379``; empty for none. No number depends on it.
+        threads: threads of the processor for each process; 0 for those that torch takes, or for 1 if there are workers
+            and no accelerator. Sums may differ in their last bits between numbers of threads.
         seed: seed of all random draws but those of the texts.
         plan: a plan file to apply instead of estimating and allocating.
         output: folder for run folders.
@@ -204,6 +214,9 @@ class RunConfig:
     device: str = "auto"
     dtype: str = "auto"
     memory: str = ""
+    prefix: str = "widest"
+    workers: str = ""
+    threads: int = 0
     seed: int = 0
     plan: str = ""
     output: str = "impq-runs"
@@ -224,9 +237,16 @@ class RunConfig:
         if not re.fullmatch("[a-z][a-z0-9_]*(:[0-9]{1,3})?", self.device):
             raise UsageError(f"device is a name such as auto, cpu, cuda, cuda:1, mps or xpu, not '{self.device}'")
         for name, allowed in (("dtype", DTYPES), ("granularity", GRANULARITIES), ("value", VALUES),
-                              ("sequential", SEQUENTIAL), ("fallback", FALLBACK)):
+                              ("sequential", SEQUENTIAL), ("fallback", FALLBACK), ("prefix", PREFIXES)):
             if getattr(self, name) not in allowed:
                 raise UsageError(f"unknown {name} '{getattr(self, name)}'{nearest(getattr(self, name), allowed)}")
+        if self.workers and not WORKERS.fullmatch(self.workers):
+            raise UsageError("workers is a number, auto, or an address such as ray://10.0.0.1:6379, not "
+                             f"'{self.workers}'")
+        if not 0 <= self.threads <= 1024:
+            raise UsageError(f"threads is a number from 1 on, or 0 for torch's own, not {self.threads}")
+        if self.shared and not self.cache:
+            raise UsageError("workers take the variants from the cache: leave out --no-cache or --workers")
         if not 1 <= self.game_windows <= self.calibration.windows:
             raise UsageError(f"game_windows must be 1 to the {self.calibration.windows} calibration windows, "
                              f"not {self.game_windows}")
@@ -260,6 +280,15 @@ class RunConfig:
             return 0
         games = self.game_windows * (2 if self.refine else 1)
         return max(0, min(self.calibration.windows // 4, self.calibration.windows - games))
+
+    @property
+    def shared(self) -> bool:
+        """Whether workers share the work."""
+        return self.workers.strip("0") != ""
+
+    def to_data(self) -> dict[str, Any]:
+        """The configuration as plain data, as ``from_data`` reads it."""
+        return tomllib.loads(self.to_toml())
 
     def to_toml(self) -> str:
         """The configuration as the text of an impq.toml."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -48,8 +49,8 @@ def examine(tracking_uri: str, output: Path, plugins: Plugins, fix: bool = False
         fix: end orphaned MLflow runs as KILLED, and delete temporary files and folders of processes that died. Only
             files and folders that impq made and marked are deleted.
     """
-    return [*_software(plugins), _machine(output), _devices(), *_store(tracking_uri, fix), *_runs(output, fix),
-            *_cache(fix)]
+    return [*_software(plugins), _machine(output), _devices(), *_crews(plugins), *_store(tracking_uri, fix),
+            *_runs(output, fix), *_cache(fix)]
 
 
 def _software(plugins: Plugins) -> Iterator[Finding]:
@@ -82,6 +83,17 @@ def _devices() -> Finding:
         known = "an unknown amount" if free is None else f"{free / 1e9:.1f} GB"
         shown.append(f"{device} ({hardware(device)}, {known} of memory free)")
     return Finding("ok", f"devices: cpu, {', '.join(shown)}")
+
+
+def _crews(plugins: Plugins) -> Iterator[Finding]:
+    """The crews that --workers can take; those without their libraries are reported as components."""
+    for name in plugins.names("crew"):
+        component = plugins.find("crew", name)
+        if not component.missing():
+            libraries = ", ".join(f"{library} {version}" for library, version in versions(component.needs).items()
+                                  if library in component.needs)
+            yield Finding("ok", f"workers: crew {name}" + (f" ({libraries})" if libraries else "")
+                          + f"; {os.cpu_count()} cores here: impq run --workers auto")
 
 
 def _store(tracking_uri: str, fix: bool) -> Iterator[Finding]:

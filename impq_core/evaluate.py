@@ -6,13 +6,14 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from impq_core.costs import Metering
 from impq_core.errors import ImpqError
+from impq_core.interfaces import CarryOut
 from impq_core.keys import Key
 from impq_core.ledger import Ledger
 from impq_core.model.bank import Assignment, Bank
@@ -99,25 +100,28 @@ class Evaluator:
         texts: the held-out text, or several.
         log: scores are written to it before they are returned, and earlier ones are read from it.
         kept: scores of other runs are read from it, and new ones are written to it.
+        carry_out: workers, which score allocations in tasks of kind ``score``.
 
     Attributes:
         texts: the held-out texts.
     """
 
     def __init__(self, runner: BlockwiseModel, bank: Bank, texts: Windows | Sequence[Windows],
-                 log: ScoreLog | None = None, kept: KeptScores | None = None) -> None:
+                 log: ScoreLog | None = None, kept: KeptScores | None = None,
+                 carry_out: CarryOut | None = None) -> None:
         self._runner, self._bank, self._log, self._kept = runner, bank, log, kept
+        self._carry_out, self._linears = carry_out, False
         self.texts = (texts,) if isinstance(texts, Windows) else tuple(texts)
         self._walk, self._unquantized = Walk(runner, bank), [None] * len(bank.layers)
         self._scores: dict[str, Scores] = log.scores if log else {}
         # Computed while the model has its unquantized weights, unless every score may be in the log or the cache.
-        self._reference = None if self._scores or kept else self._outputs([self._unquantized])[0]
+        self._reference = None if self._scores or kept or carry_out else self._outputs([self._unquantized])[0]
 
     def of_linears(self) -> Evaluator:
         """An evaluator of allocations with a choice for each linear of the layers, in their order. It has the same
         scores and log."""
         other = copy(self)
-        other._bank = self._bank.of_linears(self._runner)
+        other._bank, other._linears = self._bank.of_linears(self._runner), True
         other._walk, other._unquantized = Walk(self._runner, other._bank), [None] * len(other._bank.layers)
         other._kept = replace(self._kept, layers=other._bank.layers) if self._kept else None
         return other
@@ -127,7 +131,7 @@ class Evaluator:
         no scores and no log."""
         other = copy(self)
         other._bank, other._walk = bank, Walk(self._runner, bank)
-        other._scores, other._log, other._kept = {}, None, None
+        other._scores, other._log, other._kept, other._carry_out = {}, None, None, None
         return other
 
     def score(self, assignment: Assignment) -> Score:
@@ -153,6 +157,9 @@ class Evaluator:
         names = [_name(assignment) for assignment in assignments]
         new = [(name, assignment) for name, assignment in dict(zip(names, assignments, strict=True)).items()
                if name not in self._scores]
+        if self._carry_out:
+            self._share(dict(new), self._carry_out, lambda done: progress(len(names) - len(new) + done, len(names)))
+            new = [(name, assignment) for name, assignment in new if name not in self._scores]
         side_by_side = self._side_by_side()
         for first in range(0, len(new), side_by_side):
             some = dict(new[first:first + side_by_side])
@@ -164,12 +171,26 @@ class Evaluator:
             found = {name: self._kept.get(assignment) for name, assignment in some.items()} if self._kept else {}
             measured = self._measure({name: some[name] for name in some if not found.get(name)}, passed)
             for name in some:  # in this order, whatever was kept
-                score = found.get(name) or measured[name]
-                if self._log:
-                    self._log.add(name, score)
-                self._scores[name] = score
+                self._add(name, found.get(name) or measured[name])
         progress(len(names), len(names))
         return [self._scores[name] for name in names]
+
+    def _add(self, name: str, scores: Scores) -> None:
+        if self._log:
+            self._log.add(name, scores)
+        self._scores[name] = scores
+
+    def _share(self, new: Mapping[str, Assignment], carry_out: CarryOut, progress: Callable[[int], None]) -> None:
+        """Let workers score allocations that the cache does not have, one in each task."""
+        tasks = [{"kind": "score", "linears": self._linears, "name": name,
+                  "choices": [asdict(choice) if choice else None for choice in assignment]}
+                 for name, assignment in new.items() if not (self._kept and self._kept.get(assignment))]
+        for done, (task, answer) in enumerate(carry_out(tasks) if tasks else (), start=1):
+            scores = tuple(map(Score.from_dict, answer["scores"]))
+            if self._kept:
+                self._kept.put(new[task["name"]], scores)
+            self._add(task["name"], scores)
+            progress(done)
 
     def _side_by_side(self) -> int:
         """Number of allocations whose hidden states have room."""
@@ -224,13 +245,13 @@ class SequentialEvaluator(Evaluator):
         bank: its layers and backend; its variants are not used.
         texts: the held-out texts.
         calibration: token ids (windows, length) of the calibration text.
-        log: see ``Evaluator``.
-        kept: see ``Evaluator``.
+        log, kept, carry_out: see ``Evaluator``.
     """
 
     def __init__(self, runner: BlockwiseModel, bank: Bank, texts: Windows | Sequence[Windows], calibration: IntArray,
-                 log: ScoreLog | None = None, kept: KeptScores | None = None) -> None:
-        super().__init__(runner, bank, texts, log, kept)
+                 log: ScoreLog | None = None, kept: KeptScores | None = None,
+                 carry_out: CarryOut | None = None) -> None:
+        super().__init__(runner, bank, texts, log, kept, carry_out)
         self._calibration = calibration
 
     def _side_by_side(self) -> int:

@@ -110,6 +110,11 @@ def impq_meters() -> Iterable[Component]:
 
 
 @hookspec
+def impq_crews() -> Iterable[Component]:
+    """Crews of workers, chosen by ``--workers``."""
+
+
+@hookspec
 def impq_commands() -> Iterable[click.Command]:
     """Further commands of the ``impq`` command line."""
 

@@ -76,8 +76,8 @@ class MeasurementLog(Ledger):
     """Measured losses.
 
     Attributes:
-        losses: absolute losses (windows,) of an earlier process, nats per token, by the number of the set of windows
-            and the bytes of the pick.
+        losses: absolute losses (windows,), nats per token, by the number of the set of windows and the bytes of the
+            pick.
     """
 
     FORMAT = "impq-measurements/2"
@@ -97,6 +97,7 @@ class MeasurementLog(Ledger):
         """Add the absolute losses (windows,) of a pick on the set of windows of that number, nats per token."""
         set_number = {"set": number} if number else {}
         self.append({"pick": pick.tolist(), "loss": float(windows.mean()), "windows": windows.tolist(), **set_number})
+        self.losses[number, pick.tobytes()] = windows
 
     @classmethod
     def read(cls, path: Path) -> tuple[dict[str, Any], list[tuple[tuple[int, ...], float]]]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from impq_core.budget import Budget
-from impq_core.config import METER, RunConfig
+from impq_core.config import METER, WORKERS, RunConfig
 from impq_core.costs import Cost, limited
 from impq_core.errors import ImpqError, InvalidArrays, UsageError, nearest
 from impq_core.feasible_costs import feasible
@@ -21,6 +21,7 @@ from impq_core.interfaces import (
     EVERY_BACKEND,
     Allocator,
     Backend,
+    Crew,
     Drift,
     Estimator,
     Exporter,
@@ -40,7 +41,7 @@ ESTIMATE_WITH = "estimate_with"
 
 BASES: Mapping[str, type] = {"estimator": Estimator, "surrogate": Surrogate,
                              "allocator": Allocator, "backend": Backend, "refiner": Refiner, "exporter": Exporter,
-                             "meter": Meter}
+                             "meter": Meter, "crew": Crew}
 """The base class of each role."""
 
 
@@ -344,6 +345,23 @@ def load_exporter(name: str, backend: str, options: Mapping[str, Any], plugins: 
         raise ImpqError(f"format '{name}' holds variants of {', '.join(sorted(exporter.backends))}, not of {backend}")
     exporter.check(options)
     return exporter
+
+
+def load_crew(config: RunConfig, plugins: Plugins) -> Crew | None:
+    """The crew of a configuration's workers, not yet at work; None if it has none.
+
+    Raises:
+        ImpqError: no crew has the name of the address's scheme, none is installed, or its library is missing.
+    """
+    if not config.shared:
+        return None
+    match = WORKERS.fullmatch(config.workers)
+    name = (match and match[1]) or next(iter(plugins.names("crew")), "")
+    if not name:
+        raise ImpqError(f"--workers {config.workers}: no installed plugin has a crew of workers")
+    kind = plugins.load("crew", name, Crew)
+    crew: Crew = kind(build_options(kind, "crew", name, {}))
+    return crew
 
 
 def require_ends(exporter: Exporter, name: str, layer: str) -> None:

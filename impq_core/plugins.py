@@ -34,7 +34,7 @@ _FILE = "impq_file_"
 ROLES = ("estimator", "surrogate", "allocator", "backend")
 """The roles that every run fills."""
 
-OFFERED = (*ROLES, "refiner", "exporter", "meter")
+OFFERED = (*ROLES, "refiner", "exporter", "meter", "crew")
 """Every role whose parts are chosen by name."""
 
 
@@ -68,10 +68,15 @@ class Plugins:
 
     Raises:
         UsageError: a file is missing or cannot be loaded (a broken installed plugin is dropped instead).
+
+    Attributes:
+        files: the plugin files, absolute.
     """
 
     def __init__(self, files: Iterable[Path] = (),
                  entry_points: Iterable[importlib.metadata.EntryPoint] | None = None) -> None:
+        given = {Path(file).resolve(): Path(file) for file in files}
+        self.files = tuple(given)
         self.offers: dict[tuple[str, str], Offer] = {}
         self.dropped: list[Dropped] = []
         self._manager = pluggy.PluginManager("impq")
@@ -84,7 +89,7 @@ class Plugins:
                 self._add(entry.load(), origin)
             except (Exception, SystemExit) as error:
                 self.dropped.append(Dropped(origin, one_line(error)))
-        for file in {Path(file).resolve(): Path(file) for file in files}.values():
+        for file in given.values():
             try:
                 self._add(_load_file(file), str(file))
             except (Exception, SystemExit) as error:

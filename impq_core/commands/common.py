@@ -86,6 +86,12 @@ def place_options(command: Command) -> Command:
                                          "an export].")(command)
 
 
+workers_option = click.option(
+    "--workers", metavar="N|auto|ADDRESS",
+    help="Share the work between N processes, one for each accelerator or core (auto), or those of a cluster, such as "
+         "ray://10.0.0.1:6379; no number depends on it [none].")
+
+
 def dry_run_option(command: Command) -> Command:
     """``--dry-run``."""
     return click.option("--dry-run", is_flag=True,
@@ -145,6 +151,11 @@ def run_options(several: bool = False, budgets: bool = False) -> Callable[[Comma
         click.option("--dtype", help="Type of the forwards: auto, float32, bfloat16 or float16 [auto]."),
         click.option("--memory", help="Memory that the run may take where blocks compute, such as 8GB; if the model "
                                       "does not fit, its blocks stay on disk until they work [what is free]."),
+        click.option("--prefix", help="How blocks in front are quantized while statistics for the variants of the "
+                                      "search are collected: widest or unquantized [widest]."),
+        workers_option,
+        click.option("--threads", type=click.IntRange(min=1),
+                     help="Threads of the processor for each process [torch's; 1 with workers and no accelerator]."),
         click.option("--seed", type=int, help="Seed of all random draws but those of the texts [0]."),
         click.option("--time-limit", type=float, help="Time limit of the allocator in seconds (its option time_limit); "
                                                       "plans then depend on the speed of the machine."),
@@ -184,9 +195,10 @@ def check(config: RunConfig, plugins: Plugins) -> None:
     """Check names, options, files and texts without a heavy import; raises ImpqError."""
     from impq_core.model.source import locate_model
     from impq_core.model.text import check_texts
-    from impq_core.parts import Parts
+    from impq_core.parts import Parts, load_crew
 
     parts = Parts.build(config, plugins)
+    load_crew(config, plugins)
     locate_model(config.model)
     if parts.needs_calibration:
         check_texts(config.calibration, "calibration")

@@ -23,6 +23,7 @@ from impq_core.commands.common import (
 )
 from impq_core.commands.exporting import export_plan, load_exporters
 from impq_core.commands.output import Answer, answers
+from impq_core.config import override
 from impq_core.hookspecs import hookimpl
 from impq_core.plugins import Plugins
 from impq_core.target import MOST_STEPS, STEPS
@@ -142,8 +143,9 @@ def several_budgets(context: click.Context, resume: str | None, target: str, ste
     if resume:
         if not (Path(resume).expanduser() / SWEEP).is_file():
             return None
-        refuse_others(context)
-        return Sweep.open(resume)
+        refuse_others(context, "workers")
+        sweep = Sweep.open(resume)
+        return replace(sweep, base=override(sweep.base, workers=given["workers"]))
     names = ("config_file", "bits", "pins", "exclude", "options", "time_limit", "plugin_files")
     rest = {name: value for name, value in given.items() if name not in names}
     config = read_config(given["config_file"], given["bits"], given["pins"], given["exclude"], rest)

@@ -37,7 +37,7 @@ from impq_core.trust import Trust
 
 RESUME = click.option("--resume", metavar="FOLDER", help="Continue the run in this folder with its configuration; "
                                                          "only --plugin, --export, --memory (of a run), "
-                                                         "--trust-remote-code may be added.")
+                                                         "--workers, --trust-remote-code may be added.")
 
 
 @click.command()
@@ -72,7 +72,7 @@ def run(context: click.Context, /, resume: str | None, exports: tuple[str, ...],
     from impq_core.runs import pipeline
 
     check_formats(config, exports, plugins, permitted)
-    result = (pipeline.resume(resume, plugins, permitted, config.memory) if resume
+    result = (pipeline.resume(resume, plugins, permitted, config.memory, config.workers) if resume
               else pipeline.run(config, plugins, trust=permitted))
     for name in exports:
         export_plan(str(result.folder), name, result.folder / name, plugins, permitted)
@@ -109,9 +109,9 @@ def _configure(context: click.Context, resume: str | None, given: dict[str, Any]
     options, time_limit, bits = (given.pop(name) for name in ("options", "time_limit", "bits"))
     config_file, pins, exclude = (given.pop(name) for name in ("config_file", "pins", "exclude"))
     if resume:
-        refuse_others(context, "memory")
+        refuse_others(context, "memory", "workers")
         config = RunFolder.open(resume, "provenance.json").read_config()
-        config = override(config, memory=given["memory"])
+        config = override(config, memory=given["memory"], workers=given["workers"])
     else:
         config = read_config(config_file, bits, pins, exclude, given)
         config = override(config, options=assign_options(config, plugins, read_pairs(options, time_limit)))
@@ -134,8 +134,9 @@ def sweep(context: click.Context, /, resume: str | None, dry_run: bool, trust: b
     options, time_limit, bits = (given.pop(name) for name in ("options", "time_limit", "bits"))
     config_file, pins, exclude = (given.pop(name) for name in ("config_file", "pins", "exclude"))
     if resume:
-        refuse_others(context)
+        refuse_others(context, "workers")
         plan = Sweep.open(resume)
+        plan = replace(plan, base=override(plan.base, workers=given["workers"]))
     else:
         lists = {name: tuple(part.strip() for part in text.split(",")) for name in (*ROLES, "budget")
                  if (text := given.pop(name)) is not None}

@@ -27,7 +27,8 @@ class ComponentDocument:
     """A component that a plugin offers.
 
     Args:
-        role: ``estimator``, ``surrogate``, ``allocator``, ``backend``, ``refiner`` or ``exporter``.
+        role: ``estimator``, ``surrogate``, ``allocator``, ``backend``, ``refiner``, ``exporter``, ``meter`` or
+            ``crew``.
         name: its name.
         summary: what it is.
         origin: distribution and plugin, or the plugin file.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
 
 from impq_core.errors import ImpqError
 from impq_core.game.probe import ModelProbe
+from impq_core.interfaces import CarryOut
 from impq_core.ledger import MeasurementLog
 from impq_core.model.bank import Assignment, Bank
 from impq_core.model.blockwise import BlockwiseModel, Hidden
@@ -19,6 +20,12 @@ from impq_core.space import FloatArray, IntArray, SearchSpace
 
 PICKS = 32
 """Picks that are measured side by side. Their states exist at once, and an interruption loses their work."""
+
+ALONE = 2
+"""The most new picks of one call that are not worth a worker."""
+
+FEWEST, MOST = 4, 16
+"""Picks in a task of a worker: more share more prefixes and unpacked weights, fewer keep more workers busy."""
 
 Watcher = Callable[[IntArray, FloatArray, float], None]
 """Called with picks, their losses and the cost so far in forwards, after the losses are on disk."""
@@ -49,14 +56,18 @@ class ModelGame:
         budget_bytes: the budget of the plans; None if there is none.
         spare: windows of the same length, for further sets of the same size.
         probe: the probe of the same model; one over the game's windows by default.
+        carry_out: workers, which measure for the log in advance: losses are then found there as after an interruption.
+            Their tasks of kind ``losses`` are answered by ``measured`` of the same game of the worker.
+        name: of the game, for the workers.
     """
 
     def __init__(self, space: SearchSpace, bank: Bank, runner: BlockwiseModel, windows: Windows,
                  log: MeasurementLog | None = None, watch: Watcher = lambda *facts: None,
                  progress: Callable[[int, int], None] = lambda done, total: None, value: str = "nll",
                  budget_bytes: int | None = None, spare: Windows | None = None,
-                 probe: ModelProbe | None = None) -> None:
+                 probe: ModelProbe | None = None, carry_out: CarryOut | None = None, name: str = "") -> None:
         self.space, self.budget_bytes = space, budget_bytes
+        self._carry_out, self._name = carry_out, name
         self.probe = probe or ModelProbe(space, bank, runner, windows, value)
         self._bank, self._runner, self._value = bank, runner, value
         count = len(windows.ids)
@@ -110,10 +121,13 @@ class ModelGame:
             raise ImpqError("the loss of the all-high model is not finite: try --dtype float32")
         return loss
 
-    def expect(self, evaluations: int) -> None:
-        """Set the expected number of all evaluations, for the progress."""
+    def expect(self, evaluations: int, wanted: Iterable[tuple[int, IntArray]] = ()) -> None:
+        """Set the expected number of all evaluations, for the progress; workers measure the picks that are wanted."""
         self._expected = evaluations
         self._progress(self.evaluations, evaluations)
+        reference = self.space.uniform(0)[None]
+        self._share([(number % len(self._sets), pick) for number, picks in wanted
+                     for pick in np.concatenate([reference, picks])])
 
     def loss(self, pick: IntArray) -> float:
         """Loss of a pick above the reference, nats per token."""
@@ -134,9 +148,41 @@ class ModelGame:
         self.loss(pick)
         return self._memo[self.space.check_pick(pick).tobytes()]
 
+    def measured(self, number: int, picks: IntArray) -> FloatArray:
+        """Absolute losses (N, windows) of picks (N, n) on the set of windows with a number, nats per token."""
+        if number != self._number:
+            self.redraw(number)
+        return self._window_losses(picks)
+
+    def _share(self, wanted: Iterable[tuple[int, IntArray]]) -> None:
+        """Let workers measure picks on the sets of windows with these numbers, as far as they are not in the log."""
+        if not self._carry_out or not self._log:
+            return
+        by_set: dict[int, dict[bytes, IntArray]] = {}
+        for number, pick in wanted:
+            if (number, pick.tobytes()) not in self._log.losses:
+                by_set.setdefault(number, {})[pick.tobytes()] = pick
+        tasks = [{"kind": "losses", "game": self._name, "set": number, "picks": some.tolist()}
+                 for number, new in by_set.items() for some in self._portions(np.array([*new.values()]))]
+        done, count = self.evaluations, sum(map(len, by_set.values()))
+        for task, answer in self._carry_out(tasks) if tasks else ():
+            for pick, losses in zip(task["picks"], answer["losses"], strict=True):
+                self._log.add(np.array(pick, dtype=np.int64), np.array(losses), task["set"])
+            self._log.sync()
+            done += len(task["picks"])
+            self._progress(done, max(self._expected, self.evaluations + count))
+
+    def _portions(self, picks: IntArray) -> list[IntArray]:
+        """Picks in parts of about the same size, with neighbours that share prefixes."""
+        ordered = picks[np.lexsort(picks[:, self._by_block].T[::-1])]
+        size = min(max(FEWEST, math.ceil(len(ordered) / 4)), MOST)
+        return np.array_split(ordered, math.ceil(len(ordered) / size))
+
     def _window_losses(self, picks: IntArray) -> FloatArray:
         """Absolute losses (N, windows) of picks (N, n), nats per token."""
         new = np.array(list({pick.tobytes(): pick for pick in picks if pick.tobytes() not in self._memo}.values()))
+        if len(new) > ALONE:
+            self._share((self._number, pick) for pick in new)
         if len(new) > PICKS:  # neighbours share prefixes
             new = new[np.lexsort(new[:, self._by_block].T[::-1])]
         for first in range(0, len(new), PICKS):

@@ -21,6 +21,8 @@ from impq_core.game.products import (
     sums_of_absolute,
     sums_of_squares,
 )
+from impq_core.game.readings import Readings
+from impq_core.interfaces import CarryOut
 from impq_core.ledger import Ledger
 from impq_core.model.backward import BATCH_TOKENS, Backward, Rows, Watch, by_room, inside, squared_gradients, watching
 from impq_core.model.bank import Bank
@@ -35,6 +37,9 @@ STEP = 3e-3
 """Step of a difference of gradients, relative to the root mean square of a linear's own weights. On the tests' tiny
 models its relative error is 0.001; it is up to 0.01 for steps from 0.0001 to 0.01, and at least 0.08 for any step in
 bfloat16."""
+
+DRAW = "draw"
+"""Name of the reading of ``hessian_traces`` in the log; its key is the seed of a random draw."""
 
 Changes = Callable[[LinearSpec], Iterable[torch.Tensor]]
 """Returns changes (rows, columns) of a linear's weight on the device, float32; the same number for every linear. Called
@@ -54,12 +59,14 @@ class ModelProbe:
         game_windows: the number of windows of a forward, the unit of cost; 0 is the number of ``windows``.
         log: slopes and traces are written to it before they are returned, and those of an earlier process are read
             from it; they cost the same either way.
+        carry_out: workers that read slopes and traces for the log, if there is one. Their tasks of kind ``gradients``
+            are answered by ``read_windows`` of the same probe of the worker.
     """
 
     def __init__(self, space: SearchSpace, bank: Bank, runner: BlockwiseModel, windows: Windows | None,
-                 value: str = "nll", game_windows: int = 0, log: Ledger | None = None) -> None:
-        self.space = space
-        self._log = log
+                 value: str = "nll", game_windows: int = 0, log: Ledger | None = None,
+                 carry_out: CarryOut | None = None) -> None:
+        self.space, self._readings = space, Readings(log, carry_out)
         self._bank, self._runner, self._windows, self._value = bank, runner, windows, value
         self._unquantized: torch.Tensor | None = None
         self._batch_tokens = BATCH_TOKENS
@@ -164,41 +171,65 @@ class ModelProbe:
     def slopes(self, at: FloatArray | None = None) -> FloatArray:
         """First-order changes (windows, n, m) of each window's loss, nats per token; costs about four forwards of the
         windows (forward, each block once more, backward, gradients of the weights), however many choices there are."""
-        return self._read("at", at, inner_products, self._to_choices, len(self.space.choices))
+        return self._read("at", at)
 
     def token_squares(self, at: FloatArray | None = None) -> FloatArray:
         """Mean squares (windows, n, m), see ``Probe``; costs about three forwards of the windows, and for each choice
         one of their linears."""
-        squares = self._read("squares at", at, sums_of_squares, self._to_choices, len(self.space.choices))
+        squares = self._read("squares at", at)
         return squares * (self._text.ids.shape[1] - 1)  # the gradients are of the mean loss of a window
 
     def absolute_slopes(self, at: FloatArray | None = None) -> FloatArray:
         """Sums of absolute terms (windows, n), see ``Probe``; costs about four forwards of the windows."""
-        def back(linear: LinearSpec) -> Iterator[torch.Tensor]:
-            yield self._bank.original(linear) - self._bank.module(linear).weight.float()
-
-        return self._read("absolute at", at, sums_of_absolute, back, 1)[:, :, 0]
+        return self._read("absolute at", at)[:, :, 0]
 
     def _to_choices(self, linear: LinearSpec) -> Iterator[torch.Tensor]:
         """Changes of the current weight of a linear to each choice."""
         weight = self._bank.module(linear).weight.float()
         return (self._bank.variant(linear, choice) - weight for choice in self.space.choices)
 
-    def _read(self, name: str, at: FloatArray | None, product: Product, changes: Changes, number: int) -> FloatArray:
-        """Products (windows, n, number) at shares ``at``, summed over the linears of a layer."""
+    def _back(self, linear: LinearSpec) -> Iterator[torch.Tensor]:
+        """The change of the current weight of a linear to the unquantized one."""
+        yield self._bank.original(linear) - self._bank.module(linear).weight.float()
+
+    def _reading(self, name: str) -> tuple[Product, Changes, int]:
+        """What a reading of a name multiplies gradients with, and the number of changes of a linear."""
+        many = len(self.space.choices)
+        return {"at": (inner_products, self._to_choices, many), "squares at": (sums_of_squares, self._to_choices, many),
+                "absolute at": (sums_of_absolute, self._back, 1)}[name]
+
+    def _read(self, name: str, at: FloatArray | None) -> FloatArray:
+        """The reading (windows, n, number) of a name at shares ``at``, summed over the linears of a layer."""
+        product, _, number = self._reading(name)
         if product is sums_of_absolute:
             self._require_blocks()
         if product is not sums_of_squares:
             self._remember()
         shares = None if at is None else np.asarray(at, dtype=np.float64).tolist()
+        return np.array(self._logged(name, shares, self._flops(product, number)), dtype=np.float64)
 
-        def compute() -> Any:
-            self._blend(at)
-            found = self._products(changes, number, product)  # (windows, number) by linear
-            return np.stack([np.sum([found[linear] for linear in layer.linears], axis=0)
-                             for layer in self.space.layers], axis=1).tolist()
+    def read_windows(self, name: str, key: Any, first: int, stop: int) -> list[Any]:
+        """A reading of some of the windows as plain data, one entry for each window: what ``slopes`` and the other
+        methods read is put together from it.
 
-        return np.array(self._logged(name, shares, self._flops(product, number), compute), dtype=np.float64)
+        Args:
+            name: of the reading.
+            key: the shares at which gradients are taken, or the draw of ``hessian_traces``.
+            first, stop: the windows.
+        """
+        some = slice(first, stop)
+        if name == DRAW:
+            self._remember()
+            found: list[Any] = self._differences(np.random.default_rng(key), some).tolist()
+            return found
+        product, changes, number = self._reading(name)
+        if product is not sums_of_squares:
+            self._remember()
+        self._blend(None if key is None else np.array(key))
+        products = self._products(changes, number, product, some)  # (windows, number) by linear
+        found = np.stack([np.sum([products[linear] for linear in layer.linears], axis=0)
+                          for layer in self.space.layers], axis=1).tolist()
+        return found
 
     def _blend(self, at: FloatArray | None) -> None:
         """Let each layer's weights be blended by shares (m,) or (n, m); None is the unquantized model."""
@@ -221,15 +252,22 @@ class ModelProbe:
         self._remember()
         draw = int(rng.integers(2**63))
         flops = 2 * self._flops(inner_products, 1)
-        traces = self._logged("draw", draw, flops, lambda: self._traces(np.random.default_rng(draw)))
-        return dict(zip(self._linears, traces, strict=True))
+        differences = np.array(self._logged(DRAW, draw, flops), dtype=np.float64)
+        # The step of a linear's weight is STEP times its root mean square, which divides the difference once.
+        return {linear: float(difference.mean()) / (2 * STEP * self._size(linear))
+                for linear, difference in zip(self._linears, differences.T, strict=True)}
 
-    def _traces(self, rng: np.random.Generator) -> list[float]:
+    def _size(self, linear: LinearSpec) -> float:
+        return float(self._bank.original(linear).square().mean().sqrt()) or 1.0
+
+    def _differences(self, rng: np.random.Generator, some: slice) -> FloatArray:
+        """Differences (windows, linears) of the inner products of gradients on either side of the weights with random
+        signs."""
         linears, device = self._linears, self._runner.device
         # Drawn on the host: the draws are the same on every device.
         signs = {linear: torch.from_numpy(2 * rng.integers(0, 2, (linear.rows, linear.columns), dtype=np.int8) - 1)
                  for linear in linears}
-        sizes = {linear: float(self._bank.original(linear).square().mean().sqrt()) or 1.0 for linear in linears}
+        sizes = {linear: self._size(linear) for linear in linears}
 
         def moved(linear: LinearSpec, step: float) -> torch.Tensor:
             return self._bank.original(linear) + step * sizes[linear] * signs[linear].to(device)
@@ -243,12 +281,11 @@ class ModelProbe:
                     for linear in linears:
                         self._runner.placement.replace(self._bank.module(linear), partial(moved, linear, step))
                     products.append(self._products(
-                        lambda linear: (signs[linear].to(device).float(),), 1, inner_products))
+                        lambda linear: (signs[linear].to(device).float(),), 1, inner_products, some))
         finally:
             self._bank.apply([None] * len(self._bank.layers))  # the signs take a byte a weight
         above, below = products
-        # The step of a linear's weight is STEP times its root mean square, which divides the difference once.
-        return [float((above[linear] - below[linear]).mean()) / (2 * STEP * sizes[linear]) for linear in linears]
+        return np.concatenate([above[linear] - below[linear] for linear in linears], axis=1)
 
     def output_curvature(self, groups: int = 1) -> Iterator[tuple[LinearSpec, torch.Tensor]]:
         """The curvature of the mean loss in each linear of a block, see ``Probe``; costs about three forwards of the
@@ -281,33 +318,27 @@ class ModelProbe:
                     stage.run(number)
             yield from grams.items()
 
-    def _logged(self, name: str, key: Any, flops: int, compute: Callable[[], Any]) -> Any:
-        """A result as plain data: the one that the log holds under a name and key, or that of ``compute``, which is
-        then logged. ``flops`` for each window are charged in both cases."""
-        rows = self._log.rows if self._log else []
-        result = next((row["found"] for row in rows if name in row and row[name] == key), None)
-        if result is None:
-            result = compute()
-            if self._log:
-                self._log.append({name: key, "found": result})
-                self._log.sync()
+    def _logged(self, name: str, key: Any, flops: int) -> list[Any]:
+        """``read_windows`` of all windows, from the log if it is there; ``flops`` for each window are charged in any
+        case."""
         self._spent += flops * len(self._text.ids)
-        return result
+        return self._readings.read(name, key, self._text.ids.shape, partial(self.read_windows, name, key))
 
-    def _products(self, changes: Changes, number: int, product: Product) -> dict[LinearSpec, FloatArray]:
-        """Products of the gradient of each window's loss, in each linear's weight, with ``number`` changes of that
-        weight, at the model's current weights. They are 0 if a window does not reach the linear.
+    def _products(self, changes: Changes, number: int, product: Product,
+                  some: slice) -> dict[LinearSpec, FloatArray]:
+        """Products of the gradient of the loss of each of some windows, in each linear's weight, with ``number``
+        changes of that weight, at the model's current weights. They are 0 if a window does not reach the linear.
 
         Returns:
             (windows, number) by linear, nats per token.
         """
-        ids = self._text.ids
+        first, ids = some.start, self._text.ids[some]
         try:
-            parts = [self._products_of(some, changes, number, product)
-                     for some in by_room(self._runner, ids, self._batch_tokens)]
+            parts = [self._products_of(slice(first + part.start, min(first + part.stop, some.stop)), changes, number,
+                                       product) for part in by_room(self._runner, ids, self._batch_tokens)]
         except Mixed:  # the inputs of experts: each batch must be a single window
             self._batch_tokens = 1
-            return self._products(changes, number, product)
+            return self._products(changes, number, product, some)
         return {linear: np.concatenate([part[linear] for part in parts]) for linear in self._linears}
 
     def _weights(self, some: slice, squared: bool) -> FloatArray | None:

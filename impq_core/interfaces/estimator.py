@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Protocol
@@ -57,8 +57,15 @@ class Game(Protocol):
     def forwards(self) -> float:
         """Cost so far, in full-model forwards of its windows."""
 
-    def expect(self, evaluations: int) -> None:
-        """Report the expected total number of evaluations to the observers."""
+    def expect(self, evaluations: int, wanted: Iterable[tuple[int, IntArray]] = ()) -> None:
+        """Report the expected total number of evaluations to the observers.
+
+        Args:
+            evaluations: the number.
+            wanted: picks (N, n) that will be measured, each with the number of a set of windows (``redraw``), if they
+                are known: workers measure them in advance, side by side. What is measured and not asked for later costs
+                time, and no forwards.
+        """
 
     def loss(self, pick: IntArray) -> float:
         """Loss of one pick (n,), nats per token above the reference."""

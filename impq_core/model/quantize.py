@@ -28,18 +28,14 @@ Wanted = Sequence[tuple[LinearSpec, Choice]]
 """Variants that are to be made."""
 
 
-def fill_bank(bank: Bank, runner: BlockwiseModel, ids: IntArray | None, menus: Sequence[Sequence[Choice]],
-              progress: Callable[[int, int], None],
-              further: Mapping[str, Sequence[Choice]] = MappingProxyType({})) -> None:
-    """Quantize every linear at every choice of its layer's menu, block after block. Variants on the bank's shelf are
-    not made again.
+class Filling:
+    """Quantizes the linears of a bank, block after block. Variants on the bank's shelf are not made again.
 
-    The statistics of a block are collected once, with the blocks before it at their widest choices, and are used for
-    every width: the Hessian of GPTQ does not depend on the linear's own width. (It does depend on the widths of the
-    blocks before; a bank needs one prefix, and the widest is nearest to the plans of interest.) Afterwards every layer
-    of the model is at its widest choice. A linear that fewer tokens reach than a group has weights, such as a rarely
-    used expert, is quantized as if no token reached it. One warning reports the variants with ``unreached`` in their
-    record.
+    The statistics of a block are collected once, behind a prefix, and are used for every width: the Hessian of GPTQ
+    does not depend on the linear's own width. (It does depend on the widths of the blocks before; a bank needs one
+    prefix. The widest choices are nearest to the plans of interest; behind the unquantized model every block can be
+    quantized without waiting for another.) A linear that fewer tokens reach than a group has weights, such as a rarely
+    used expert, is quantized as if no token reached it.
 
     An embedding is quantized in front of the blocks, also as if no token reached it: it reads numbers of tokens. The
     head is quantized behind them, and so is an embedding that is tied to it: the statistics are those of the head's
@@ -50,38 +46,95 @@ def fill_bank(bank: Bank, runner: BlockwiseModel, ids: IntArray | None, menus: S
         runner: the same model, block by block.
         ids: token ids (windows, length) of the calibration text; None for a backend that needs no activations.
         menus: choices of each of the bank's layers, widest first; an empty menu leaves the layer unquantized.
-        progress: called with the number of finished blocks and the number of all blocks.
         further: choices beyond its layer's menu that a linear is also quantized to, by its name.
+        unquantized: whether the prefix is the unquantized model; else it is at the widest choices.
+
+    Attributes:
+        blocks: numbers of the places to fill, in order: -1 is the embedding, and behind the last block is the head.
+    """
+
+    def __init__(self, bank: Bank, runner: BlockwiseModel, ids: IntArray | None, menus: Sequence[Sequence[Choice]],
+                 further: Mapping[str, Sequence[Choice]] = MappingProxyType({}), unquantized: bool = False) -> None:
+        self._bank, self._runner, self._ids, self._menus, self._further = bank, runner, ids, menus, further
+        self._unquantized = unquantized
+        self._places = _places(bank, runner)
+        self.blocks = range(-1, len(runner) + 1)
+        self._weights: Mapping[nn.Module, torch.Tensor] = {}
+        if "gradients" in bank.backend.needs:  # they are those of the unquantized model
+            every = [spec for block in self.blocks for spec, _ in self.missing(block)]
+            self._weights = _token_weights(bank, runner, ids, every)
+        self._at, self._hidden = 0, None if ids is None else runner.embed(ids)
+
+    def missing(self, index: int, widest: bool = False) -> list[tuple[LinearSpec, Choice]]:
+        """The variants of a place that neither bank nor shelf has; with ``widest``, only those that the blocks behind
+        it wait for."""
+        bank = self._bank
+        return [(spec, choice) for layer in self._layers(index) for spec in bank.layers[layer].linears
+                for choice in dict.fromkeys(
+                    bank.backend.stand_in(spec, wanted) for wanted in (
+                        self._menus[layer][:1] if widest else [*self._menus[layer], *self._further.get(spec.name, ())]))
+                if not (bank.has(spec, choice) or bank.take(spec, choice))]
+
+    def make(self, index: int, wanted: Wanted) -> None:
+        """Quantize linears of a place. The variants of the prefix must be in the bank or on its shelf. Places must come
+        in ascending order; one may come again.
+
+        Raises:
+            ImpqError: the backend cannot quantize a linear, which the message names.
+        """
+        if not wanted:
+            return
+        if self._hidden is not None:
+            for block in range(self._at, min(index, len(self._runner))):
+                self.missing(block, widest=True)  # takes them from the shelf
+                self.settle(block)
+                self._hidden = self._runner.run(block, self._hidden)
+                self._at = block + 1
+        for layer in self._layers(index):
+            self._bank.switch(layer, None)
+        statistics: Mapping[nn.Module, Statistics] = {}
+        if self._hidden is not None:
+            statistics = _statistics(self._bank, self._runner, index, self._hidden, [spec for spec, _ in wanted],
+                                     weights=self._weights)
+        _make(self._bank, self._runner, wanted, statistics)
+
+    def settle(self, index: int) -> None:
+        """Let the layers of a place have the weights that the blocks behind it are quantized behind."""
+        for layer in self._layers(index):
+            menu = [] if self._unquantized else self._menus[layer][:1]
+            self._bank.switch(layer, menu[0] if menu else None)
+
+    def report_unreached(self) -> None:
+        """One warning about the variants with ``unreached`` in their record."""
+        _report_unreached(self._bank, [spec for layer, menu, place in zip(
+            self._bank.layers, self._menus, self._places, strict=True) for spec in layer.linears if place >= 0
+            and any(self._bank.record(spec, choice).get("unreached") for choice in menu)])
+
+    def _layers(self, index: int) -> list[int]:
+        return [i for i, place in enumerate(self._places) if place == index]
+
+
+def fill_bank(bank: Bank, runner: BlockwiseModel, ids: IntArray | None, menus: Sequence[Sequence[Choice]],
+              progress: Callable[[int, int], None],
+              further: Mapping[str, Sequence[Choice]] = MappingProxyType({}), unquantized: bool = False) -> None:
+    """Quantize every linear at every choice of its layer's menu, block after block, see ``Filling``. Afterwards every
+    layer of the model is as in the prefix. One warning reports the variants with ``unreached`` in their record.
+
+    Args:
+        bank, runner, ids, menus, further, unquantized: see ``Filling``.
+        progress: called with the number of finished blocks and the number of all blocks.
 
     Raises:
         ImpqError: the backend cannot quantize a linear, which the message names.
     """
     progress(0, len(runner))
-    places = _places(bank, runner)
-    blocks = {index: [i for i, place in enumerate(places) if place == index] for index in range(-1, len(runner) + 1)}
-    missing = {index: [(spec, choice) for layer in layers for spec in bank.layers[layer].linears
-                       for choice in dict.fromkeys(bank.backend.stand_in(spec, wanted)
-                                                   for wanted in [*menus[layer], *further.get(spec.name, ())])
-                       if not bank.take(spec, choice)] for index, layers in blocks.items()}
-    weights = _token_weights(bank, runner, ids, [spec for some in missing.values() for spec, _ in some])
-    hidden = None if ids is None else runner.embed(ids)
-    for index, layers in blocks.items():
-        for layer in layers:
-            bank.switch(layer, None)
-        statistics: Mapping[nn.Module, Statistics] = {}
-        if hidden is not None and missing[index]:
-            statistics = _statistics(bank, runner, index, hidden, [spec for spec, _ in missing[index]],
-                                     weights=weights)
-        _make(bank, runner, missing[index], statistics)
-        for layer in layers:
-            bank.switch(layer, menus[layer][0] if menus[layer] else None)
+    filling = Filling(bank, runner, ids, menus, further, unquantized)
+    for index in filling.blocks:
+        filling.make(index, filling.missing(index))
+        filling.settle(index)
         if 0 <= index < len(runner):
-            if hidden is not None and any(missing[behind] for behind in range(index + 1, len(runner) + 1)):
-                hidden = runner.run(index, hidden)
             progress(index + 1, len(runner))
-    _report_unreached(bank, [spec for layer, menu, place in zip(bank.layers, menus, places, strict=True)
-                             for spec in layer.linears if place >= 0
-                             and any(bank.record(spec, choice).get("unreached") for choice in menu)])
+    filling.report_unreached()
 
 
 def quantize_in_sequence(bank: Bank, runner: BlockwiseModel, ids: IntArray | None, assignment: Assignment,

@@ -271,6 +271,7 @@ def lay_out(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
         config, meters=tuple(parts.meters), model=_absolute(config.model), plan=_absolute(config.plan),
         calibration=config.calibration.with_sources(_absolute), evaluation=config.evaluation.with_sources(_absolute),
         bits=tuple(choice.name for choice in menu), budget=budget, device=str(device),
+        threads=config.threads or int(config.shared and device.type == "cpu"),
         dtype=str(dtype).removeprefix("torch."),
         options=parts.options(), granularity=parts.granularity)
     return Layout(resolved, parts, source, space, game_space, tuple(between), mixes,

@@ -21,7 +21,8 @@ from impq_core.runs.fallback import against_uniform
 from impq_core.runs.folder import RunFolder, recorded
 from impq_core.runs.metering import to_data
 from impq_core.runs.prepare import Prepared, prepare
-from impq_core.runs.session import Session
+from impq_core.runs.session import Session, Share
+from impq_core.runs.worker import with_workers, workers_of
 from impq_core.trust import NO_TRUST, Trust
 from impq_core.types import Measurements, Plan, SensitivityEstimate
 from impq_core.uniform_test import UniformTest
@@ -45,19 +46,21 @@ def run(config: RunConfig, plugins: Plugins | None = None, only_estimate: bool =
     """
     plugins = plugins or Plugins()
     prepared = prepare(config, plugins, trust)
-    folder = make_folder(prepared)
-    with folder.locked():
-        try:
-            _start(prepared, plugins, folder)
-        except BaseException:
-            shutil.rmtree(folder.path)
-            with suppress(OSError):  # not empty: the parent was there before, or other runs use it
-                folder.path.parent.rmdir()
-            raise
-        return _observed(prepared, plugins, folder, only_estimate)
+    with workers_of(prepared.config, plugins, trust) as share:
+        folder = make_folder(prepared)
+        with folder.locked():
+            try:
+                _start(prepared, plugins, folder)
+            except BaseException:
+                shutil.rmtree(folder.path)
+                with suppress(OSError):  # not empty: the parent was there before, or other runs use it
+                    folder.path.parent.rmdir()
+                raise
+            return _observed(prepared, plugins, folder, only_estimate, share)
 
 
-def resume(path: str | Path, plugins: Plugins | None = None, trust: Trust = NO_TRUST, memory: str = "") -> RunResult:
+def resume(path: str | Path, plugins: Plugins | None = None, trust: Trust = NO_TRUST, memory: str = "",
+           workers: str = "") -> RunResult:
     """Continue a run that ended early; a finished run returns its result again.
 
     Rows in the run's logs are not measured again, and variants in the cache are not made again. Estimate and plan are
@@ -68,6 +71,7 @@ def resume(path: str | Path, plugins: Plugins | None = None, trust: Trust = NO_T
         plugins: parts and observers; the installed plugins by default.
         trust: what the caller permits.
         memory: what the run may take from now on; empty for what its configuration says.
+        workers: processes that share the work from now on; empty for what its configuration says.
 
     Raises:
         ImpqError: the folder holds no run, another process works in it, or its model, texts, backend, options or code
@@ -75,12 +79,12 @@ def resume(path: str | Path, plugins: Plugins | None = None, trust: Trust = NO_T
     """
     plugins = plugins or Plugins()
     folder = RunFolder.open(path, "provenance.json")
-    prepared = prepare(override(folder.read_config(), memory=memory or None), plugins, trust,
-                       meterings=folder.read_meterings())
+    config = with_workers(override(folder.read_config(), memory=memory or None), workers)
+    prepared = prepare(config, plugins, trust, meterings=folder.read_meterings())
     prepared.key.require(folder.read_json(folder.provenance), str(path))
-    with folder.locked():
+    with folder.locked(), workers_of(prepared.config, plugins, trust) as share:
         _start(prepared, plugins, folder)
-        result = _observed(prepared, plugins, folder, only_estimate=False)
+        result = _observed(prepared, plugins, folder, only_estimate=False, share=share)
         folder.error.unlink(missing_ok=True)
         return result
 
@@ -125,9 +129,10 @@ def _start(prepared: Prepared, plugins: Plugins, folder: RunFolder) -> None:
         raise
 
 
-def _observed(prepared: Prepared, plugins: Plugins, folder: RunFolder, only_estimate: bool) -> RunResult:
+def _observed(prepared: Prepared, plugins: Plugins, folder: RunFolder, only_estimate: bool,
+              share: Share | None) -> RunResult:
     try:
-        result = _stages(Session(prepared, plugins), folder, only_estimate)
+        result = _stages(Session(prepared, plugins, share=share), folder, only_estimate)
     except BaseException as error:
         with suppress(OSError):  # a full disk may be the error
             write_text(folder.error, "".join(traceback.format_exception(error)))
@@ -229,10 +234,10 @@ def allocate(prepared: Prepared, estimate: SensitivityEstimate) -> Plan:
 def _refine(session: Session, folder: RunFolder, search: Search) -> Search:
     """A better plan near the plan of the search; the referee's windows are not the game's."""
     prepared, config, plan = session.prepared, session.prepared.config, search.plan
-    assert prepared.parts.refiner is not None and prepared.calibration is not None and plan is not None
-    count, report = config.game_windows, session.report("refine")
-    windows = prepared.calibration.first(count), prepared.calibration.part(count, 2 * count)
-    keys = [prepared.losses_key(prepared.space, part) for part in windows]
+    assert prepared.parts.refiner is not None and plan is not None
+    report = session.report("refine")
+    names = list(prepared.refiner_windows)
+    keys = [prepared.losses_key(prepared.space, part) for part in prepared.refiner_windows.values()]
     games: list[ModelGame] = []
 
     def progress(done: int, total: int) -> None:
@@ -240,9 +245,8 @@ def _refine(session: Session, folder: RunFolder, search: Search) -> Search:
 
     with closing(MeasurementLog(folder.path / "refinement.jsonl", keys[0])) as log, \
             closing(MeasurementLog(folder.path / "referee.jsonl", keys[1])) as referee_log:
-        for part, one_log in zip(windows, (log, referee_log), strict=True):
-            games.append(ModelGame(prepared.space, session.bank, session.runner, part, one_log, progress=progress,
-                                   value=config.value))
+        for name, one_log in zip(names, (log, referee_log), strict=True):
+            games.append(session.refining(name, one_log, progress))
         game, referee = games
         estimate = search.estimate.on(prepared.space) if search.estimate else None
         plan = prepared.parts.refiner.refine(plan, estimate, game, referee, float(config.refine),

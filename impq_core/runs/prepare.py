@@ -55,11 +55,12 @@ class Prepared(Layout):
 
     def variants_key(self, backend: Backend, menus: Sequence[Sequence[Choice]]) -> VariantsKey:
         """The identity of a backend's variants. A backend that reads activations gets those behind layers at the widest
-        of their ``menus``."""
+        of their ``menus``, or behind unquantized ones."""
         calibration, prefix = None, ""
         if backend.needs:
             calibration = TextKey(self.calibration.token_digest, str(self.calibration)) if self.calibration else None
-            widest = {linear: backend.stand_in(linear, menu[0]) if menu else None
+            unquantized = self.config.prefix == "unquantized"
+            widest = {linear: backend.stand_in(linear, menu[0]) if menu and not unquantized else None
                       for layer, menu in zip(self.space.everyone, menus, strict=True) for linear in layer.linears}
             prefix = digest_of(sorted([linear.name, *([choice.name, choice.group_size] if choice else [])]
                                       for linear, choice in widest.items()))
@@ -83,6 +84,13 @@ class Prepared(Layout):
     def game_windows(self) -> Windows | None:
         """The first calibration windows, on which the game is played."""
         return self.calibration.first(self.config.game_windows) if self.calibration else None
+
+    @property
+    def refiner_windows(self) -> dict[str, Windows]:
+        """The windows of a refinement and those of its referee, by the name of the game."""
+        count = self.config.game_windows
+        assert self.calibration is not None
+        return {"refinement": self.calibration.first(count), "referee": self.calibration.part(count, 2 * count)}
 
     def require_text(self) -> None:
         """Raises ImpqError if the run reads no calibration text, so that there is no game."""

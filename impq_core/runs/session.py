@@ -12,19 +12,21 @@ from contextlib import ExitStack, closing, contextmanager
 from copy import copy
 from pathlib import Path
 
+import torch
+
 from impq_core.errors import ImpqError, one_line
 from impq_core.evaluate import Evaluator, KeptScores, ScoreLog, SequentialEvaluator, evaluate_plan
 from impq_core.files import abandoned, discard, scratch_folder
 from impq_core.game.model_game import ModelGame
 from impq_core.game.probe import ModelProbe
-from impq_core.interfaces import Backend
+from impq_core.interfaces import Backend, CarryOut, Task
 from impq_core.ledger import Ledger, MeasurementLog
 from impq_core.model.bank import Bank
 from impq_core.model.blockwise import BlockwiseModel
 from impq_core.model.cache import Shelf, shelf_for
 from impq_core.model.demo import cache_folder
 from impq_core.model.device import resolve_dtype
-from impq_core.model.quantize import fill_bank, quantize_in_sequence
+from impq_core.model.quantize import Filling, fill_bank, quantize_in_sequence
 from impq_core.model.text import Windows
 from impq_core.plugins import Plugins
 from impq_core.results import Evaluation
@@ -37,8 +39,15 @@ from impq_core.types import Plan
 SCRATCH = "impq-weights"
 """Name of the temporary folder with the weights that no file of the model holds one to one."""
 
+GAME = "estimate"
+"""Name of the estimator's game, for workers."""
+
 Progress = Callable[[int, int], None]
 """Called with the number of finished units of a stage, and the number of all units."""
+
+
+Share = Callable[[Prepared], CarryOut]
+"""Gives the workers that carry out the tasks of a prepared run."""
 
 
 class Session:
@@ -50,6 +59,7 @@ class Session:
         prepared: the run.
         plugins: the observers of the progress.
         runner: the model, if another session has loaded it.
+        share: gives the workers that carry out the tasks of a prepared run; None if there are none.
 
     Attributes:
         prepared: the run.
@@ -60,8 +70,11 @@ class Session:
         clock: seconds by stage.
     """
 
-    def __init__(self, prepared: Prepared, plugins: Plugins, runner: BlockwiseModel | None = None) -> None:
-        self.prepared, self.plugins, self.clock = prepared, plugins, Clock()
+    def __init__(self, prepared: Prepared, plugins: Plugins, runner: BlockwiseModel | None = None,
+                 share: Share | None = None) -> None:
+        self.prepared, self.plugins, self.clock, self._share = prepared, plugins, Clock(), share
+        if prepared.config.threads:
+            torch.set_num_threads(prepared.config.threads)
         self.device = prepared.device
         self.dtype = resolve_dtype(prepared.config.dtype, self.device)
         self.runner = runner or self._load()
@@ -101,10 +114,53 @@ class Session:
 
     def _quantize(self, space: SearchSpace, backend: Backend, menus: Sequence[Sequence[Choice]]) -> None:
         with self.clock.stage("quantize"):
-            self.bank.apply([None] * len(self.bank.layers))  # its layers may differ from the new bank's
-            self.bank = Bank(self.runner, space.everyone, backend, self._shelf(backend, menus))
-            fill_bank(self.bank, self.runner, self._calibration_ids(backend), menus, self.report("quantize"),
-                      self.prepared.further_choices(backend))
+            report = self.report("quantize")
+            if self.carry_out and "gradients" not in backend.needs:
+                self._quantize_by_workers(self.filling(space, backend, menus), self.carry_out, report)
+                report = _silent
+            self._new_bank(space, backend, menus)
+            fill_bank(self.bank, self.runner, self._calibration_ids(backend), menus, report,
+                      self.prepared.further_choices(backend), self._unquantized)
+            self.report("quantize")(len(self.runner), len(self.runner))
+
+    def filling(self, space: SearchSpace, backend: Backend, menus: Sequence[Sequence[Choice]]) -> Filling:
+        """A bank without variants yet, as ``bank``, and what fills it block by block."""
+        self._new_bank(space, backend, menus)
+        return Filling(self.bank, self.runner, self._calibration_ids(backend), menus,
+                       self.prepared.further_choices(backend), self._unquantized)
+
+    def _new_bank(self, space: SearchSpace, backend: Backend, menus: Sequence[Sequence[Choice]]) -> None:
+        self.bank.apply([None] * len(self.bank.layers))  # its layers may differ from the new bank's
+        self.bank = Bank(self.runner, space.everyone, backend, self._shelf(backend, menus))
+
+    @property
+    def _unquantized(self) -> bool:
+        return self.prepared.config.prefix == "unquantized"
+
+    def _quantize_by_workers(self, filling: Filling, carry_out: CarryOut, report: Progress) -> None:
+        """Let workers put variants on the shelf, a block in each task. Behind a prefix at the widest choices, those are
+        made here: each block waits for them."""
+        waits = bool(self.bank.backend.needs) and not self._unquantized
+
+        def tasks() -> Iterator[Task]:
+            for index in filling.blocks:
+                if waits:
+                    filling.make(index, filling.missing(index, widest=True))
+                if filling.missing(index):
+                    yield {"kind": "variants", "deployed": self.bank.backend is self.prepared.parts.backend,
+                           "block": index}
+
+        report(0, len(self.runner))
+        for done, (task, _) in enumerate(carry_out(tasks()), start=1):
+            if filling.missing(task["block"]):
+                raise ImpqError(f"the variants that a worker made are not in the cache {cache_folder()}: workers on "
+                                "other machines need that folder on a shared file system (IMPQ_CACHE) with free space")
+            report(min(done, len(self.runner)), len(self.runner))
+
+    @property
+    def carry_out(self) -> CarryOut | None:
+        """The workers that carry out tasks; None if there are none."""
+        return self._share(self.prepared) if self._share else None
 
     def quantize_plan(self, plan: Plan) -> None:
         """Quantize a plan block after block, each behind the quantized ones. Afterwards the model has the plan's
@@ -141,7 +197,7 @@ class Session:
         """
         config, prepared = self.prepared.config, self.prepared
         return ModelProbe(prepared.game_space, self.bank, self.runner, text or prepared.probed, config.value,
-                          config.game_windows, log)
+                          config.game_windows, log, self.carry_out)
 
     def game(self, log: MeasurementLog | None = None, probe: ModelProbe | None = None,
              text: Windows | None = None) -> ModelGame:
@@ -166,7 +222,21 @@ class Session:
             prepared.game_space, self.bank, self.runner, windows, log, progress=self.report("estimate"),
             value=prepared.config.value, budget_bytes=prepared.game_budget, spare=spare, probe=probe or self.probe(),
             watch=lambda picks, losses, forwards: self.plugins.notify(
-                "impq_measured", picks=picks, losses=losses, forwards=forwards))
+                "impq_measured", picks=picks, losses=losses, forwards=forwards), carry_out=self.carry_out, name=GAME)
+
+    def refining(self, name: str, log: MeasurementLog | None = None,
+                 progress: Progress = lambda done, total: None) -> ModelGame:
+        """The game of the refiner, on the same windows as the estimator's but with the deployed variants, or that of
+        its referee, on other windows.
+
+        Args:
+            name: ``refinement`` or ``referee``.
+            log: file of measured losses.
+            progress: see ``ModelGame``.
+        """
+        prepared = self.prepared
+        return ModelGame(prepared.space, self.bank, self.runner, prepared.refiner_windows[name], log, progress=progress,
+                         value=prepared.config.value, carry_out=self.carry_out, name=name)
 
     @contextmanager
     def playing(self, folder: RunFolder) -> Iterator[tuple[ModelGame | None, ModelProbe]]:
@@ -188,14 +258,15 @@ class Session:
             texts: windows to score on; the held-out ones by default.
         """
         prepared = self.prepared
+        carry_out = None if texts else self.carry_out  # workers score on the held-out texts
         texts = texts or prepared.held_out
         shelf = self._shelf(prepared.parts.backend, prepared.deployed_menus)
         kept = KeptScores(shelf, [text.digest for text in texts], self.bank.layers,
                           prepared.sequence) if shelf else None
         if prepared.sequence:
             assert prepared.calibration is not None
-            return SequentialEvaluator(self.runner, self.bank, texts, prepared.calibration.ids, log, kept)
-        return Evaluator(self.runner, self.bank, texts, log, kept)
+            return SequentialEvaluator(self.runner, self.bank, texts, prepared.calibration.ids, log, kept, carry_out)
+        return Evaluator(self.runner, self.bank, texts, log, kept, carry_out)
 
     def evaluator_of_exports(self) -> Evaluator:
         """An evaluator of a model that is quantized in sequence, which reads no scores from the cache. Call it while
@@ -221,9 +292,13 @@ class Session:
     def for_space(self, prepared: Prepared) -> Session:
         """A session with the same model and variants for other layers or another menu."""
         self.bank.apply([None] * len(self.bank.layers))
-        other = Session(prepared, self.plugins, self.runner)
+        other = Session(prepared, self.plugins, self.runner, self._share)
         other.bank.add_all(self.bank)
         return other
+
+
+def _silent(done: int, total: int) -> None:
+    """Reports nothing."""
 
 
 class Clock:

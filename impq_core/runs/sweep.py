@@ -14,6 +14,7 @@ import numpy as np
 from impq_core.costs import Metering
 from impq_core.curve import Outcome
 from impq_core.errors import ImpqError
+from impq_core.evaluate import allocations_of
 from impq_core.interfaces import Game
 from impq_core.keys import SweepKey
 from impq_core.ledger import Ledger
@@ -26,7 +27,8 @@ from impq_core.runs.grid import Sweep
 from impq_core.runs.pipeline import Search, allocate, make_folder
 from impq_core.runs.points import Series, scores_of
 from impq_core.runs.prepare import prepare
-from impq_core.runs.session import Session
+from impq_core.runs.session import Session, Share
+from impq_core.runs.worker import workers_of
 from impq_core.target import Target
 from impq_core.trust import NO_TRUST, Trust
 from impq_core.types import Measurements, SensitivityEstimate
@@ -49,30 +51,37 @@ def run_sweep(sweep: Sweep, plugins: Plugins | None = None, path: Path | None = 
     """
     plugins = plugins or Plugins()
     children = _prepare_all(sweep, plugins, trust, path)
-    folder = RunFolder.open(path, SWEEP) if path else _make(sweep)
     target = Target.parse(sweep.target) if sweep.target else None
     key = SweepKey((*(child.name for child in children), *([f"{target}, {sweep.steps} steps"] if target else [])))
-    with folder.locked(), closing(Ledger(folder.path / "finished.jsonl", "impq-sweep/2", key)) as done:
-        plugins.notify("impq_sweep_started", config=sweep.base, folder=folder.path, varied=_told(sweep))
-        finished = {str(row.get("run")) for row in done.rows}
-        try:
-            if target and TARGET not in finished:
-                _target(children[0], plugins, folder, target, sweep.steps)
-                done.append({"run": TARGET})
-            for _, group in groupby([] if target else children, key=lambda child: child.prepared.config.backend):
-                runs = list(group)
-                if not finished.issuperset(child.name for child in runs):
-                    _one_backend(runs, plugins, folder, done, finished)
-        except BaseException as error:
-            plugins.notify("impq_run_failed", error=error)
-            raise
-        if sweep.is_curve and any(finished_runs(folder)):
-            [curve] = curves = read_curves(folder.path)
-            answer = Outcome(target, curve) if target else earlier_answer(folder, curves)
-            save_curves(folder, curves, answer)
-            plugins.notify("impq_curve_ready", folder=folder.path, curves=curves, answer=answer)
-        plugins.notify("impq_sweep_finished", folder=folder.path)
+    with workers_of(children[0].prepared.config, plugins, trust) as share:
+        folder = RunFolder.open(path, SWEEP) if path else _make(sweep)
+        with folder.locked(), closing(Ledger(folder.path / "finished.jsonl", "impq-sweep/2", key)) as done:
+            plugins.notify("impq_sweep_started", config=sweep.base, folder=folder.path, varied=_told(sweep))
+            try:
+                _all_runs(sweep, children, plugins, folder, target, done, share)
+            except BaseException as error:
+                plugins.notify("impq_run_failed", error=error)
+                raise
+            if sweep.is_curve and any(finished_runs(folder)):
+                [curve] = curves = read_curves(folder.path)
+                answer = Outcome(target, curve) if target else earlier_answer(folder, curves)
+                save_curves(folder, curves, answer)
+                plugins.notify("impq_curve_ready", folder=folder.path, curves=curves, answer=answer)
+            plugins.notify("impq_sweep_finished", folder=folder.path)
     return folder.path
+
+
+def _all_runs(sweep: Sweep, children: Sequence[Child], plugins: Plugins, folder: RunFolder, target: Target | None,
+              done: Ledger, share: Share | None) -> None:
+    """Every run that is not finished."""
+    finished = {str(row.get("run")) for row in done.rows}
+    if target and TARGET not in finished:
+        _target(children[0], plugins, folder, target, sweep.steps, share)
+        done.append({"run": TARGET})
+    for _, group in groupby([] if target else children, key=lambda child: child.prepared.config.backend):
+        runs = list(group)
+        if not finished.issuperset(child.name for child in runs):
+            _one_backend(runs, plugins, folder, done, finished, share)
 
 
 def _told(sweep: Sweep) -> dict[str, Sequence[str]]:
@@ -111,10 +120,10 @@ def _prepare_all(sweep: Sweep, plugins: Plugins, trust: Trust, path: Path | None
 
 
 def _one_backend(children: list[Child], plugins: Plugins, folder: RunFolder, done: Ledger,
-                 finished: Collection[str]) -> None:
+                 finished: Collection[str], share: Share | None) -> None:
     """All runs with the variants of one backend: first every estimator measures, then every plan is scored."""
     first = children[0].prepared
-    session = Session(first, plugins)
+    session = Session(first, plugins, share=share)
     session.quantize_for_game()
     searches: list[tuple[Child, Search]] = []
     for _, group in groupby(children, key=lambda child: child.prepared.config.estimator):
@@ -123,16 +132,20 @@ def _one_backend(children: list[Child], plugins: Plugins, folder: RunFolder, don
         session.quantize_deployed()
     with closing(session.score_log(scores_of(folder, first.config.backend))) as log:
         evaluator = session.evaluator(log)
+        if share:  # the plans and references of all runs at once
+            evaluator.scores_of_texts([assignment for _, search in searches if search.plan for *_, assignment in
+                                       allocations_of(search.plan, first.between, first.config.seed)])
         for child, search in searches:
             finish(child, search, session, evaluator, folder)
             done.append({"run": child.name})
             done.sync()
 
 
-def _target(child: Child, plugins: Plugins, folder: RunFolder, target: Target, steps: int) -> None:
+def _target(child: Child, plugins: Plugins, folder: RunFolder, target: Target, steps: int,
+            share: Share | None) -> None:
     """Measure once, then the plans of the search for a target."""
     prepared = child.prepared
-    session = Session(prepared, plugins)
+    session = Session(prepared, plugins, share=share)
     session.quantize_for_game()
     with _measured([child], session, folder) as (measured, _):
         pass

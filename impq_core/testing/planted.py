@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -69,8 +69,8 @@ class PlantedGame:
         """Mean over windows of the loss of the all-reference pick."""
         return float(self._windows(self.space.uniform(0)).mean())
 
-    def expect(self, evaluations: int) -> None:
-        """Ignored: a planted game shows no progress."""
+    def expect(self, evaluations: int, wanted: Iterable[tuple[int, IntArray]] = ()) -> None:
+        """Ignored: a planted game shows no progress and has no workers."""
 
     def redraw(self, number: int) -> int:
         """Continue on another set of windows, with other noise."""

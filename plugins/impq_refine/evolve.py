@@ -47,15 +47,13 @@ class Evolve(Refiner):
         """A plan within the budget, no worse on the referee's windows."""
         incumbent = Incumbent(plan.pick, game, referee, forwards)
         while incumbent.may_go_on:
+            generation = self._generation(plan, incumbent, rng)
+            if generation:
+                incumbent.expect(generation)
             mutants: list[tuple[float, IntArray]] = []
-            idle = 0
-            while len(mutants) < self.options.offspring and idle < PATIENCE and incumbent.may_go_on:
-                swaps = int(rng.integers(1, self.options.swaps + 1))
-                pick = mutant(plan, incumbent.pick, swaps, rng)
-                if pick.tobytes() in incumbent.measured:
-                    idle += 1
-                    continue
-                mutants.append((incumbent.measure(pick)[0], pick))
+            for pick in generation:
+                if incumbent.may_go_on:
+                    mutants.append((incumbent.measure(pick)[0], pick))
             if not mutants:
                 break
             difference, best = min(mutants, key=lambda mutation: mutation[0])
@@ -64,6 +62,18 @@ class Evolve(Refiner):
         predicted = float(estimate.predict(incumbent.pick)[0]) if estimate else None
         return replace(plan, pick=incumbent.pick, predicted_loss=predicted, bound=None,
                        method=f"{plan.method} + evolve({incumbent.taken} taken)")
+
+    def _generation(self, plan: Plan, incumbent: Incumbent, rng: np.random.Generator) -> list[IntArray]:
+        """New picks; fewer than wanted if random exchanges find no others."""
+        found: dict[bytes, IntArray] = {}
+        idle = 0
+        while len(found) < self.options.offspring and idle < PATIENCE:
+            pick = mutant(plan, incumbent.pick, int(rng.integers(1, self.options.swaps + 1)), rng)
+            if pick.tobytes() in incumbent.measured or pick.tobytes() in found:
+                idle += 1
+            else:
+                found[pick.tobytes()] = pick
+        return [*found.values()]
 
 
 def mutant(plan: Plan, pick: IntArray, swaps: int, rng: np.random.Generator) -> IntArray:

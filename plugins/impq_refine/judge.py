@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -33,6 +34,10 @@ class Incumbent:
     def may_go_on(self) -> bool:
         """Whether the limit of forwards is not reached yet."""
         return self._game.forwards + self._referee.forwards - self._spent_before < self._forwards
+
+    def expect(self, picks: Sequence[IntArray]) -> None:
+        """Say which picks are measured next: workers measure them side by side."""
+        self._game.expect(len(self.measured) + len(picks), wanted=[(0, np.stack(picks))])
 
     def measure(self, pick: IntArray) -> tuple[float, float]:
         """A pick's loss in the game minus the incumbent's, and its standard error (``difference``)."""

@@ -102,13 +102,16 @@ class Spqe(Sampler):
     def sample(self, game: Game, rng: np.random.Generator, drift: Drift = unknown_drift) -> Measurements:
         """Play up to ``permutations`` orders; losses are on disk after each."""
         space, options = game.space, self.options
-        game.expect(round(float(self.workload(space, options.permutations).losses.sum())))
+        ahead = [(self._near(space, demotions(space, order)), replicate)
+                 for order, replicate in self._orders(space, rng)]
+        early = options.tolerance or options.settle or options.truncate
+        game.expect(round(float(self.workload(space, options.permutations).losses.sum())), wanted=() if early else [
+            (replicate if options.fresh else 0, path) for path, replicate in ahead])
         orders: list[_Played] = []
         windows = drawn = stable = 0  # number of the set, replicate that plays on it, draws in a row with a stable plan
-        for order, replicate in self._orders(space, rng):
+        for path, replicate in ahead:
             if options.fresh and replicate != drawn:
                 windows, drawn = game.redraw(replicate), replicate
-            path = self._near(space, demotions(space, order))
             losses = self._play(game, path)
             orders.append(_Played(path[:len(losses)], losses, replicate, windows))
             if options.antithetic and len(orders) % 2:

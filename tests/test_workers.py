@@ -1,0 +1,205 @@
+"""Runs with workers: the same numbers with any number of them."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from impq_core.config import RunConfig
+from impq_core.errors import ImpqError, UsageError
+from impq_core.game.readings import parts_of
+from impq_core.hookspecs import Component, hookimpl
+from impq_core.interfaces import Answer, Order, Task
+from impq_core.keys import versions
+from impq_core.model.backward import BATCH_TOKENS
+from impq_core.plugins import Plugins
+from impq_core.runs.folder import RunFolder
+from impq_core.runs.grid import Sweep
+from impq_core.runs.pipeline import resume, run
+from impq_core.runs.prepare import prepare
+from impq_core.runs.sweep import run_sweep
+from impq_core.runs.worker import Worker, order_of
+from impq_core.testing.crew import InProcess, InProcessPlugin
+from impq_core.trust import NO_TRUST
+
+LOGS = ("measurements.jsonl", "gradients.jsonl", "scores.jsonl", "refinement.jsonl", "referee.jsonl")
+FILES = ("measurements.npz", "estimate.npz", "plan.json", "evaluation.json", "variants.json", "provenance.json")
+
+
+def with_crew() -> Plugins:
+    found = Plugins()
+    found.watch(InProcessPlugin())
+    return found
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in FILES if (folder / name).exists()}
+
+
+def rows_of(folder: Path) -> dict[str, Any]:
+    """The rows of the logs. Their order says when the answers came; gradients are put together from parts."""
+    found: dict[str, Any] = {}
+    for name in LOGS:
+        if (folder / name).exists():
+            header, *rows = (folder / name).read_text().splitlines()
+            found[name] = header, sorted(rows)
+    if "gradients.jsonl" in found:
+        header, rows = found["gradients.jsonl"]
+        readings: dict[str, list[tuple[int, Any]]] = {}
+        for row in map(json.loads, rows):
+            values, first = row.pop("found"), row.pop("windows", [0])[0]
+            readings.setdefault(json.dumps(row), []).append((first, values))
+        found["gradients.jsonl"] = header, {key: [window for _, part in sorted(parts) for window in part]
+                                            for key, parts in readings.items()}
+    return found
+
+
+def same_rows(alone: Path, shared: Path) -> bool:
+    """Whether two runs measured the same. Workers of a refiner may measure what its limit of forwards leaves out."""
+    expected, found = rows_of(alone), rows_of(shared)
+    more = set(found.get("refinement.jsonl", ("", []))[1]) - set(expected.get("refinement.jsonl", ("", []))[1])
+    if more:
+        header, rows = found["refinement.jsonl"]
+        found["refinement.jsonl"] = header, [row for row in rows if row not in more]
+    return expected == found
+
+
+def forwards(folder: Path) -> float:
+    return RunFolder(folder).read_cost().forwards
+
+
+CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "spqe": ({"value": "kl", "game_windows": 2, "surrogate": "covariance"}, {"losses", "score", "variants"}),
+    "gradients": ({"estimator": "aumann-shapley", "granularity": "group", "options": {}},
+                  {"gradients", "score", "variants"}),
+    "unquantized": ({"estimator": "isolated", "prefix": "unquantized", "bits": ("2", "3", "4"),
+                     "options": {"backend": {"grid": "min-max"}}}, {"losses", "score", "variants"}),
+    "traces": ({"estimator": "hawq", "backend": "quanto", "options": {}}, {"gradients", "score", "variants"}),
+    "refined": ({"estimator": "isolated", "refiner": "evolve", "refine": 8, "options": {}},
+                {"losses", "score", "variants"}),
+    "in sequence": ({"estimator": "random", "sequential": "yes", "options": {}}, {"score", "variants"}),
+    "another's": ({"estimate_with": "quanto", "options": {"estimate_with": {"group_size": 32}}},
+                  {"losses", "score", "variants"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_is_the_same_with_any_number_of_workers(case: str, tiny_config: RunConfig, monkeypatch,
+                                                      tmp_path: Path) -> None:
+    changes, kinds = CASES[case]
+    config = replace(tiny_config, tracking_uri="none", **changes)
+    if case in ("traces", "gradients"):  # two tasks
+        config = replace(config, calibration=replace(config.calibration, windows=18, length=256))
+    monkeypatch.setenv("IMPQ_CACHE", str(tmp_path / "alone"))
+    alone = run(replace(config, threads=1))
+    for count in (1, 2, 3) if case == "spqe" else (2,):
+        monkeypatch.setenv("IMPQ_CACHE", str(tmp_path / str(count)))
+        InProcess.carried.clear()
+        shared = run(replace(config, workers=f"inprocess://{count}"), with_crew())
+        assert set(InProcess.carried) == kinds
+        assert bytes_of(shared.folder) == bytes_of(alone.folder)
+        assert same_rows(alone.folder, shared.folder)
+        assert forwards(shared.folder) == forwards(alone.folder)
+
+
+def test_a_killed_run_goes_on_with_any_number_of_workers(tiny_config: RunConfig, variants: None) -> None:
+    """Half of the answers are in the logs when the workers go away; the rest is measured with others, or here."""
+    config = replace(tiny_config, tracking_uri="none", options={"estimator": {"permutations": 8}}, backend="quanto")
+    whole = run(replace(config, threads=1))
+    for count in ("0", "inprocess://3"):
+        found = with_crew()
+        found.watch(Dies(3))
+        with pytest.raises(ImpqError, match="gone"):
+            run(replace(config, workers="dies://2"), found)
+        [folder] = [path for path in Path(config.output).iterdir() if not (path / "evaluation.json").exists()]
+        kept = rows_of(folder)["measurements.jsonl"][1]
+        assert 0 < len(kept) < len(rows_of(whole.folder)["measurements.jsonl"][1])
+        again = resume(folder, with_crew(), workers=count)
+        assert bytes_of(again.folder) == bytes_of(whole.folder)
+        assert rows_of(again.folder) == rows_of(whole.folder)
+        assert set(kept) <= set(rows_of(again.folder)["measurements.jsonl"][1])
+
+
+class Dies:
+    """Offers the crew ``dies``, which carries out some tasks and is gone then."""
+
+    left = 0
+
+    def __init__(self, tasks: int) -> None:
+        Dies.left = tasks
+
+    @hookimpl
+    def impq_crews(self) -> list[Component]:
+        return [Component("dies", "test_workers:DyingCrew", "")]
+
+
+class DyingCrew(InProcess):
+    def carry_out(self, order: Order, tasks: Iterable[Task]) -> Iterator[tuple[Task, Answer]]:
+        for task, answer in super().carry_out(order, tasks):
+            if task["kind"] != "variants":
+                Dies.left -= 1
+            if Dies.left < 0:
+                raise ImpqError("the workers are gone")
+            yield task, answer
+
+
+def test_a_sweep_shares_its_work(tiny_config: RunConfig, monkeypatch, tmp_path: Path) -> None:
+    config = replace(tiny_config, tracking_uri="none", backend="quanto", options={})
+    varied = {"estimator": ("isolated", "aumann-shapley"), "budget": ("2.5bits", "3bits")}
+    found = []
+    for workers in ("0", "inprocess://2"):
+        monkeypatch.setenv("IMPQ_CACHE", str(tmp_path / f"cache{workers[-1]}"))
+        InProcess.carried.clear()
+        found.append(run_sweep(Sweep(replace(config, threads=1, workers=workers), varied), with_crew()))
+    assert set(InProcess.carried) == {"variants", "losses", "gradients", "score"}
+    alone, shared = ({path.name: bytes_of(path) for path in (folder / "runs").iterdir()} for folder in found)
+    assert len(alone) == 4 and alone == shared
+
+
+@pytest.mark.parametrize(("name", "change"), [
+    ("code", lambda order: {"key": {**order["key"], "code": "0" * 16}}),
+    ("torch", lambda order: {"key": json.loads(json.dumps(order["key"]).replace(versions()["torch"], "1.0"))}),
+    ("model digest", lambda order: {"key": {**order["key"], "deployed": {
+        **order["key"]["deployed"], "model_digest": "0" * 16}}}),
+    ("device", lambda order: {"key": json.loads(json.dumps(order["key"]).replace('"cpu"', '"cuda NVIDIA H100"'))}),
+    ("none.safetensors", lambda order: {"config": {**order["config"], "model": "/none.safetensors"}}),
+])
+def test_a_worker_that_differs_refuses_in_one_line(name: str, change, tiny_config: RunConfig, variants: None) -> None:
+    plugins = Plugins()
+    prepared = prepare(replace(tiny_config, estimator="isolated", options={}), plugins)
+    order = order_of(prepared, plugins, NO_TRUST)
+    task = {"kind": "losses", "game": "estimate", "set": 0, "picks": [[0, 1, 0, 1]]}
+    assert len(Worker().carry_out(order, task)["losses"][0]) == 4
+    with pytest.raises(ImpqError) as refused:
+        Worker().carry_out({**order, **change(order)}, task)
+    assert name in str(refused.value) and "\n" not in str(refused.value) and socket.gethostname() in str(refused.value)
+
+
+def test_a_worker_keeps_its_model_for_another_order(tiny_config: RunConfig, variants: None) -> None:
+    plugins, worker, found = Plugins(), Worker(), []
+    task = {"kind": "losses", "game": "estimate", "set": 0, "picks": [[0, 1, 0, 1]]}
+    for value in ("nll", "kl", "nll"):
+        prepared = prepare(replace(tiny_config, estimator="isolated", options={}, value=value), plugins)
+        found.append(worker.carry_out(order_of(prepared, plugins, NO_TRUST), task)["losses"])
+        assert found[-1] == Worker().carry_out(order_of(prepared, plugins, NO_TRUST), task)["losses"]
+    assert found[0] == found[2] != found[1]
+
+
+def test_tasks_are_whole_batches() -> None:
+    """A batch decides the last bits of a gradient, so parts must not cut one."""
+    for windows, length in ((64, 256), (5, 2048), (7, 48), (100, 300)):
+        parts, batch = parts_of(windows, length), max(1, BATCH_TOKENS // length)
+        assert [first for first, _ in parts] == [0, *(stop for _, stop in parts[:-1])] and parts[-1][1] == windows
+        assert all(first % batch == 0 for first, _ in parts)
+
+
+@pytest.mark.parametrize("words", ["two", "-1", "ray:/host", "//host:1", "1.5"])
+def test_wrong_numbers_of_workers_are_refused(words: str) -> None:
+    with pytest.raises(UsageError, match="workers"):
+        RunConfig(workers=words)
