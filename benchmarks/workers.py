@@ -39,13 +39,13 @@ SETTINGS = (("none, 2 threads", 0, 2), ("none, 1 thread", 0, 1), ("1 worker of 1
             ("2 workers of 1 thread", 2, 1))
 
 
-def random_model(folder: Path, blocks: int = 6) -> Path:
-    """A model with blocks of 3.4 million weights."""
+def random_model(folder: Path, blocks: int = 4) -> Path:
+    """A model with blocks of 1.8 million weights."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=4096, hidden_size=512, intermediate_size=1536, num_hidden_layers=blocks,
-                         num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=512)
+    config = LlamaConfig(vocab_size=4096, hidden_size=384, intermediate_size=1024, num_hidden_layers=blocks,
+                         num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=512)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
@@ -158,7 +158,7 @@ def main() -> None:
                 partial(sweep, config, workers, threads), repeats, partial(forget_scores, folder))
             print(name, round(seconds["sweep, Ray's start included"][name], 2), flush=True)
     lines = heading("Work shared by workers", "python benchmarks/workers.py")
-    lines += [f"Seconds, medians of {repeats}, on {os.cpu_count()} cores; a random model of 6 blocks with 3.4 million "
+    lines += [f"Seconds, medians of {repeats}, on {os.cpu_count()} cores; a random model of 4 blocks with 1.8 million "
               "weights each, widths 2 and 4, `--prefix unquantized`. The last columns are ratios of two workers.", ""]
     rows = [[work, *(f"{found[name]:.2f}" for name, *_ in SETTINGS),
              f"{found['none, 1 thread'] / found['2 workers of 1 thread']:.2f}",
