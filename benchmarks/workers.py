@@ -55,7 +55,7 @@ def configure(folder: Path) -> RunConfig:
     for seed, name in enumerate(("calibration.txt", "evaluation.txt")):
         (folder / name).write_text(made_text(seed, 200_000))
     return RunConfig(model=str(random_model(folder / "model")), backend="gptq", bits=("2", "4"), estimator="isolated",
-                     granularity="block", game_windows=8, calibration=TextConfig(str(folder / "calibration.txt"), 32),
+                     granularity="group", game_windows=8, calibration=TextConfig(str(folder / "calibration.txt"), 32),
                      evaluation=TextConfig(str(folder / "evaluation.txt"), 8), dtype="float32", device="cpu",
                      prefix="unquantized", tracking_uri="none", output=str(folder / "runs"),
                      options={"backend": {"grid": "min-max"}})
