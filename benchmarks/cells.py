@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -155,3 +156,14 @@ def divergences(score: Score) -> np.ndarray:
     """KL divergence (windows,) of a score, nats per token."""
     assert score.window_kl is not None
     return score.window_kl
+
+
+def add_texts(parser: argparse.ArgumentParser, evaluation_windows: int) -> None:
+    """Add the options of a benchmark's texts and of its device, with that many held-out windows by default."""
+    parser.add_argument("--seeds", type=int, default=1, help="number of disjoint calibration texts [1]")
+    parser.add_argument("--evaluation-windows", type=int, default=evaluation_windows,
+                        help=f"held-out windows [{evaluation_windows}]")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a window [256]")
+    parser.add_argument("--calibration", default="demo", help="calibration text: demo or a file [demo]")
+    parser.add_argument("--text", default="demo", help="held-out text: demo or a file [demo]")
+    parser.add_argument("--device", default="auto", help="as impq's [auto]")

@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from cells import Cell, Method
+from cells import Cell, Method, add_texts
 from common import Bench, write
 from paper_report import report
 from rows import KEPT, Kept, read_rows, variants_of
@@ -135,12 +135,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--backends", default="quanto,hqq,gptq", help="with , between [quanto,hqq,gptq]")
     parser.add_argument("--permutations", type=int, default=50, help="of SPQE [50]; a fifth and half of them have rows")
     parser.add_argument("--windows", type=int, default=8, help="calibration windows of every estimator [8]")
-    parser.add_argument("--seeds", type=int, default=1, help="number of disjoint calibration texts [1]")
-    parser.add_argument("--evaluation-windows", type=int, default=32, help="held-out windows [32]")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a window [256]")
-    parser.add_argument("--calibration", default="demo", help="calibration text: demo or a file [demo]")
-    parser.add_argument("--text", default="demo", help="held-out text: demo or a file [demo]")
-    parser.add_argument("--device", default="auto", help="as impq's [auto]")
+    add_texts(parser, evaluation_windows=32)
     parser.add_argument("--dtype", default="float32", help="of the forwards [float32]")
     parser.add_argument("--kept", type=Path, nargs="+", default=[KEPT / "paper.jsonl"],
                         help="file of rows; with --report also several [kept/paper.jsonl]")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from cells import Cell, Method
+from cells import Cell, Method, add_texts
 from common import RESULTS, write
 from regret_report import best_within, draw, report
 from rows import KEPT, Kept, PlanRow, read_rows
@@ -161,13 +161,8 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--estimator", action="append", default=[], help="the same, by an estimator's name alone")
     parser.add_argument("--plugin", action="append", type=Path, default=[], help="a Python file with a plugin")
     parser.add_argument("--refine", type=int, default=60, help="forwards of the refinement of the best plan [60]")
-    parser.add_argument("--seeds", type=int, default=1, help="number of disjoint calibration texts [1]")
     parser.add_argument("--windows", type=int, default=4, help="calibration windows of every method [4]")
-    parser.add_argument("--evaluation-windows", type=int, default=16, help="held-out windows [16]")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a window [256]")
-    parser.add_argument("--calibration", default="demo", help="calibration text: demo or a file [demo]")
-    parser.add_argument("--text", default="demo", help="held-out text: demo or a file [demo]")
-    parser.add_argument("--device", default="auto", help="as impq's [auto]")
+    add_texts(parser, evaluation_windows=16)
     parser.add_argument("--kept", type=Path, default=KEPT / "regret.jsonl", help="file of rows [kept/regret.jsonl]")
     parser.add_argument("--rows", type=Path, nargs="*", default=[], help="files of rows of other benchmarks")
     parser.add_argument("--report", action="store_true", help="measure nothing")

@@ -51,9 +51,8 @@ class Ray(Crew):
     """Workers are actors of Ray. Each takes an accelerator if the run is on one, else as many cores as it has threads.
 
     A number or ``auto`` starts Ray on this machine, for as long as the run lasts, or takes the one that this process
-    has started or joined. An address is that of a cluster which
-    this machine is part of, as ``ray start`` prints it; there are as many workers as the cluster has accelerators, or
-    cores for their threads.
+    has started or joined. An address is that of a cluster which this machine is part of, as ``ray start`` prints it;
+    there are as many workers as the cluster has accelerators, or cores for their threads.
 
     Ray starts a worker that died again, and gives it its task once more. A cluster that is gone ends the run.
     """
