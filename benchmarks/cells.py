@@ -1,4 +1,4 @@
-"""A model, a backend and a granularity, whose plans are measured into kept rows."""
+"""A model, a backend and a granularity. Its plans are measured, and kept as rows."""
 
 from __future__ import annotations
 

@@ -114,9 +114,9 @@ class Printer:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add ``--model`` to the options of a benchmark whose page is named by ``page_of``."""
+    """Add ``--model``. ``page_of`` returns the name of the benchmark's page for it."""
     parser.add_argument("--model", default="demo",
-                        help="demo, or the folder of a model, whose name is then in that of the page [demo]")
+                        help="demo, or the folder of a model; its name is added to that of the page [demo]")
 
 
 def model_name(model: str) -> str:

@@ -53,7 +53,7 @@ class Shape:
 
 LLAMA_8B, SMALL = Shape(4096, 14336, 32, 8, 8, 512), Shape(128, 256, 4, 2, 2, 32)
 BLOCKS = 6
-"""Blocks of the model whose memory is measured: so many that streaming them takes less than keeping them."""
+"""Number of blocks of the model of the memory step; streaming that many takes less memory than keeping them."""
 
 
 @dataclass(frozen=True)

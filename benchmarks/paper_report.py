@@ -26,7 +26,7 @@ PUBLISHED = {
 
 PAPERS_BASELINES = ("Z-score, more outliers", "LIM", "LLM-MQ", "Activation")
 DRAWN = ("random",)
-"""Methods whose seeds are draws of one method, not calibration texts."""
+"""Methods for which a seed is a random draw, and no calibration text."""
 
 LINE = "line of uniform models"
 
@@ -114,7 +114,7 @@ def place(method: str) -> tuple[int, str, int]:
 
 
 def kind_of(method: str) -> str:
-    """What one of CoopQ's methods was measured with."""
+    """Returns the part of the name of a CoopQ method that says what it was measured with."""
     return method.rpartition(", ")[2]
 
 
@@ -219,7 +219,8 @@ def claims(sections: Sequence[Section]) -> list[str]:
 
 
 def gains(sections: Sequence[Section]) -> list[str]:
-    """What measuring with the deployed backend is worth, and both against the references."""
+    """Returns the lines with the differences between CoopQ's two measurements, and between each of them and the
+    references of its bytes."""
     rows = []
     below = compared = 0
     for section in sections:
