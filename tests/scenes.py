@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import os
 import re
 import resource
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -21,8 +18,8 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+from apart import called, called_apart
 
-from impq_core.cli import main
 from impq_core.config import RunConfig, TextConfig
 from impq_core.exports.export import export_run
 from impq_core.plugins import Plugins
@@ -30,25 +27,19 @@ from impq_core.runs.pipeline import run
 from impq_core.runs.sweep import Sweep, run_sweep
 from impq_core.testing import tiny_model
 
-HEAVY = ("mlflow", "torch", "transformers")
-"""Modules that must not be imported before errors of the command line are reported."""
-
-APART = f"""
-import atexit, sys
-atexit.register(lambda: print("HEAVY", *sorted(set({HEAVY!r}) & set(sys.modules))))
-from impq_core.cli import main
-main(sys.argv[1:])
-"""
-
 
 @dataclass(frozen=True)
 class Answer:
-    """Result of a command: exit code, output, and the created, changed and deleted files, as paths in the world."""
+    """Result of a command: exit code, output, and the created, changed and deleted files, as paths in the world.
+
+    If it ran in a process of its own, ``heavy`` are the heavy modules that it loaded.
+    """
 
     code: int
     out: str
     err: str
     touched: tuple[str, ...]
+    heavy: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,36 +106,26 @@ class World:
 
         Args:
             command: without ``impq``; ``NAME=VALUE`` in front of it are environment variables.
-            apart: run in a separate process; its output ends with the heavy modules that it loaded.
+            apart: run in a separate process.
             disk: largest size of a file in bytes; a larger one raises the error of a full disk.
         """
         words = shlex.split(command)
         count = next((i for i, word in enumerate(words) if not re.match(r"[A-Z_]+=", word)), len(words))
         variables, arguments = dict(word.split("=", 1) for word in words[:count]), words[count:]
         before = self._files()
+        heavy: tuple[str, ...] = ()
         with self.inside(**variables), _limited(disk):
             if apart:
-                done = subprocess.run([sys.executable, "-c", APART, *arguments], capture_output=True, text=True)
-                said = done.returncode, done.stdout, done.stderr
+                code, out, err, heavy = called_apart(arguments, self.here, os.environ)
             else:
-                said = _call(arguments)
+                code, out, err = called(arguments)
         after = self._files()
         touched = tuple(name for name in sorted({**before, **after}) if before.get(name) != after.get(name))
-        return Answer(said[0], *(text.replace(str(self.here), "HERE") for text in said[1:]), touched)
+        return Answer(code, *(text.replace(str(self.here), "HERE") for text in (out, err)), touched, heavy)
 
     def _files(self) -> dict[str, str]:
         return {str(path.relative_to(self.here)): hashlib.sha256(path.read_bytes()).hexdigest()
                 for path in self.here.rglob("*") if path.is_file() and path.parent.name != "__pycache__"}
-
-
-def _call(arguments: list[str]) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            main(arguments)
-        except SystemExit as end:
-            return int(end.code or 0), out.getvalue(), err.getvalue()
-    return 0, out.getvalue(), err.getvalue()
 
 
 @contextlib.contextmanager

@@ -9,13 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from apart import called
 
 from impq_core.config import RunConfig
 
-PROCESSES = 3
+PROCESSES = 2
 
 
-def test_runs_started_at_once_are_all_kept(tiny_config: RunConfig, tmp_path: Path, cache: Path) -> None:
+def test_runs_started_at_once_are_all_kept(tiny_config: RunConfig, tmp_path: Path, cache: Path,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(tiny_config, backend="quanto", options={"estimator": {"permutations": 2}})
     (tmp_path / "impq.toml").write_text(config.to_toml())
     processes = [subprocess.Popen([sys.executable, "-m", "impq_core.cli", "run"], cwd=tmp_path, text=True,
@@ -32,14 +34,14 @@ def test_runs_started_at_once_are_all_kept(tiny_config: RunConfig, tmp_path: Pat
     [shelf] = (cache / "variants").iterdir()
     assert len(list(shelf.glob("*.safetensors"))) == 4 * 7 * 2 and not list(shelf.glob(".*"))
     assert not [text for text in said if "damaged" in text]
-    done = subprocess.run([sys.executable, "-m", "impq_core.cli", "doctor"], cwd=tmp_path, text=True,
-                          capture_output=True)
-    assert done.returncode == 0 and "wrong" not in done.stdout, done
+    monkeypatch.chdir(tmp_path)
+    code, out, err = called(["doctor"])
+    assert code == 0 and "wrong" not in out, (out, err)
 
 
 @pytest.mark.parametrize("command", ["doctor", "cache"])
-def test_an_empty_place_is_nothing_wrong(command: str, tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-m", "impq_core.cli", command], cwd=tmp_path, text=True,
-                          capture_output=True)
-    assert done.returncode == 0, done
+def test_an_empty_place_is_nothing_wrong(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = called([command])
+    assert code == 0, (out, err)
     assert not (tmp_path / "mlflow.db").exists() and not (tmp_path / "impq-runs").exists()
