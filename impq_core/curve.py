@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from impq_core.results import Difference, Evaluation, Row
+from impq_core.results import Evaluation, Row
 from impq_core.space import FloatArray
 from impq_core.target import Border, Target, Tried, border_of
+from impq_core.window_losses import Difference
 
 FORMAT = "impq-curve/1"
 

@@ -6,6 +6,7 @@ Two results may be compared, reused or continued only if their keys are equal. A
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -315,6 +316,7 @@ def _changes(before: Any, now: Any, name: str = "") -> Iterator[Change]:
         yield Change(name.replace("_", " "), json.dumps(before), json.dumps(now))
 
 
+@functools.cache  # a process keeps the libraries that it has loaded; every key asks again
 def _version(library: str) -> str:
     try:
         return importlib.metadata.version(library)

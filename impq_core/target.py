@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from impq_core.errors import UsageError, nearest
-from impq_core.results import Difference, Row
+from impq_core.results import Row
+from impq_core.window_losses import Difference
 
 STEPS = 7
 """Default number of bisections: the border is then known to 1/128 of the way from the smallest to the largest plan."""

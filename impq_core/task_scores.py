@@ -13,9 +13,9 @@ import numpy as np
 
 from impq_core.errors import ImpqError, one_line
 from impq_core.files import write_text
-from impq_core.results import Difference
 from impq_core.space import FloatArray
 from impq_core.statistics import standard_error
+from impq_core.window_losses import Difference
 
 FORMAT = "impq-tasks/1"
 

@@ -102,7 +102,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("texts")
     paths = folder / "calibration.txt", folder / "evaluation.txt"
     for seed, path in enumerate(paths):
-        path.write_text(made_text(seed, 100_000))
+        path.write_text(made_text(seed, 20_000))
     return paths
 
 

@@ -16,8 +16,8 @@ from pydantic import TypeAdapter
 import impq_core.documents
 from impq_core.cli import cli
 from impq_core.config import RunConfig, TextConfig
+from impq_core.descriptions import described_arguments, described_options
 from impq_core.documents.base import SCHEMA, Document, ErrorDocument
-from impq_core.parts import described_arguments, described_options
 from impq_core.plugins import OFFERED, Plugins
 
 WIDTH = 100

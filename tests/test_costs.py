@@ -20,6 +20,7 @@ from impq_core.config import RunConfig
 from impq_core.costs import Cost, Metering, fit, fits
 from impq_core.errors import ImpqError, InvalidArrays, UsageError
 from impq_core.feasible import least, require_fitting
+from impq_core.forecast_lines import forecast_lines
 from impq_core.interfaces import Form, InputFile, Stored
 from impq_core.plugins import Plugins
 from impq_core.runs.allocate import allocate_run
@@ -27,7 +28,6 @@ from impq_core.runs.forecast import forecast_run
 from impq_core.runs.layout import lay_out
 from impq_core.runs.pipeline import resume, run
 from impq_core.space import Choice, LayerSpec, LinearSpec
-from impq_core.terminal import forecast_lines
 from impq_core.testing import planted_estimate, planted_space, tiny_model
 from impq_core.types import Plan, SensitivityEstimate
 from impq_core.units import at_least, parse_amount

@@ -23,7 +23,7 @@ from impq_core.curve import Curve, Outcome, Point
 from impq_core.errors import ImpqError, UsageError
 from impq_core.hookspecs import hookimpl
 from impq_core.plugins import Plugins
-from impq_core.results import Difference, Evaluation, Row, Score
+from impq_core.results import Evaluation, Row, Score
 from impq_core.runs.curves import read_curves
 from impq_core.runs.folder import RunFolder
 from impq_core.runs.forecast import forecast_sweep
@@ -33,6 +33,7 @@ from impq_core.runs.points import extend_curve
 from impq_core.runs.sweep import run_sweep
 from impq_core.target import Target, Tried, border_of, next_budget
 from impq_core.tracking.tracker import Tracker
+from impq_core.window_losses import Difference
 
 LOW, HIGH = 1000, 9000
 

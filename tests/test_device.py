@@ -18,11 +18,11 @@ from impq_core.config import RunConfig
 from impq_core.doctor import examine
 from impq_core.documents.forecasts import DeviceDocument, ForecastDocument
 from impq_core.errors import ImpqError, UsageError
+from impq_core.forecast_lines import forecast_lines
 from impq_core.machine import free_device_memory
 from impq_core.model.device import devices_there, hardware, on_host, resolve_device, resolve_dtype
 from impq_core.plugins import Plugins
 from impq_core.runs.forecast import forecast_run
-from impq_core.terminal import forecast_lines
 from impq_core.testing.device import MEMORY, NAME, Refused, StandIn, device_there
 
 CPU = torch.device("cpu")

@@ -258,7 +258,7 @@ def refuse_others(context: click.Context, *allowed: str) -> None:
 def show_forecast(forecast: Forecast) -> Answer:
     """Print a forecast."""
     from impq_core.documents.forecasts import ForecastDocument
-    from impq_core.terminal import forecast_lines
+    from impq_core.forecast_lines import forecast_lines
 
     lines = forecast_lines(forecast)
     for line in lines:

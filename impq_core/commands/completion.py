@@ -12,7 +12,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from impq_core.config import RunConfig
-from impq_core.parts import described_options
+from impq_core.descriptions import described_options
 from impq_core.plugins import ROLES, Plugins
 
 Completion = Callable[[click.Context, str], list[CompletionItem]]

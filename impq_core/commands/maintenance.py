@@ -22,8 +22,8 @@ from impq_core.plugins import OFFERED, Plugins
 @click.pass_context
 def plugins(context: click.Context, show_options: bool, plugin_files: tuple[Path, ...]) -> Answer | None:
     """List the components of all plugins, and the plugins that cannot be used; 'impq plugins new' writes one."""
+    from impq_core.descriptions import described_options
     from impq_core.documents.installation import ComponentDocument, DroppedDocument, OptionDocument, PluginsDocument
-    from impq_core.parts import described_options
 
     if context.invoked_subcommand:
         return None

@@ -12,10 +12,11 @@ from typing import Any
 
 from impq_core.config import RunConfig
 from impq_core.paired_answers import AnswerTable
-from impq_core.results import Difference, Evaluation, Row
+from impq_core.results import Evaluation, Row
 from impq_core.space import Choice, FloatArray, in_bits, narrowest_first
 from impq_core.task_scores import TaskTable
 from impq_core.types import SensitivityEstimate
+from impq_core.window_losses import Difference
 
 ALIKE = 0.005
 """Largest difference in bytes, relative, of a given plan and a plan that it is compared with at the same budget."""

@@ -12,8 +12,9 @@ from rich.text import Text
 
 from impq_core.compare.drawing import COLOURS, GREY, Picture, legend_below, look, new_figure, style
 from impq_core.curve import KNEE, Curve, Outcome, Point
-from impq_core.results import Difference, Row
+from impq_core.results import Row
 from impq_core.target import measured_loss
+from impq_core.window_losses import Difference
 
 PICTURE = "curve.png"
 """The picture in the folder of a run or sweep."""

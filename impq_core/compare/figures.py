@@ -13,7 +13,8 @@ from impq_core.compare.contest import Contest, Contestant
 from impq_core.compare.drawing import GREY, INK, PALE, Picture, legend_below, look, new_figure, shared_name, style
 from impq_core.compare.layers import distinct_estimates, draw_interactions, draw_sensitivities
 from impq_core.compare.uniform import UniformLine
-from impq_core.results import Difference, Row
+from impq_core.results import Row
+from impq_core.window_losses import Difference
 
 BESIDE = {"first/last": "s", "random": "x", "mix": "+"}
 """Markers of references beside the uniform models, by kind."""

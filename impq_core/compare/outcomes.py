@@ -10,8 +10,8 @@ from typing import NamedTuple
 from impq_core.compare.contest import Contest, Contestant
 from impq_core.compare.rows import Cell, megabytes
 from impq_core.paired_answers import Answer, Split
-from impq_core.results import Difference
 from impq_core.task_scores import UNQUANTIZED, TaskScore
+from impq_core.window_losses import Difference
 
 
 @dataclass(frozen=True)

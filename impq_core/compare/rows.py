@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from impq_core.compare.contest import Contest, Contestant
 from impq_core.compare.uniform import UniformLine
 from impq_core.compare.verdict import equal_loss
-from impq_core.results import Difference, Row
+from impq_core.results import Row
+from impq_core.window_losses import Difference
 
 AGAINST = {"line": "minus uniform", "first/last": "minus first/last high", "random": "minus best random"}
 """Columns of differences, by kind of reference."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from impq_core.compare.contest import Contest, Contestant
 from impq_core.compare.uniform import EqualLoss, UniformLine
-from impq_core.results import Difference
+from impq_core.window_losses import Difference
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from impq_core.compare.contest import Contestant
 from impq_core.compare.drawing import COLOURS, GREY, look, new_figure, style
 from impq_core.compare.layers import UNQUANTIZED, draw_costs, width_colours
 from impq_core.errors import ImpqError
-from impq_core.results import Difference, Evaluation, Row, RunResult
+from impq_core.results import Evaluation, Row, RunResult
 from impq_core.space import Choice, in_bits
 from impq_core.types import Plan, SensitivityEstimate
 from impq_core.width_map import WidthMap
+from impq_core.window_losses import Difference
 
 DOTS_PER_INCH = 110
 

@@ -13,9 +13,9 @@ from dataclasses import fields, is_dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+from impq_core.descriptions import described_fields
 from impq_core.errors import nearest
 from impq_core.interfaces import NoOptions, Part
-from impq_core.parts import described_fields
 from impq_core.plugins import PLAIN, build_options
 
 HEAVY = ("mlflow", "torch", "transformers")

@@ -6,7 +6,8 @@ from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 from typing import ClassVar
 
-from impq_core.parts import BASES, described_options
+from impq_core.descriptions import described_options
+from impq_core.parts import BASES
 from impq_core.plugins import GROUP, Plugins
 from impq_core.testing.part import Suite
 
