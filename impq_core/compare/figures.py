@@ -53,8 +53,29 @@ def draw_sizes(contest: Contest) -> Iterator[Picture]:
     yield _above_unquantized(contest)
 
 
+def draw_comparison(axes: Any, contest: Contest) -> None:
+    """Loss against stored bytes on given axes: minus that of uniform models if every run has some, else above the
+    unquantized model."""
+    if all(map(_line_gap, contest.contestants)):
+        _draw_minus_line(axes, contest)
+    else:
+        _draw_above_unquantized(axes, contest)
+    axes.legend(frameon=False, fontsize=9)
+
+
 def _minus_line(contest: Contest) -> Picture:
     figure, axes = new_figure()
+    hidden = _draw_minus_line(axes, contest)
+    if len(_curves(contest)) > 1 or axes.get_legend_handles_labels()[1][1:]:
+        legend_below(figure)
+    outside = f" Outside the figure: {', '.join(hidden)}." if hidden else ""
+    return Picture("Better or worse than uniform models of the same size", figure,
+                   "Below zero: better. Zero is the line between uniform models of that size, whose widths are named. "
+                   f"Bars: standard errors, paired over windows.{outside}")
+
+
+def _draw_minus_line(axes: Any, contest: Contest) -> list[str]:
+    """Draw plans and references minus the line between uniform models; returns what is outside the axes."""
     axes.axhline(0, color=INK, linewidth=1)
     for name, runs in _curves(contest).items():
         points = [(_megabytes(run.plan), gap) for run in runs if (gap := _line_gap(run))]
@@ -67,7 +88,7 @@ def _minus_line(contest: Contest) -> Picture:
         if left <= place <= right:
             axes.plot(place, 0, "o", color=GREY, markersize=4)
             axes.annotate(name, (place, 0), textcoords="offset points", xytext=(3, 4), fontsize=9, color=GREY)
-    hidden = []
+    hidden: list[str] = []
     for kind, marker in BESIDE.items():
         gaps = {(_megabytes(row), row.minus(line.at(row.nbytes)).mean) for run in contest.contestants
                 if (line := lines.get(run.folder)) for row in run.evaluation.rows if row.kind == kind and row.nbytes}
@@ -79,16 +100,18 @@ def _minus_line(contest: Contest) -> Picture:
             hidden += [f"{kind} {_range(far)}"] if far else []
     axes.set_xlim(left, right)
     axes.set(xlabel="quantized weights (MB)", ylabel="NLL minus uniform models (nats)")
-    if len(_curves(contest)) > 1 or axes.get_legend_handles_labels()[1][1:]:
-        legend_below(figure)
-    outside = f" Outside the figure: {', '.join(hidden)}." if hidden else ""
-    return Picture("Better or worse than uniform models of the same size", figure,
-                   "Below zero: better. Zero is the line between uniform models of that size, whose widths are named. "
-                   f"Bars: standard errors, paired over windows.{outside}")
+    return hidden
 
 
 def _above_unquantized(contest: Contest) -> Picture:
     figure, axes = new_figure()
+    _draw_above_unquantized(axes, contest)
+    legend_below(figure)
+    return Picture("What the bytes buy", figure, "Loss above that of the unquantized model. Bars: standard errors, "
+                   "paired over windows.")
+
+
+def _draw_above_unquantized(axes: Any, contest: Contest) -> None:
     lines = {tuple((row.nbytes, row.nll, row.name) for row in line.models): (line, run)
              for run in contest.contestants if (line := UniformLine.of(run.evaluation))}
     backends = list(dict.fromkeys(run.config.backend for _, run in lines.values()))
@@ -118,9 +141,6 @@ def _above_unquantized(contest: Contest) -> Picture:
         _plain_ticks(axes, drawn.min(), drawn.max())
     axes.margins(0.08)  # for the names
     axes.set(xlabel="quantized weights (MB)", ylabel="NLL above unquantized (nats)")
-    legend_below(figure)
-    return Picture("What the bytes buy", figure, "Loss above that of the unquantized model. Bars: standard errors, "
-                   "paired over windows.")
 
 
 def _costs(contest: Contest) -> Iterator[Picture]:

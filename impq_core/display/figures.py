@@ -10,15 +10,14 @@ from typing import Any
 import numpy as np
 
 from impq_core.compare.comparison import Comparison
-from impq_core.compare.contest import Contestant
-from impq_core.compare.drawing import COLOURS, GREY, look, new_figure, style
+from impq_core.compare.drawing import COLOURS, GREY, new_figure, style
+from impq_core.compare.figures import draw_comparison
 from impq_core.compare.layers import UNQUANTIZED, draw_costs, width_colours
 from impq_core.errors import ImpqError
-from impq_core.results import Evaluation, Row, RunResult
+from impq_core.results import Evaluation, RunResult
 from impq_core.space import Choice, in_bits
 from impq_core.types import Plan, SensitivityEstimate
 from impq_core.width_map import WidthMap
-from impq_core.window_losses import Difference
 
 DOTS_PER_INCH = 110
 
@@ -127,30 +126,8 @@ def _run(result: RunResult, axes: Any) -> None:
 
 
 def _comparison(comparison: Comparison, axes: Any) -> None:
-    """Loss of every plan minus that of uniform models at its bytes, with its error paired over windows, against size;
-    the held-out loss itself if a run has no uniform models."""
+    """The first figure of the page of ``impq compare``."""
     if len(comparison.contests) != 1:
         raise ImpqError("a figure shows runs that were scored on the same text, and these are "
                         f"{len(comparison.contests)} groups: read fewer folders")
-    [contest] = comparison.contests
-    paired = all(_uniform_line(run) for run in contest.contestants)
-    for number, label in enumerate(dict.fromkeys(map(contest.label, contest.contestants))):
-        runs = sorted((run for run in contest.contestants if contest.label(run) == label),
-                      key=lambda run: run.plan.nbytes or 0)
-        points = [(run.plan.minus(line) if paired and (line := _uniform_line(run)) else
-                   Difference(run.plan.nll, run.plan.stderr)) for run in runs]
-        axes.errorbar([(run.plan.nbytes or 0) / 1e6 for run in runs], [point.mean for point in points],
-                      yerr=np.nan_to_num([point.stderr for point in points]), capsize=3, linewidth=1, label=label,
-                      **look(number))
-    if paired:
-        axes.axhline(0, color=GREY, linestyle="--", linewidth=1, label="uniform")
-    axes.set(xlabel="stored bytes of the quantizable weights (MB)",
-             ylabel="held-out NLL minus uniform models\nat these bytes (nats per token)" if paired else
-             "held-out NLL (nats per token)")
-    axes.legend(frameon=False, fontsize=9)
-
-
-def _uniform_line(run: Contestant) -> Row | None:
-    """The losses of uniform models at the plan's bytes, between neighbours if there are more than two."""
-    lines = {row.name: row for row in run.evaluation.rows if row.kind == "line"}
-    return lines.get("line of uniforms") or lines.get("line low-high")
+    draw_comparison(axes, comparison.contests[0])
