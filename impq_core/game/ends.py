@@ -2,20 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.func import functional_call
+from transformers import PreTrainedModel
 
-from impq_core.game.products import inner_products, shares_of_tokens
+from impq_core.errors import ImpqError
+from impq_core.game.products import Changes, inner_products, shares_of_tokens
 from impq_core.model.backward import Rows
 from impq_core.model.device import on_host
-from impq_core.space import FloatArray
+from impq_core.model.ends import ends_of
+from impq_core.space import FloatArray, LinearSpec, SearchSpace
 
 HEAD_TOKENS = 2**14
 """Rows of the gradient of a head's weight that exist at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class EndsInPlay:
+    """Embedding and head of a model, as far as they are layers of a game.
+
+    Args:
+        model: the model.
+        embedding: the embedding's linear; None if it does not play.
+        head: the head's, which is the embedding's if they are tied; None if it does not play.
+    """
+
+    model: PreTrainedModel
+    embedding: LinearSpec | None
+    head: LinearSpec | None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, space: SearchSpace, embedding: int | None, head: int | None) -> EndsInPlay:
+        """Those among the layers of a space, by their numbers; None and numbers behind the space do not play."""
+        return cls(model, *(None if layer is None or layer >= len(space) else space.layers[layer].linears[0]
+                            for layer in (embedding, head)))
+
+    def require_blocks(self) -> None:
+        """Raises ImpqError if embedding or head play."""
+        if self.embedding or self.head:
+            raise ImpqError("this estimator knows no cost of embedding and head: leave out --quantize-embeddings, or "
+                            "take another --estimator")
+
+    def moved_embedding(self, changes: Changes, ids: torch.Tensor) -> list[torch.Tensor]:
+        """Changes of what the embedding returns for ids (windows, length); empty if it does not play."""
+        if not self.embedding:
+            return []
+        return embedded_changes(ends_of(self.model).embedding, changes(self.embedding), ids)
+
+    def watching_embedding(self, moved: Sequence[torch.Tensor], products: Mapping[LinearSpec, FloatArray],
+                           rows: slice, squares: bool) -> AbstractContextManager[None]:
+        """The context in which a backward pass over some of the windows adds to the embedding's ``products``."""
+        if not self.embedding or not moved:
+            return nullcontext()
+        return _watching_embedding(ends_of(self.model).embedding, [change[rows] for change in moved],
+                                   products[self.embedding][rows], squares)
+
+    def watching_head(self, changes: Changes, products: Mapping[LinearSpec, FloatArray], scored: int,
+                      squares: bool) -> AbstractContextManager[Rows]:
+        """The context in which a backward pass through the head adds to its ``products``; see ``_watching_head``."""
+        if not self.head:
+            return nullcontext(Rows())
+        return _watching_head(ends_of(self.model).head, changes(self.head), products[self.head], scored, squares)
 
 
 @torch.no_grad()
@@ -28,8 +80,8 @@ def embedded_changes(embedding: nn.Embedding, changes: Iterable[torch.Tensor],
 
 
 @contextmanager
-def watching_embedding(embedding: nn.Embedding, moved: Sequence[torch.Tensor], products: FloatArray,
-                       squares: bool = False) -> Iterator[None]:
+def _watching_embedding(embedding: nn.Embedding, moved: Sequence[torch.Tensor], products: FloatArray,
+                        squares: bool) -> Iterator[None]:
     """The context in which a backward pass through the first block adds inner products to ``products`` (windows,
     changes): those of the gradient in the embedding's output with ``moved``, the changes of that output (windows,
     length, width); with ``squares``, the sums over tokens of their squared shares."""
@@ -51,8 +103,8 @@ def watching_embedding(embedding: nn.Embedding, moved: Sequence[torch.Tensor], p
 
 
 @contextmanager
-def watching_head(head: nn.Linear, changes: Iterable[torch.Tensor], products: FloatArray,
-                  scored: int, squares: bool = False) -> Iterator[Rows]:
+def _watching_head(head: nn.Linear, changes: Iterable[torch.Tensor], products: FloatArray,
+                   scored: int, squares: bool) -> Iterator[Rows]:
     """The context in which a backward pass through the head adds inner products to ``products`` (windows, changes):
     those of the gradient of its weight with changes of it (tokens, width).
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from impq_core.errors import ImpqError
-from impq_core.game.ends import embedded_changes, watching_embedding, watching_head
+from impq_core.game.ends import EndsInPlay
 from impq_core.game.products import (
+    Changes,
     Mixed,
     Product,
     by_window,
@@ -24,12 +25,11 @@ from impq_core.game.products import (
 from impq_core.game.readings import Readings
 from impq_core.interfaces import CarryOut
 from impq_core.ledger import Ledger
-from impq_core.model.backward import BATCH_TOKENS, Backward, Rows, Watch, by_room, inside, squared_gradients, watching
+from impq_core.model.backward import BATCH_TOKENS, Backward, Watch, by_room, inside, squared_gradients, watching
 from impq_core.model.bank import Bank
 from impq_core.model.blockwise import BlockwiseModel, Hidden
 from impq_core.model.cost import ForwardCost, flop_counter
 from impq_core.model.device import on_host
-from impq_core.model.ends import ends_of
 from impq_core.model.text import Windows
 from impq_core.space import Choice, FloatArray, LinearSpec, SearchSpace
 
@@ -40,11 +40,6 @@ bfloat16."""
 
 DRAW = "draw"
 """Name of the reading of ``hessian_traces`` in the log; its key is the seed of a random draw."""
-
-Changes = Callable[[LinearSpec], Iterable[torch.Tensor]]
-"""Returns changes (rows, columns) of a linear's weight on the device, float32; the same number for every linear. Called
-while the linear's block is loaded."""
-
 
 class ModelProbe:
     """Implements ``impq_core.interfaces.Probe``.
@@ -74,6 +69,7 @@ class ModelProbe:
         self._spent, self._counted = 0, dict[Hashable, int]()
         self._linears = [linear for layer in space.layers for linear in layer.linears]
         self._modules = {linear: bank.module(linear) for linear in self._linears}
+        self._ends = EndsInPlay.of(runner.model, space, bank.embedding, bank.head)
 
     @property
     def forwards(self) -> float:
@@ -202,7 +198,7 @@ class ModelProbe:
         """The reading (windows, n, number) of a name at shares ``at``, summed over the linears of a layer."""
         product, _, number = self._reading(name)
         if product is sums_of_absolute:
-            self._require_blocks()
+            self._ends.require_blocks()
         if product is not sums_of_squares:
             self._remember()
         shares = None if at is None else np.asarray(at, dtype=np.float64).tolist()
@@ -290,7 +286,7 @@ class ModelProbe:
     def output_curvature(self, groups: int = 1) -> Iterator[tuple[LinearSpec, torch.Tensor]]:
         """The curvature of the mean loss in each linear of a block, see ``Probe``; costs about three forwards of the
         windows, and a product of each linear's inputs with themselves for each group."""
-        self._require_blocks()
+        self._ends.require_blocks()
         some = list(by_room(self._runner, self._text.ids))
         self._spent += len(self._text.ids) * self._flops_of(
             groups, lambda first: [0 for _ in self._curvature_of(first, groups)])
@@ -368,56 +364,22 @@ class ModelProbe:
         backward = Backward(runner, ids, self._batch_tokens, self._weights(some, squares))
         reference = None if self._unquantized is None or squares else self._unquantized.narrow(
             runner.forward.axis, some.start, len(ids))
-        with self._watching_head(changes, products, ids.shape[1] - 1, squares) as rows:
+        with self._ends.watching_head(changes, products, ids.shape[1] - 1, squares) as rows:
             gradients = backward.head(reference, rows)
         for stage in backward.stages(gradients):
             here = inside(runner, stage, self._modules)
             made = {linear: [change.to(self._bank.module(linear).weight.dtype) for change in changes(linear)]
                     for linear in here if runner.partial}  # else they would be of all blocks at once
             ways: Changes = made.__getitem__ if runner.partial else changes
-            moved = [] if stage.first else self._moved_embedding(
+            moved = [] if stage.first else self._ends.moved_embedding(
                 changes, torch.cat([batch.ids for batch in stage.batches]))
             row = 0
             for place, batch in enumerate(stage.batches):
                 with watching(here, self._multiply(product, ways, batch.ids, products, row)), (
-                        self._watching_embedding(moved, products, slice(row, row + len(batch.ids)), squares)):
+                        self._ends.watching_embedding(moved, products, slice(row, row + len(batch.ids)), squares)):
                     stage.run(place)
                 row += len(batch.ids)
         return products
-
-    def _require_blocks(self) -> None:
-        """Raises ImpqError if embedding or head play."""
-        if self._in_play(self._bank.embedding) or self._in_play(self._bank.head):
-            raise ImpqError("this estimator knows no cost of embedding and head: leave out --quantize-embeddings, or "
-                            "take another --estimator")
-
-    def _in_play(self, layer: int | None) -> LinearSpec | None:
-        """The linear of the embedding's or the head's layer, if that plays."""
-        if layer is None or layer >= len(self.space):
-            return None
-        [linear] = self.space.layers[layer].linears
-        return linear
-
-    def _moved_embedding(self, changes: Changes, ids: torch.Tensor) -> list[torch.Tensor]:
-        """Changes of what the embedding returns for ids (windows, length); empty if it does not play."""
-        linear = self._in_play(self._bank.embedding)
-        return embedded_changes(ends_of(self._runner.model).embedding, changes(linear), ids) if linear else []
-
-    def _watching_embedding(self, moved: Sequence[torch.Tensor], products: Mapping[LinearSpec, FloatArray],
-                            rows: slice, squares: bool) -> AbstractContextManager[None]:
-        """The context in which a backward pass over some of the windows adds to the embedding's ``products``."""
-        linear = self._in_play(self._bank.embedding)
-        if linear is None or not moved:
-            return nullcontext()
-        embedding = ends_of(self._runner.model).embedding
-        return watching_embedding(embedding, [change[rows] for change in moved], products[linear][rows], squares)
-
-    def _watching_head(self, changes: Changes, products: Mapping[LinearSpec, FloatArray], scored: int,
-                       squares: bool) -> AbstractContextManager[Rows]:
-        """The context in which a backward pass through the head adds to its ``products``."""
-        if (linear := self._in_play(self._bank.head)) is None:
-            return nullcontext(Rows())
-        return watching_head(ends_of(self._runner.model).head, changes(linear), products[linear], scored, squares)
 
     def _multiply(self, product: Product, changes: Changes, ids: torch.Tensor,
                   products: Mapping[LinearSpec, FloatArray], row: int) -> Watch[LinearSpec]:

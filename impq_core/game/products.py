@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +13,10 @@ from impq_core.space import LinearSpec
 Product = Callable[[torch.Tensor, torch.Tensor, Sequence[torch.Tensor]], list[torch.Tensor]]
 """A number for each change of a linear's weight, from its inputs (tokens, columns) in one window and the gradients of
 the window's loss in its outputs (tokens, rows)."""
+
+Changes = Callable[[LinearSpec], Iterable[torch.Tensor]]
+"""Returns changes (rows, columns) of a linear's weight on the device, float32; the same number for every linear. Called
+while the linear's block is loaded."""
 
 
 class Mixed(Exception):
