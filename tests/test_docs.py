@@ -106,6 +106,16 @@ def test_the_pages_leave_nothing_out(made: World) -> None:
     from_data(tomllib.loads(settings), "files.md")
 
 
+def test_the_tree_names_every_module() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    tree = text[text.index("## The tree"):]
+    modules = [path.stem for path in (ROOT / "impq_core").iterdir() if not path.name.startswith("_") and (
+        path.suffix == ".py" or (path / "__init__.py").exists())]
+    plugins = [path.name for path in (ROOT / "plugins").glob("impq_*")]
+    helpers = [path.stem for path in (ROOT / "tests").glob("*.py") if not path.name.startswith(("test_", "conftest"))]
+    assert [name for name in (*modules, *plugins, *helpers) if not re.search(rf"\b{name}\b", tree)] == []
+
+
 @pytest.mark.parametrize("page", [*PAGES, *OTHERS])
 def test_links_lead_to_files_and_headings(page: str) -> None:
     for target in links_of(page):
