@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,11 +104,6 @@ def install(folder: Path, name: str) -> str:
     return str(folder)
 
 
-def impq(world: World, path: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "impq_core.cli", *arguments], cwd=world.here, capture_output=True,
-                          text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join([path, *sys.path])})
-
-
 @pytest.fixture(scope="module")
 def everyone(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Where all of them are installed at once."""
@@ -121,23 +113,26 @@ def everyone(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def test_what_cannot_be_used_is_listed_with_its_reason_and_the_rest_is_there(world: World, everyone: str) -> None:
+def test_what_cannot_be_used_is_listed_with_its_reason_and_the_rest_is_there(world: World, everyone: str,
+                                                                             monkeypatch: pytest.MonkeyPatch) -> None:
     world.reset()
-    done = impq(world, everyone, "plugins")
-    assert done.returncode == 0 and not done.stderr, done
-    used, _, dropped = done.stdout.partition("not used\n")
+    monkeypatch.syspath_prepend(everyone)
+    answer = world.ask("plugins")
+    assert answer.code == 0 and not answer.err, answer
+    used, _, dropped = answer.out.partition("not used\n")
     for plugin in PLUGINS.values():
         assert not plugin.listed or f"  {plugin.listed}" in dropped, dropped
     for name in ("spqe", "aumann-shapley", "auto", "qp", "gptq", "swaps"):
         assert f"  {name} " in used
 
 
-def test_a_run_without_them_works(world: World, everyone: str) -> None:
+def test_a_run_without_them_works(world: World, everyone: str, monkeypatch: pytest.MonkeyPatch) -> None:
     world.reset()
-    done = impq(world, everyone, "run", "--estimator", "zscore", "--tracking-uri", "none")
-    assert done.returncode == 0 and "plan:" in done.stdout, done
-    assert all(line.startswith("warning: plugin ") for line in done.stderr.splitlines()), done.stderr
-    assert "impq-misspelt:misspelt is not used: unknown hook" in done.stderr
+    monkeypatch.syspath_prepend(everyone)
+    answer = world.ask("run --estimator zscore --tracking-uri none")
+    assert answer.code == 0 and "plan:" in answer.out, answer
+    assert all(line.startswith("warning: plugin ") for line in answer.err.splitlines()), answer.err
+    assert "impq-misspelt:misspelt is not used: unknown hook" in answer.err
 
 
 @pytest.mark.parametrize("name", [name for name, plugin in PLUGINS.items() if plugin.chosen])
@@ -161,6 +156,6 @@ class Theirs(Inspector):
         costs[:, 1:] = -1.0
         return SensitivityEstimate(probe.space, costs, method="theirs")
 """)
-    done = impq(world, "", "run", "--plugin", "mine.py", "--estimator", "theirs", "--tracking-uri", "none")
-    assert done.returncode == 0 and "is a sign wrong?" in done.stderr, done
-    assert "(this is uniform 2)" in done.stdout
+    answer = world.ask("run --plugin mine.py --estimator theirs --tracking-uri none")
+    assert answer.code == 0 and "is a sign wrong?" in answer.err, answer
+    assert "(this is uniform 2)" in answer.out
