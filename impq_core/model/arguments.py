@@ -1,4 +1,5 @@
-"""The arguments that a model calls its blocks with, compared between two forwards."""
+"""The arguments that a model calls its blocks with, compared between two forwards; the hidden states in them, and in
+what blocks return."""
 
 from __future__ import annotations
 
@@ -55,3 +56,22 @@ def _alike(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
     return isinstance(a, PLAIN) and type(a) is type(b) and bool(a == b)
+
+
+def hidden_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The hidden states in the arguments of a block."""
+    return args[0] if args else kwargs.get("hidden_states")
+
+
+def with_hidden(args: tuple[Any, ...], kwargs: dict[str, Any],
+                states: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with other hidden states."""
+    return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
+
+
+def states_in(output: Any) -> torch.Tensor:
+    """The hidden states in what a block returns, alone or first in a tuple; raises TypeError if there are none."""
+    states = output[0] if isinstance(output, (tuple, list)) else output
+    if not isinstance(states, torch.Tensor):
+        raise TypeError("a block returns no hidden states")
+    return states

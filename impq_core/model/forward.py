@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from impq_core.errors import ImpqError, one_line
-from impq_core.model.arguments import leaves, unlike
+from impq_core.model.arguments import hidden_in, leaves, states_in, unlike, with_hidden
 from impq_core.model.device import repeatable
 from impq_core.model.ends import ends_of
 
@@ -136,7 +136,7 @@ class OwnForward:
                 watched.arguments.append(leaves(args, kwargs))
                 output = own(*args, **kwargs)
                 lengths.append(len(output) if isinstance(output, (tuple, list)) else 0)
-                watched.states.append(_states(output).clone())
+                watched.states.append(states_in(output).clone())
                 return output
             return forward
 
@@ -164,7 +164,7 @@ class OwnForward:
             def answering(index: int, first: int = first, seen: list[dict[str, Any]] = seen) -> Replacement:
                 def forward(*args: Any, **kwargs: Any) -> Any:
                     seen.append(leaves(args, kwargs))
-                    return self._answer(index, _hidden(args, kwargs) if index < first - 1
+                    return self._answer(index, hidden_in(args, kwargs) if index < first - 1
                                         else plain.states[index].clone())
                 return forward
 
@@ -191,7 +191,7 @@ class OwnForward:
         found: list[torch.Tensor] = []
 
         def catch(*args: Any, **kwargs: Any) -> Any:
-            found.append(_hidden(args, kwargs))
+            found.append(hidden_in(args, kwargs))
             raise _Stop
 
         self._run(ids, [catch])
@@ -218,10 +218,10 @@ class OwnForward:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 output = around(index, lambda: own(*args, **kwargs))
                 if index == last:
-                    found.append(_states(output))
+                    found.append(states_in(output))
                     raise _Stop
                 if index >= first:
-                    found.append(_states(output).clone())  # the code behind may write to it
+                    found.append(states_in(output).clone())  # the code behind may write to it
                 return output
             return forward
 
@@ -252,10 +252,10 @@ class OwnForward:
 
             def forward(*args: Any, **kwargs: Any) -> Any:
                 if index == 0:  # no parameter requires a gradient, so the graph must start here
-                    args, kwargs = _with_hidden(args, kwargs, _hidden(args, kwargs).clone().requires_grad_())
+                    args, kwargs = with_hidden(args, kwargs, hidden_in(args, kwargs).clone().requires_grad_())
                 output = own(*args, **kwargs)
                 if index == last:
-                    found.append(_states(output))
+                    found.append(states_in(output))
                     raise _Stop
                 return output
             return forward
@@ -334,7 +334,7 @@ class OwnForward:
 
         def answering(index: int) -> Replacement:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                called.append(leaves(*_with_hidden(args, kwargs, plain.states[index - 1] if index else before)))
+                called.append(leaves(*with_hidden(args, kwargs, plain.states[index - 1] if index else before)))
                 return self._answer(index, plain.states[index].clone())
             return forward
 
@@ -360,7 +360,7 @@ class OwnForward:
         def answering(index: int) -> Replacement:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 if index < count - 1:
-                    return self._answer(index, _hidden(args, kwargs))
+                    return self._answer(index, hidden_in(args, kwargs))
                 assert states is not None
                 return self._answer(index, states.clone())  # the code behind may write to it
             return forward
@@ -418,19 +418,3 @@ def _replaced(blocks: Sequence[nn.Module], forwards: Sequence[Replacement]) -> I
                 vars(block).pop("forward", None)
             else:
                 vars(block)["forward"] = own
-
-
-def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return args[0] if args else kwargs.get("hidden_states")
-
-
-def _with_hidden(args: tuple[Any, ...], kwargs: dict[str, Any],
-                 states: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
-
-
-def _states(output: Any) -> torch.Tensor:
-    states = output[0] if isinstance(output, (tuple, list)) else output
-    if not isinstance(states, torch.Tensor):
-        raise TypeError("a block returns no hidden states")
-    return states

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from impq_core.errors import ImpqError, one_line
 from impq_core.model.demo import demo_model, demo_path
+from impq_core.model.weight_files import checked_digest, file_digest
 
 if TYPE_CHECKING:
     import torch
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from impq_core.model.placement import Stored
-
-MAPPED = 2**27
-"""Bytes of a file of weights that are mapped at a time while it is checked."""
 
 
 @dataclass(frozen=True)
@@ -71,51 +69,11 @@ class ModelSource:
             return str(getattr(config, "_commit_hash", None) or "unknown")
         whole = hashlib.sha256()
         for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-            whole.update(self._read(file) if file.suffix == ".safetensors" else _digest(file))
+            whole.update(checked_digest(file, self.name, bool(self.quantization)) if file.suffix == ".safetensors"
+                         else file_digest(file))
         for file in sorted(folder.rglob("*.py")):
-            whole.update(str(file.relative_to(folder)).encode() + _digest(file))
+            whole.update(str(file.relative_to(folder)).encode() + file_digest(file))
         return whole.hexdigest()[:16]
-
-    def _read(self, file: Path) -> bytes:
-        """SHA-256 of a file of weights; every tensor is checked while it is read. Raises ImpqError."""
-        import torch
-        from safetensors import SafetensorError, safe_open
-
-        found = hashlib.sha256()
-        try:
-            with safe_open(file, framework="pt") as stored:
-                names = stored.offset_keys()  # in the order of the file
-            with file.open("rb") as stream:
-                size = stream.read(8)
-                found.update(size + stream.read(int.from_bytes(size, "little")))
-            while names:  # what is mapped takes memory until its file is closed
-                with safe_open(file, framework="pt") as stored:
-                    mapped = 0
-                    while names and mapped < MAPPED:
-                        tensor = stored.get_tensor(name := names.pop(0))
-                        found.update(tensor.flatten().view(torch.uint8).numpy())
-                        self._check_tensor(name, tensor)
-                        mapped += tensor.numel() * tensor.element_size()
-                    del tensor
-        except (OSError, SafetensorError) as error:
-            raise ImpqError(f"model {self.name}: {file.name} is damaged or cut short ({error}); fetch or save it "
-                            "again") from error
-        return found.digest()
-
-    def _check_tensor(self, name: str, tensor: torch.Tensor) -> None:
-        import torch
-
-        if (not self.quantization and name.endswith("weight")
-                and (tensor.dtype.itemsize == 1 or not tensor.is_floating_point())):
-            raise ImpqError(f"model {self.name}: its weight {name} holds {str(tensor.dtype).removeprefix('torch.')} "
-                            "codes, so the model is quantized already, but its config.json does not say how: give the "
-                            "unquantized model that it was made from")
-        if tensor.dtype.itemsize == 1 and tensor.is_floating_point():
-            tensor = tensor.float()  # 8-bit floats have no aminmax
-        if (tensor.is_floating_point() and tensor.numel()
-                and not torch.isfinite(torch.stack(tensor.aminmax())).all()):
-            raise ImpqError(f"model {self.name}: its weight {name} holds NaN or infinity; take a sound copy of the "
-                            "model")
 
     def _config(self) -> Any:
         from transformers import AutoConfig
@@ -417,11 +375,6 @@ def locate_model(name: str, trust_remote_code: bool = False) -> ModelSource:
                             "save it with save_pretrained(..., safe_serialization=True)")
         raise ImpqError(f"model {name} has no .safetensors weights")
     return ModelSource(name, str(folder), trust_remote_code)
-
-
-def _digest(file: Path) -> bytes:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").digest()
 
 
 def _shape(shape: Any) -> str:

@@ -15,7 +15,7 @@ from impq_core.interfaces import Backend
 from impq_core.machine import free_device_memory
 from impq_core.model.backward import BATCH_TOKENS
 from impq_core.model.blockwise import HEAD_ROWS, HEAD_ROWS_ELSEWHERE, ROOM
-from impq_core.model.source import MAPPED
+from impq_core.model.weight_files import MAPPED
 from impq_core.runs.layout import Layout
 from impq_core.runs.work import in_sequence, windows_probed, work_of
 from impq_core.space import FUSED, Choice, LinearSpec
