@@ -259,6 +259,10 @@ class RunConfig:
             raise UsageError(f"--refine holds back {self.game_windows} further calibration windows, as many as "
                              f"game_windows: give at least {2 * self.game_windows} calibration windows, not "
                              f"{self.calibration.windows}")
+        if self.fallback == "yes" and not self.plan and not self.held_back:
+            raise UsageError("--fallback tests the plan on a quarter of the calibration windows, and of "
+                             f"{self.calibration.windows} none is left beside --game-windows {self.game_windows}: give "
+                             "more --calibration-windows (4 at least), or leave out --fallback")
         require_all(self.calibration.texts, self.game_windows, "windows of the game (--game-windows)")
         require_held_out(self.evaluation.texts)
         object.__setattr__(self, "bits", tuple(map(width_name, self.bits)))
@@ -273,9 +277,9 @@ class RunConfig:
 
     @property
     def held_back(self) -> int:
-        """Number of calibration windows, the last ones, that are no windows of the game, its further sets, a referee or
-        gradients, so that the plan can be tested on them: a quarter, as far as game and referee leave them. 0 if
-        there is no fallback, or if the user gave the plan."""
+        """Number of calibration windows that are no windows of the game, its further sets, a referee or gradients, so
+        that the plan can be tested on them: a quarter, as far as game and referee leave them. 0 if there is no
+        fallback, or if the user gave the plan."""
         if self.fallback == "no" or self.plan:
             return 0
         games = self.game_windows * (2 if self.refine else 1)

@@ -7,12 +7,12 @@ import numpy as np
 from impq_core.space import FloatArray, IntArray
 
 
-def mean(values: FloatArray, weights: IntArray | None = None) -> float:
+def mean(values: FloatArray, weights: IntArray | FloatArray | None = None) -> float:
     """The mean of ``values`` (n,), weighted by ``weights`` (n,) if these are given."""
     return float(values.mean() if weights is None else np.average(values, weights=weights))
 
 
-def standard_error(values: FloatArray, weights: IntArray | None = None) -> float:
+def standard_error(values: FloatArray, weights: IntArray | FloatArray | None = None) -> float:
     """Standard error of the mean of ``values`` (n,): sample standard deviation (ddof=1) over sqrt(n), in their unit. Of
     a weighted mean, as of a ratio of two means (Cochran, Sampling Techniques, 1977, equation 6.13): that of the mean of
     ``weights (values - mean)``, over the mean of the weights.

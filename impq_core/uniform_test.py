@@ -16,8 +16,8 @@ from impq_core.types import Plan
 
 @dataclass(frozen=True)
 class UniformTest:
-    """The loss of an estimated plan minus that of the largest uniform model within its budget and limits, on the last
-    calibration windows, which neither game nor gradients read.
+    """The loss of an estimated plan minus that of the largest uniform model within its budget and limits, on
+    calibration windows that neither game nor gradients read.
 
     Args:
         uniform: name of the choice of the uniform model.
@@ -44,7 +44,7 @@ class UniformTest:
         return not self.minus_uniform < -(0.0 if math.isnan(self.stderr) else self.stderr)
 
     @classmethod
-    def of(cls, plan: Plan, uniform: IntArray, losses: tuple[FloatArray, FloatArray], weights: IntArray | None,
+    def of(cls, plan: Plan, uniform: IntArray, losses: tuple[FloatArray, FloatArray], weights: FloatArray | None,
            value: str, tokens: int) -> UniformTest:
         """The test of a plan.
 
@@ -52,7 +52,7 @@ class UniformTest:
             plan: the estimated plan.
             uniform: pick (n,) of the uniform model.
             losses: of the plan and of the uniform model: (windows,) each, nats per token.
-            weights: int64 (windows,), scored tokens of each window; None if all windows have the same.
+            weights: (windows,), of each window in the loss; None if all count alike.
             value: ``nll`` or ``kl``.
             tokens: scored tokens.
         """

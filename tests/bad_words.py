@@ -289,6 +289,8 @@ NUMBERS = [
     Case("run --refine 10 --game-windows 5", 2, "game_windows"),
     Case("run --calibration-length 1", 2, "1 window"),
     Case("run --game-windows 9", 2, "game_windows"),
+    Case("run --fallback --game-windows 8", 2, "--calibration-windows"),
+    Case("run --fallback --backend hqq --estimator zscore", 2, "'zscore'"),
     Case("run --probe-windows 9", 2, "probe_windows"),
     Case("evaluate exported --evaluation-windows 0", 2, "1 window"),
     light("run --evaluation evaluation.txt=2", 2, "evaluation.txt"),

@@ -21,6 +21,7 @@ from impq_core.plugins import Plugins
 from impq_core.results import Evaluation, RunResult
 from impq_core.runs.forecast import forecast_run
 from impq_core.runs.pipeline import resume, run
+from impq_core.runs.prepare import prepare
 from impq_core.terminal import evaluation_rows
 from impq_core.testing import made_text
 from impq_core.tracking.pages import run_note, run_numbers, run_params, text_inputs
@@ -162,3 +163,17 @@ def test_a_backend_that_weighs_tokens_by_gradients_needs_all_of_them(config: Run
     guided = replace(config, backend="gptq", options={"backend": {"hessian": "guided", "drift": "none"}})
     with pytest.raises(UsageError, match="backend 'gptq' weighs"):
         forecast_run(guided)
+
+
+def test_in_the_test_of_the_plan_a_text_of_a_mixture_counts_by_its_windows(config: RunConfig) -> None:
+    mixture = replace(config, calibration=replace(config.calibration, windows=16))
+    found, prepared = run(mixture), prepare(mixture, Plugins())
+    windows, test = prepared.held_back, found.uniform_test
+    assert windows is not None and windows.texts is not None and test is not None
+    scores = [json.loads(line) for line in (found.folder / "held-back.jsonl").read_text().splitlines()[1:]]
+    apart = np.array(scores[0]["window_nll"]) - np.array(scores[1]["window_nll"])
+    tokens = windows.window_tokens
+    by_text = {number: np.average(apart[windows.texts == number], weights=tokens[windows.texts == number])
+               for number in (0, 1)}
+    assert np.bincount(windows.texts).tolist() == [3, 1] and tokens[windows.texts == 0].max() < 47
+    assert test.minus_uniform == pytest.approx((3 * by_text[0] + by_text[1]) / 4)

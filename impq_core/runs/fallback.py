@@ -36,7 +36,9 @@ def against_uniform(session: Session, folder: RunFolder, plan: Plan,
     value = prepared.config.value
     of_plan, of_uniform = (score.window_nll if value == "nll" else score.window_kl for score in scores)
     assert of_plan is not None and of_uniform is not None
-    test = UniformTest.of(plan, uniform, (of_plan, of_uniform), scores[0].window_tokens, value, text.scored_tokens)
+    # As in the game, a text of a mixture counts by its windows, however many of their tokens are scored.
+    weights = None if text.weights is None else text.weights.mean(axis=1)
+    test = UniformTest.of(plan, uniform, (of_plan, of_uniform), weights, value, text.scored_tokens)
     folder.write_json(folder.uniform_test, test.to_dict())
     if test.replaces:
         plan.save(folder.estimated_plan)
