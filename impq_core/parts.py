@@ -101,7 +101,12 @@ class Parts:
         granularity = config.granularity
         if granularity == "auto":
             granularity = built["estimator"].default_granularity
-        return cls(**built, menu=menu, game_menu=game_menu, budget=budget, granularity=granularity, meters=meters)
+        parts = cls(**built, menu=menu, game_menu=game_menu, budget=budget, granularity=granularity, meters=meters)
+        if config.fallback == "yes" and not config.plan and not parts.needs_calibration:
+            raise UsageError("--fallback tests the plan on calibration text, and neither estimator "
+                             f"'{config.estimator}' nor backend '{config.backend}' reads any: take another of them, "
+                             "or leave out --fallback")
+        return parts
 
     def options(self) -> dict[str, dict[str, Any]]:
         """Every option of every part, defaults included, by slot."""

@@ -185,10 +185,6 @@ def lay_out(config: RunConfig, plugins: Plugins, trust: Trust = NO_TRUST, calibr
         ImpqError: a value is wrong, or a file is missing or damaged.
     """
     parts = Parts.build(config, plugins)
-    if config.fallback == "yes" and not config.plan and not parts.needs_calibration:
-        raise UsageError("--fallback tests the plan on calibration text, and neither estimator "
-                         f"'{config.estimator}' nor backend '{config.backend}' reads any: take another of them, or "
-                         "leave out --fallback")
     device = resolve_device(config.device)
     if config.memory:
         parse_bytes(config.memory, "memory")
