@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from impq_core.compare.read import read_contestant
-from impq_core.config import RunConfig
+from impq_core.config import RunConfig, TextConfig
 from impq_core.documents.runs import RunDocument, UniformTestDocument
 from impq_core.evaluate import Evaluator
 from impq_core.plugins import Plugins
@@ -28,7 +28,7 @@ from impq_core.runs.reading import read_run
 from impq_core.runs.sweep import run_sweep
 from impq_core.space import FloatArray
 from impq_core.terminal import summary
-from impq_core.testing import planted_estimate
+from impq_core.testing import made_text, planted_estimate
 from impq_core.tracking.pages import run_numbers
 from impq_core.types import Plan
 from impq_core.uniform_test import UniformTest, uniform_within
@@ -134,8 +134,25 @@ def test_held_back_windows_are_read_by_nothing_else(config: RunConfig, refine: i
     for part in (prepared.probed, prepared.spare, prepared.game_windows):
         assert not held & {tuple(window) for window in part.ids.tolist()}
     everything = {tuple(window) for window in prepared.calibration.ids.tolist()}
-    referee = {tuple(window) for window in prepared.calibration.part(4, 8).ids.tolist()} if refine else set()
+    referee = ({tuple(window) for window in prepared.refiner_windows["referee"].ids.tolist()} if refine else set())
     assert held | {tuple(window) for window in prepared.probed.ids.tolist()} | referee == everything
+
+
+def test_game_gradients_and_test_read_all_parts_of_a_text(config: RunConfig, tmp_path: Path) -> None:
+    """Whatever changes along a file, such as its language, is in the windows of each."""
+    halves = [made_text(seed, 20_000).lower() for seed in range(2)]
+    (tmp_path / "sorted.txt").write_text(halves[0] + halves[1].upper())
+    calibration = TextConfig(str(tmp_path / "sorted.txt"), 64, 48)
+    for seed in range(3):
+        sorted_text = replace(config, calibration=replace(calibration, seed=seed), game_windows=16, refine=8,
+                              probe_windows=16, backend="gptq")
+        prepared = prepare(sorted_text, Plugins())
+        for windows in (*prepared.refiner_windows.values(), prepared.probed, prepared.held_back):
+            assert windows is not None
+            upper = [bool(np.isin(row, range(ord("A"), ord("Z") + 1)).any()) for row in windows.ids]
+            assert 3 <= sum(upper) <= 13
+        again = prepare(sorted_text, Plugins()).held_back
+        assert prepared.held_back and again and again.digest == prepared.held_back.digest
 
 
 def test_a_stopped_test_is_continued_bit_for_bit(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:

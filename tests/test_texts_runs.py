@@ -175,5 +175,15 @@ def test_in_the_test_of_the_plan_a_text_of_a_mixture_counts_by_its_windows(confi
     tokens = windows.window_tokens
     by_text = {number: np.average(apart[windows.texts == number], weights=tokens[windows.texts == number])
                for number in (0, 1)}
-    assert np.bincount(windows.texts).tolist() == [3, 1] and tokens[windows.texts == 0].max() < 47
+    assert np.bincount(windows.texts).tolist() == [3, 1] and tokens[windows.texts == 0].sum() < 3 * 47
     assert test.minus_uniform == pytest.approx((3 * by_text[0] + by_text[1]) / 4)
+
+
+def test_windows_of_a_mixture_are_shuffled_within_their_text(config: RunConfig) -> None:
+    prepared = prepare(config, Plugins())
+    assert prepared.calibration is not None and prepared.shuffled is not None
+    np.testing.assert_array_equal(prepared.shuffled.texts, prepared.calibration.texts)
+    for number in (0, 1):
+        before, after = (np.unique(windows.ids[windows.texts == number], axis=0)
+                         for windows in (prepared.calibration, prepared.shuffled))
+        np.testing.assert_array_equal(before, after)

@@ -32,8 +32,11 @@ from impq_core.parts import name_in, slots_of
 from impq_core.plugins import Plugins
 from impq_core.runs.layout import Layout, lay_out
 from impq_core.runs.work import in_sequence
-from impq_core.space import Choice, SearchSpace
+from impq_core.space import Choice, IntArray, SearchSpace
 from impq_core.trust import NO_TRUST, Trust
+
+ORDER_STREAM = (1,)
+"""Follows the seed of the calibration text in the seed of the order of its windows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,17 +83,36 @@ class Prepared(Layout):
         return LossesKey(variants, space.fingerprint, self.config.value, code_digest(), _text_key(self.calibration),
                          _text_key(game))
 
+    @cached_property
+    def shuffled(self) -> Windows | None:
+        """The calibration windows in the order in which game, referee, gradients and the test of the plan take theirs.
+
+        ``calibration`` has the windows of a text as they follow each other in it. Its first ones would be of the
+        beginning of a file and the last ones, which test the plan, of its end, which may be another subject or
+        language. Here they are in random order; a window of a mixture changes places with those of its own text.
+        """
+        text = self.calibration
+        if text is None:
+            return None
+        rng = np.random.default_rng([self.config.calibration.seed, *ORDER_STREAM])
+        texts: IntArray = np.zeros(len(text.ids), np.int64) if text.texts is None else text.texts
+        order = np.arange(len(texts))
+        for number in np.unique(texts):
+            places = np.flatnonzero(texts == number)
+            order[places] = rng.permutation(places)
+        return text.take(order)
+
     @property
     def game_windows(self) -> Windows | None:
-        """The first calibration windows, on which the game is played."""
-        return self.calibration.first(self.config.game_windows) if self.calibration else None
+        """The first windows of ``shuffled``, on which the game is played."""
+        return self.shuffled.first(self.config.game_windows) if self.shuffled else None
 
     @property
     def refiner_windows(self) -> dict[str, Windows]:
         """The windows of a refinement and those of its referee, by the name of the game."""
         count = self.config.game_windows
-        assert self.calibration is not None
-        return {"refinement": self.calibration.first(count), "referee": self.calibration.part(count, 2 * count)}
+        assert self.shuffled is not None
+        return {"refinement": self.shuffled.first(count), "referee": self.shuffled.part(count, 2 * count)}
 
     def require_text(self) -> None:
         """Raises ImpqError if the run reads no calibration text, so that there is no game."""
@@ -140,17 +162,17 @@ class Prepared(Layout):
     def spare(self) -> Windows | None:
         """Calibration windows outside those of the game, of a refinement's referee, and those held back."""
         used = self.config.game_windows * (2 if self.config.refine else 1)
-        if self.calibration is None:
+        if self.shuffled is None:
             return None
-        return self.calibration.part(used, len(self.calibration.ids) - self.config.held_back)
+        return self.shuffled.part(used, len(self.shuffled.ids) - self.config.held_back)
 
     @property
     def held_back(self) -> Windows | None:
         """Calibration windows that the search does not read, on which its plan is tested; None if there are none."""
-        if self.calibration is None or not self.config.held_back:
+        if self.shuffled is None or not self.config.held_back:
             return None
-        count = len(self.calibration.ids)
-        return self.calibration.part(count - self.config.held_back, count)
+        count = len(self.shuffled.ids)
+        return self.shuffled.part(count - self.config.held_back, count)
 
     @property
     def held_back_key(self) -> ScoresKey:
@@ -163,12 +185,12 @@ class Prepared(Layout):
     def probed(self) -> Windows | None:
         """Calibration windows of gradients and activations: all but those of a refinement's referee and those held
         back, or the first ``probe_windows`` of them."""
-        if self.calibration is None:
+        if self.shuffled is None:
             return None
-        config, windows = self.config, np.arange(len(self.calibration.ids) - self.config.held_back)
+        config, windows = self.config, np.arange(len(self.shuffled.ids) - self.config.held_back)
         games = 2 if config.refine else 1
         kept = np.concatenate([windows[:config.game_windows], windows[config.game_windows * games:]])
-        return self.calibration.take(kept[:config.probe_windows or len(kept)])
+        return self.shuffled.take(kept[:config.probe_windows or len(kept)])
 
 
 def _text_key(windows: Windows | None) -> TextKey | None:

@@ -201,7 +201,7 @@ class Session:
 
     def game(self, log: MeasurementLog | None = None, probe: ModelProbe | None = None,
              text: Windows | None = None) -> ModelGame:
-        """The game of the estimator, on the first calibration windows; the spare ones are further sets of windows.
+        """The game of the estimator, on the run's windows of the game; the spare ones are further sets of windows.
 
         Args:
             log: file of measured losses.
