@@ -283,7 +283,7 @@ def evaluation_table(evaluation: Evaluation) -> Table:
 
 def fit_table(fits: Fits) -> Table:
     """The table of ``impq fit``."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    table = Table(box=None, header_style="bold", pad_edge=False, title_justify="left", caption_justify="left")
     for name in ("surrogate", "error", "misordered", "explained", "file"):
         table.add_column(name, justify="left" if name in ("surrogate", "file") else "right", overflow="fold")
     for fit in fits.surrogates:
@@ -307,7 +307,7 @@ def fit_table(fits: Fits) -> Table:
 
 def plans_table(plans: Sequence[Planned]) -> Table:
     """The table of ``impq allocate``."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    table = Table(box=None, header_style="bold", pad_edge=False, title_justify="left", caption_justify="left")
     costs = [f"{cost.name} {'MB' if cost.unit == 'bytes' else cost.unit}" for cost in plans[0].plan.costs]
     for name in ("budget", "bits", "stored", "MB", *costs, "predicted cost", "proven within", "layers", "file"):
         table.add_column(name, justify="left" if name in ("budget", "layers", "file") else "right", no_wrap=True)

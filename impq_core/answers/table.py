@@ -37,5 +37,5 @@ def _caption(answer: Answer) -> str:
     split = answer.split
     if split is None:
         return f"the same {answer.plan_tokens} tokens"
-    return (f"the same {split.token} tokens, then {split.unquantized!r} and {split.plan!r}; KL there {split.kl:.4f} "
+    return (f"tokens in common: {split.token}; then {split.unquantized!r} and {split.plan!r}; KL there {split.kl:.4f} "
             "nats")

@@ -134,7 +134,7 @@ def _replies(contest: Contest, asked: Sequence[tuple[Contestant, Answer]]) -> It
             continue
         kl = "" if math.isnan(split.kl) else f"; KL there {split.kl:.3f} nats"
         yield _reply(contest.name(run), answer.plan, split, split.plan,
-                     f"the same {split.token} tokens, then {split.plan!r} in place of {split.unquantized!r}{kl}")
+                     f"tokens in common: {split.token}; then {split.plan!r} in place of {split.unquantized!r}{kl}")
 
 
 def _reply(model: str, text: str, split: Split | None, token: str, caption: str) -> Reply:

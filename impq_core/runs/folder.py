@@ -269,7 +269,8 @@ class RunFolder:
         """The measured losses; raises ImpqError if there are none, or if they cannot be read."""
         if not self.measurements.is_file():
             raise ImpqError(f"{self.path} has no losses to fit: it has no {self.measurements.name} (estimators that "
-                            "make their own estimate leave none)")
+                            "make their own estimate leave none); take a run of one that measures losses, such as "
+                            "spqe")
         return _readable(self.measurements, Measurements.load)
 
     @contextmanager
