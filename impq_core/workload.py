@@ -38,6 +38,11 @@ class Workload:
     products: int = 0
 
     @property
+    def passes(self) -> int:
+        """Readings of gradients that a probe keeps in its log: slopes, squares and traces."""
+        return self.slopes + self.traces + self.squares
+
+    @property
     def backwards(self) -> bool:
         """Whether there is a backward pass."""
         return bool(self.slopes or self.traces or self.squares or self.curvatures)

@@ -12,6 +12,7 @@ import torch
 
 from impq_core.errors import ImpqError
 from impq_core.game.ends import EndsInPlay
+from impq_core.game.passes import Passes
 from impq_core.game.products import (
     Changes,
     Mixed,
@@ -56,12 +57,14 @@ class ModelProbe:
             from it; they cost the same either way.
         carry_out: workers that read slopes and traces for the log, if there is one. Their tasks of kind ``gradients``
             are answered by ``read_windows`` of the same probe of the worker.
+        passes: counts the windows that slopes and traces have been read of.
     """
 
     def __init__(self, space: SearchSpace, bank: Bank, runner: BlockwiseModel, windows: Windows | None,
                  value: str = "nll", game_windows: int = 0, log: Ledger | None = None,
-                 carry_out: CarryOut | None = None) -> None:
-        self.space, self._readings = space, Readings(log, carry_out)
+                 carry_out: CarryOut | None = None, passes: Passes | None = None) -> None:
+        self._passes = passes or Passes()
+        self.space, self._readings = space, Readings(log, carry_out, self._passes.reach)
         self._bank, self._runner, self._windows, self._value = bank, runner, windows, value
         self._unquantized: torch.Tensor | None = None
         self._batch_tokens = BATCH_TOKENS
@@ -318,7 +321,8 @@ class ModelProbe:
         """``read_windows`` of all windows, from the log if it is there; ``flops`` for each window are charged in any
         case."""
         self._spent += flops * len(self._text.ids)
-        return self._readings.read(name, key, self._text.ids.shape, partial(self.read_windows, name, key))
+        with self._passes.over(len(self._text.ids)):
+            return self._readings.read(name, key, self._text.ids.shape, partial(self.read_windows, name, key))
 
     def _products(self, changes: Changes, number: int, product: Product,
                   some: slice) -> dict[LinearSpec, FloatArray]:
@@ -367,6 +371,7 @@ class ModelProbe:
         with self._ends.watching_head(changes, products, ids.shape[1] - 1, squares) as rows:
             gradients = backward.head(reference, rows)
         for stage in backward.stages(gradients):
+            self._passes.reach(some.start + len(ids) * (1 - (stage.last + 1) / len(runner)))
             here = inside(runner, stage, self._modules)
             made = {linear: [change.to(self._bank.module(linear).weight.dtype) for change in changes(linear)]
                     for linear in here if runner.partial}  # else they would be of all blocks at once

@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from impq_core.errors import ImpqError
 from impq_core.interfaces import CarryOut
 from impq_core.ledger import Ledger
 from impq_core.model.backward import BATCH_TOKENS
 
 BATCHES = 4
-"""Batches of windows in a task of a worker. Each task unpacks all variants once."""
+"""Batches of windows in a part: what an interruption loses, and a task of a worker. Each part unpacks all variants
+once."""
 
 Part = tuple[int, int]
 """The first window of a part, and the one behind its last."""
@@ -21,16 +23,19 @@ _ABSENT = object()
 
 @dataclass(frozen=True)
 class Readings:
-    """Readings of windows as plain data, one entry for each window.
+    """Readings of windows as plain data, one entry for each window. Each part of the windows is in the log before the
+    next is read.
 
     Args:
         log: readings are written to it before they are returned, and those of an earlier process are read from it; None
             keeps none.
         carry_out: workers that read parts of the windows for the log; None for none.
+        reach: called with the number of windows that the parts so far have.
     """
 
     log: Ledger | None
     carry_out: CarryOut | None
+    reach: Callable[[int], None] = lambda windows: None
 
     def read(self, name: str, key: Any, shape: tuple[int, ...], read_windows: Callable[[int, int], list[Any]]) -> (
             list[Any]):
@@ -41,27 +46,25 @@ class Readings:
             key: what else decides it.
             shape: number and length of the windows.
             read_windows: reads the windows from one to another (excluded), here.
+
+        Raises:
+            ImpqError: a line of the log is no reading.
         """
-        rows = [row for row in self.log.rows if row.get(name, _ABSENT) == key] if self.log else []
-        if whole := next((row["found"] for row in rows if "windows" not in row), None):
-            return list(whole)
-        found: dict[Part, list[Any]] = {(row["windows"][0], row["windows"][1]): row["found"]
-                                        for row in rows if "windows" in row}
-        if self.log is None or not (self.carry_out or found):
-            result = read_windows(0, shape[0])
-            if self.log:
-                self._keep({name: key, "found": result})
-            return result
+        if self.log is None:
+            return read_windows(0, shape[0])
+        try:
+            found: dict[Part, list[Any]] = {(row["windows"][0], row["windows"][1]): row["found"]
+                                            for row in self.log.rows if row.get(name, _ABSENT) == key}
+        except (KeyError, TypeError, IndexError) as error:
+            raise ImpqError(f"{self.log.path} has a line that is no reading ({type(error).__name__}: {error}): start a "
+                            "new run") from error
         parts = parts_of(*shape)
         for part, result in self._read_parts(name, key, [part for part in parts if part not in found], read_windows):
-            self._keep({name: key, "windows": [*part], "found": result})
+            self.log.append({name: key, "windows": [*part], "found": result})
+            self.log.sync()
             found[part] = result
+            self.reach(sum(map(len, found.values())))
         return [window for part in parts for window in found[part]]
-
-    def _keep(self, row: dict[str, Any]) -> None:
-        assert self.log is not None
-        self.log.append(row)
-        self.log.sync()
 
     def _read_parts(self, name: str, key: Any, parts: Sequence[Part],
                     read_windows: Callable[[int, int], list[Any]]) -> Iterator[tuple[Part, list[Any]]]:

@@ -18,6 +18,7 @@ from impq_core.errors import ImpqError, one_line
 from impq_core.evaluate import Evaluator, KeptScores, ScoreLog, SequentialEvaluator, evaluate_plan
 from impq_core.files import abandoned, discard, scratch_folder
 from impq_core.game.model_game import ModelGame
+from impq_core.game.passes import Passes
 from impq_core.game.probe import ModelProbe
 from impq_core.interfaces import Backend, CarryOut, Task
 from impq_core.ledger import Ledger, MeasurementLog
@@ -33,6 +34,7 @@ from impq_core.results import Evaluation
 from impq_core.runs.folder import RunFolder
 from impq_core.runs.footprint import plan_memory
 from impq_core.runs.prepare import Prepared
+from impq_core.runs.work import work_of
 from impq_core.space import Choice, IntArray, SearchSpace
 from impq_core.types import Plan
 
@@ -196,8 +198,10 @@ class Session:
             text: windows to read; the run's by default.
         """
         config, prepared = self.prepared.config, self.prepared
-        return ModelProbe(prepared.game_space, self.bank, self.runner, text or prepared.probed, config.value,
-                          config.game_windows, log, self.carry_out)
+        windows, work = text or prepared.probed, work_of(prepared)
+        passes = Passes(self.report("gradients"), len(windows.ids) * work.passes if windows and work else 0)
+        return ModelProbe(prepared.game_space, self.bank, self.runner, windows, config.value, config.game_windows, log,
+                          self.carry_out, passes)
 
     def game(self, log: MeasurementLog | None = None, probe: ModelProbe | None = None,
              text: Windows | None = None) -> ModelGame:
