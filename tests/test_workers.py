@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from impq_core.config import RunConfig
@@ -17,14 +18,16 @@ from impq_core.game.readings import parts_of
 from impq_core.hookspecs import Component, hookimpl
 from impq_core.interfaces import Answer, Order, Task
 from impq_core.keys import versions
+from impq_core.ledger import MeasurementLog
 from impq_core.model.backward import BATCH_TOKENS
 from impq_core.plugins import Plugins
 from impq_core.runs.folder import RunFolder
 from impq_core.runs.grid import Sweep
 from impq_core.runs.pipeline import resume, run
 from impq_core.runs.prepare import prepare
+from impq_core.runs.session import Session
 from impq_core.runs.sweep import run_sweep
-from impq_core.runs.worker import Worker, order_of
+from impq_core.runs.worker import Worker, order_of, workers_of
 from impq_core.testing.crew import InProcess, InProcessPlugin
 from impq_core.trust import NO_TRUST
 
@@ -203,3 +206,19 @@ def test_tasks_are_whole_batches() -> None:
 def test_wrong_numbers_of_workers_are_refused(words: str) -> None:
     with pytest.raises(UsageError, match="workers"):
         RunConfig(workers=words)
+
+
+def test_workers_are_not_asked_about_another_text_than_the_run_s(tiny_config: RunConfig, variants: None,
+                                                               tmp_path: Path) -> None:
+    plugins, found = with_crew(), []
+    prepared = prepare(replace(tiny_config, workers="inprocess://2", threads=1), plugins)
+    assert prepared.calibration is not None
+    text, picks = prepared.calibration.part(1, 5), np.eye(len(prepared.game_space), dtype=np.int64)
+    with workers_of(prepared.config, plugins, NO_TRUST) as share:
+        for one in (share, None):
+            session = Session(prepared, plugins, share=one)
+            session.quantize_for_game()
+            log = MeasurementLog(tmp_path / f"{len(found)}.jsonl", prepared.losses_key(prepared.game_space, text))
+            found.append(session.game(log, session.probe(text=text), text).losses(picks))
+            log.close()
+    np.testing.assert_array_equal(*found)

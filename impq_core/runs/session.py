@@ -200,8 +200,9 @@ class Session:
         config, prepared = self.prepared.config, self.prepared
         windows, work = text or prepared.probed, work_of(prepared)
         passes = Passes(self.report("gradients"), len(windows.ids) * work.passes if windows and work else 0)
+        carry_out = self.carry_out if text is None else None  # workers read the run's text
         return ModelProbe(prepared.game_space, self.bank, self.runner, windows, config.value, config.game_windows, log,
-                          self.carry_out, passes)
+                          carry_out, passes)
 
     def game(self, log: MeasurementLog | None = None, probe: ModelProbe | None = None,
              text: Windows | None = None) -> ModelGame:
@@ -216,8 +217,9 @@ class Session:
             ImpqError: the run reads no calibration text.
         """
         prepared, count = self.prepared, self.prepared.config.game_windows
-        windows, spare = prepared.game_windows, prepared.spare
+        windows, spare, carry_out = prepared.game_windows, prepared.spare, self.carry_out
         if text is not None:
+            carry_out = None  # workers play on the run's text
             windows, spare = text.first(count), text.part(count, len(text.ids))
         if windows is None:
             prepared.require_text()
@@ -226,7 +228,7 @@ class Session:
             prepared.game_space, self.bank, self.runner, windows, log, progress=self.report("estimate"),
             value=prepared.config.value, budget_bytes=prepared.game_budget, spare=spare, probe=probe or self.probe(),
             watch=lambda picks, losses, forwards: self.plugins.notify(
-                "impq_measured", picks=picks, losses=losses, forwards=forwards), carry_out=self.carry_out, name=GAME)
+                "impq_measured", picks=picks, losses=losses, forwards=forwards), carry_out=carry_out, name=GAME)
 
     def refining(self, name: str, log: MeasurementLog | None = None,
                  progress: Progress = lambda done, total: None) -> ModelGame:
