@@ -87,6 +87,8 @@ def _all_runs(sweep: Sweep, children: Sequence[Child], plugins: Plugins, folder:
 def _told(sweep: Sweep) -> dict[str, Sequence[str]]:
     """The settings of a sweep that observers are told."""
     return {**sweep.varied, **({"target": [sweep.target]} if sweep.target else {})}
+
+
 def failed_runs(folder: Path) -> dict[str, str]:
     """The error of each run of a sweep that no plan could be made for, by the run's name."""
     runs = [RunFolder(path) for path in sorted((folder / CHILDREN).glob("*/"))]
