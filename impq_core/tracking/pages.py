@@ -155,6 +155,8 @@ def run_numbers(result: RunResult) -> dict[str, float]:
         if result.model_bytes is not None:
             numbers["model_bytes"] = result.model_bytes
         numbers |= {f"cost/{cost.name}": cost.of(result.plan.pick) for cost in result.plan.costs}
+        if result.plan.gap is not None:  # here, because a uniform model in place of the plan has none
+            numbers["optimality_gap"] = result.plan.gap
         if result.plan.is_loss and result.plan.predicted_loss is not None and result.measured_loss is not None:
             numbers["surrogate_error"] = result.plan.predicted_loss - result.measured_loss
     if result.uniform_test is not None:

@@ -253,8 +253,7 @@ class Tracker:
         """Log size and prediction of the plan."""
         numbers = {"bytes": plan.nbytes, "bits_nominal": plan.space.nominal_bits(plan.nbytes),
                    "bits_stored": plan.space.bits_per_weight(plan.nbytes),
-                   "predicted_loss" if plan.is_loss else "predicted_score": plan.predicted_loss,
-                   "optimality_gap": plan.gap}
+                   "predicted_loss" if plan.is_loss else "predicted_score": plan.predicted_loss}
         self._metrics({name: value for name, value in numbers.items() if value is not None})
 
     @hookimpl
