@@ -91,7 +91,7 @@ def test_forwards_of_inspectors_are_exact(estimator: str, value: str, base: RunC
 
 @pytest.mark.parametrize(("granularity", "estimator", "options", "tolerance", "value"), [
     *((*player, "nll") for player in PLAYERS),
-    *((*player, "kl") for player in {player[1]: player for player in PLAYERS}.values())])
+    *((*player, "kl") for player in {player[1]: player for player in reversed(PLAYERS)}.values())])
 def test_forwards_of_players_are_near(granularity: str, estimator: str, options: dict[str, Any], tolerance: float,
                                       value: str, base: RunConfig, session: Session) -> None:
     config = replace(base, granularity=granularity, estimator=estimator, value=value, options={"estimator": options})
