@@ -23,7 +23,7 @@ def cache() -> None:
 def test_the_real_model_end_to_end(tmp_path: Path) -> None:
     result = run(RunConfig(
         estimator="spqe", granularity="block", bits=(2, 4), budget="3bits", exclude=UNPLANNED,
-        calibration=TextConfig(windows=4, length=64), game_windows=2, evaluation=TextConfig(windows=2, length=64),
+        calibration=TextConfig(windows=4, length=128), game_windows=2, evaluation=TextConfig(windows=4, length=64),
         dtype="float32", cache=False, output=str(tmp_path), tracking_uri="none",
         options={"estimator": {"permutations": 2}, "backend": {"grid": "min-max"}}))
     assert len(result.plan.space) == 2 and result.plan.space.parameters == 106_168_320
