@@ -45,17 +45,19 @@ class Method:
 
 @dataclass(frozen=True)
 class Setting:
-    """A backend, a menu and a granularity, with the methods for them."""
+    """A backend, a menu and a granularity, with methods for them, which ``of`` names if they are some among others."""
 
     backend: str
     bits: tuple[float, ...]
     granularity: str
     budgets: tuple[float, ...]
     methods: tuple[Method, ...]
+    of: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.backend} {','.join(f'{b:g}' for b in self.bits)}, {self.granularity}"
+        name = f"{self.backend} {','.join(f'{b:g}' for b in self.bits)}, {self.granularity}"
+        return f"{name}, {self.of}" if self.of else name
 
 
 PAPER = {"permutations": 50, "antithetic": False, "fresh": False}
@@ -125,7 +127,8 @@ GPTQ, HQQ = AIMS["gptq"], AIMS["hqq"]
 SETTINGS = (  # the expensive ones last
     Setting("gptq", ALL, "group", LOW, (
         *FEW, *slopes(GPTQ), WIDEST, FINE, replace(WIDE, refine=("swaps", 60), budgets=(3.0,)),
-        replace(WIDE, refine=("evolve", 60), budgets=(3.0,)), *metrics(GPTQ))),
+        replace(WIDE, refine=("evolve", 60), budgets=(3.0,)))),
+    Setting("gptq", ALL, "group", LOW, (ISOLATED, ONE, *metrics(GPTQ)), "scores"),
     Setting("gptq", (2.0, 4.0), "block", LOW, (*FEW, *papers(GPTQ), *chance(GPTQ), *slopes(GPTQ))),
     Setting("gptq", ALL, "linear", LOW, (*FEW, WIDEST)),
     Setting("hqq", (3.0, 8.0), "block", HIGH, (*FEW, *chance(HQQ))),
