@@ -19,9 +19,9 @@ from impq_core.config import RunConfig
 from impq_core.errors import ImpqError
 from impq_core.hookspecs import hookimpl
 from impq_core.plugins import Plugins
+from impq_core.runs.orders import order_of
 from impq_core.runs.pipeline import resume, run
 from impq_core.runs.prepare import prepare
-from impq_core.runs.worker import order_of
 from impq_core.trust import NO_TRUST
 
 ray = pytest.importorskip("ray", reason="needs ray (pip install 'impq[ray]')")

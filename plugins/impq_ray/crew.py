@@ -39,7 +39,7 @@ class Hand:
         """``answer`` and the answer, or ``error`` and its message."""
         try:
             if self._worker is None:  # an import that fails here is an answer, and no reason to try again
-                from impq_core.runs.worker import Worker
+                from impq_core.worker import Worker
 
                 self._worker = Worker()
             return "answer", self._worker.carry_out(order, task)
