@@ -121,7 +121,9 @@ def test_a_head_that_goes_away_leaves_a_run_that_resumes(config: RunConfig, tmp_
                 logs[0].read_text().splitlines()) < 2:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
-        for child in psutil.Process(process.pid).children(recursive=True):
+        leader = psutil.Process(process.pid)
+        assert {psutil.Process(pid).nice() for pid in hands(process.pid)} == {leader.nice()}
+        for child in leader.children(recursive=True):
             if child.name() == "gcs_server":
                 child.kill()
         said = process.communicate(timeout=120)[1]
