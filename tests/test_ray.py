@@ -22,6 +22,7 @@ from impq_core.plugins import Plugins
 from impq_core.runs.orders import order_of
 from impq_core.runs.pipeline import resume, run
 from impq_core.runs.prepare import prepare
+from impq_core.tasks.measure import evaluate_tasks
 from impq_core.trust import NO_TRUST
 
 ray = pytest.importorskip("ray", reason="needs ray (pip install 'impq[ray]')")
@@ -79,6 +80,18 @@ def test_one_two_and_three_workers_give_what_none_gives(one_ray: None, config: R
         assert rows_of(shared.folder) == rows_of(alone.folder)
         assert forwards(shared.folder) == forwards(alone.folder)
     assert kills.killed
+
+
+def test_tasks_have_the_values_that_they_have_without_workers(one_ray: None, config: RunConfig, tmp_path: Path) -> None:
+    folder = run(replace(config, estimator="random", options={})).folder
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(f'{{"question": "{word}", "choices": ["a", "b"], "answer": 0}}\n' for word in "xyz"))
+    found = []
+    for workers in ("0", "2"):
+        found.append((evaluate_tasks(folder, [str(questions)], ("unquantized", "plan"), workers=workers),
+                      (folder / "tasks.json").read_bytes()))
+        (folder / "tasks.json").unlink()
+    assert found[0] == found[1] and len(found[0][0].scores) == 4  # two models, two metrics
 
 
 def test_a_worker_that_differs_ends_the_run_in_one_line(one_ray: None, config: RunConfig) -> None:
