@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import heading, table, write
+from common import command, heading, table, write
 from impq_ray.crew import Ray
 from impq_spqe.sampler import demotions
 
@@ -27,10 +28,10 @@ from impq_core.config import RunConfig, TextConfig
 from impq_core.ledger import MeasurementLog
 from impq_core.plugins import Plugins
 from impq_core.runs.grid import Sweep
+from impq_core.runs.orders import order_of
 from impq_core.runs.prepare import prepare
 from impq_core.runs.session import Session
 from impq_core.runs.sweep import run_sweep
-from impq_core.runs.worker import order_of
 from impq_core.testing import made_text
 from impq_core.testing.tiny import byte_tokenizer
 from impq_core.trust import NO_TRUST
@@ -39,7 +40,7 @@ SETTINGS = (("none, 2 threads", 0, 2), ("none, 1 thread", 0, 1), ("1 worker of 1
             ("2 workers of 1 thread", 2, 1))
 
 
-def random_model(folder: Path, blocks: int = 4) -> Path:
+def random_model(folder: Path, blocks: int) -> Path:
     """A model with blocks of 1.8 million weights."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -51,11 +52,12 @@ def random_model(folder: Path, blocks: int = 4) -> Path:
     return folder
 
 
-def configure(folder: Path) -> RunConfig:
+def configure(folder: Path, blocks: int, windows: int) -> RunConfig:
     for seed, name in enumerate(("calibration.txt", "evaluation.txt")):
         (folder / name).write_text(made_text(seed, 200_000))
-    return RunConfig(model=str(random_model(folder / "model")), backend="gptq", bits=("2", "4"), estimator="isolated",
-                     granularity="group", game_windows=8, calibration=TextConfig(str(folder / "calibration.txt"), 32),
+    return RunConfig(model=str(random_model(folder / "model", blocks)), backend="gptq", bits=("2", "4"),
+                     estimator="isolated", granularity="group", game_windows=8,
+                     calibration=TextConfig(str(folder / "calibration.txt"), windows),
                      evaluation=TextConfig(str(folder / "evaluation.txt"), 8), dtype="float32", device="cpu",
                      prefix="unquantized", tracking_uri="none", output=str(folder / "runs"),
                      options={"backend": {"grid": "min-max"}})
@@ -100,7 +102,7 @@ def forget_variants(folder: Path) -> None:
 def permutation(session: Session, number: int, folder: Path) -> None:
     """The losses of one random order of demotions, another one each time."""
     space, prepared = session.prepared.game_space, session.prepared
-    path = demotions(space, np.random.default_rng(number).permutation(np.repeat(np.arange(len(space)), 1)))
+    path = demotions(space, np.random.default_rng(number).permutation(len(space)))
     log = MeasurementLog(folder / f"{time.monotonic_ns()}.jsonl", prepared.losses_key(space, prepared.game_windows))
     game = session.game(log)
     game.losses(np.concatenate([path, 1 - path]))
@@ -135,13 +137,16 @@ def sweep(config: RunConfig, workers: int, threads: int, _number: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--blocks", type=int, default=4, help="of the model [4]")
+    parser.add_argument("--windows", type=int, default=32, help="calibration windows, at least 16 [32]")
+    given = parser.parse_args()
+    repeats = given.repeats
     seconds: dict[str, dict[str, float]] = {}
     start: dict[int, list[float]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         os.environ["IMPQ_CACHE"] = str(folder / "cache")
-        config = configure(folder)
+        config = configure(folder, given.blocks, given.windows)
         for name, workers, threads in SETTINGS:
             with session_with(config, workers, threads, start) as session, torch.no_grad():
                 seconds.setdefault("quantize (GPTQ)", {})[name] = timed(
@@ -149,7 +154,7 @@ def main() -> None:
                 seconds.setdefault("one permutation and its complement", {})[name] = timed(
                     lambda number, session=session: permutation(session, number, folder), repeats)
                 with torch.enable_grad():
-                    seconds.setdefault("slopes of 32 windows", {})[name] = timed(
+                    seconds.setdefault(f"slopes of {given.windows} windows", {})[name] = timed(
                         lambda number, session=session: gradients(session, number, folder), repeats)
                 print(name, {work: round(found[name], 2) for work, found in seconds.items()}, flush=True)
         for name, workers, threads in SETTINGS:  # each starts Ray anew
@@ -157,9 +162,10 @@ def main() -> None:
             seconds.setdefault("sweep, Ray's start included", {})[name] = timed(
                 partial(sweep, config, workers, threads), repeats, partial(forget_scores, folder))
             print(name, round(seconds["sweep, Ray's start included"][name], 2), flush=True)
-    lines = heading("Work shared by workers", "python benchmarks/workers.py")
-    lines += [f"Seconds, medians of {repeats}, on {os.cpu_count()} cores; a random model of 4 blocks with 1.8 million "
-              "weights each, widths 2 and 4, `--prefix unquantized`. The last columns are ratios of two workers.", ""]
+    lines = heading("Work shared by workers", command())
+    lines += [f"Seconds, medians of {repeats}, with ray {version('ray')}; a random model of {given.blocks} blocks with "
+              "1.8 million weights each, groups of linears at widths 2 and 4, `--prefix unquantized`. The last columns "
+              "are ratios to two workers: above 1, these are faster.", ""]
     rows = [[work, *(f"{found[name]:.2f}" for name, *_ in SETTINGS),
              f"{found['none, 1 thread'] / found['2 workers of 1 thread']:.2f}",
              f"{found['1 worker of 1 thread'] / found['2 workers of 1 thread']:.2f}",

@@ -30,6 +30,9 @@ from impq_core.types import Plan
 Scores = tuple[Score, ...]
 """The scores of an allocation on each held-out text."""
 
+HELD_OUT = "held out"
+"""Name of the texts of the table, for workers."""
+
 RANDOM_PLANS = 3
 """Number of random plans among the references."""
 
@@ -101,6 +104,7 @@ class Evaluator:
         log: scores are written to it before they are returned, and earlier ones are read from it.
         kept: scores of other runs are read from it, and new ones are written to it.
         carry_out: workers, which score allocations in tasks of kind ``score``.
+        name: of the texts, for workers.
 
     Attributes:
         texts: the held-out texts.
@@ -108,9 +112,9 @@ class Evaluator:
 
     def __init__(self, runner: BlockwiseModel, bank: Bank, texts: Windows | Sequence[Windows],
                  log: ScoreLog | None = None, kept: KeptScores | None = None,
-                 carry_out: CarryOut | None = None) -> None:
+                 carry_out: CarryOut | None = None, name: str = HELD_OUT) -> None:
         self._runner, self._bank, self._log, self._kept = runner, bank, log, kept
-        self._carry_out, self._linears = carry_out, False
+        self._carry_out, self._texts_name, self._linears = carry_out, name, False
         self.texts = (texts,) if isinstance(texts, Windows) else tuple(texts)
         self._walk, self._unquantized = Walk(runner, bank), [None] * len(bank.layers)
         self._scores: dict[str, Scores] = log.scores if log else {}
@@ -182,7 +186,7 @@ class Evaluator:
 
     def _share(self, new: Mapping[str, Assignment], carry_out: CarryOut, progress: Callable[[int], None]) -> None:
         """Let workers score allocations that the cache does not have, one in each task."""
-        tasks = [{"kind": "score", "linears": self._linears, "name": name,
+        tasks = [{"kind": "score", "texts": self._texts_name, "linears": self._linears, "name": name,
                   "choices": [asdict(choice) if choice else None for choice in assignment]}
                  for name, assignment in new.items() if not (self._kept and self._kept.get(assignment))]
         for done, (task, answer) in enumerate(carry_out(tasks) if tasks else (), start=1):
@@ -245,13 +249,13 @@ class SequentialEvaluator(Evaluator):
         bank: its layers and backend; its variants are not used.
         texts: the held-out texts.
         calibration: token ids (windows, length) of the calibration text.
-        log, kept, carry_out: see ``Evaluator``.
+        log, kept, carry_out, name: see ``Evaluator``.
     """
 
     def __init__(self, runner: BlockwiseModel, bank: Bank, texts: Windows | Sequence[Windows], calibration: IntArray,
                  log: ScoreLog | None = None, kept: KeptScores | None = None,
-                 carry_out: CarryOut | None = None) -> None:
-        super().__init__(runner, bank, texts, log, kept, carry_out)
+                 carry_out: CarryOut | None = None, name: str = HELD_OUT) -> None:
+        super().__init__(runner, bank, texts, log, kept, carry_out, name)
         self._calibration = calibration
 
     def _side_by_side(self) -> int:

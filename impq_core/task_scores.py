@@ -119,6 +119,11 @@ class TaskTable:
         places = set(map(where, new))
         return replace(self, scores=(*(score for score in self.scores if where(score) not in places), *new))
 
+    def of_key(self, key: str) -> list[TaskScore]:
+        """The scores of a key, each metric and filter once: rows with the same weights share it."""
+        found = {(score.task, score.metric, score.filter): score for score in self.scores if score.key == key}
+        return [*found.values()]
+
     def against_unquantized(self, score: TaskScore) -> Difference | None:
         """A score minus that of the unquantized model; None for its own, and if it was not measured alike."""
         if score.row == UNQUANTIZED:

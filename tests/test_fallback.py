@@ -108,7 +108,7 @@ def test_a_plan_that_loses_is_replaced_in_every_file_and_answer(config: RunConfi
     np.testing.assert_array_equal(again.plan.pick, result.plan.pick)
     assert run_numbers(again)["uniform_is_plan"] == 1 and "optimality_gap" not in run_numbers(again)
     assert any("uniform 3" in line and "--no-fallback" in line for line in summary(again))
-    assert read_contestant(result.folder).verdict.startswith("is uniform 3; ties with line")
+    assert read_contestant(result.folder).verdict.startswith("is uniform 3; ")
     assert read_point(folder).evaluation.plan_is == "uniform 3"
     assert RunDocument.of(again).uniform_test == UniformTestDocument.of(result.uniform_test)
     assert raw.uniform_test is None and not RunFolder(raw.folder).uniform_test.exists()

@@ -19,9 +19,10 @@ from impq_core.config import RunConfig
 from impq_core.errors import ImpqError
 from impq_core.hookspecs import hookimpl
 from impq_core.plugins import Plugins
+from impq_core.runs.orders import order_of
 from impq_core.runs.pipeline import resume, run
 from impq_core.runs.prepare import prepare
-from impq_core.runs.worker import order_of
+from impq_core.tasks.measure import evaluate_tasks
 from impq_core.trust import NO_TRUST
 
 ray = pytest.importorskip("ray", reason="needs ray (pip install 'impq[ray]')")
@@ -81,6 +82,18 @@ def test_one_two_and_three_workers_give_what_none_gives(one_ray: None, config: R
     assert kills.killed
 
 
+def test_tasks_have_the_values_that_they_have_without_workers(one_ray: None, config: RunConfig, tmp_path: Path) -> None:
+    folder = run(replace(config, estimator="random", options={})).folder
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(f'{{"question": "{word}", "choices": ["a", "b"], "answer": 0}}\n' for word in "xyz"))
+    found = []
+    for workers in ("0", "2"):
+        found.append((evaluate_tasks(folder, [str(questions)], ("unquantized", "plan"), workers=workers),
+                      (folder / "tasks.json").read_bytes()))
+        (folder / "tasks.json").unlink()
+    assert found[0] == found[1] and len(found[0][0].scores) == 4  # two models, two metrics
+
+
 def test_a_worker_that_differs_ends_the_run_in_one_line(one_ray: None, config: RunConfig) -> None:
     plugins = Plugins()
     order = order_of(prepare(config, plugins), plugins, NO_TRUST)
@@ -121,7 +134,9 @@ def test_a_head_that_goes_away_leaves_a_run_that_resumes(config: RunConfig, tmp_
                 logs[0].read_text().splitlines()) < 2:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
-        for child in psutil.Process(process.pid).children(recursive=True):
+        leader = psutil.Process(process.pid)
+        assert {psutil.Process(pid).nice() for pid in hands(process.pid)} == {leader.nice()}
+        for child in leader.children(recursive=True):
             if child.name() == "gcs_server":
                 child.kill()
         said = process.communicate(timeout=120)[1]

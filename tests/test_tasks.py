@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_workers import Dies
 
 from impq_core.config import RunConfig, TextConfig
 from impq_core.errors import ImpqError, UsageError
@@ -23,6 +24,7 @@ from impq_core.exports.export import export_run
 from impq_core.exports.models import Models, choose, models_of
 from impq_core.plugins import Plugins
 from impq_core.results import Evaluation, Row, Score
+from impq_core.runs import orders
 from impq_core.runs.pipeline import run
 from impq_core.statistics import standard_error
 from impq_core.task_scores import TaskScore, TaskTable
@@ -30,8 +32,11 @@ from impq_core.tasks import harness
 from impq_core.tasks.harness import Settings, load_tasks, read_words
 from impq_core.tasks.items import PROMPT
 from impq_core.tasks.measure import measure_tasks
+from impq_core.tasks.shared import order_of
+from impq_core.testing.crew import InProcess, InProcessPlugin
 from impq_core.tracking.measured import MeasuredTracker
 from impq_core.trust import NO_TRUST, Trust
+from impq_core.worker import Worker
 
 CHOICES = [{"question": f"Which is it, {word}?", "choices": [f"{word}{end}" for end in "abc"], "answer": number % 3}
            for number, word in enumerate(("a horse", "the sea", "x", "nobody", "two or three", "it", "light"))]
@@ -163,6 +168,75 @@ def test_what_is_measured_is_on_disk_and_is_not_measured_again(
     monkeypatch.setattr(models_module.Models, "model", lambda *_: pytest.fail("a model is loaded"))
     assert measured(copied, files, ("unquantized", "plan")) == table
     assert TaskTable.load(copied / "tasks.json") == table
+
+
+ROWS = ("unquantized", "plan", "uniform 2")
+
+
+def by_workers(folder: Path, words: Sequence[str], workers: str, *observers: object) -> TaskTable:
+    plugins = Plugins()
+    for observer in (InProcessPlugin(), *observers):
+        plugins.watch(observer)
+    rows = ROWS if (folder / "evaluation.json").exists() else ()
+    return measure_tasks(models_of(folder, rows, plugins, workers=workers, threads=torch.get_num_threads()),
+                         read_words(words, NO_TRUST), Settings())
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_workers_find_the_same_values(exported: bool, copied: Path, files: tuple[str, str], tmp_path: Path) -> None:
+    words = [*files, str(local_task(tmp_path, files[0]))]
+    folder = export_run(copied, "impq").folder if exported else copied
+    alone = by_workers(folder, words, "0")
+    kept = (folder / "tasks.json").read_bytes()
+    for count in (1, 2):
+        (folder / "tasks.json").unlink()
+        InProcess.carried.clear()
+        assert by_workers(folder, words, f"inprocess://{count}") == alone
+        assert dict(InProcess.carried) == {"tasks": 6 if exported else 9}
+        assert (folder / "tasks.json").read_bytes() == kept
+    InProcess.carried.clear()
+    by_workers(folder, words, "inprocess://2")
+    assert not InProcess.carried  # and no worker is started for what is known
+
+
+def test_what_workers_found_before_they_were_gone_is_kept(copied: Path, files: tuple[str, str]) -> None:
+    alone = by_workers(copied, files, "0")
+    kept = (copied / "tasks.json").read_bytes()
+    (copied / "tasks.json").unlink()
+    with pytest.raises(ImpqError, match="gone"):
+        by_workers(copied, files, "dies://2", Dies(2))
+    assert len({(score.row, score.task) for score in TaskTable.load(copied / "tasks.json").scores}) == 2
+    InProcess.carried.clear()
+    assert by_workers(copied, files, "inprocess://3") == alone
+    assert dict(InProcess.carried) == {"tasks": 4} and (copied / "tasks.json").read_bytes() == kept
+
+
+def test_a_worker_with_other_documents_is_refused(copied: Path, files: tuple[str, str], tmp_path: Path) -> None:
+    """Its file is not the leader's."""
+    file = local_task(tmp_path, files[0])
+    models, settings = models_of(copied, (), Plugins(), workers="inprocess://1"), Settings()
+    [word] = read_words([str(file)], NO_TRUST)
+    [task] = load_tasks([word], settings)
+    order = order_of(models, "plan", word, task, settings)
+    file.write_text(file.read_text().replace("Answer:", "It is:"))
+    with pytest.raises(ImpqError, match="'local'") as refused:
+        Worker().carry_out(orders.order_of(models.prepared, Plugins(), NO_TRUST), order)
+    assert "\n" not in str(refused.value)
+
+
+def local_task(folder: Path, data: str) -> Path:
+    """A task file of lm-eval with questions of a file."""
+    path = folder / "local.yaml"
+    path.write_text(f"""task: local
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {folder}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}\\nAnswer:"
+doc_to_choice: choices
+doc_to_target: answer
+""")
+    return path
 
 
 def test_other_documents_are_measured_again(copied: Path, files: tuple[str, str], tmp_path: Path) -> None:

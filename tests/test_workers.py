@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -23,16 +25,19 @@ from impq_core.model.backward import BATCH_TOKENS
 from impq_core.plugins import Plugins
 from impq_core.runs.folder import RunFolder
 from impq_core.runs.grid import Sweep
+from impq_core.runs.orders import order_of, workers_of
 from impq_core.runs.pipeline import resume, run
+from impq_core.runs.points import extend_curve
 from impq_core.runs.prepare import prepare
 from impq_core.runs.session import Session
 from impq_core.runs.sweep import run_sweep
-from impq_core.runs.worker import Worker, order_of, workers_of
 from impq_core.testing.crew import InProcess, InProcessPlugin
 from impq_core.trust import NO_TRUST
+from impq_core.worker import Worker
 
-LOGS = ("measurements.jsonl", "gradients.jsonl", "scores.jsonl", "refinement.jsonl", "referee.jsonl")
-FILES = ("measurements.npz", "estimate.npz", "plan.json", "evaluation.json", "variants.json", "provenance.json")
+LOGS = ("measurements.jsonl", "gradients.jsonl", "scores.jsonl", "refinement.jsonl", "referee.jsonl", "held-back.jsonl")
+FILES = ("measurements.npz", "estimate.npz", "plan.json", "evaluation.json", "variants.json", "provenance.json",
+         "uniform-test.json")
 
 
 def with_crew() -> Plugins:
@@ -86,6 +91,7 @@ CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "traces": ({"estimator": "hawq", "backend": "quanto", "options": {}}, {"gradients", "score", "variants"}),
     "refined": ({"estimator": "isolated", "refiner": "evolve", "refine": 8, "options": {}},
                 {"losses", "score", "variants"}),
+    "tested": ({"estimator": "isolated", "fallback": "yes", "options": {}}, {"losses", "score", "variants"}),
     "in sequence": ({"estimator": "random", "sequential": "yes", "options": {}}, {"score", "variants"}),
     "another's": ({"estimate_with": "quanto", "options": {"estimate_with": {"group_size": 32}}},
                   {"losses", "score", "variants"}),
@@ -106,6 +112,9 @@ def test_a_run_is_the_same_with_any_number_of_workers(case: str, tiny_config: Ru
         InProcess.carried.clear()
         shared = run(replace(config, workers=f"inprocess://{count}"), with_crew())
         assert set(InProcess.carried) == kinds
+        if case == "tested":  # two scores on the windows that are held back, beside those of the table
+            assert len(rows_of(alone.folder)["held-back.jsonl"][1]) == 2
+            assert InProcess.carried["score"] == len(rows_of(alone.folder)["scores.jsonl"][1]) + 2
         assert bytes_of(shared.folder) == bytes_of(alone.folder)
         assert same_rows(alone.folder, shared.folder)
         assert forwards(shared.folder) == forwards(alone.folder)
@@ -163,6 +172,23 @@ def test_a_sweep_shares_its_work(tiny_config: RunConfig, monkeypatch, tmp_path: 
     assert set(InProcess.carried) == {"variants", "losses", "gradients", "score"}
     alone, shared = ({path.name: bytes_of(path) for path in (folder / "runs").iterdir()} for folder in found)
     assert len(alone) == 4 and alone == shared
+
+
+@pytest.mark.parametrize("estimator", ["isolated", "spqe"])
+def test_further_points_of_a_curve_share_their_work(estimator: str, tiny_config: RunConfig, tmp_path: Path) -> None:
+    config = replace(tiny_config, tracking_uri="none", backend="quanto", threads=1, estimator=estimator,
+                     options={} if estimator == "isolated" else {"estimator": {"permutations": 4}})
+    whole, found = run(replace(config, workers="inprocess://2"), with_crew()).folder, []
+    for workers in ("0", "inprocess://2", ""):  # the last ones are those of the run
+        folder = tmp_path / f"run{len(found)}"
+        shutil.copytree(whole, folder)
+        for path in Path(os.environ["IMPQ_CACHE"]).glob("variants/*/score-*"):
+            path.unlink()
+        InProcess.carried.clear()
+        extend_curve(folder, ["2.5bits", "3.5bits"], plugins=with_crew(), workers=workers)
+        assert set(InProcess.carried) == (set() if workers == "0" else {"score"})
+        found.append({path.name: bytes_of(path) for path in (folder / "runs").iterdir()})
+    assert len(found[0]) == 2 and found[0] == found[1] == found[2]
 
 
 @pytest.mark.parametrize(("name", "change"), [

@@ -86,10 +86,16 @@ def place_options(command: Command) -> Command:
                                          "an export].")(command)
 
 
-workers_option = click.option(
-    "--workers", metavar="N|auto|ADDRESS",
-    help="Share the work between N processes, one for each accelerator or core (auto), or those of a cluster, such as "
-         "ray://10.0.0.1:6379; no number depends on it [none].")
+def workers_options(workers: str, threads: str) -> Callable[[Command], Command]:
+    """``--workers`` and ``--threads``, with what they are by default."""
+    def add(command: Command) -> Command:
+        command = click.option("--threads", type=click.IntRange(min=1),
+                               help=f"Threads of the processor for each process [{threads}].")(command)
+        return click.option(
+            "--workers", metavar="N|auto|ADDRESS",
+            help="Share the work between N processes, one for each accelerator or core (auto), or those of a cluster, "
+                 f"such as ray://10.0.0.1:6379; no number depends on it [{workers}].")(command)
+    return add
 
 
 def dry_run_option(command: Command) -> Command:
@@ -153,9 +159,7 @@ def run_options(several: bool = False, budgets: bool = False) -> Callable[[Comma
                                       "does not fit, its blocks stay on disk until they work [what is free]."),
         click.option("--prefix", help="How blocks in front are quantized while statistics for the variants of the "
                                       "search are collected: widest or unquantized [widest]."),
-        workers_option,
-        click.option("--threads", type=click.IntRange(min=1),
-                     help="Threads of the processor for each process [torch's; 1 with workers and no accelerator]."),
+        workers_options("none", "torch's; 1 with workers and no accelerator"),
         click.option("--seed", type=int, help="Seed of all random draws but those of the texts [0]."),
         click.option("--time-limit", type=float, help="Time limit of the allocator in seconds (its option time_limit); "
                                                       "plans then depend on the speed of the machine."),

@@ -20,10 +20,12 @@ from impq_core.commands.common import (
     trust_option,
     warn,
     watched,
+    workers_options,
 )
 from impq_core.commands.exporting import export_plan, load_exporters
 from impq_core.commands.output import Answer, answers
 from impq_core.config import override
+from impq_core.errors import UsageError
 from impq_core.hookspecs import hookimpl
 from impq_core.plugins import Plugins
 from impq_core.target import MOST_STEPS, STEPS
@@ -50,11 +52,12 @@ def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
               help="Further budgets to measure, separated by commas: 2.5bits,3.25bpw,60MB.")
 @target_options
 @click.option("--memory", default="", help="Memory that this may take where blocks compute, such as 8GB [the run's].")
+@workers_options("the run's", "the run's")
 @trust_option
 @plugin_option
 @answers
-def curve(run: str, budgets: str | None, target: str, steps: int, memory: str, trust: bool,
-          plugin_files: tuple[Path, ...]) -> Answer:
+def curve(run: str, budgets: str | None, target: str, steps: int, memory: str, workers: str | None,
+          threads: int | None, trust: bool, plugin_files: tuple[Path, ...]) -> Answer:
     """Loss against size of a run (its folder) or sweep: what was measured, and further budgets or a target."""
     from impq_core.runs.curves import check_wanted, earlier_answer, read_curves, save_curves
     from impq_core.runs.folder import RunFolder
@@ -63,7 +66,11 @@ def curve(run: str, budgets: str | None, target: str, steps: int, memory: str, t
     check_wanted(texts, target, steps)
     folder = RunFolder.open(run)
     if texts or target:
-        return _extend(folder, texts, target, steps, memory, Trust(trust), Plugins(plugin_files))
+        place = {"memory": memory, "workers": workers or "", "threads": threads or 0}
+        return _extend(folder, texts, target, steps, place, Trust(trust), Plugins(plugin_files))
+    if workers or threads:
+        raise UsageError(f"--{'workers' if workers else 'threads'} goes with --budget or --target: without them "
+                         "nothing is measured")
     curves = read_curves(run)
     outcome = earlier_answer(folder, curves)
     save_curves(folder, curves, outcome)
@@ -71,16 +78,16 @@ def curve(run: str, budgets: str | None, target: str, steps: int, memory: str, t
     return _answer(folder.path, curves, outcome)
 
 
-def _extend(folder: RunFolder, budgets: tuple[str, ...], target: str, steps: int, memory: str, trust: Trust,
-            plugins: Plugins) -> Answer:
-    config = folder.read_config()
-    for budget in budgets:
+def _extend(folder: RunFolder, budgets: tuple[str, ...], target: str, steps: int, place: Mapping[str, Any],
+            trust: Trust, plugins: Plugins) -> Answer:
+    config = override(folder.read_config(), **{name: given for name, given in place.items() if given})
+    for budget in budgets or (config.budget,):
         check(replace(config, budget=budget), plugins)
     config = watched(config, plugins, brief=True)
     plugins.watch(shown := _Show())
     from impq_core.runs.points import extend_curve
 
-    extend_curve(folder.path, budgets, target, steps, plugins, trust, memory)
+    extend_curve(folder.path, budgets, target, steps, plugins, trust, **place)
     look_at(config)
     return _answer(folder.path, shown.curves, shown.outcome)
 

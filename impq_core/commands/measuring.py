@@ -10,8 +10,9 @@ from typing import Any
 
 import click
 
-from impq_core.commands.common import place_options, plugin_option, trust_option
+from impq_core.commands.common import place_options, plugin_option, trust_option, workers_options
 from impq_core.commands.output import Answer, answers
+from impq_core.config import RunConfig
 from impq_core.errors import UsageError
 from impq_core.plugins import Plugins
 from impq_core.trust import Trust
@@ -27,6 +28,8 @@ class TaskOptions:
     batch_size: int | None
     chat: bool
     rows: tuple[str, ...]
+    workers: str | None
+    threads: int | None
 
 
 def task_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,13 +39,13 @@ def task_options(command: Callable[..., Any]) -> Callable[..., Any]:
     def with_asked(**given: Any) -> Any:
         asked = TaskOptions(**{entry.name: given.pop(entry.name) for entry in fields(TaskOptions)})
         if asked.tasks is None:
-            for name in ("limit", "fewshot", "batch_size", "chat", "rows"):
+            for name in ("limit", "fewshot", "batch_size", "chat", "rows", "workers", "threads"):
                 if getattr(asked, name) not in (None, False, ()):
                     flag = {"batch_size": "batch-size", "rows": "row"}.get(name, name)
                     raise UsageError(f"--{flag} goes with --tasks")
         return command(asked=asked, **given)
 
-    options = [
+    options: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = [
         click.option("--tasks", help="Tasks, separated by commas: names of lm-eval such as lambada_openai, .jsonl "
                                      "files of questions, .yaml task files of lm-eval."),
         click.option("--limit", type=int, help="Ask the first LIMIT documents of each task only."),
@@ -53,6 +56,7 @@ def task_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--row", "rows", multiple=True, metavar="ROW",
                      help="Row of the run's table to measure, such as plan or 'uniform 3' [unquantized, plan, and the "
                           "references of its size]."),
+        workers_options("the run's; none for an export", "the run's"),
     ]
     decorated: Callable[..., Any] = with_asked
     for option in reversed(options):
@@ -64,9 +68,11 @@ def show_tasks(path: str, asked: TaskOptions, plugins: Plugins, trust: Trust, de
                memory: str | None) -> Answer:
     """Measure tasks on a run or an exported folder, and print a table for each; raises ImpqError."""
     from impq_core.exports.manifest import folder_of
+    from impq_core.parts import load_crew
     from impq_core.tasks.harness import Settings, read_words
 
     folder = folder_of(path)
+    load_crew(RunConfig(workers=asked.workers or ""), plugins)
     assert asked.tasks is not None
     words = read_words([word.strip() for word in asked.tasks.split(",")], trust)
     settings = Settings(asked.limit, asked.fewshot, asked.chat, 1 if asked.batch_size is None else asked.batch_size)
@@ -77,8 +83,8 @@ def show_tasks(path: str, asked: TaskOptions, plugins: Plugins, trust: Trust, de
     from impq_core.tasks.table import task_tables
     from impq_core.terminal import make_console
 
-    models = models_of(folder, asked.rows, plugins, trust, device, memory)
-    table = measure_tasks(models, words, settings)
+    models = models_of(folder, asked.rows, plugins, trust, device, memory, asked.workers, asked.threads)
+    table = measure_tasks(models, words, settings, trust)
     console = make_console()
     for one in task_tables(table):
         console.print(one)

@@ -10,13 +10,13 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from impq_core.budget import parse_bytes
-from impq_core.config import from_data, override
+from impq_core.config import RunConfig, from_data, override, unmetered
 from impq_core.errors import ImpqError, UsageError, nearest
 from impq_core.evaluate import allocations_of
 from impq_core.exports.export import put_export
@@ -30,6 +30,7 @@ from impq_core.parts import load_exporter
 from impq_core.plugins import Plugins
 from impq_core.results import Evaluation
 from impq_core.runs.folder import RunFolder
+from impq_core.runs.orders import with_workers
 from impq_core.runs.prepare import Prepared, prepare
 from impq_core.runs.session import Session
 from impq_core.trust import NO_TRUST, Trust
@@ -46,8 +47,9 @@ class Models(ABC):
 
     Args:
         folder: a run, or an exported folder.
-        prepared: its run.
+        prepared: its run, with its plan.
         plugins: the observers of the progress.
+        session: the model of the run, if it is loaded.
 
     Attributes:
         names: the models, the unquantized one first.
@@ -55,8 +57,8 @@ class Models(ABC):
 
     names: tuple[str, ...] = (UNQUANTIZED, PLAN)
 
-    def __init__(self, folder: Path, prepared: Prepared, plugins: Plugins) -> None:
-        self.folder, self.prepared, self.plugins = folder, prepared, plugins
+    def __init__(self, folder: Path, prepared: Prepared, plugins: Plugins, session: Session | None = None) -> None:
+        self.folder, self.prepared, self.plugins, self._session = folder, prepared, plugins, session
         assert prepared.plan is not None
         self.plan = prepared.plan
 
@@ -97,26 +99,19 @@ class RunModels(Models):
     """The models of a run.
 
     Args:
-        run: a finished run.
+        folder: a finished run.
         names: those of its table; by default the unquantized model, the plan, and the references of its size.
-        plugins: backends and observers.
-        trust: what the caller permits.
-        device: where blocks compute; the run's device by default.
-        memory: what this may take; what the run might by default.
+        prepared, plugins, session: see ``Models``.
 
     Raises:
-        ImpqError: an error that the user can correct.
+        ImpqError: the table has a row that this version of impq does not make.
         UsageError: a name that is not in the table.
     """
 
-    def __init__(self, run: str | Path, names: Sequence[str], plugins: Plugins, trust: Trust = NO_TRUST,
-                 device: str | None = None, memory: str | None = None) -> None:
-        folder = RunFolder.open(run, "plan.json", "evaluation.json")
-        evaluation = folder.read_evaluation()
-        self.names = choose(evaluation, names)
-        config = override(folder.read_config(), plan=str(folder.plan), device=device, memory=memory)
-        prepared = prepare(config, plugins, trust)
-        super().__init__(folder.path, prepared, plugins)
+    def __init__(self, folder: Path, names: Sequence[str], prepared: Prepared, plugins: Plugins,
+                 session: Session | None = None) -> None:
+        super().__init__(folder, prepared, plugins, session)
+        self.names = choose(RunFolder(folder).read_evaluation(), names)
         self._bytes: dict[str, int | None] = {}
         self._layers: dict[str, Assignment] = {}
         self._linears: dict[str, Assignment] = {}
@@ -127,9 +122,8 @@ class RunModels(Models):
             self._bytes[f"mix {mix.name}"] = mix.nbytes
             self._linears[f"mix {mix.name}"] = [mix.choices[linear] for linear in linears]
         if lost := [name for name in self.names if name not in self._bytes]:
-            raise ImpqError(f"{run}: its table has a row '{lost[0]}' that this version of impq does not make: leave it "
-                            "out with --rows")
-        self._session: Session | None = None
+            raise ImpqError(f"{folder}: its table has a row '{lost[0]}' that this version of impq does not make: leave "
+                            "it out with --row")
 
     def nbytes(self, name: str) -> int | None:
         """See ``Models``."""
@@ -160,29 +154,21 @@ class ExportedModels(Models):
 
     Args:
         folder: as ``impq export`` wrote it.
-        plugins: exporters, backends and observers.
-        trust: what the caller permits.
-        device: where blocks compute.
-        memory: what this may take; empty for what is free.
+        names: of the models; both by default.
+        exporter: of its format.
+        prepared, plugins, session: see ``Models``.
 
     Raises:
-        ImpqError: impq did not write the folder, its format holds no weights, or its model cannot be found.
+        UsageError: a name that is of neither.
     """
 
-    def __init__(self, folder: str | Path, plugins: Plugins, trust: Trust = NO_TRUST, device: str = "auto",
-                 memory: str = "") -> None:
-        folder = Path(folder)
-        manifest = read_manifest(folder)
-        config = override(from_data(manifest["run"], str(folder / MANIFEST)), plan=str(folder / "plan.json"),
-                          device=device, memory=memory)
-        self._exporter: Exporter = load_exporter(manifest["exporter"], config.backend,
-                                                 config.options.get("backend", {}), plugins)
-        if not self._exporter.backends:
-            raise ImpqError(f"{folder} is of format '{manifest['exporter']}', which holds no weights: give the run, or "
-                            "a folder of another format")
-        super().__init__(folder, prepare(config, plugins, trust, calibrate=False), plugins)
-        self._session: Session | None = None
-        self._replaced = False
+    def __init__(self, folder: Path, names: Sequence[str], exporter: Exporter, prepared: Prepared, plugins: Plugins,
+                 session: Session | None = None) -> None:
+        super().__init__(folder, prepared, plugins, session)
+        for name in names:
+            _require(name, self.names)
+        self.names = tuple(dict.fromkeys(names)) or self.names
+        self._exporter, self._replaced = exporter, False
 
     def nbytes(self, name: str) -> int | None:
         """See ``Models``."""
@@ -217,7 +203,8 @@ class ExportedModels(Models):
 
 
 def models_of(path: str | Path, names: Sequence[str], plugins: Plugins, trust: Trust = NO_TRUST,
-              device: str | None = None, memory: str | None = None) -> Models:
+              device: str | None = None, memory: str | None = None, workers: str | None = None,
+              threads: int | None = None) -> Models:
     """The models of a run, or of an exported folder or its file.
 
     Args:
@@ -227,19 +214,53 @@ def models_of(path: str | Path, names: Sequence[str], plugins: Plugins, trust: T
         trust: what the caller permits.
         device: where blocks compute; the run's, or ``auto`` for an exported folder, by default.
         memory: what this may take.
+        workers: processes that share the work; the run's, or none for an exported folder, by default.
+        threads: of the processor for each process; the run's by default.
 
     Raises:
-        ImpqError: the path is none of these, or an error in it that the user can correct.
+        ImpqError: the path is none of these, its format holds no weights, or an error in it that the user can correct.
         UsageError: a name that the path does not have.
     """
     folder = folder_of(path)
-    if not (folder / MANIFEST).is_file():
-        return RunModels(folder, names, plugins, trust, device, memory)
-    models = ExportedModels(folder, plugins, trust, device or "auto", memory or "")
-    for name in names:
-        _require(name, models.names)
-    models.names = tuple(dict.fromkeys(names)) or models.names
-    return models
+    if (folder / MANIFEST).is_file():
+        manifest = read_manifest(folder)
+        config = replace(from_data(manifest["run"], str(folder / MANIFEST)), workers="", plan=str(folder / "plan.json"))
+        _exporter_of(folder, config, plugins)
+        device, memory, calibrate = device or "auto", memory or "", False
+    else:
+        config, calibrate = RunFolder(folder).read_config(), True
+        config = replace(config, plan=str(RunFolder(folder).plan))
+        choose(RunFolder(folder).read_evaluation(), names)
+    # No variant is taken from the cache, so a run without one can have workers.
+    config = override(unmetered(config), device=device, memory=memory, cache=True if workers else None)
+    config = with_workers(config, workers or "", threads or 0)
+    return models_in(folder.absolute(), names, prepare(config, plugins, trust, calibrate=calibrate), plugins)
+
+
+def models_in(folder: Path, names: Sequence[str], prepared: Prepared, plugins: Plugins,
+              session: Session | None = None) -> Models:
+    """As ``models_of``, of a prepared run.
+
+    Args:
+        folder: a run folder, or an exported folder.
+        names: of the models; those of ``Models`` by default.
+        prepared: the run, with its plan.
+        plugins: parts and observers.
+        session: the model of the run, if it is loaded. An exported folder may take its weights' place.
+    """
+    if (folder / MANIFEST).is_file():
+        return ExportedModels(folder, names, _exporter_of(folder, prepared.config, plugins), prepared, plugins, session)
+    return RunModels(folder, names, prepared, plugins, session)
+
+
+def _exporter_of(folder: Path, config: RunConfig, plugins: Plugins) -> Exporter:
+    """The exporter of an exported folder; raises ImpqError if its format holds no weights."""
+    name = read_manifest(folder)["exporter"]
+    exporter = load_exporter(name, config.backend, config.options.get("backend", {}), plugins)
+    if not exporter.backends:
+        raise ImpqError(f"{folder} is of format '{name}', which holds no weights: give the run, or a folder of another "
+                        "format")
+    return exporter
 
 
 def choose(evaluation: Evaluation, names: Sequence[str]) -> tuple[str, ...]:

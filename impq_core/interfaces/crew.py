@@ -24,7 +24,7 @@ CarryOut = Callable[[Iterable[Task]], Iterator[tuple[Task, Answer]]]
 class Crew(Part, ABC):
     """Workers that carry out tasks for a leader, which is the process of the run.
 
-    A worker is a process with an ``impq_core.runs.worker.Worker``, whose ``carry_out(order, task)`` returns the answer.
+    A worker is a process with an ``impq_core.worker.Worker``, whose ``carry_out(order, task)`` returns the answer.
     It may die at any moment: its task is then given to a worker once more, with the same answer. Workers write variants
     into the cache and nothing else; ledgers, plan and MLflow are the leader's.
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from impq_core.evaluate import ScoreLog
 from impq_core.runs.folder import RunFolder
-from impq_core.runs.session import Session
+from impq_core.runs.session import HELD_BACK, Session
 from impq_core.types import Plan, SensitivityEstimate
 from impq_core.uniform_test import UniformTest, uniform_within
 
@@ -31,7 +31,7 @@ def against_uniform(session: Session, folder: RunFolder, plan: Plan,
     if text is None or uniform is None:
         return plan, None
     with session.clock.stage("fallback"), closing(ScoreLog(folder.held_back_scores, prepared.held_back_key)) as log:
-        scores = session.evaluator(log, (text,)).scores(
+        scores = session.evaluator(log, HELD_BACK).scores(
             [plan.space.assignment(pick) for pick in (plan.pick, uniform)], session.report("fallback"))
     value = prepared.config.value
     of_plan, of_uniform = (score.window_nll if value == "nll" else score.window_kl for score in scores)

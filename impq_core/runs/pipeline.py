@@ -20,9 +20,9 @@ from impq_core.results import Evaluation, RunResult
 from impq_core.runs.fallback import against_uniform
 from impq_core.runs.folder import RunFolder, recorded
 from impq_core.runs.metering import to_data
+from impq_core.runs.orders import with_workers, workers_of
 from impq_core.runs.prepare import Prepared, prepare
 from impq_core.runs.session import Session, Share
-from impq_core.runs.worker import with_workers, workers_of
 from impq_core.trust import NO_TRUST, Trust
 from impq_core.types import Measurements, Plan, SensitivityEstimate
 from impq_core.uniform_test import UniformTest

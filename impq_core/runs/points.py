@@ -17,9 +17,10 @@ from impq_core.plugins import Plugins
 from impq_core.runs.children import Child, finish
 from impq_core.runs.curves import check_wanted, earlier_answer, finished_runs, parts_of, read_curves, save_curves
 from impq_core.runs.folder import MEASURED, SWEEP, RunFolder
+from impq_core.runs.orders import with_workers, workers_of
 from impq_core.runs.pipeline import Search, allocate
 from impq_core.runs.prepare import Prepared, prepare
-from impq_core.runs.session import Session
+from impq_core.runs.session import Session, Share
 from impq_core.target import STEPS, Target, next_budget
 from impq_core.trust import NO_TRUST, Trust
 from impq_core.types import Measurements, SensitivityEstimate
@@ -34,12 +35,13 @@ class Series:
         measured: losses, which are fitted for each budget, or an estimate.
         plugins: parts and observers.
         session: the model with the deployed variants, if it is loaded already.
+        share: gives the workers of the session that is made otherwise; None if there are none.
     """
 
     def __init__(self, folder: RunFolder, base: Prepared, measured: Measurements | SensitivityEstimate,
-                 plugins: Plugins, session: Session | None = None) -> None:
+                 plugins: Plugins, session: Session | None = None, share: Share | None = None) -> None:
         self._folder, self._base, self._measured, self._plugins = folder, base, measured, plugins
-        self._given, self._stack = session, ExitStack()
+        self._given, self._share, self._stack = session, share, ExitStack()
 
     def __enter__(self) -> Self:
         return self
@@ -49,7 +51,7 @@ class Series:
 
     @cached_property
     def _session(self) -> Session:
-        session = self._given or Session(self._base, self._plugins)
+        session = self._given or Session(self._base, self._plugins, share=self._share)
         if not self._given:
             session.quantize_deployed()
         return session
@@ -113,7 +115,8 @@ class Series:
 
 
 def extend_curve(path: str | Path, budgets: Sequence[str] = (), target: str = "", steps: int = STEPS,
-                 plugins: Plugins | None = None, trust: Trust = NO_TRUST, memory: str = "") -> Outcome | None:
+                 plugins: Plugins | None = None, trust: Trust = NO_TRUST, memory: str = "", workers: str = "",
+                 threads: int = 0) -> Outcome | None:
     """Measure plans for further budgets from the estimate of a run or sweep, or search the smallest plan within a
     target. What was measured already is read. Afterwards ``curve.json`` is in the folder.
 
@@ -125,6 +128,8 @@ def extend_curve(path: str | Path, budgets: Sequence[str] = (), target: str = ""
         plugins: parts and observers; the installed plugins by default.
         trust: what the caller permits.
         memory: what this may take; empty for what the run's configuration says.
+        workers: processes that share the work; empty for what the run's configuration says.
+        threads: of the processor for each process; 0 for what the run's configuration says.
 
     Returns:
         The answer to the target, or to that of an earlier search.
@@ -137,7 +142,8 @@ def extend_curve(path: str | Path, budgets: Sequence[str] = (), target: str = ""
     plugins = plugins or Plugins()
     folder = RunFolder.open(path)
     source = source_of(folder)
-    prepared = prepare(override(source.read_config(), memory=memory or None), plugins, trust)
+    given = with_workers(source.read_config(), workers, threads)
+    prepared = prepare(override(given, memory=memory or None), plugins, trust)
     prepared.key.require(source.read_json(source.provenance), str(source.path))
     config = prepared.config
     options = {slot: values for slot, values in config.options.items() if slot != "refiner"}
@@ -146,7 +152,8 @@ def extend_curve(path: str | Path, budgets: Sequence[str] = (), target: str = ""
         unrefined = replace(unrefined, fallback="no")
     base = replace(prepared, config=unrefined)
     measured = source.read_measurements() if source.measurements.is_file() else source.read_estimate()
-    with folder.locked(), Series(folder, base, measured, plugins) as series:
+    with (workers_of(base.config, plugins, trust) as share, folder.locked(),
+          Series(folder, base, measured, plugins, share=share) as series):
         children = [series.child(budget) for budget in budgets]
         varied = {"target": [str(wanted)]} if wanted else {"budget": list(budgets)}
         plugins.notify("impq_sweep_started", config=base.config, folder=folder.path, varied=varied)

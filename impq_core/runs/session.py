@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from impq_core.errors import ImpqError, one_line
-from impq_core.evaluate import Evaluator, KeptScores, ScoreLog, SequentialEvaluator, evaluate_plan
+from impq_core.evaluate import HELD_OUT, Evaluator, KeptScores, ScoreLog, SequentialEvaluator, evaluate_plan
 from impq_core.files import abandoned, discard, scratch_folder
 from impq_core.game.model_game import ModelGame
 from impq_core.game.passes import Passes
@@ -43,6 +43,9 @@ SCRATCH = "impq-weights"
 
 GAME = "estimate"
 """Name of the estimator's game, for workers."""
+
+HELD_BACK = "held back"
+"""Name of the windows that a plan is tested on against a uniform model, for workers."""
 
 Progress = Callable[[int, int], None]
 """Called with the number of finished units of a stage, and the number of all units."""
@@ -255,24 +258,27 @@ class Session:
             probe = self.probe(slope_log)
             yield self.game(log, probe) if prepared.calibration else None, probe
 
-    def evaluator(self, log: ScoreLog | None = None, texts: Sequence[Windows] = ()) -> Evaluator:
+    def evaluator(self, log: ScoreLog | None = None, name: str = HELD_OUT) -> Evaluator:
         """The evaluator of the run's table, of the deployed variants or of models quantized in sequence; it reads the
         scores of other runs from the cache.
 
         Args:
             log: file of the scores.
-            texts: windows to score on; the held-out ones by default.
+            name: of the texts to score on: those of the table, or ``HELD_BACK``.
         """
-        prepared = self.prepared
-        carry_out = None if texts else self.carry_out  # workers score on the held-out texts
-        texts = texts or prepared.held_out
+        prepared, carry_out = self.prepared, self.carry_out
+        texts = prepared.held_out
+        if name == HELD_BACK:
+            assert prepared.held_back is not None
+            texts = (prepared.held_back,)
         shelf = self._shelf(prepared.parts.backend, prepared.deployed_menus)
         kept = KeptScores(shelf, [text.digest for text in texts], self.bank.layers,
                           prepared.sequence) if shelf else None
         if prepared.sequence:
             assert prepared.calibration is not None
-            return SequentialEvaluator(self.runner, self.bank, texts, prepared.calibration.ids, log, kept, carry_out)
-        return Evaluator(self.runner, self.bank, texts, log, kept, carry_out)
+            return SequentialEvaluator(self.runner, self.bank, texts, prepared.calibration.ids, log, kept, carry_out,
+                                       name)
+        return Evaluator(self.runner, self.bank, texts, log, kept, carry_out, name)
 
     def evaluator_of_exports(self) -> Evaluator:
         """An evaluator of a model that is quantized in sequence, which reads no scores from the cache. Call it while

@@ -24,11 +24,11 @@ from impq_core.runs.children import Child, fail, finish
 from impq_core.runs.curves import earlier_answer, finished_runs, read_curves, save_curves
 from impq_core.runs.folder import CHILDREN, MEASURED, SWEEP, RunFolder, recorded
 from impq_core.runs.grid import Sweep
+from impq_core.runs.orders import workers_of
 from impq_core.runs.pipeline import Search, allocate, make_folder
 from impq_core.runs.points import Series, scores_of
 from impq_core.runs.prepare import prepare
 from impq_core.runs.session import Session, Share
-from impq_core.runs.worker import workers_of
 from impq_core.target import Target
 from impq_core.trust import NO_TRUST, Trust
 from impq_core.types import Measurements, SensitivityEstimate

@@ -41,6 +41,10 @@ LOCAL = ("json", "csv", "text", "parquet", "arrow")
 """Builders of ``datasets`` that read files."""
 
 
+Word = str | Path | Questions
+"""A task as ``--tasks`` names it: a name of lm-eval's, a task file of lm-eval, or the questions of a file."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """How tasks are asked.
@@ -98,7 +102,7 @@ class Value:
     fewshot: int
 
 
-def read_words(words: Sequence[str], trust: Trust) -> list[str | Path | Questions]:
+def read_words(words: Sequence[str], trust: Trust) -> list[Word]:
     """The names and files that ``--tasks`` lists, checked as far as that takes no lm-eval: names stay text, lm-eval's
     own task files are paths.
 
@@ -107,7 +111,7 @@ def read_words(words: Sequence[str], trust: Trust) -> list[str | Path | Question
         ImpqError: a file is missing or wrong, or runs code that the command line does not permit, or lm-eval is not
             installed.
     """
-    found: list[str | Path | Questions] = []
+    found: list[Word] = []
     if not words or not all(words):
         raise UsageError("--tasks takes names of lm-eval tasks and files of questions, separated by commas, such as "
                          "lambada_openai,mine.jsonl")
@@ -130,7 +134,7 @@ def read_words(words: Sequence[str], trust: Trust) -> list[str | Path | Question
     return found
 
 
-def _name(word: str | Path | Questions) -> str:
+def _name(word: Word) -> str:
     return word if isinstance(word, str) else word.stem if isinstance(word, Path) else word.name
 
 
@@ -149,7 +153,7 @@ def version() -> str:
     return importlib.metadata.version("lm_eval")
 
 
-def load_tasks(words: Sequence[str | Path | Questions], settings: Settings) -> list[Task]:
+def load_tasks(words: Sequence[Word], settings: Settings) -> list[Task]:
     """The tasks with their documents, which lm-eval reads from ``datasets``' cache or fetches.
 
     Args:
@@ -178,7 +182,7 @@ def _similar(word: str, names: Sequence[str]) -> str:
     return hint if hint.startswith(" (did") else ""
 
 
-def _load(manager: Any, word: str | Path | Questions, settings: Settings) -> Task:
+def _load(manager: Any, word: Word, settings: Settings) -> Task:
     spec: Any = str(word) if isinstance(word, Path) else word
     if isinstance(word, Questions):
         spec = word.config(settings.chat) | {"custom_dataset": _documents(word)}
@@ -218,7 +222,7 @@ def _documents(questions: Questions) -> Any:
     return load
 
 
-def _data_of(manager: Any, word: str | Path | Questions) -> str:
+def _data_of(manager: Any, word: Word) -> str:
     """The data set of a task, as its definition names it; of a group, nothing."""
     from lm_eval.tasks._yaml_loader import load_yaml
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from impq_core.hookspecs import Component, hookimpl
 from impq_core.interfaces import Answer, Crew, Order, Task
-from impq_core.runs.worker import Worker
+from impq_core.worker import Worker
 
 
 class InProcess(Crew):

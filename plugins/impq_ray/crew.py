@@ -25,8 +25,10 @@ BEAT = 1.0
 STORE = 100 * 2**20
 """Bytes of Ray's store of objects: tasks and answers are small, and weights are mapped from files."""
 
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_DEDUP_LOGS": "0"}
-"""No statistics for Ray's makers, and accelerators are left visible to workers that take none."""
+SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_DEDUP_LOGS": "0",
+            "RAY_worker_niceness": "0"}
+"""No statistics for Ray's makers; accelerators are left visible to workers that take none; workers have the priority of
+this process, where Ray's own 15 would leave them what the leader and other processes do not take."""
 
 
 class Hand:
@@ -39,7 +41,7 @@ class Hand:
         """``answer`` and the answer, or ``error`` and its message."""
         try:
             if self._worker is None:  # an import that fails here is an answer, and no reason to try again
-                from impq_core.runs.worker import Worker
+                from impq_core.worker import Worker
 
                 self._worker = Worker()
             return "answer", self._worker.carry_out(order, task)
@@ -59,7 +61,7 @@ class Ray(Crew):
 
     def open(self, workers: str, threads: int, accelerated: bool) -> None:
         """Start or join a cluster, and start the workers."""
-        os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
+        os.environ.update({name: os.environ.get(name, value) for name, value in SETTINGS.items()})
         import ray
 
         quiet = {"logging_level": "error", "log_to_driver": False}

@@ -1,24 +1,21 @@
-"""Workers: processes that carry out tasks of a run for its leader, and the orders that they prepare themselves from.
+"""Workers: processes that carry out tasks of a run for its leader.
 
 Tasks and answers are plain data, and a task does not depend on the number of workers, so the losses, gradients, scores
 and variants of a run are bit for bit the same with any number. A worker writes variants into the cache, and nothing
-else: every answer is in a ledger of the leader before it counts.
+else: every answer is in a file of the leader before it counts.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from impq_core.config import RunConfig, from_data
+from impq_core.config import from_data
 from impq_core.costs import Metering
 from impq_core.errors import ImpqError
 from impq_core.evaluate import Evaluator
@@ -26,57 +23,13 @@ from impq_core.game.model_game import ModelGame
 from impq_core.game.probe import ModelProbe
 from impq_core.interfaces import Answer, Order, Task
 from impq_core.keys import Change, digest_of
-from impq_core.model.demo import cache_folder
 from impq_core.model.quantize import Filling
-from impq_core.parts import load_crew
 from impq_core.plugins import Plugins
 from impq_core.runs.prepare import Prepared, prepare
-from impq_core.runs.session import GAME, Session, Share
+from impq_core.runs.session import GAME, Session
 from impq_core.space import Choice
+from impq_core.tasks.shared import Measurer
 from impq_core.trust import Trust
-
-LEADERS = ("workers", "tracking_uri", "experiment", "output")
-"""Settings that only the leader has."""
-
-
-def order_of(prepared: Prepared, plugins: Plugins, trust: Trust) -> Order:
-    """What a worker prepares itself from for a run: configuration, key, readings of meters, plugin files, permissions,
-    the number of threads, and the cache."""
-    defaults = RunConfig()
-    config = replace(prepared.config, **{name: getattr(defaults, name) for name in LEADERS},
-                     device=torch.device(prepared.config.device).type)  # each worker has accelerators of its own
-    return {"config": config.to_data(), "key": prepared.key.to_dict(),
-            "meters": [metering.to_dict() for metering in prepared.meterings],
-            "plugins": [str(file) for file in plugins.files], "remote_code": trust.remote_code,
-            "threads": torch.get_num_threads(), "cache": str(cache_folder())}
-
-
-def with_workers(config: RunConfig, workers: str) -> RunConfig:
-    """The configuration of a run that goes on with other workers, if they are not empty: the number of threads, of
-    which sums depend, stays what it was."""
-    if not workers:
-        return config
-    return replace(config, workers=workers, threads=config.threads or torch.get_num_threads())
-
-
-@contextmanager
-def workers_of(config: RunConfig, plugins: Plugins, trust: Trust) -> Iterator[Share | None]:
-    """The workers of a configuration: a function that gives those that carry out the tasks of a prepared run; None if
-    there are none.
-
-    Raises:
-        ImpqError: they cannot be started.
-    """
-    crew = load_crew(config, plugins)
-    if crew is None:
-        yield None
-        return
-    try:
-        crew.open(config.workers.partition("://")[2] or config.workers, config.threads or torch.get_num_threads(),
-                  accelerated=torch.device(config.device).type != "cpu")
-        yield lambda prepared: partial(crew.carry_out, order_of(prepared, plugins, trust))
-    finally:
-        crew.close()
 
 
 class Worker:
@@ -89,7 +42,8 @@ class Worker:
         self._filling: tuple[Filling, int] | None = None  # and the place that it is at
         self._games: dict[str, ModelGame] = {}
         self._probe: ModelProbe | None = None
-        self._evaluators: list[Evaluator] = []  # of layers, and of linears
+        self._evaluators: dict[str, list[Evaluator]] = {}  # by the name of the texts: of layers, and of linears
+        self._measurer: Measurer | None = None
 
     def carry_out(self, order: Order, task: Task) -> Answer:
         """The answer to a task.
@@ -100,12 +54,15 @@ class Worker:
         if self._session is None or self._order != digest_of(order):
             self._session = self._prepare(order)
             self._order = digest_of(order)
-        work = {"variants": self._make, "losses": self._measure, "gradients": self._read, "score": self._score}
+        work = {"variants": self._make, "losses": self._measure, "gradients": self._read, "score": self._score,
+                "tasks": self._ask}
         return work[task["kind"]](self._session, task)
 
     def _prepare(self, order: Order) -> Session:
         prepared, plugins = _same_as(order)
-        before, self._session = self._session, None
+        self._trust = Trust(order["remote_code"])
+        before = None if self._measurer else self._session  # an exported folder has taken the weights' place
+        self._session = None
         self._forget()
         runner = None
         if before and _model(before.prepared) == _model(prepared):
@@ -115,7 +72,10 @@ class Worker:
 
     def _forget(self) -> None:
         """Let what belongs to the variants of a session go."""
-        self._variants_of, self._filling, self._games, self._probe, self._evaluators = "", None, {}, None, []
+        if self._measurer:
+            self._measurer.close()
+        self._variants_of, self._filling, self._games, self._probe, self._evaluators = "", None, {}, None, {}
+        self._measurer = None
 
     def _have(self, session: Session, deployed: bool) -> None:
         """Load the variants of the game or the deployed ones; those that are not in the cache are made."""
@@ -155,15 +115,20 @@ class Worker:
         return {"found": self._probe.read_windows(task["reading"], task["key"], *task["windows"])}
 
     def _score(self, session: Session, task: Task) -> Answer:
-        """Held-out scores of an allocation."""
+        """Scores of an allocation on the held-out texts, or on the windows that are held back."""
         self._have(session, deployed=True)
-        if not self._evaluators:
+        if task["texts"] not in self._evaluators:
             session.bank.apply([None] * len(session.bank.layers))
-            evaluator = session.evaluator()
-            self._evaluators = [evaluator, evaluator.of_linears()]
-        [scores] = self._evaluators[task["linears"]].scores_of_texts(
+            evaluator = session.evaluator(name=task["texts"])
+            self._evaluators[task["texts"]] = [evaluator, evaluator.of_linears()]
+        [scores] = self._evaluators[task["texts"]][task["linears"]].scores_of_texts(
             [[Choice(**choice) if choice else None for choice in task["choices"]]])
         return {"scores": [score.to_dict() for score in scores]}
+
+    def _ask(self, session: Session, task: Task) -> Answer:
+        """Values of a task of lm-eval on a model of a run or an exported folder."""
+        self._measurer = self._measurer or Measurer(session, self._trust)
+        return self._measurer.measure(task)
 
 
 def _same_as(order: Order) -> tuple[Prepared, Plugins]:
@@ -178,7 +143,8 @@ def _same_as(order: Order) -> tuple[Prepared, Plugins]:
     try:
         plugins = Plugins(map(Path, order["plugins"]))
         prepared = prepare(from_data(order["config"], "the leader's configuration"), plugins,
-                           Trust(order["remote_code"]), meterings=tuple(map(Metering.from_dict, order["meters"])))
+                           Trust(order["remote_code"]), order["calibrate"],
+                           meterings=tuple(map(Metering.from_dict, order["meters"])))
     except ImpqError as error:
         raise ImpqError(f"{where}: {error}") from error
     require_same(prepared.key.diff(order["key"]), order["threads"], where)
