@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import RESULTS, Bench, add_model, heading, page_of, plus_minus, table, write
+from lines import KEPT, Lines
 from matplotlib.figure import Figure
 
 from impq_core.budget import Budget
@@ -27,7 +27,6 @@ from impq_core.config import RunConfig, TextConfig
 from impq_core.space import FloatArray
 from impq_core.statistics import standard_error
 
-KEPT = Path(__file__).parent / "kept"
 BUDGETS = (2.5, 3.0, 3.5)
 MENUS = {"gptq": ("2", "3", "4"), "hqq": ("2", "3", "4"), "quanto": ("2", "4"),
          "cmpq": ("2", "2.5", "3", "4"),
@@ -44,11 +43,9 @@ def main() -> None:
     parser.add_argument("--evaluation-windows", type=int, default=24)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    KEPT.mkdir(exist_ok=True)
-    path = KEPT / "bits_saved.jsonl"
     key = [given.model, given.estimator, given.calibration_windows, given.evaluation_windows]
-    found = list(map(json.loads, path.read_text().splitlines())) if path.is_file() else []
-    kept = {row["backend"]: row for row in found if row["key"] == key}
+    lines = Lines(KEPT / "bits_saved.jsonl")
+    kept = {row["backend"]: row for row in lines.rows if row["key"] == key}
     for backend in given.backends.split(","):
         if backend not in kept:
             config = RunConfig(tracking_uri="none", model=given.model, backend=backend, bits=MENUS[backend],
@@ -56,8 +53,7 @@ def main() -> None:
                                calibration=TextConfig(windows=given.calibration_windows),
                                evaluation=TextConfig(windows=given.evaluation_windows))
             kept[backend] = {"key": key, "backend": backend, **measure(config)}
-            with path.open("a") as file:
-                file.write(json.dumps(kept[backend]) + "\n")
+            lines.add(kept[backend])
         rows = [kept[name] for name in given.backends.split(",") if name in kept]
         write(page_of("bits_saved.md", given.model), report(rows, given))
         draw(rows, page_of("bits_saved.png", given.model))

@@ -20,7 +20,6 @@ from impq_core.config import RunConfig
 from impq_core.evaluate import Evaluator
 from impq_core.game.model_game import ModelGame
 from impq_core.hookspecs import hookimpl
-from impq_core.ledger import MeasurementLog
 from impq_core.model.text import Windows
 from impq_core.parts import Parts
 from impq_core.plugins import Plugins
@@ -41,9 +40,9 @@ class Bench:
     evaluator: Evaluator
 
     @classmethod
-    def build(cls, config: RunConfig, files: Sequence[Path] = ()) -> Bench:
-        """Load and quantize the model of a configuration; ``files`` are further plugins."""
-        plugins = Plugins(files)
+    def build(cls, config: RunConfig) -> Bench:
+        """Load and quantize the model of a configuration."""
+        plugins = Plugins()
         plugins.watch(Printer())
         prepared = prepare(config, plugins)
         prepared.require_text()
@@ -67,17 +66,16 @@ class Bench:
         session = self.session.for_space(prepare(config, self.session.plugins))
         return Bench(session, session.evaluator_of_exports())
 
-    def game(self, config: RunConfig, budget_bytes: int | None = None, text: Windows | None = None,
-             log: MeasurementLog | None = None) -> ModelGame:
-        """The game and the probe of a configuration on this model, on the calibration text unless ``text`` is given.
-        Losses are written to ``log``, and those of an earlier process are read from it."""
+    def game(self, config: RunConfig, budget_bytes: int | None = None, text: Windows | None = None) -> ModelGame:
+        """The game and the probe of a configuration on this model, on the calibration text unless ``text`` is
+        given."""
         session = self.session.with_prepared(replace(self.prepared, config=replace(
             self.prepared.config, game_windows=config.game_windows, probe_windows=config.probe_windows,
             value=config.value, refine=0)))
         calibration = text or self.prepared.calibration
         assert calibration is not None
         probe = session.probe(text=calibration.first(config.probe_windows or config.game_windows))
-        game = session.game(log, probe, calibration)
+        game = session.game(None, probe, calibration)
         game.budget_bytes = budget_bytes
         return game
 

@@ -7,7 +7,6 @@ results/times.md as soon as a benchmark has ended.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from datetime import date
 from pathlib import Path
 
 from common import RESULTS, add_model, heading, model_name, table, write
+from lines import Lines, read_lines
 
 from impq_core.errors import nearest
 
@@ -26,15 +26,16 @@ SCRIPTS = ("game_cost", "spine", "estimators", "granularity", "protocol", "shape
            "regret", "paper", "peers", "tokens", "workers", "prefix", "frontier")
 """In this order; frontier takes longest. Not gpu, which needs an accelerator."""
 
-MODEL_OPTION = {"paper": "--models", "regret": "--models", "default": "--models"}
+CELLS = ("paper", "regret", "default")
+"""Benchmarks that are made of cells: here with three calibration texts, and two tasks for each row."""
+
 WITHOUT_MODEL = ("game_cost", "roundtrip", "allocation", "startup", "speed", "memory", "workers")
 """Measurements of the demo model's machine costs, or of models of their own."""
 
 
 def times() -> dict[tuple[str, str], dict[str, object]]:
     """The last time of each benchmark and model."""
-    rows = map(json.loads, TIMES.read_text().splitlines()) if TIMES.is_file() else ()
-    return {(row["benchmark"], row["model"]): row for row in rows}
+    return {(row["benchmark"], row["model"]): row for row in read_lines(TIMES)}
 
 
 def shown(seconds: float) -> str:
@@ -70,18 +71,16 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"{name}.py, {model_name(model)}: {took}", flush=True)
         if given.list:
             continue
-        options = [] if model == "demo" else [MODEL_OPTION.get(name, "--model"), model]
+        options = ["--seeds", "3", "--tasks", "continuation,last-word"] if name in CELLS else []
+        if model != "demo":
+            options += ["--models" if name in CELLS else "--model", model]
         start = time.monotonic()
         code = subprocess.run([sys.executable, str(Path(__file__).with_name(f"{name}.py")), *options]).returncode
-        if name == "paper" and not code:  # its measuring processes write no report
-            code = subprocess.run([sys.executable, str(Path(__file__).with_name(f"{name}.py")), "--report"]).returncode
         if code:
             failed.append(name)
             continue
-        TIMES.parent.mkdir(parents=True, exist_ok=True)
-        with TIMES.open("a") as file:
-            file.write(json.dumps({"benchmark": name, "model": model_name(model), "date": date.today().isoformat(),
-                                   "seconds": round(time.monotonic() - start, 1), "cores": os.cpu_count()}) + "\n")
+        Lines(TIMES).add({"benchmark": name, "model": model_name(model), "date": date.today().isoformat(),
+                          "seconds": round(time.monotonic() - start, 1), "cores": os.cpu_count()})
         write("times.md", report())
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)

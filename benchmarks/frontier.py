@@ -20,6 +20,7 @@ import numpy as np
 from common import Bench, add_model, model_name
 from frontier_report import Row, write_report
 from frontier_settings import GAME_WINDOWS, LONG, MENUS, SETTINGS, Method, Setting
+from lines import Lines
 from rows import UNIFORM, Kept, PlanRow, problem_of
 
 from impq_core.budget import Budget
@@ -48,14 +49,11 @@ class Store:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self._scores = folder / "scores.jsonl"
+        self._scores = Lines(folder / "scores.jsonl")
         self.plans = Kept(folder / "plans.jsonl")
         """Every plan in the form of all benchmarks, for ``regret.py --rows``."""
-        self._windows: dict[tuple[str, str], list[float]] = {}
-        if self._scores.exists():
-            for line in self._scores.read_text().splitlines():
-                row = json.loads(line)
-                self._windows[row["backend"], row["pick"]] = row["windows"]
+        self._windows: dict[tuple[str, str], list[float]] = {
+            (row["backend"], row["pick"]): row["windows"] for row in self._scores.rows}
 
     def path(self, *key: Any) -> Path:
         """The path, without suffix, of a result with a key."""
@@ -65,8 +63,7 @@ class Store:
         """Held-out NLL (windows,) of a pick; measured if it is not stored."""
         if (backend, pick) not in self._windows:
             windows = measure().tolist()
-            with self._scores.open("a") as file:
-                file.write(json.dumps({"backend": backend, "pick": pick, "windows": windows}) + "\n")
+            self._scores.add({"backend": backend, "pick": pick, "windows": windows})
             self._windows[backend, pick] = windows
         return np.array(self._windows[backend, pick])
 

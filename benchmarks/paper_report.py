@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from common import command, heading, plus_minus, table
-from rows import UNIFORM, PlanRow, line_at
+from rows import LINE, PlanRow, Problem, each, line_at, problems
+from task_columns import task_table
 
 from impq_core.space import FloatArray
 from impq_core.statistics import standard_error
@@ -28,40 +29,27 @@ PAPERS_BASELINES = ("Z-score, more outliers", "LIM", "LLM-MQ", "Activation")
 DRAWN = ("random",)
 """Methods for which a seed is a random draw, and no calibration text."""
 
-LINE = "line of uniform models"
-
 
 @dataclass(frozen=True)
-class Section:
-    """The rows of one model, backend and held-out text."""
-
-    rows: Sequence[PlanRow]
-
-    @property
-    def title(self) -> str:
-        return f"{self.rows[0].model}, {self.rows[0].backend}"
+class Section(Problem):
+    """The rows of a problem, by method and budget."""
 
     @cached_property
-    def uniforms(self) -> list[PlanRow]:
-        return sorted((row for row in self.rows if row.method == UNIFORM), key=lambda row: row.nbytes)
-
-    @cached_property
-    def plans(self) -> dict[tuple[str, float], list[PlanRow]]:
+    def of_budget(self) -> dict[tuple[str, float], list[PlanRow]]:
         """The plans of each method and budget, one for each seed."""
         found: dict[tuple[str, float], list[PlanRow]] = {}
-        for row in self.rows:
-            if row.method not in (UNIFORM, "unquantized"):
-                found.setdefault((row.method, row.budget), []).append(row)
+        for row in self.plans:
+            found.setdefault((row.method, row.budget), []).append(row)
         return found
 
     @cached_property
     def budgets(self) -> list[float]:
-        return sorted({budget for _, budget in self.plans})
+        return sorted({budget for _, budget in self.of_budget})
 
     @cached_property
     def methods(self) -> list[str]:
         """The methods: references and baselines, CoopQ measured with Quanto and as deployed, then others."""
-        names = dict.fromkeys(method for method, _ in self.plans)
+        names = dict.fromkeys(method for method, _ in self.of_budget)
         return sorted(names, key=place)
 
     @property
@@ -78,14 +66,14 @@ class Section:
     def losses(self, method: str, budget: float) -> FloatArray | None:
         """NLL (windows,), the mean over seeds; None if the method has no plan at the budget."""
         if method == LINE:
-            plans = next((rows for (_, at), rows in self.plans.items() if at == budget), None)
+            plans = next((rows for (_, at), rows in self.of_budget.items() if at == budget), None)
             return None if plans is None else line_at(self.uniforms, max(row.nbytes for row in plans))
-        rows = self.plans.get((method, budget))
+        rows = self.of_budget.get((method, budget))
         return None if rows is None else np.mean([row.nll for row in rows], axis=0)
 
     def over_line(self, method: str, budget: float) -> FloatArray | None:
         """NLL (windows,) minus the line of uniform models at each plan's own bytes, the mean over seeds."""
-        rows = self.plans.get((method, budget))
+        rows = self.of_budget.get((method, budget))
         return None if rows is None else np.mean(
             [row.nll - line_at(self.uniforms, row.nbytes) for row in rows], axis=0)
 
@@ -102,7 +90,7 @@ class Section:
         if method == LINE:
             values = [losses.mean() for budget in budgets if (losses := self.losses(LINE, budget)) is not None]
         else:
-            values = [row.nll.mean() for budget in budgets for row in self.plans[method, budget]]
+            values = [row.nll.mean() for budget in budgets for row in self.of_budget[method, budget]]
         return float(np.mean(np.exp(values)))
 
 
@@ -125,11 +113,7 @@ def permutations_of(method: str) -> int:
 
 def report(rows: Sequence[PlanRow]) -> list[str]:
     """The page."""
-    groups: dict[tuple[object, ...], list[PlanRow]] = {}
-    for row in rows:
-        groups.setdefault((row.problem, row.tokens), []).append(row)
-    sections = [Section(group) for group in groups.values() if any(row.method == UNIFORM for row in group)
-                and any(row.method not in (UNIFORM, "unquantized") for row in group)]
+    sections = [section for section in problems(rows, Section, by_tokens=True) if section.uniforms]
     lines = [*heading("CoopQ's protocol: its measurement, its baselines and its budgets", command(),
                       measured_on(rows)), *method_of(rows)]
     for model in dict.fromkeys(section.rows[0].model for section in sections):
@@ -137,7 +121,7 @@ def report(rows: Sequence[PlanRow]) -> list[str]:
         lines += [f"## {model}", "", *table_1(mine)]
     lines += [*claims(sections), *gains(sections), *numbers_of_permutations(sections)]
     for section in sections:
-        lines += [f"## {section.title}: every budget", "", *every_budget(section)]
+        lines += [f"## {section.title}: every budget", "", *every_budget(section), *task_table(section)]
     return lines
 
 
@@ -146,9 +130,6 @@ def measured_on(rows: Sequence[PlanRow]) -> str:
 
 
 def method_of(rows: Sequence[PlanRow]) -> list[str]:
-    def each(values: Iterable[object]) -> str:
-        return "; ".join(dict.fromkeys(map(str, values)))
-
     return [
         "The players are decoder blocks at 2 or 4 bits. CoopQ (arXiv 2509.15455) is SPQE without antithetic orders, "
         "every order on the same calibration windows, the covariance surrogate with alpha 0.5, and the quadratic "
@@ -178,10 +159,8 @@ def table_1(sections: Sequence[Section]) -> list[str]:
                 text = "" if value is None else rounded(value)
                 row.append(f"**{text}**" if value is not None and value == least[i, ends] else text)
         cells.append(row)
-    unquantized = [[rounded(float(np.exp(row.nll.mean()))) for row in section.rows if row.method == "unquantized"]
-                   for section in sections]
-    note = next((found[0] for found in unquantized if found), "")
-    note = f"; unquantized {note}" if note else ""
+    unquantized = next((section.unquantized for section in sections if section.unquantized), None)
+    note = f"; unquantized {rounded(float(np.exp(unquantized.nll.mean())))}" if unquantized else ""
     return [f"Perplexity, the mean over the plans in a bin of average bits, as in the paper's Table 1{note}. The least "
             "of the plans is bold.", "", *table(header, cells)]
 
@@ -279,7 +258,7 @@ def every_budget(section: Section) -> list[str]:
             elif apart is None:
                 row.append(f"{losses.mean():.3f}")
             else:
-                plans = section.plans[name, budget]
+                plans = section.of_budget[name, budget]
                 spread = np.std([plan.nll.mean() for plan in plans], ddof=1) if len(plans) > 1 else None
                 what = "draws" if name in DRAWN else "texts"
                 row.append(f"{losses.mean():.3f} ({plus_minus(float(apart.mean()), standard_error(apart), sign=True)}"

@@ -12,9 +12,6 @@ sequence from the same windows, at equal bytes.
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -23,7 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Bench, write
+from common import Bench, command, write
+from lines import KEPT, Lines
 from peers_anchor import anchor_rows
 from peers_environment import PEERS, Peer, ask
 from peers_reading import checked
@@ -35,8 +33,6 @@ from impq_core.errors import ImpqError, UsageError, nearest
 from impq_core.parts import Parts
 from impq_core.results import Score
 from impq_core.types import Plan, SensitivityEstimate
-
-KEPT = Path(__file__).parent / "kept"
 
 
 def main() -> None:
@@ -84,22 +80,17 @@ def run(given: argparse.Namespace, peers: Sequence[Peer], pythons: Mapping[str, 
     facts = {"model": Path(given.model).name, "backend": given.backend, "bits": given.bits, "read": given.windows,
              "calibrated": given.calibration_windows, "evaluated": given.evaluation_windows, "length": given.length,
              "texts": [Path(given.calibration).name, Path(given.evaluation).name]}
-    KEPT.mkdir(exist_ok=True)
-    path = KEPT / given.output.replace(".md", ".jsonl")
-    rows = list(map(json.loads, path.read_text().splitlines())) if path.is_file() else []
-    command = shlex.join(["python", "benchmarks/peers.py", *(Path(word).name for word in sys.argv[1:])])
+    kept = Lines(KEPT / given.output.replace(".md", ".jsonl"))
     bench = Bench.build(config)
     folder = KEPT / "peers" / Path(given.model).name
     measured = anchor_rows(bench, given, folder, pythons) if given.anchor else plan_rows(
-        bench, config, given, peers, folder, pythons, [row for row in rows if facts.items() <= row.items()])
+        bench, config, given, peers, folder, pythons, [row for row in kept.rows if facts.items() <= row.items()])
     try:
         for row in measured:
-            rows.append({**facts, **row})
-            with path.open("a") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
+            kept.add({**facts, **row})
             print(f"{row['method']}, {row['granularity']} {row['budget']:g}: {np.mean(row['nll']):.4f}", flush=True)
     finally:
-        write(given.output, report(rows, command, config.estimator))
+        write(given.output, report(kept.rows, command(), config.estimator))
 
 
 def plan_rows(bench: Bench, config: RunConfig, given: argparse.Namespace, peers: Sequence[Peer], folder: Path,

@@ -8,9 +8,6 @@ core, with one thread.
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -20,7 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import heading, plus_minus, table, write
+from common import command, heading, plus_minus, table, write
+from lines import KEPT, Lines
 
 from impq_core.config import RunConfig, TextConfig
 from impq_core.evaluate import Evaluator
@@ -34,8 +32,6 @@ from impq_core.runs.prepare import prepare
 from impq_core.runs.session import Session
 from impq_core.space import Choice
 from impq_core.statistics import standard_error
-
-KEPT = Path(__file__).parent / "kept"
 
 NEAREST = {"drift": "none", "true_sequential": False}
 """Options without a correction of the drift."""
@@ -84,7 +80,6 @@ def main() -> None:
     if given.text:
         texts[Path(given.text).name] = replace(config.evaluation, source=given.text)
     numbers = range(len(SETTINGS)) if given.settings is None else map(int, given.settings.split(","))
-    KEPT.mkdir(exist_ok=True)
     log = _Log(KEPT / f"{given.name}.jsonl", [given.model, given.calibration_windows, given.evaluation_windows])
     workshops: dict[bool, _Workshop] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -104,21 +99,20 @@ def main() -> None:
 
 
 class _Log:
-    """Measured rows, in a file of JSON lines."""
+    """Measured rows with a key, in a file of JSON lines."""
 
     def __init__(self, path: Path, key: Sequence[Any]) -> None:
-        self._path, self._key = path, list(key)
-        lines = path.read_text().splitlines() if path.is_file() else []
-        self.rows = [row for row in map(json.loads, lines) if row["key"] == self._key]
+        self._lines, self._key = Lines(path), list(key)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return [row for row in self._lines.rows if row["key"] == self._key]
 
     def has(self, setting: str, width: str) -> bool:
         return any(row["setting"] == setting and row["width"] == width for row in self.rows)
 
     def add(self, **row: Any) -> None:
-        row = {"key": self._key, **row}
-        self.rows.append(row)
-        with self._path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        self._lines.add({"key": self._key, **row})
 
 
 class _Workshop:
@@ -165,8 +159,7 @@ class _Workshop:
 
 
 def _report(log: _Log, given: argparse.Namespace, texts: Sequence[str]) -> list[str]:
-    lines = heading("Options of GPTQ", shlex.join(["python", "benchmarks/quantizers.py", *(
-        word if "/" not in word else Path(word).name for word in sys.argv[1:])]))
+    lines = heading("Options of GPTQ", command())
     lines += [f"Model {Path(given.model).name}; {given.calibration_windows} calibration windows and "
               f"{given.evaluation_windows} evaluation windows of 256 tokens on each text. In brackets: the loss above "
               "that of the unquantized model. A difference is paired with the first row of its width.", ""]

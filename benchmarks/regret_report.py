@@ -8,15 +8,13 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from cells import UNQUANTIZED
 from common import command, heading, plus_minus, table
-from rows import UNIFORM, PlanRow, line_at
+from rows import LINE, PlanRow, Problem, each, problems
+from task_columns import task_table
 
-from impq_core.errors import ImpqError
 from impq_core.space import FloatArray
 from impq_core.statistics import standard_error
 
-LINE = "line of uniform models"
 SIGNS = "osv^"
 """Markers; with ten colours each, enough for forty methods."""
 
@@ -52,22 +50,8 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Problem:
-    """The rows of one model, backend, set of variants and held-out text."""
-
-    rows: Sequence[PlanRow]
-
-    @property
-    def title(self) -> str:
-        return f"{self.rows[0].model}, {self.rows[0].backend}"
-
-    @cached_property
-    def uniforms(self) -> list[PlanRow]:
-        return list({row.nbytes: row for row in self.rows if row.method == UNIFORM}.values())
-
-    @cached_property
-    def plans(self) -> list[PlanRow]:
-        return [row for row in self.rows if row.method not in (UNIFORM, UNQUANTIZED)]
+class Compared(Problem):
+    """The rows of a problem, by budgets in bytes."""
 
     @cached_property
     def unit(self) -> int:
@@ -93,13 +77,6 @@ class Problem:
         assert found is not None
         return found
 
-    def line(self, nbytes: int) -> FloatArray | None:
-        """Losses (windows,) on the line of uniform models; None outside of it."""
-        try:
-            return line_at(self.uniforms, nbytes)
-        except ImpqError:
-            return None
-
     def entries(self, nbytes: int) -> list[Entry]:
         """The methods that have a plan at a budget."""
         groups: dict[tuple[str, str, int], list[PlanRow]] = {}
@@ -111,14 +88,6 @@ class Problem:
                       np.mean([row.nll for row in rows], axis=0),
                       float(np.std([row.nll.mean() for row in rows], ddof=1)) if len(rows) > 1 else None)
                 for (method, granularity, tokens), rows in groups.items()]
-
-
-def problems(rows: Iterable[PlanRow]) -> list[Problem]:
-    """The problems that have plans."""
-    groups: dict[tuple[object, ...], list[PlanRow]] = {}
-    for row in rows:
-        groups.setdefault(row.problem, []).append(row)
-    return [problem for group in groups.values() if (problem := Problem(group)).plans]
 
 
 def best_within(rows: Iterable[PlanRow], nbytes: int) -> PlanRow | None:
@@ -136,21 +105,19 @@ def report(rows: Sequence[PlanRow]) -> list[str]:
              "known plan is as good as a mixture of two uniform models would be. A plan that starts "
              "from another one has the costs of both. `--estimator NAME` adds a method.", "",
              "![Regret over cost](regret.png)", ""]
-    for problem in problems(rows):
-        lines += [f"## {problem.title}", "", *about(problem), *best_plans(problem), *regrets(problem)]
+    for problem in problems(rows, Compared):
+        lines += [f"## {problem.title}", "", *about(problem), *best_plans(problem), *regrets(problem),
+                  *task_table(problem)]
     return lines
 
 
-def about(problem: Problem) -> list[str]:
-    def each(values: Iterable[object]) -> str:
-        return "; ".join(dict.fromkeys(map(str, values)))
-
+def about(problem: Compared) -> list[str]:
     return [f"Held-out text: {each(row.shown for row in problem.rows)}. Forwards are of {problem.unit:,} scored "
             f"calibration tokens. Measured {each(sorted({r.made for r in problem.rows}))} on "
             f"{each(row.machine for row in problem.rows)}.", ""]
 
 
-def best_plans(problem: Problem) -> list[str]:
+def best_plans(problem: Compared) -> list[str]:
     """The best plan of each budget."""
     cells = []
     for nbytes, budget in problem.budgets.items():
@@ -165,7 +132,7 @@ def best_plans(problem: Problem) -> list[str]:
         cells)]
 
 
-def regrets(problem: Problem) -> list[str]:
+def regrets(problem: Compared) -> list[str]:
     """The table of regrets, the least mean first; methods that lack a budget come last."""
     found: dict[tuple[str, str], dict[int, Entry]] = {}
     for nbytes in problem.budgets:
@@ -202,7 +169,7 @@ def draw(rows: Sequence[PlanRow], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    found = problems(rows)
+    found = problems(rows, Compared)
     width = max(len(problem.drawn) for problem in found)
     figure = Figure(figsize=(4.2 * width + 2.6, 3.8 * len(found)), layout="constrained", dpi=110)
     names = list(dict.fromkeys(entry.method for problem in found for nbytes in problem.drawn

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import date
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from common import model_name
+from lines import Lines, read_lines
 
 from impq_core.errors import ImpqError
 from impq_core.model.device import hardware
@@ -26,9 +27,13 @@ from impq_core.runs.prepare import Prepared
 from impq_core.space import FloatArray
 from impq_core.types import Plan
 
-KEPT = Path(__file__).parent / "kept"
 UNIFORM = "uniform"
 """Method of the uniform models, whose ``budget`` is their width."""
+
+UNQUANTIZED = "unquantized"
+"""Method of the unquantized model."""
+
+LINE = "line of uniform models"
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class PlanRow:
         shown: the held-out windows in words.
         machine: processor or accelerator, and the version of torch.
         made: date of the measurement.
+        tasks: the value of each document by task and metric, such as ``continuation acc``; empty if none was asked.
     """
 
     model: str
@@ -77,6 +83,7 @@ class PlanRow:
     shown: str = ""
     machine: str = ""
     made: str = field(default_factory=lambda: date.today().isoformat())
+    tasks: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, facts: Mapping[str, Any], plan: Plan, score: Score, budget: float, method: str, seed: int = 0,
@@ -107,15 +114,14 @@ class PlanRow:
         """What is measured once."""
         return (*self.problem, self.menu, self.granularity, self.tokens, self.method, self.seed, self.budget)
 
-    def to_json(self) -> str:
-        """A line without its end."""
+    def to_data(self) -> dict[str, Any]:
+        """Plain data for JSON."""
         data = {**asdict(self), "nll": self.nll.tolist(), "kl": self.kl.tolist()}
-        return json.dumps({**data, "widths": "".join(map(str, self.widths))} if len(self.menu) < 10 else data)
+        return {**data, "widths": "".join(map(str, self.widths))} if len(self.menu) < 10 else data
 
     @classmethod
-    def of_json(cls, line: str) -> PlanRow:
-        """Read a line; raises KeyError, TypeError or ValueError if it is something else."""
-        data = json.loads(line)
+    def of_data(cls, data: Mapping[str, Any]) -> PlanRow:
+        """Read the data of ``to_data``; raises KeyError, TypeError or ValueError if it is something else."""
         known = {each.name for each in fields(cls)}
         return cls(**{**{name: value for name, value in data.items() if name in known}, "menu": tuple(data["menu"]),
                       "nll": np.array(data["nll"], float), "kl": np.array(data["kl"], float),
@@ -153,21 +159,20 @@ class Kept:
     """A file of rows that one process appends to.
 
     Args:
-        path: the file; created with its folder if it is missing. A line that a killed process left incomplete is
-            removed.
+        path: of ``Lines``.
 
     Raises:
         ImpqError: a line is no row.
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_file():
-            data = path.read_bytes()
-            if not data.endswith(b"\n"):
-                os.truncate(path, data.rfind(b"\n") + 1)
-        self.path, self.rows = path, read_rows([path])
-        self._file = path.open("a", encoding="utf-8")
+        self.path, self._lines = path, Lines(path)
+        self._rows = {row.identity: row for row in read_rows([path])}
+
+    @property
+    def rows(self) -> list[PlanRow]:
+        """The rows; of those with the same identity the last."""
+        return list(self._rows.values())
 
     def missing(self, facts: Mapping[str, Any], method: str, seed: int, budgets: Sequence[float]) -> list[float]:
         """The budgets at which a method has no row.
@@ -177,16 +182,64 @@ class Kept:
             method, seed, budgets: see ``PlanRow``.
         """
         alike = [facts[name] for name in ("model", "backend", "variants", "text", "menu", "granularity", "tokens")]
-        known = {row.identity for row in self.rows}
-        return [budget for budget in budgets if (*alike, method, seed, budget) not in known]
+        return [budget for budget in budgets if (*alike, method, seed, budget) not in self._rows]
 
     def add(self, rows: Iterable[PlanRow]) -> None:
         """Append rows and write them to the disk."""
-        for row in rows:
-            self._file.write(row.to_json() + "\n")
-            self.rows.append(row)
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        rows = list(rows)
+        self._lines.add(*(row.to_data() for row in rows))
+        self._rows |= {row.identity: row for row in rows}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Rows that can be compared: of one model, backend, set of variants and held-out text."""
+
+    rows: Sequence[PlanRow]
+
+    @property
+    def title(self) -> str:
+        """Model and backend."""
+        return f"{self.rows[0].model}, {self.rows[0].backend}"
+
+    @cached_property
+    def uniforms(self) -> list[PlanRow]:
+        """The uniform models, one of each size, from small to large."""
+        found = {row.nbytes: row for row in self.rows if row.method == UNIFORM}
+        return [found[nbytes] for nbytes in sorted(found)]
+
+    @cached_property
+    def unquantized(self) -> PlanRow | None:
+        """The unquantized model; None if it was not measured."""
+        return next((row for row in self.rows if row.method == UNQUANTIZED), None)
+
+    @cached_property
+    def plans(self) -> list[PlanRow]:
+        """The other rows."""
+        return [row for row in self.rows if row.method not in (UNIFORM, UNQUANTIZED)]
+
+    def line(self, nbytes: int, kl: bool = False) -> FloatArray | None:
+        """Losses (windows,) on the line of uniform models, see ``line_at``; None outside of it."""
+        try:
+            return line_at(self.uniforms, nbytes, kl)
+        except ImpqError:
+            return None
+
+
+SomeProblem = TypeVar("SomeProblem", bound=Problem)
+
+
+def problems(rows: Iterable[PlanRow], kind: type[SomeProblem], by_tokens: bool = False) -> list[SomeProblem]:
+    """The problems that have plans; with ``by_tokens``, plans that read different amounts of text are apart."""
+    groups: dict[tuple[object, ...], list[PlanRow]] = {}
+    for row in rows:
+        groups.setdefault((*row.problem, row.tokens if by_tokens else None), []).append(row)
+    return [problem for group in groups.values() if (problem := kind(group)).plans]
+
+
+def each(values: Iterable[object]) -> str:
+    """Different values in words."""
+    return "; ".join(dict.fromkeys(map(str, values)))
 
 
 def read_rows(paths: Sequence[Path]) -> list[PlanRow]:
@@ -198,15 +251,25 @@ def read_rows(paths: Sequence[Path]) -> list[PlanRow]:
     """
     rows: dict[tuple[Any, ...], PlanRow] = {}
     for path in paths:
-        text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        for number, line in enumerate(text[:text.rfind("\n") + 1].splitlines(), start=1):
+        for number, line in enumerate(read_lines(path), start=1):
             try:
-                row = PlanRow.of_json(line)
+                row = PlanRow.of_data(line)
             except (KeyError, TypeError, ValueError) as error:
                 raise ImpqError(f"{path}, line {number} is no measured plan ({type(error).__name__}: {error}): delete "
                                 "the line") from error
             rows[row.identity] = row
     return list(rows.values())
+
+
+def read_all(kept: Path, others: Sequence[Path]) -> list[PlanRow]:
+    """The rows of a benchmark's own file and of others; raises ImpqError if there are none, or another is missing."""
+    for path in others:
+        if not path.is_file():
+            raise ImpqError(f"--rows {path}: there is no such file")
+    rows = read_rows([kept, *others])
+    if not rows:
+        raise ImpqError(f"{kept} has no rows: leave out --report, and they are measured")
+    return rows
 
 
 def line_at(uniforms: Sequence[PlanRow], nbytes: int, kl: bool = False) -> FloatArray:

@@ -13,9 +13,6 @@ as far as their errors over windows say, beside the spread of all layers about t
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -24,7 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Bench, heading, plus_minus, table, write
+from common import Bench, command, heading, plus_minus, table, write
+from lines import KEPT, Lines
 
 from impq_core.budget import Budget
 from impq_core.config import RunConfig, TextConfig
@@ -37,7 +35,7 @@ from impq_core.space import FloatArray, IntArray, SearchSpace
 from impq_core.statistics import standard_error
 from impq_core.types import SensitivityEstimate
 
-KEPT = Path(__file__).parent / "kept" / "tokens"
+FOLDER = KEPT / "tokens"
 BUDGETS = (2.5, 3.0)
 MENUS = {"gptq": ("2", "3", "4"), "hqq": ("2", "3", "4")}
 DRAWS = 20
@@ -167,7 +165,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     name = f"{Path(given.model).name}-{given.backend}"
-    place = KEPT / name
+    place = FOLDER / name
     place.mkdir(parents=True, exist_ok=True)
     counts = [int(count) for count in given.windows.split(",")]
     config = RunConfig(tracking_uri="none", model=given.model, backend=given.backend, bits=MENUS[given.backend],
@@ -176,8 +174,7 @@ def main() -> None:
     bench = Bench.build(config)
     rows = {linear.name: number for number, layer in enumerate(bench.prepared.space.layers)
             for linear in layer.linears}
-    kept = KEPT / f"{name}.jsonl"
-    scored = list(map(json.loads, kept.read_text().splitlines())) if kept.is_file() else []
+    kept = Lines(FOLDER / f"{name}.jsonl")
     regrets: list[list[str]] = []
     calibration = bench.prepared.calibration
     assert calibration is not None
@@ -194,11 +191,9 @@ def main() -> None:
             if estimator == "guided-output":
                 regrets += regret_rows(source, granularity, [count for count in here if count < source.count])
             if granularity == "group":
-                for row in score_plans(there, source, estimator, here, given.scored_draws, scored):
-                    scored.append(row)
-                    with kept.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
-    write("tokens.md", report(bench, regrets, scored, counts))
+                for row in score_plans(there, source, estimator, here, given.scored_draws, kept.rows):
+                    kept.add(row)
+    write("tokens.md", report(bench, regrets, kept.rows, counts))
 
 
 def regret_rows(source: Source, granularity: str, counts: Sequence[int]) -> list[list[str]]:
@@ -271,8 +266,7 @@ def report(bench: Bench, regrets: Sequence[Sequence[str]], scored: Sequence[Mapp
                                   f"{np.mean([row['nll'] for row in same]):.3f}",
                                   plus_minus(apart.mean(), standard_error(apart), sign=True),
                                   f"{np.mean([row['kl'] for row in same]):.3f}"])
-    return [*heading("Quality of plans against the text that gradients are read on", shlex.join(
-                ["python", "benchmarks/tokens.py", *(Path(word).name for word in sys.argv[1:])])),
+    return [*heading("Quality of plans against the text that gradients are read on", command()),
             f"{Path(bench.prepared.config.model).name}, {bench.prepared.config.backend} at "
             f"{', '.join(MENUS[bench.prepared.config.backend])} bits.", "",
             "".join((__doc__ or "").partition("*feasible*")[1:]).replace("\n", " ").strip(), "",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from common import RESULTS, add_model, command, heading, page_of, plus_minus, table, write
+from lines import Lines
 
 from impq_core.budget import Budget
 from impq_core.config import RunConfig, TextConfig
@@ -92,8 +92,8 @@ def main() -> None:
     base = RunConfig(tracking_uri="none", model=given.model, granularity="linear", cache=False,
                      calibration=TextConfig(windows=given.windows), game_windows=8,
                      evaluation=TextConfig(windows=given.evaluation_windows))
-    log = RESULTS / page.replace(".md", ".jsonl")
-    done = [read(line) for line in log.read_text().splitlines()] if log.exists() else []
+    log = Lines(RESULTS / page.replace(".md", ".jsonl"))
+    done = [Result(**{**row, "score": Score.from_dict(row["score"])}) for row in log.rows]
     for setting in SETTINGS:
         if given.only and setting.name not in given.only.split(";"):
             continue
@@ -101,8 +101,7 @@ def main() -> None:
             setting = replace(setting, budgets=())
         for found in results(base, setting, {result.name for result in done}):
             done.append(found)
-            with log.open("a") as file:
-                file.write(json.dumps({**vars(found), "score": found.score.to_dict()}) + "\n")
+            log.add({**vars(found), "score": found.score.to_dict()})
             print(f"{found.name}: {found.bits:.3f} bits, {found.score.nll:.3f}, {found.seconds:.0f} s", flush=True)
     write(page, [*heading("Widths mixed inside linears, at equal stored bytes", command()),
                          *report(done)])
@@ -151,11 +150,6 @@ def in_sequence(like: Session, name: str, pick: IntArray) -> Result:
     score = evaluator.score(space.assignment(pick))
     session.bank.apply([None] * len(space))
     return Result(name, f"{prepared.evaluation}", space.bits_per_weight(nbytes), seconds, score)
-
-
-def read(line: str) -> Result:
-    data = json.loads(line)
-    return Result(**{**data, "score": Score.from_dict(data["score"])})
 
 
 def report(done: Sequence[Result]) -> list[str]:

@@ -40,6 +40,7 @@ class Worker:
         self._session: Session | None = None
         self._variants_of = ""  # which variants the session's bank has: of the game, or the deployed ones
         self._filling: tuple[Filling, int] | None = None  # and the place that it is at
+        self._search: tuple[int, int] | None = None  # the windows of the games and the probe
         self._games: dict[str, ModelGame] = {}
         self._probe: ModelProbe | None = None
         self._evaluators: dict[str, list[Evaluator]] = {}  # by the name of the texts: of layers, and of linears
@@ -100,9 +101,17 @@ class Worker:
         self._filling = filling, block
         return {}
 
+    def _searching(self, session: Session, task: Task) -> Session:
+        """The session for the windows of a task's search; what belongs to those of another search is let go."""
+        search = (task["search"][0], task["search"][1]) if "search" in task else None
+        if search != self._search:
+            self._search, self._games, self._probe = search, {}, None
+        return session.with_prepared(replace(session.prepared, search=search)) if search else session
+
     def _measure(self, session: Session, task: Task) -> Answer:
         """Absolute losses of picks on the windows of a set."""
         self._have(session, deployed=task["game"] != GAME)
+        session = self._searching(session, task)
         if task["game"] not in self._games:
             self._games[task["game"]] = session.game() if task["game"] == GAME else session.refining(task["game"])
         game = self._games[task["game"]]
@@ -111,6 +120,7 @@ class Worker:
     def _read(self, session: Session, task: Task) -> Answer:
         """Products of gradients of some windows."""
         self._have(session, deployed=False)
+        session = self._searching(session, task)
         self._probe = self._probe or session.probe()
         return {"found": self._probe.read_windows(task["reading"], task["key"], *task["windows"])}
 

@@ -1,7 +1,9 @@
-"""Kept rows of benchmarks, the distances of regret.py, and the protocol of paper.py on a tiny model."""
+"""Kept rows of benchmarks, the distances of regret.py, and benchmarks of plans on a tiny model."""
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,15 +16,19 @@ from hypothesis import strategies as st
 
 from impq_core.errors import ImpqError
 from impq_core.testing import made_text, tiny_model
+from impq_core.testing.crew import InProcess
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # its scripts import each other as neighbours
 
 import cells
+import default
+import every
 import paper
 import paper_report
 import regret
 import regret_report
-from rows import UNIFORM, Kept, PlanRow, line_at, read_rows
+import task_columns
+from rows import UNIFORM, Kept, PlanRow, line_at, problems, read_rows
 
 ROW = PlanRow("tiny", "hqq", "v", ("4", "2"), "block", 3.0, 120, 110, "t", "spqe", 0, 2.5, 510,
               np.array([1.0, 2.0]), np.array([0.1, 0.2]), (0, 1, 1), "a text", "cpu", "2026-01-01")
@@ -38,8 +44,8 @@ def same(a: PlanRow, b: PlanRow) -> bool:
     st.just(m), st.lists(st.integers(0, m - 1), max_size=5))), st.text(max_size=9))
 def test_a_row_is_read_as_it_was_written(nll: Any, kl: Any, menu: tuple[int, list[int]], method: str) -> None:
     row = replace(ROW, nll=nll, kl=kl, menu=tuple(map(str, range(menu[0]))), widths=tuple(menu[1]), method=method)
-    assert "\n" not in row.to_json()
-    assert same(PlanRow.of_json(row.to_json()), row)
+    assert "\n" not in json.dumps(row.to_data())
+    assert same(PlanRow.of_data(json.loads(json.dumps(row.to_data()))), row)
 
 
 @settings(max_examples=20)
@@ -47,7 +53,7 @@ def test_a_row_is_read_as_it_was_written(nll: Any, kl: Any, menu: tuple[int, lis
 def test_a_killed_writer_loses_its_last_line_only(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
     path = tmp_path_factory.mktemp("kept") / "rows.jsonl"
     Kept(path).add([ROW, replace(ROW, seed=1)])
-    length = len(ROW.to_json()) + 1
+    length = len(json.dumps(ROW.to_data())) + 1
     whole = path.read_bytes()
     path.write_bytes(whole[:-min(cut, length - 1)])
     assert [row.seed for row in read_rows([path])] == [0]
@@ -60,7 +66,7 @@ def test_a_killed_writer_loses_its_last_line_only(tmp_path_factory: pytest.TempP
 
 def test_a_line_that_is_no_row_is_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text(ROW.to_json() + '\n{"model": "other"}\n')
+    path.write_text(json.dumps(ROW.to_data()) + '\n{"model": "other"}\n')
     with pytest.raises(ImpqError, match=r"rows\.jsonl, line 2"):
         Kept(path)
 
@@ -95,7 +101,7 @@ def planted(seed: int) -> list[PlanRow]:
 @given(st.integers(0, 10_000))
 def test_the_best_plan_is_the_least_of_all_that_fit(seed: int) -> None:
     rows = planted(seed)
-    [problem] = regret_report.problems(rows)
+    [problem] = problems(rows, regret_report.Compared)
     for nbytes in problem.budgets:
         least = min(row.nll.mean() for row in rows if row.nbytes <= nbytes)
         assert problem.best(nbytes).nll.mean() == least
@@ -110,7 +116,7 @@ def test_the_best_plan_is_the_least_of_all_that_fit(seed: int) -> None:
 def test_rows_of_other_problems_are_not_compared(tmp_path: Path) -> None:
     rows = planted(0)
     others = [replace(row, text="other", nll=row.nll - 1.0) for row in rows]
-    first, second = regret_report.problems([*rows, *others])
+    first, second = problems([*rows, *others], regret_report.Compared)
     for nbytes in first.budgets:
         assert first.best(nbytes).nll.mean() == pytest.approx(second.best(nbytes).nll.mean() + 1.0)
     page = "\n".join(regret_report.report([*rows, *others]))
@@ -128,6 +134,13 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return ["--models", str(model), "--backends", "hqq", "--windows", "2", "--evaluation-windows", "3", "--length",
             "32", "--calibration", str(folder / "calibration.txt"), "--text", str(folder / "text.txt"),
             "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages are written into the folder of the test."""
+    monkeypatch.setattr(regret, "RESULTS", tmp_path)
+    monkeypatch.setattr("common.RESULTS", tmp_path)
 
 
 def losses_of(path: Path) -> dict[Any, tuple[Any, ...]]:
@@ -157,10 +170,7 @@ def test_the_papers_protocol_continues_where_it_was_killed(words: list[str], tmp
     assert f"unquantized {paper_report.rounded(unquantized)}." in page
 
 
-def test_a_method_of_ones_own_is_measured_beside_others(words: list[str], tmp_path: Path,
-                                                        monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(regret, "RESULTS", tmp_path)
-    monkeypatch.setattr("common.RESULTS", tmp_path)
+def test_a_method_of_ones_own_is_measured_beside_others(words: list[str], tmp_path: Path) -> None:
     kept = tmp_path / "kept.jsonl"
     assert regret.main([*words, "--granularities", "group", "--methods", "kurtosis", "--refine", "3", "--kept",
                         str(kept), "--add", "mine=random:greedy", "--estimator", "first-last"]) == 0
@@ -173,11 +183,112 @@ def test_a_method_of_ones_own_is_measured_beside_others(words: list[str], tmp_pa
     assert "| mine | group |" in (tmp_path / "regret.md").read_text()
 
 
+def test_a_benchmark_measures_the_same_with_workers(words: list[str], tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """Searches on the texts of two seeds take turns on the same workers."""
+    plugin = tmp_path / "crew.py"
+    plugin.write_text("from impq_core.testing.crew import InProcessPlugin\n\n"
+                      "impq_crews = InProcessPlugin().impq_crews\n")
+    found = {}
+    for workers in ("0", "inprocess://2"):
+        monkeypatch.setenv("IMPQ_CACHE", str(tmp_path / f"cache-{workers[:1]}"))
+        InProcess.carried.clear()
+        path = tmp_path / f"kept-{workers[:1]}.jsonl"
+        assert regret.main([*words, "--granularities", "block", "--budgets", "3", "--methods", "guided-output,isolated",
+                            "--seeds", "2", "--refine", "0", "--kept", str(path), "--plugin", str(plugin),
+                            "--workers", workers, "--threads", "1"]) == 0
+        found[workers] = losses_of(path)
+    assert {"losses", "gradients", "score", "variants"} <= set(InProcess.carried)
+    assert found["0"] == found["inprocess://2"]
+    for method in ("guided-output", "isolated"):
+        assert {row.seed for row in read_rows([tmp_path / "kept-0.jsonl"]) if row.method == method} == {0, 1}
+
+
+def test_each_row_is_asked_tasks_once(words: list[str], tmp_path: Path) -> None:
+    """The unquantized model's answers are those of transformers; a row that has answers is not asked again."""
+    kept = tmp_path / "rows.jsonl"
+    given_words = [*words, "--granularities", "block", "--estimators", "guided-output", "--probe-windows", "2",
+                   "--kept", str(kept), "--threads", "1", "--dtype", "float32"]
+    assert default.main(given_words) == 0
+    before = losses_of(kept)
+    asked = [*given_words, "--tasks", "continuation,last-word", "--limit", "3"]
+    assert default.main(asked) == 0
+    rows = read_rows([kept])
+    assert losses_of(kept) == before
+    assert all({name: len(values) for name, values in row.tasks.items()} == {
+        "continuation acc": 3, "last-word acc": 3, "last-word ll": 3} for row in rows)
+    lines = kept.read_bytes().splitlines(keepends=True)
+    kept.write_bytes(b"".join(lines[:-2]) + lines[-2][:40])  # killed while the last but one was written
+    assert default.main(asked) == 0
+    assert [row.tasks for row in read_rows([kept])] == [row.tasks for row in rows]
+    assert kept.read_bytes() == b"".join(lines)
+    [exact] = (row for row in rows if row.method == "unquantized")
+    documents = {name: [json.loads(line) for line in next((tmp_path / "tasks").glob(f"*/{name}.jsonl")).open()][:3]
+                 for name in ("continuation", "last-word")}
+    likelihood = likelihoods(words[1])
+    assert exact.tasks["last-word ll"] == pytest.approx(
+        [likelihood(each["passage"], f" {each['word']}") for each in documents["last-word"]], abs=1e-3)
+    assert exact.tasks["continuation acc"] == [
+        np.argmax([likelihood(each["passage"], f" {choice}") for choice in each["choices"]]) == each["answer"]
+        for each in documents["continuation"]]
+    assert "## tiny" not in (tmp_path / "default.md").read_text()
+    assert "| 16 | unquantized | block | 1 |" in (tmp_path / "default.md").read_text()
+
+
+def likelihoods(model: str) -> Any:
+    """The log-likelihood of a text behind another, nats."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, network = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
+
+    def of(passage: str, text: str) -> float:
+        first, second = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (passage, text))
+        ids = torch.tensor([*first, *second])
+        with torch.no_grad():
+            found = network(ids[None]).logits[0].log_softmax(-1)
+        return float(found[len(first) - 1:-1].gather(1, ids[len(first):, None]).sum())
+
+    return of
+
+
+def test_the_readme_names_every_benchmark_and_page() -> None:
+    folder = Path(cells.__file__).parent
+    scripts = {path.name for path in folder.glob("*.py") if '__name__ == "__main__"' in path.read_text()}
+    pages = {path.name for path in (folder / "results").glob("*.md")} - {"times.md"}
+    named = set(re.findall(r"`([\w-]+\.(?:py|md))`", (folder / "README.md").read_text()))
+    assert scripts - named == {"every.py"}
+    assert pages <= named
+    assert {f"{name}.py" for name in every.SCRIPTS} <= scripts
+
+
+@given(st.integers(0, 1000), st.integers(200, 9000))
+def test_tasks_made_from_a_text_have_their_answers_in_it(seed: int, characters: int) -> None:
+    words = made_text(seed, characters).split()
+    text = " ".join(words)
+    for each in task_columns.continuations(words):
+        assert f"{each['passage']} {each['choices'][each['answer']]}" in text
+        assert len(set(each["choices"])) == len(each["choices"]) == task_columns.CHOICES
+    asked = [*task_columns.last_words(words)]
+    again = re.compile("[a-z]{5,}")
+    found = [end for end in range(task_columns.PASSAGE, len(words))
+             if again.fullmatch(words[end]) and words[end] in words[end - task_columns.PASSAGE:end]]
+    assert bool(asked) == bool(found)
+    for each in asked:
+        assert f"{each['passage']} {each['word']}" in text
+        assert each["word"] in each["passage"].split()
+
+
 @pytest.mark.parametrize(("script", "bad", "named"), [
     (paper, ["--backends", "hqqq"], "hqqq"), (paper, ["--models", "/no/model"], "/no/model"),
     (paper, ["--permutations", "1"], "--permutations"), (paper, ["--seeds", "0"], "--seeds"),
     (paper, ["--report"], "kept.jsonl"), (paper, ["--text", "/no/text.txt"], "/no/text.txt"),
-    (paper, ["--device", "cudaa"], "cudaa"),
+    (paper, ["--device", "cudaa"], "cudaa"), (paper, ["--workers", "many"], "many"),
+    (paper, ["--workers", "nobody://2"], "nobody"), (paper, ["--tasks", "/no/mine.jsonl"], "/no/mine.jsonl"),
+    (paper, ["--tasks", "continuation,"], "--tasks"), (paper, ["--tasks", "last-word", "--limit", "0"], "--limit"),
+    (paper, ["--rows", "/no/rows.jsonl", "--report"], "/no/rows.jsonl"), (paper, ["--threads", "-1"], "threads"),
+    (default, ["--probe-windows", "0"], "--probe-windows"), (default, ["--probe-windows", "x"], "--probe-windows"),
+    (default, ["--estimators", "guidedoutput"], "guidedoutput"), (default, ["--windows", "65"], "65"),
     (regret, ["--methods", "kurtosiss"], "kurtosiss"), (regret, ["--add", "mine"], "--add mine"),
     (regret, ["--add", "mine=spqee"], "spqee"), (regret, ["--add", "mine=random:qpp"], "qpp"),
     (regret, ["--add", "mine=spqe:qp:permutationz=4"], "permutationz"),
@@ -192,7 +303,7 @@ def test_a_wrong_word_is_named_before_a_model_is_loaded(script: Any, bad: list[s
     def loaded(*_: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(cells.Bench, "build", loaded)
+    monkeypatch.setattr(cells, "Session", loaded)
     code = script.main([*words, "--kept", str(tmp_path / "kept.jsonl"), *bad])
     bar = "Loading weights"  # transformers' own
     [line] = [line for line in capsys.readouterr().err.splitlines() if line and bar not in line]

@@ -146,7 +146,7 @@ def check_source(source: str, role: str) -> None:
     if is_chat(source, role):
         ChatFile(source, role).check()
     elif is_file_name(source) and source != "demo":
-        _read(source, role)
+        read_text(source, role)
     else:
         _parts_of_name(source, role)
 
@@ -231,7 +231,7 @@ def _tokens(source: str, role: str, tokenizer: Any, only_answers: bool) -> tuple
         return (tokenized(file, tokenizer, only_answers),
                 f"the chats of {file.path.name} in the model's chat template"
                 + ", the assistant's tokens scored" * only_answers)
-    text, form = _read(source, role)
+    text, form = read_text(source, role)
     return Rendered(np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)), form
 
 
@@ -282,7 +282,7 @@ def _name_runs(tokens: IntArray, run: int) -> IntArray:
     return names
 
 
-def _read(source: str, role: str) -> tuple[str, str]:
+def read_text(source: str, role: str) -> tuple[str, str]:
     """A text that is not blank, and the form in which it was read."""
     if source == "demo":
         text, form = _from_demo(role)

@@ -46,10 +46,13 @@ class Prepared(Layout):
     Args:
         calibration: None if no part reads calibration text.
         held_out: the windows of each held-out text.
+        search: first window of the search among ``shuffled``, and the one behind its last; None for all. Statistics for
+            quantizing are of the whole calibration text either way, so searches on several of its parts share variants.
     """
 
     calibration: Windows | None
     held_out: tuple[Windows, ...]
+    search: tuple[int, int] | None = None
 
     @property
     def evaluation(self) -> Windows:
@@ -103,16 +106,21 @@ class Prepared(Layout):
         return text.take(order)
 
     @property
+    def searched(self) -> Windows | None:
+        """The windows of the search: of games, gradients and the test of a plan; those of ``shuffled``, or a part."""
+        return self.shuffled.part(*self.search) if self.shuffled and self.search else self.shuffled
+
+    @property
     def game_windows(self) -> Windows | None:
-        """The first windows of ``shuffled``, on which the game is played."""
-        return self.shuffled.first(self.config.game_windows) if self.shuffled else None
+        """The first windows of the search, on which the game is played."""
+        return self.searched.first(self.config.game_windows) if self.searched else None
 
     @property
     def refiner_windows(self) -> dict[str, Windows]:
         """The windows of a refinement and those of its referee, by the name of the game."""
         count = self.config.game_windows
-        assert self.shuffled is not None
-        return {"refinement": self.shuffled.first(count), "referee": self.shuffled.part(count, 2 * count)}
+        assert self.searched is not None
+        return {"refinement": self.searched.first(count), "referee": self.searched.part(count, 2 * count)}
 
     def require_text(self) -> None:
         """Raises ImpqError if the run reads no calibration text, so that there is no game."""
@@ -162,17 +170,17 @@ class Prepared(Layout):
     def spare(self) -> Windows | None:
         """Calibration windows outside those of the game, of a refinement's referee, and those held back."""
         used = self.config.game_windows * (2 if self.config.refine else 1)
-        if self.shuffled is None:
+        if self.searched is None:
             return None
-        return self.shuffled.part(used, len(self.shuffled.ids) - self.config.held_back)
+        return self.searched.part(used, len(self.searched.ids) - self.config.held_back)
 
     @property
     def held_back(self) -> Windows | None:
         """Calibration windows that the search does not read, on which its plan is tested; None if there are none."""
-        if self.shuffled is None or not self.config.held_back:
+        if self.searched is None or not self.config.held_back:
             return None
-        count = len(self.shuffled.ids)
-        return self.shuffled.part(count - self.config.held_back, count)
+        count = len(self.searched.ids)
+        return self.searched.part(count - self.config.held_back, count)
 
     @property
     def held_back_key(self) -> ScoresKey:
@@ -185,12 +193,12 @@ class Prepared(Layout):
     def probed(self) -> Windows | None:
         """Calibration windows of gradients and activations: all but those of a refinement's referee and those held
         back, or the first ``probe_windows`` of them."""
-        if self.shuffled is None:
+        if self.searched is None:
             return None
-        config, windows = self.config, np.arange(len(self.shuffled.ids) - self.config.held_back)
+        config, windows = self.config, np.arange(len(self.searched.ids) - self.config.held_back)
         games = 2 if config.refine else 1
         kept = np.concatenate([windows[:config.game_windows], windows[config.game_windows * games:]])
-        return self.shuffled.take(kept[:config.probe_windows or len(kept)])
+        return self.searched.take(kept[:config.probe_windows or len(kept)])
 
 
 def _text_key(windows: Windows | None) -> TextKey | None:

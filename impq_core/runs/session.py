@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -164,8 +165,14 @@ class Session:
 
     @property
     def carry_out(self) -> CarryOut | None:
-        """The workers that carry out tasks; None if there are none."""
-        return self._share(self.prepared) if self._share else None
+        """The workers that carry out tasks; None if there are none. They prepare themselves for the whole run, and each
+        task names the windows of the search: searches on several parts of a text take turns without loading anew."""
+        if not self._share:
+            return None
+        carry_out, search = self._share(replace(self.prepared, search=None)), self.prepared.search
+        if not search:
+            return carry_out
+        return lambda tasks: carry_out({**task, "search": [*search]} for task in tasks)
 
     def quantize_plan(self, plan: Plan) -> None:
         """Quantize a plan block after block, each behind the quantized ones. Afterwards the model has the plan's
