@@ -32,9 +32,9 @@ from impq_core.plugins import Plugins
 from impq_core.references import first_last_high, random_plan
 from impq_core.results import Score
 from impq_core.runs.folder import RunFolder
+from impq_core.runs.orders import workers_of
 from impq_core.runs.prepare import Prepared, prepare
 from impq_core.runs.session import Session, Share
-from impq_core.runs.worker import workers_of
 from impq_core.space import IntArray
 from impq_core.trust import NO_TRUST
 from impq_core.types import Measurements, Plan, SensitivityEstimate
