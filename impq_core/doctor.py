@@ -93,7 +93,7 @@ def _crews(plugins: Plugins) -> Iterator[Finding]:
             libraries = ", ".join(f"{library} {version}" for library, version in versions(component.needs).items()
                                   if library in component.needs)
             yield Finding("ok", f"workers: crew {name}" + (f" ({libraries})" if libraries else "")
-                          + f"; {os.cpu_count()} cores here: impq run --workers auto")
+                          + f"; {os.cpu_count()} cores here")
 
 
 def _store(tracking_uri: str, fix: bool) -> Iterator[Finding]:

@@ -1,8 +1,8 @@
 """Workers: processes that carry out tasks of a run for its leader.
 
 Tasks and answers are plain data, and a task does not depend on the number of workers, so the losses, gradients, scores
-and variants of a run are bit for bit the same with any number. A worker writes variants into the cache, and nothing
-else: every answer is in a file of the leader before it counts.
+and variants of a run are bit for bit the same with any number. A worker writes variants and scores
+into the cache, and nothing else: every answer is in a file of the leader before it counts.
 """
 
 from __future__ import annotations
@@ -158,7 +158,9 @@ def _same_as(order: Order) -> tuple[Prepared, Plugins]:
                            meterings=tuple(map(Metering.from_dict, order["meters"])))
     except ImpqError as error:
         raise ImpqError(f"{where}: {error}") from error
-    require_same(prepared.key.diff(order["key"]), order["threads"], where)
+    processors = order["processor"], torch.backends.cpu.get_cpu_capability()
+    changes = [Change("processor", *processors)] if len(set(processors)) > 1 else []
+    require_same([*changes, *prepared.key.diff(order["key"])], order["threads"], where)
     return prepared, plugins
 
 

@@ -197,6 +197,7 @@ def test_further_points_of_a_curve_share_their_work(estimator: str, tiny_config:
     ("model digest", lambda order: {"key": {**order["key"], "deployed": {
         **order["key"]["deployed"], "model_digest": "0" * 16}}}),
     ("device", lambda order: {"key": json.loads(json.dumps(order["key"]).replace('"cpu"', '"cuda NVIDIA H100"'))}),
+    ("processor", lambda order: {"processor": "AVX9"}),
     ("none.safetensors", lambda order: {"config": {**order["config"], "model": "/none.safetensors"}}),
 ])
 def test_a_worker_that_differs_refuses_in_one_line(name: str, change, tiny_config: RunConfig, variants: None) -> None:

@@ -24,7 +24,7 @@ LEADERS = ("workers", "tracking_uri", "experiment", "output")
 
 def order_of(prepared: Prepared, plugins: Plugins, trust: Trust) -> Order:
     """What a worker prepares itself from for a run: configuration, key, readings of meters, plugin files, permissions,
-    the number of threads, whether a calibration text is read, and the cache."""
+    the number of threads, the processor's vector instructions, whether a calibration text is read, and the cache."""
     defaults = RunConfig()
     config = replace(prepared.config, **{name: getattr(defaults, name) for name in LEADERS},
                      device=torch.device(prepared.config.device).type)  # each worker has accelerators of its own
@@ -32,6 +32,7 @@ def order_of(prepared: Prepared, plugins: Plugins, trust: Trust) -> Order:
             "meters": [metering.to_dict() for metering in prepared.meterings],
             "plugins": [str(file) for file in plugins.files], "remote_code": trust.remote_code,
             "threads": prepared.config.threads or torch.get_num_threads(),
+            "processor": torch.backends.cpu.get_cpu_capability(),  # torch's sums on it differ in their last bits
             "calibrate": prepared.calibration is not None, "cache": str(cache_folder())}
 
 
