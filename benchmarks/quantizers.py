@@ -21,6 +21,7 @@ from common import command, heading, plus_minus, table, write
 from lines import KEPT, Lines
 
 from impq_core.config import RunConfig, TextConfig
+from impq_core.errors import ImpqError
 from impq_core.evaluate import Evaluator
 from impq_core.exports.rotated import rotate_model
 from impq_core.model.bank import Bank
@@ -82,6 +83,7 @@ def main() -> None:
     numbers = range(len(SETTINGS)) if given.settings is None else map(int, given.settings.split(","))
     log = _Log(KEPT / f"{given.name}.jsonl", [given.model, given.calibration_windows, given.evaluation_windows])
     workshops: dict[bool, _Workshop] = {}
+    left_out: dict[str, str] = {}  # by setting, the reason
     with tempfile.TemporaryDirectory() as folder:
         for number in numbers:
             setting = SETTINGS[number]
@@ -89,13 +91,17 @@ def main() -> None:
                 if log.has(setting.name, width):
                     continue
                 if setting.rotated not in workshops:
-                    model = str(rotate_model(given.model, Path(folder)).folder) if setting.rotated else given.model
+                    try:
+                        model = str(rotate_model(given.model, Path(folder)).folder) if setting.rotated else given.model
+                    except ImpqError as error:
+                        left_out[setting.name] = str(error)
+                        break
                     workshops[setting.rotated] = _Workshop(replace(config, model=model), texts)
                 workshop = workshops[setting.rotated]
                 # A rotated model computes what the model does, so one measurement serves every setting.
                 unquantized = log.rows[0]["unquantized"] if log.rows else workshop.unquantized()
                 log.add(setting=setting.name, width=width, unquantized=unquantized, **workshop.measure(setting, width))
-            write(f"{given.name}.md", _report(log, given, list(texts)))
+            write(f"{given.name}.md", _report(log, given, list(texts), left_out))
 
 
 class _Log:
@@ -158,7 +164,7 @@ class _Workshop:
         return found
 
 
-def _report(log: _Log, given: argparse.Namespace, texts: Sequence[str]) -> list[str]:
+def _report(log: _Log, given: argparse.Namespace, texts: Sequence[str], left_out: Mapping[str, str]) -> list[str]:
     lines = heading("Options of GPTQ", command())
     lines += [f"Model {Path(given.model).name}; {given.calibration_windows} calibration windows and "
               f"{given.evaluation_windows} evaluation windows of 256 tokens on each text. In brackets: the loss above "
@@ -183,7 +189,7 @@ def _report(log: _Log, given: argparse.Namespace, texts: Sequence[str]) -> list[
                           f"{row['scores'][text]['kl']:.3f}"]
             shown.append([*cells, f"{row['seconds']:.0f}"])
         lines += table(header, shown)
-    return lines
+    return lines + [f"Left out: {name}: {reason}." for name, reason in left_out.items()]
 
 
 if __name__ == "__main__":
