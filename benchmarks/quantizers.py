@@ -189,7 +189,7 @@ def _report(log: _Log, given: argparse.Namespace, texts: Sequence[str], left_out
                           f"{row['scores'][text]['kl']:.3f}"]
             shown.append([*cells, f"{row['seconds']:.0f}"])
         lines += table(header, shown)
-    return lines + [f"Left out: {name}: {reason}." for name, reason in left_out.items()]
+    return [*lines, *(line for name, reason in left_out.items() for line in (f"Left out: {name}: {reason}.", ""))]
 
 
 if __name__ == "__main__":
