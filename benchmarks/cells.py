@@ -111,7 +111,7 @@ class Cell:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """What the rows have in common."""
+        """The fields of ``PlanRow`` that all rows of this cell share."""
         windows = self.prepared.game_windows
         assert windows is not None
         return problem_of(self.prepared, windows.scored_tokens)

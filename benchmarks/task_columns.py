@@ -31,11 +31,11 @@ PASSAGE, ENDING, CHOICES = 32, 10, 4
 """Words of a passage and of what follows it, and the number of choices."""
 
 DOCUMENTS = 200
-"""Documents of a task that is made from a text, if it has so many."""
+"""The most documents of a task that is made from a text."""
 
 ASKED: Mapping[str, Any] = {
     "test_split": "test", "dataset_path": "json", "doc_to_text": "{{passage}}"}
-"""What lm-eval is told about both tasks."""
+"""Fields of lm-eval's configuration that both tasks share."""
 
 
 @dataclass(frozen=True)

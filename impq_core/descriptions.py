@@ -1,4 +1,4 @@
-"""What the docstrings of parts say of their options."""
+"""Descriptions of options, read from the docstrings of parts."""
 
 from __future__ import annotations
 
