@@ -49,7 +49,7 @@ class Method:
     Args:
         label: its name in tables.
         estimator: name of the estimator.
-        allocator: name of the allocator.
+        allocator, surrogate: names of the allocator and of the surrogate.
         options: options of its parts, by role.
         reads_text: whether the estimate depends on the calibration text, and so on the seed.
         windows: calibration windows of its gradients; 0 for those of the game.
@@ -58,13 +58,15 @@ class Method:
     label: str
     estimator: str
     allocator: str = "qp"
+    surrogate: str = "auto"
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     reads_text: bool = True
     windows: int = 0
 
     def applied(self, config: RunConfig) -> RunConfig:
         """A configuration with this method's parts and options."""
-        return replace(config, estimator=self.estimator, allocator=self.allocator, options=self.options)
+        return replace(config, estimator=self.estimator, allocator=self.allocator, surrogate=self.surrogate,
+                       options=self.options)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +130,12 @@ class Cell:
         count = count or self.config.game_windows
         return (seed * count, (seed + 1) * count) if (seed + 1) * count <= len(self.prepared.calibration.ids) else None
 
+    def facts_of(self, method: Method, seed: int) -> dict[str, Any]:
+        """The fields of ``PlanRow`` that the rows of a method and a seed share."""
+        search, text = self.windows_of(seed, method.windows), self.prepared.shuffled
+        assert text is not None
+        return {**self.facts, "read": text.part(*search).digest if search and method.reads_text else ""}
+
     @contextmanager
     def playing(self, session: Session, search: tuple[int, int], budget_bytes: int | None = None) -> (
             Iterator[ModelGame]):
@@ -171,11 +179,11 @@ class Cell:
                     rng = np.random.default_rng([draw, round(1000 * budget)])
                     pick = random_plan(space, nbytes, rng) if label == "random" else first_last_high(space, nbytes)
                     plans[budget] = Plan(space, pick, nbytes)
-                self.score(plans, label, draw, 0.0)
+                self.score(plans, self.facts, label, draw, 0.0)
 
     def estimated(self, method: Method, seed: int) -> None:
         """The plans of a method at all budgets, if the text has windows for the seed."""
-        budgets = self.kept.missing(self.facts, method.label, seed, self.budgets)
+        budgets = self.kept.missing(self.facts_of(method, seed), method.label, seed, self.budgets)
         search = self.windows_of(seed, method.windows)
         if not budgets or search is None or (seed and not method.reads_text):
             return
@@ -200,13 +208,14 @@ class Cell:
         allocator = Parts.build(method.applied(self.config), self.plugins).allocator
         found = estimate.on(space)
         plans = {budget: allocator.allocate(found, Budget.nominal(budget).resolve(space)) for budget in budgets}
-        self.score(plans, method.label, seed, estimate.forwards)
+        self.score(plans, self.facts_of(method, seed), method.label, seed, estimate.forwards)
 
-    def score(self, plans: Mapping[float, Plan], label: str, seed: int, forwards: float) -> None:
-        """Score and keep plans by their budgets."""
+    def score(self, plans: Mapping[float, Plan], facts: Mapping[str, Any], label: str, seed: int,
+              forwards: float) -> None:
+        """Score and keep plans by their budgets; the other arguments are of ``PlanRow``."""
         if plans:
             scores = self.evaluator.scores([plan.space.assignment(plan.pick) for plan in plans.values()])
-            self.add([PlanRow.of(self.facts, plan, score, budget, label, seed, forwards)
+            self.add([PlanRow.of(facts, plan, score, budget, label, seed, forwards)
                       for (budget, plan), score in zip(plans.items(), scores, strict=True)])
 
     def add(self, rows: Sequence[PlanRow]) -> None:

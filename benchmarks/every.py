@@ -21,9 +21,9 @@ from lines import Lines, read_lines
 from impq_core.errors import nearest
 
 TIMES = RESULTS / "times.jsonl"
-SCRIPTS = ("game_cost", "spine", "estimators", "granularity", "protocol", "shape", "roundtrip", "allocation", "startup",
-           "speed", "memory", "llama_cpp", "quantizers", "within", "bits_saved", "default", "latency", "rotation",
-           "regret", "paper", "peers", "tokens", "workers", "prefix", "frontier")
+SCRIPTS = ("game_cost", "shape", "roundtrip", "allocation", "startup", "speed", "memory", "llama_cpp", "quantizers",
+           "within", "bits_saved", "default", "latency", "rotation", "regret", "paper", "peers", "tokens", "workers",
+           "prefix", "frontier")
 """In this order; frontier takes longest. Not gpu, which needs an accelerator."""
 
 CELLS = ("paper", "regret", "default")

@@ -73,7 +73,7 @@ class PaperCell(Cell):
         for count in sorted({max(2, permutations // 5), max(2, permutations // 2), permutations}):
             method = Method(f"CoopQ, {count} permutations, {name}", "spqe",
                             options={"estimator": {**SAMPLED, "permutations": count}})
-            budgets = self.kept.missing(self.facts, method.label, seed, self.budgets)
+            budgets = self.kept.missing(self.facts_of(method, seed), method.label, seed, self.budgets)
             if budgets:
                 parts = Parts.build(replace(self.config, surrogate="covariance", options={}), self.plugins)
                 session = self.session if backend == self.config.backend else self.proxy

@@ -47,22 +47,25 @@ class RegretCell(Cell):
         """
         label, space = f"swaps, {forwards} forwards from the best", self.prepared.space
         rows = [row for row in self.own_rows if row.widths]
-        for budget in self.kept.missing(self.facts, label, seed, self.budgets):
+        count, end = self.config.game_windows, self.config.calibration.windows
+        search, text = self.windows_of(seed), self.prepared.shuffled
+        assert search is not None and text is not None
+        windows = [search, (end - count, end)]
+        facts = {**self.facts, "read": " ".join(text.part(*part).digest for part in windows)}
+        for budget in self.kept.missing(facts, label, seed, self.budgets):
             nbytes = Budget.nominal(budget).resolve(space)
             best = best_within(rows, nbytes)
             if best is None:
                 continue
             refining = replace(self.config, refiner="swaps", refine=forwards, options={})
             refiner = Parts.build(refining, self.plugins).refiner
-            count = self.config.game_windows
-            search, end = self.windows_of(seed), self.config.calibration.windows
-            assert refiner is not None and search is not None
-            with self.playing(self.session, search, nbytes) as game, \
-                    self.playing(self.session, (end - count, end), nbytes) as referee:
+            assert refiner is not None
+            with self.playing(self.session, windows[0], nbytes) as game, \
+                    self.playing(self.session, windows[1], nbytes) as referee:
                 better = refiner.refine(Plan(space, self.pick(best), nbytes, method=best.method), None, game, referee,
                                         float(forwards), np.random.default_rng([seed, *REFINE_STREAM]))
                 spent = game.forwards + referee.forwards
-            self.score({budget: better}, label, seed, best.forwards + spent)
+            self.score({budget: better}, facts, label, seed, best.forwards + spent)
 
 
 def added(words: Sequence[str], estimators: Sequence[str], config: RunConfig, plugins: Plugins) -> list[Method]:
@@ -80,9 +83,10 @@ def added(words: Sequence[str], estimators: Sequence[str], config: RunConfig, pl
                              "NAME=ESTIMATOR:ALLOCATOR:OPTION=VALUE:...")
         if label in METHODS and parts != label:
             raise UsageError(f"--add {word}: '{label}' is the name of one of the benchmark's own methods")
-        given = replace(config, estimator=estimator, allocator=allocator)
         pairs = dict(option.split("=", 1) for option in options)
-        method = Method(label, estimator, allocator, assign_options(given, plugins, pairs))
+        given = replace(config, estimator=estimator, allocator=allocator,
+                        surrogate=pairs.pop("surrogate", config.surrogate))
+        method = Method(label, estimator, allocator, given.surrogate, assign_options(given, plugins, pairs))
         Parts.build(method.applied(config), plugins)
         found.append(method)
     return found
@@ -105,7 +109,8 @@ def measure(given: argparse.Namespace) -> None:
     except ValueError:
         raise UsageError(f"--budgets {given.budgets}: numbers of bits with , between") from None
     configs = [config_of(given, max(64, given.windows * (given.seeds + 1)), model=model, backend=backend,
-                         bits=MENUS.get(backend, DEFAULT_MENU), granularity=granularity, estimator="isolated")
+                         bits=tuple(given.bits.split(",")) if given.bits else MENUS.get(backend, DEFAULT_MENU),
+                         granularity=granularity, estimator="isolated")
                for model in given.models.split(",") for backend in given.backends.split(",")
                for granularity in given.granularities.split(",")]
     methods = [METHODS[name] for name in names] + added(given.add, given.estimator, configs[0], plugins)
@@ -125,10 +130,11 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, "regret", "hqq", windows=4, evaluation_windows=16)
     parser.add_argument("--granularities", default="group", help="with , between [group]")
+    parser.add_argument("--bits", default="", help="the menu, with , between [2,3,4; 2,4 with quanto]")
     parser.add_argument("--budgets", default=BUDGETS, help=f"nominal bits, with , between [{BUDGETS}]")
     parser.add_argument("--methods", default=",".join(METHODS), help="of this benchmark [all]; empty for none")
     parser.add_argument("--add", action="append", default=[], metavar="NAME=ESTIMATOR[:ALLOCATOR[:OPTION=VALUE...]]",
-                        help="a method of your own")
+                        help="a method of your own; surrogate=NAME is an option, too")
     parser.add_argument("--estimator", action="append", default=[], help="the same, by an estimator's name alone")
     parser.add_argument("--refine", type=int, default=60, help="forwards of the refinement of the best plan [60]")
     given = parser.parse_args(words)

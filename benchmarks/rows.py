@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import date
 from functools import cached_property
 from importlib.metadata import version
@@ -61,6 +61,7 @@ class PlanRow:
         shown: the held-out windows in words.
         machine: processor or accelerator, and the version of torch.
         made: date of the measurement.
+        read: digest of the calibration tokens that the search read; empty if it read none.
         tasks: the value of each document by task and metric, such as ``continuation acc``; empty if none was asked.
     """
 
@@ -83,6 +84,7 @@ class PlanRow:
     shown: str = ""
     machine: str = ""
     made: str = field(default_factory=lambda: date.today().isoformat())
+    read: str = ""
     tasks: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     @classmethod
@@ -91,7 +93,7 @@ class PlanRow:
         """The row of a scored plan.
 
         Args:
-            facts: of ``problem_of``.
+            facts: of ``problem_of``, and ``read``.
             plan: the plan.
             score: its score on the problem's held-out windows.
             budget, method, seed, forwards: see ``PlanRow``.
@@ -112,7 +114,7 @@ class PlanRow:
     @property
     def identity(self) -> tuple[Any, ...]:
         """What is measured once."""
-        return (*self.problem, self.menu, self.granularity, self.tokens, self.method, self.seed, self.budget)
+        return (*self.problem, self.menu, self.granularity, self.tokens, self.read, self.method, self.seed, self.budget)
 
     def to_data(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -178,10 +180,11 @@ class Kept:
         """The budgets at which a method has no row.
 
         Args:
-            facts: of ``problem_of``.
+            facts: of ``problem_of``, and ``read``.
             method, seed, budgets: see ``PlanRow``.
         """
         alike = [facts[name] for name in ("model", "backend", "variants", "text", "menu", "granularity", "tokens")]
+        alike.append(facts.get("read", ""))
         return [budget for budget in budgets if (*alike, method, seed, budget) not in self._rows]
 
     def add(self, rows: Iterable[PlanRow]) -> None:
@@ -215,8 +218,10 @@ class Problem:
 
     @cached_property
     def plans(self) -> list[PlanRow]:
-        """The other rows."""
-        return [row for row in self.rows if row.method not in (UNIFORM, UNQUANTIZED)]
+        """The rows of plans. Of those that differ in the text that their search read alone, the last, so that a seed
+        counts once."""
+        found = {replace(row, read="").identity: row for row in self.rows if row.method not in (UNIFORM, UNQUANTIZED)}
+        return [*found.values()]
 
     def line(self, nbytes: int, kl: bool = False) -> FloatArray | None:
         """Losses (windows,) on the line of uniform models, see ``line_at``; None outside of it."""

@@ -157,8 +157,8 @@ class RunConfig:
         exclude: patterns of layers that stay unquantized; their bytes count at 16 bits a weight.
         calibration: text for quantization statistics and the game, or a mixture of texts.
         game_windows: number of calibration windows of the game.
-        probe_windows: number of calibration windows for gradients and activations; 0 for all but the referee's and
-            those held back.
+        probe_windows: number of calibration windows for gradients and activations, of those that are no referee's; 0
+            for all that are not held back either.
         value: loss of the game: ``nll``, or ``kl`` to the unquantized model.
         evaluation: held-out text, or several; the first decides comparisons.
         sequential: ``yes`` if plan and references are quantized in sequence, as an export is, before they are scored;
@@ -250,19 +250,22 @@ class RunConfig:
         if not 1 <= self.game_windows <= self.calibration.windows:
             raise UsageError(f"game_windows must be 1 to the {self.calibration.windows} calibration windows, "
                              f"not {self.game_windows}")
-        if not 0 <= self.probe_windows <= self.calibration.windows:
-            raise UsageError(f"probe_windows must be 1 to the {self.calibration.windows} calibration windows, or 0 for "
-                             f"all, not {self.probe_windows}")
         if self.refine < 0:
             raise UsageError(f"refine is a number of forwards, not {self.refine}")
         if self.refine and 2 * self.game_windows > self.calibration.windows:
             raise UsageError(f"--refine holds back {self.game_windows} further calibration windows, as many as "
                              f"game_windows: give at least {2 * self.game_windows} calibration windows, not "
                              f"{self.calibration.windows}")
+        probed = self.calibration.windows - self._referee
+        if not 0 <= self.probe_windows <= probed:
+            beside = f" that are not the {self._referee} of --refine's referee" if self.refine else ""
+            raise UsageError(f"probe_windows must be 1 to the {probed} calibration windows{beside}, or 0 for all, not "
+                             f"{self.probe_windows}")
         if self.fallback == "yes" and not self.plan and not self.held_back:
             raise UsageError("--fallback tests the plan on a quarter of the calibration windows, and of "
-                             f"{self.calibration.windows} none is left beside --game-windows {self.game_windows}: give "
-                             "more --calibration-windows (4 at least), or leave out --fallback")
+                             f"{self.calibration.windows} none is left beside --game-windows {self.game_windows}"
+                             + (f" and --probe-windows {self.probe_windows}" if self.probe_windows else "")
+                             + ": give more --calibration-windows (4 at least), or leave out --fallback")
         require_all(self.calibration.texts, self.game_windows, "windows of the game (--game-windows)")
         require_held_out(self.evaluation.texts)
         object.__setattr__(self, "bits", tuple(map(width_name, self.bits)))
@@ -278,12 +281,17 @@ class RunConfig:
     @property
     def held_back(self) -> int:
         """Number of calibration windows that are no windows of the game, its further sets, a referee or gradients, so
-        that the plan can be tested on them: a quarter, as far as game and referee leave them. 0 if there is no
-        fallback, or if the user gave the plan."""
+        that the plan can be tested on them: a quarter, as far as these leave them. 0 if there is no fallback, or if the
+        user gave the plan."""
         if self.fallback == "no" or self.plan:
             return 0
-        games = self.game_windows * (2 if self.refine else 1)
-        return max(0, min(self.calibration.windows // 4, self.calibration.windows - games))
+        read = max(self.game_windows, self.probe_windows) + self._referee
+        return max(0, min(self.calibration.windows // 4, self.calibration.windows - read))
+
+    @property
+    def _referee(self) -> int:
+        """Number of calibration windows of a refinement's referee."""
+        return self.game_windows if self.refine else 0
 
     @property
     def shared(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from impq_core.space import FloatArray, IntArray
-from impq_core.statistics import mean, standard_error
+from impq_core.statistics import mean, standard_error, student_errors
 from impq_core.types import Plan
 
 
@@ -27,6 +27,7 @@ class UniformTest:
         stderr: standard error of ``minus_uniform``, paired over windows; NaN if unknown.
         value: the loss: ``nll``, or ``kl`` to the unquantized model.
         tokens: scored tokens.
+        windows: of these tokens; 0 in files before 0.9, for a number so large that it does not matter.
     """
 
     uniform: str
@@ -36,12 +37,14 @@ class UniformTest:
     stderr: float
     value: str
     tokens: int
+    windows: int
 
     @property
     def replaces(self) -> bool:
-        """Whether the uniform model is taken for the plan: unless the plan's loss is smaller by more than a standard
-        error of the difference (by anything, if that is unknown)."""
-        return not self.minus_uniform < -(0.0 if math.isnan(self.stderr) else self.stderr)
+        """Whether the uniform model is taken for the plan: unless the plan's loss is smaller with a confidence of 84 %,
+        which is that of one standard error of many windows (or smaller by anything, if the error is unknown)."""
+        return not self.minus_uniform < -(0.0 if math.isnan(self.stderr) else
+                                          self.stderr * student_errors(self.windows))
 
     @classmethod
     def of(cls, plan: Plan, uniform: IntArray, losses: tuple[FloatArray, FloatArray], weights: FloatArray | None,
@@ -63,7 +66,7 @@ class UniformTest:
                 apart = of_plan - of_uniform
             found = mean(apart, weights), standard_error(apart, weights)
         return cls(str(plan.space.choices[uniform[0]]), plan.space.bytes_of(uniform), plan.nbytes, *found, value,
-                   tokens)
+                   tokens, len(of_plan))
 
     def describe(self) -> str:
         """The test in a line."""
@@ -71,15 +74,15 @@ class UniformTest:
         found = (f"{self.minus_uniform:+.4f}{error} nats per token ({self.value}) on {self.tokens} held-back tokens of "
                  "the calibration text")
         if self.replaces:
-            return (f"uniform {self.uniform} is the plan: the estimated one does not beat it by more than a standard "
-                    f"error, {found}; --no-fallback keeps the estimated one")
+            return (f"uniform {self.uniform} is the plan: the estimated one does not beat it with a confidence of "
+                    f"84 %, {found}; --no-fallback keeps the estimated one")
         return f"estimated plan minus uniform {self.uniform}: {found}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; a number that is not finite is null."""
         return {"uniform": self.uniform, "uniform_bytes": self.uniform_bytes, "plan_bytes": self.plan_bytes,
                 "minus_uniform": _finite(self.minus_uniform), "stderr": _finite(self.stderr), "value": self.value,
-                "tokens": self.tokens, "replaces": self.replaces}
+                "tokens": self.tokens, "windows": self.windows, "replaces": self.replaces}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> UniformTest:
@@ -88,7 +91,7 @@ class UniformTest:
         return cls(str(data["uniform"]), int(data["uniform_bytes"]), int(data["plan_bytes"]),
                    missing if data["minus_uniform"] is None else float(data["minus_uniform"]),
                    math.nan if data["stderr"] is None else float(data["stderr"]), str(data["value"]),
-                   int(data["tokens"]))
+                   int(data["tokens"]), int(data.get("windows", 0)))
 
 
 def _finite(number: float) -> float | None:

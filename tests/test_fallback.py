@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -16,6 +17,7 @@ from hypothesis.extra.numpy import arrays
 from impq_core.compare.read import read_contestant
 from impq_core.config import RunConfig, TextConfig
 from impq_core.documents.runs import RunDocument, UniformTestDocument
+from impq_core.errors import UsageError
 from impq_core.evaluate import Evaluator
 from impq_core.plugins import Plugins
 from impq_core.runs.curves import read_point
@@ -50,13 +52,23 @@ def judged(of_plan: FloatArray, of_uniform: FloatArray) -> UniformTest:
 
 
 @given(LOSSES)
-def test_a_plan_stays_only_if_its_gain_exceeds_a_standard_error(losses: tuple[FloatArray, FloatArray]) -> None:
+def test_a_plan_stays_only_if_its_gain_is_larger_than_chance(losses: tuple[FloatArray, FloatArray]) -> None:
     test = judged(*losses)
     gain = losses[1] - losses[0]
-    error = gain.std(ddof=1) / math.sqrt(len(gain)) if len(gain) > 1 else 0.0
-    if not math.isclose(gain.mean(), error, abs_tol=1e-9):
-        assert test.replaces == (gain.mean() < error)
+    if len(gain) == 1 or np.ptp(gain) < 1e-6:
+        assert test.replaces == (not gain.mean() > 0) or np.ptp(gain)
+    else:
+        chance = scipy.stats.ttest_1samp(gain, 0, alternative="greater").pvalue
+        if not math.isclose(chance, scipy.stats.norm.sf(1), abs_tol=1e-6):
+            assert test.replaces == (chance > scipy.stats.norm.sf(1))
     assert UniformTest.from_dict(json.loads(json.dumps(test.to_dict()))).to_dict() == test.to_dict()
+
+
+@pytest.mark.parametrize("windows", [2, 3, 16])
+def test_a_worthless_plan_passes_in_sixteen_of_a_hundred_runs(windows: int) -> None:
+    gains = np.random.default_rng(windows).normal(size=(2000, windows))
+    passed = np.mean([not judged(3 - gain, np.full(windows, 3.0)).replaces for gain in gains])
+    assert passed == pytest.approx(scipy.stats.norm.sf(1), abs=0.025)  # three standard errors of 2000 runs
 
 
 @pytest.mark.parametrize(("of_plan", "of_uniform", "replaces"), [
@@ -120,8 +132,20 @@ def test_the_decision_is_that_of_the_losses_on_windows_that_the_search_did_not_r
     scores = [json.loads(line) for line in RunFolder(result.folder).held_back_scores.read_text().splitlines()[1:]]
     apart = np.array(scores[0]["window_nll"]) - np.array(scores[1]["window_nll"])
     assert result.uniform_test.minus_uniform == pytest.approx(apart.mean())
-    assert result.uniform_test.replaces == (not apart.mean() < -apart.std(ddof=1) / math.sqrt(len(apart)))
-    assert len(apart) == config.held_back == 2
+    assert len(apart) == config.held_back == result.uniform_test.windows == 2
+
+
+def test_gradients_read_as_many_windows_as_was_asked_for(config: RunConfig) -> None:
+    """And the test has what they leave."""
+    asked = replace(config, calibration=replace(config.calibration, windows=16), estimator="guided-output")
+    for probes, refine, held in ((0, 0, 4), (12, 0, 4), (13, 0, 3), (16, 0, 0), (10, 8, 2), (12, 8, 0)):
+        prepared = prepare(replace(asked, probe_windows=probes, refine=refine), Plugins())
+        referee = asked.game_windows if refine else 0
+        assert prepared.probed is not None and len(prepared.probed.ids) == (probes or 16 - held - referee)
+        assert (len(prepared.held_back.ids) if prepared.held_back else 0) == held
+    for probes, refine in ((17, 0), (13, 8)):
+        with pytest.raises(UsageError, match="probe_windows"):
+            replace(asked, probe_windows=probes, refine=refine)
 
 
 @pytest.mark.parametrize("refine", [0, 8])

@@ -28,7 +28,7 @@ import paper_report
 import regret
 import regret_report
 import task_columns
-from rows import UNIFORM, Kept, PlanRow, line_at, problems, read_rows
+from rows import UNIFORM, Kept, PlanRow, Problem, line_at, problems, read_rows
 
 ROW = PlanRow("tiny", "hqq", "v", ("4", "2"), "block", 3.0, 120, 110, "t", "spqe", 0, 2.5, 510,
               np.array([1.0, 2.0]), np.array([0.1, 0.2]), (0, 1, 1), "a text", "cpu", "2026-01-01")
@@ -113,6 +113,19 @@ def test_the_best_plan_is_the_least_of_all_that_fit(seed: int) -> None:
             assert (entry.spread is None) == (len(alike) == 1)
 
 
+def test_a_row_of_another_calibration_text_is_measured_again(tmp_path: Path) -> None:
+    """And stands for its seed in the page."""
+    kept = Kept(tmp_path / "rows.jsonl")
+    kept.add([replace(ROW, read="old")])
+    facts = {name: getattr(ROW, name) for name in ("model", "backend", "variants", "text", "menu", "granularity",
+                                                   "tokens")}
+    assert kept.missing({**facts, "read": "old"}, "spqe", 0, [3.0]) == []
+    assert kept.missing({**facts, "read": "new"}, "spqe", 0, [3.0]) == [3.0]
+    kept.add([replace(ROW, read="new")])
+    [problem] = problems(read_rows([kept.path]), Problem)
+    assert [row.read for row in problem.plans] == ["new"]
+
+
 def test_rows_of_other_problems_are_not_compared(tmp_path: Path) -> None:
     rows = planted(0)
     others = [replace(row, text="other", nll=row.nll - 1.0) for row in rows]
@@ -173,10 +186,15 @@ def test_the_papers_protocol_continues_where_it_was_killed(words: list[str], tmp
 def test_a_method_of_ones_own_is_measured_beside_others(words: list[str], tmp_path: Path) -> None:
     kept = tmp_path / "kept.jsonl"
     assert regret.main([*words, "--granularities", "group", "--methods", "kurtosis", "--refine", "3", "--kept",
-                        str(kept), "--add", "mine=random:greedy", "--estimator", "first-last"]) == 0
+                        str(kept), "--add", "mine=random:greedy", "--estimator", "first-last", "--bits", "4,3,2",
+                        "--add", "pairs=spqe:qp:surrogate=covariance:permutations=4",
+                        "--add", "sums=spqe:qp:surrogate=additive:permutations=4"]) == 0
     rows = read_rows([kept])
     names = {row.method for row in rows}
-    assert {"kurtosis", "mine", "first-last", "swaps, 3 forwards from the best"} <= names
+    assert {"kurtosis", "mine", "first-last", "pairs", "sums", "swaps, 3 forwards from the best"} <= names
+    assert {row.menu for row in rows} == {("4", "3", "2")}
+    assert not any(row.read for row in rows if row.method == "kurtosis")
+    assert {bool(row.read) for row in rows if row.method in ("pairs", "sums")} == {True}
     refined = [row for row in rows if row.method.startswith("swaps")]
     assert {row.budget for row in refined} == {2.5, 3.0, 3.5}
     assert all(row.forwards > 0 and row.nbytes <= row.budget_bytes for row in refined)

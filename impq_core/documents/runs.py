@@ -300,6 +300,7 @@ class UniformTestDocument:
         minus_uniform_stderr_nats: its standard error, paired over windows; null if unknown.
         value: the loss: ``nll`` or ``kl``.
         tokens: scored tokens.
+        windows: of these tokens; 0 in runs of versions before 0.9.
         replaces: whether the uniform model is the run's plan.
     """
 
@@ -310,13 +311,14 @@ class UniformTestDocument:
     minus_uniform_stderr_nats: float | None
     value: str
     tokens: int
+    windows: int
     replaces: bool
 
     @classmethod
     def of(cls, test: UniformTest) -> UniformTestDocument:
         """The document of a test."""
         return cls(test.uniform, test.uniform_bytes, test.plan_bytes, test.minus_uniform, test.stderr, test.value,
-                   test.tokens, test.replaces)
+                   test.tokens, test.windows, test.replaces)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from impq_core.uniform_test import UniformTest, uniform_within
 def against_uniform(session: Session, folder: RunFolder, plan: Plan,
                     estimate: SensitivityEstimate) -> tuple[Plan, UniformTest | None]:
     """Measure an estimated plan and the largest uniform model within its budget on the run's held-back windows, and
-    take the uniform model unless the plan beats it (``UniformTest.replaces``).
+    take the uniform model if ``UniformTest.replaces``.
 
     Args:
         session: the model with the deployed variants.

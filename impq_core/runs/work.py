@@ -26,8 +26,8 @@ def work_of(layout: Layout) -> Workload | None:
 
 def windows_probed(config: RunConfig) -> int:
     """Number of calibration windows that gradients and activations are read on."""
-    every = config.calibration.windows - config.held_back - (config.game_windows if config.refine else 0)
-    return min(config.probe_windows or every, every)
+    referee = config.game_windows if config.refine else 0
+    return config.probe_windows or config.calibration.windows - config.held_back - referee
 
 
 def work_forwards(work: Workload, shapes: Shapes, config: RunConfig, space: SearchSpace) -> float:
