@@ -40,6 +40,8 @@ from impq_core.trust import NO_TRUST
 from impq_core.types import Measurements, Plan, SensitivityEstimate
 
 RANDOM_PLANS = 3
+REFERENCES = {"first/last high": 1, "random": RANDOM_PLANS}
+"""Number of plans of each reference that no estimate decides."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,9 @@ class Cell:
     def uniforms(self) -> None:
         """The uniform models, and the unquantized one."""
         space, everyone = self.prepared.space, self.prepared.space.everyone
-        if not self.kept.missing(self.facts, UNIFORM, 0, [choice.bits for choice in space.choices]):
+        widths_measured = [choice.bits for choice in (*space.choices, *(choice for choice, _ in self.prepared.between))]
+        if not self.kept.missing(self.facts, UNIFORM, 0, widths_measured) and not self.kept.missing(
+                self.facts, UNQUANTIZED, 0, [16.0]):
             return
         facts = {**self.facts, "seed": 0, "forwards": 0.0}
         linears = sum(len(layer.linears) for layer in everyone)
@@ -171,7 +175,7 @@ class Cell:
     def references(self) -> None:
         """Plans without an estimate: blocks at both ends at the widest choice, and random draws."""
         space = self.prepared.space
-        for label, draws in (("first/last high", 1), ("random", RANDOM_PLANS)):
+        for label, draws in REFERENCES.items():
             for draw in range(draws):
                 plans = {}
                 for budget in self.kept.missing(self.facts, label, draw, self.budgets):
@@ -185,7 +189,10 @@ class Cell:
         """The plans of a method at all budgets, if the text has windows for the seed."""
         budgets = self.kept.missing(self.facts_of(method, seed), method.label, seed, self.budgets)
         search = self.windows_of(seed, method.windows)
-        if not budgets or search is None or (seed and not method.reads_text):
+        if not budgets or (seed and not method.reads_text):
+            return
+        if search is None:
+            print(f"{method.label}: the calibration text has no windows for seed {seed}", flush=True)
             return
         config = method.applied(self.config)
         with self.playing(self.session, search) as game:

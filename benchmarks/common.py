@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -129,13 +130,23 @@ def page_of(page: str, model: str) -> str:
 
 
 def command() -> str:
-    """The command line of the benchmark that runs, without the folders of models and files."""
+    """The command line of the benchmark that runs, without the folders of the models and files that it names."""
     script, *words = sys.argv
-    return shlex.join(["python", f"benchmarks/{Path(script).name}", *(Path(word).name for word in words)])
+    return shlex.join(["python", f"benchmarks/{Path(script).name}", *(
+        re.sub("[^,=]+", lambda part: Path(part[0]).name if Path(part[0]).exists() else part[0], word)
+        for word in words)])
+
+
+def version_of(package: str) -> str:
+    """The version of an installed package, or ``not installed``."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def heading(title: str, command: str, accelerator: str = "no GPU") -> list[str]:
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    versions = ", ".join(f"{name} {version_of(name)}" for name in PACKAGES)
     return [f"# {title}", "",
             f"Written by `{command}` on {date.today()}, {os.cpu_count()} cores, {accelerator}; {versions}.", ""]
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from cells import Cell, Method, add_options, cells_of, config_of, exit_code, plugins_of
 from common import command, heading, plus_minus, table, write
-from rows import PlanRow, Problem, each, line_at, problems, read_all
+from rows import PlanRow, Problem, each, measured_on, problems, read_all
 from task_columns import task_table
 
 from impq_core.errors import UsageError
@@ -51,7 +51,8 @@ def measure(given: argparse.Namespace) -> None:
     methods = [Method(f"{estimator}, gradients of {count} windows", estimator, windows=int(count),
                       options={"allocator": {"work_limit": 10.0}})
                for count in given.probe_windows.split(",") for estimator in given.estimators.split(",")]
-    configs = [config_of(given, 64, model=model, backend=backend, bits=MENUS.get(backend, DEFAULT_MENU),
+    windows = max(64, given.seeds * max(method.windows for method in methods))
+    configs = [config_of(given, windows, model=model, backend=backend, bits=MENUS.get(backend, DEFAULT_MENU),
                          granularity=granularity, estimator="guided-output")
                for model in given.models.split(",") for backend in given.backends.split(",")
                for granularity in given.granularities.split(",")]
@@ -71,14 +72,13 @@ def report(rows: Sequence[PlanRow]) -> list[str]:
     """The page."""
     found = problems(rows, Problem)
     cells = [line for problem in found for line in lines_of(problem)]
-    lines = [*heading("The default estimator", command()),
+    lines = [*heading("The default estimator", command(), measured_on(rows)),
              f"NLL, nats per token, on {each(row.shown for row in rows)}. Forwards are of "
-             f"{each(f'{row.tokens:,}' for row in rows)} scored tokens. Measured on "
-             f"{each(sorted({row.made for row in rows}))}; {each(row.machine for row in rows)}. *seeds* is the number "
-             "of disjoint calibration texts; losses are means over them, and *sd* is the standard deviation of the NLL "
-             "over them. The last columns: the plan's loss and KL divergence minus those on the line between the "
-             "uniform models of neighbouring sizes, at the plan's bytes; errors are paired over windows.", "",
-             *table(["model", "backend", "granularity", "bits", "method", "seeds", "forwards", "NLL", "sd",
+             f"{each(f'{row.tokens:,}' for row in rows)} scored tokens. *seeds* is the number of disjoint calibration "
+             "texts; losses are means over them, and *sd* is the standard deviation of the NLL over them. The last "
+             "columns: the plan's loss and KL divergence minus those on the line between the uniform models of "
+             "neighbouring sizes, at the plan's bytes; errors are paired over windows.", "",
+             *table(["model, backend", "granularity", "bits", "method", "seeds", "forwards", "NLL", "sd",
                      "minus the line", "KL minus the line"], cells)]
     for problem in found:
         if asked := task_table(problem):
@@ -88,20 +88,25 @@ def report(rows: Sequence[PlanRow]) -> list[str]:
 
 def lines_of(problem: Problem) -> list[list[str]]:
     """The lines of a problem in the table."""
-    groups: dict[tuple[str, float, str], list[PlanRow]] = {}
-    for row in sorted(problem.plans, key=lambda row: (row.granularity, row.budget, row.method)):
-        groups.setdefault((row.granularity, row.budget, row.method), []).append(row)
     lines = []
-    for (granularity, budget, method), alike in groups.items():
-        apart = np.mean([row.nll - line_at(problem.uniforms, row.nbytes) for row in alike], axis=0)
-        kl = np.mean([row.kl - line_at(problem.uniforms, row.nbytes, kl=True) for row in alike], axis=0)
+    for (budget, method, granularity), alike in sorted(problem.methods.items(), key=lambda item: (
+            item[0][2], item[0][0], item[0][1])):
         losses = [row.nll.mean() for row in alike]
-        lines.append([alike[0].model, alike[0].backend, granularity, f"{budget:g}", method, str(len(alike)),
+        lines.append([problem.title, granularity, f"{budget:g}", method, str(len(alike)),
                       f"{np.mean([row.forwards for row in alike]):.0f}", f"{np.mean(losses):.3f}",
                       f"{np.std(losses, ddof=1):.3f}" if len(losses) > 1 else "",
-                      plus_minus(apart.mean(), standard_error(apart), sign=True),
-                      plus_minus(kl.mean(), standard_error(kl), sign=True)])
+                      over_line(problem, alike), over_line(problem, alike, kl=True)])
     return lines
+
+
+def over_line(problem: Problem, alike: Sequence[PlanRow], kl: bool = False) -> str:
+    """Losses minus the line at each plan's bytes, the mean over rows; empty if a row or the line lacks them."""
+    apart = [(row.kl if kl else row.nll) - line for row in alike
+             if (line := problem.line(row.nbytes, kl)) is not None and (not kl or len(row.kl))]
+    if len(apart) < len(alike):
+        return ""
+    mean = np.mean(apart, axis=0)
+    return plus_minus(float(mean.mean()), standard_error(mean), sign=True)
 
 
 if __name__ == "__main__":

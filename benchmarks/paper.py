@@ -71,11 +71,11 @@ class PaperCell(Cell):
         of permutations."""
         name = "measured with Quanto" if backend == PROXY else "measured as deployed"
         for count in sorted({max(2, permutations // 5), max(2, permutations // 2), permutations}):
-            method = Method(f"CoopQ, {count} permutations, {name}", "spqe",
+            method = Method(f"CoopQ, {count} permutations, {name}", "spqe", surrogate="covariance",
                             options={"estimator": {**SAMPLED, "permutations": count}})
             budgets = self.kept.missing(self.facts_of(method, seed), method.label, seed, self.budgets)
             if budgets:
-                parts = Parts.build(replace(self.config, surrogate="covariance", options={}), self.plugins)
+                parts = Parts.build(method.applied(self.config), self.plugins)
                 session = self.session if backend == self.config.backend else self.proxy
                 self.plan(method, parts.surrogate.fit(self.measured(session, method, seed)), budgets, seed)
 

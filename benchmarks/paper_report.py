@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from common import command, heading, plus_minus, table
-from rows import LINE, PlanRow, Problem, each, line_at, problems
+from rows import LINE, PlanRow, Problem, each, measured_on, problems
 from task_columns import task_table
 
 from impq_core.space import FloatArray
@@ -37,17 +37,14 @@ class Section(Problem):
     @cached_property
     def of_budget(self) -> dict[tuple[str, float], list[PlanRow]]:
         """The plans of each method and budget, one for each seed."""
-        found: dict[tuple[str, float], list[PlanRow]] = {}
-        for row in self.plans:
-            found.setdefault((row.method, row.budget), []).append(row)
-        return found
+        return {(method, budget): rows for (budget, method, _), rows in self.methods.items()}
 
     @cached_property
     def budgets(self) -> list[float]:
         return sorted({budget for _, budget in self.of_budget})
 
     @cached_property
-    def methods(self) -> list[str]:
+    def names(self) -> list[str]:
         """The methods: references and baselines, CoopQ measured with Quanto and as deployed, then others."""
         names = dict.fromkeys(method for method, _ in self.of_budget)
         return sorted(names, key=place)
@@ -55,32 +52,42 @@ class Section(Problem):
     @property
     def coopq(self) -> list[str]:
         """CoopQ's methods of the most permutations: measured with Quanto, then as deployed."""
-        most = {kind_of(name): name for name in self.methods if name.startswith("CoopQ")}
+        most = {kind_of(name): name for name in self.names if name.startswith("CoopQ")}
         return list(most.values())
 
     @property
     def shown(self) -> list[str]:
         """The methods, CoopQ's with the most permutations only."""
-        return [name for name in self.methods if not name.startswith("CoopQ") or name in self.coopq]
+        return [name for name in self.names if not name.startswith("CoopQ") or name in self.coopq]
 
     def losses(self, method: str, budget: float) -> FloatArray | None:
-        """NLL (windows,), the mean over seeds; None if the method has no plan at the budget."""
+        """NLL (windows,), the mean over seeds, or that of the line of uniform models at the budget's bytes; None if the
+        method has no plan at the budget."""
         if method == LINE:
             plans = next((rows for (_, at), rows in self.of_budget.items() if at == budget), None)
-            return None if plans is None else line_at(self.uniforms, max(row.nbytes for row in plans))
+            return None if plans is None else self.line(plans[0].budget_bytes)
         rows = self.of_budget.get((method, budget))
         return None if rows is None else np.mean([row.nll for row in rows], axis=0)
 
     def over_line(self, method: str, budget: float) -> FloatArray | None:
         """NLL (windows,) minus the line of uniform models at each plan's own bytes, the mean over seeds."""
         rows = self.of_budget.get((method, budget))
-        return None if rows is None else np.mean(
-            [row.nll - line_at(self.uniforms, row.nbytes) for row in rows], axis=0)
+        lines = [self.line(row.nbytes) for row in rows or ()]
+        return None if rows is None or any(line is None for line in lines) else np.mean(
+            [row.nll - line for row, line in zip(rows, lines, strict=True)], axis=0)
 
     def of_bin(self, method: str, ends: tuple[float, float]) -> FloatArray | None:
         """NLL (windows,), the mean over the budgets of a bin; None if the method lacks one of them."""
-        losses = [self.losses(method, budget) for budget in self.budgets if ends[0] < budget <= ends[1]]
-        return None if not losses or any(each is None for each in losses) else np.mean(losses, axis=0)
+        return self._mean(self.losses, method, ends)
+
+    def over_line_of_bin(self, method: str, ends: tuple[float, float]) -> FloatArray | None:
+        """``over_line``, the mean over the budgets of a bin; None as ``of_bin``."""
+        return self._mean(self.over_line, method, ends)
+
+    def _mean(self, value: Callable[[str, float], FloatArray | None], method: str,
+              ends: tuple[float, float]) -> FloatArray | None:
+        found = [value(method, budget) for budget in self.budgets if ends[0] < budget <= ends[1]]
+        return None if not found or any(each is None for each in found) else np.mean(found, axis=0)
 
     def perplexity(self, method: str, ends: tuple[float, float]) -> float | None:
         """Mean of the perplexities of the plans in a bin, as in the paper; None as ``of_bin``."""
@@ -113,7 +120,8 @@ def permutations_of(method: str) -> int:
 
 def report(rows: Sequence[PlanRow]) -> list[str]:
     """The page."""
-    sections = [section for section in problems(rows, Section, by_tokens=True) if section.uniforms]
+    sections = [section for section in problems(rows, Section, ("menu", "granularity", "tokens"))
+                if section.uniforms]
     lines = [*heading("CoopQ's protocol: its measurement, its baselines and its budgets", command(),
                       measured_on(rows)), *method_of(rows)]
     for model in dict.fromkeys(section.rows[0].model for section in sections):
@@ -121,12 +129,20 @@ def report(rows: Sequence[PlanRow]) -> list[str]:
         lines += [f"## {model}", "", *table_1(mine)]
     lines += [*claims(sections), *gains(sections), *numbers_of_permutations(sections)]
     for section in sections:
-        lines += [f"## {section.title}: every budget", "", *every_budget(section), *task_table(section)]
+        lines += [f"## {section.title}: every budget", "", *every_budget(section), *machines(section),
+                  *task_table(section)]
     return lines
 
 
-def measured_on(rows: Sequence[PlanRow]) -> str:
-    return "rows measured on " + " and on ".join(dict.fromkeys(row.machine for row in rows))
+def machines(section: Section) -> list[str]:
+    """Which rows were measured on another machine than most; nothing if none were."""
+    places: dict[str, list[PlanRow]] = {}
+    for row in section.rows:
+        places.setdefault(row.machine, []).append(row)
+    most, *others = sorted(places, key=lambda machine: -len(places[machine]))
+    return [line for machine in others for line in (
+        f"{len(places[machine])} rows were measured on {machine}, with variants made there, the others on {most}: "
+        f"{each(f'{row.method} at {row.budget:g} bits' for row in places[machine])}.", "")]
 
 
 def method_of(rows: Sequence[PlanRow]) -> list[str]:
@@ -137,15 +153,15 @@ def method_of(rows: Sequence[PlanRow]) -> list[str]:
         "variants that the plan is made of. Baselines rank blocks; the most important ones keep 4 bits. Z-score is "
         "shown in both directions: CoopQ says that more outlying weights make a block more important, the original "
         "paper says fewer. All plans of a column have the same budget in bytes, and the line of uniform models "
-        "joins all widths that the backend has from 2 to 4.", "",
-        f"Measured on {each(sorted({row.made for row in rows}))}; every estimator reads "
-        f"{each(sorted({row.tokens for row in rows}))} scored calibration tokens. Held-out text: "
+        "joins all widths that the backend has from 2 to 4; its row is at the bytes of the budgets, and differences to "
+        "it are at the bytes of each plan.", "",
+        f"Every estimator reads {each(sorted({row.tokens for row in rows}))} scored calibration tokens. Held-out text: "
         f"{each(row.shown for row in rows)}. Errors are standard errors of differences paired over windows.", ""]
 
 
 def table_1(sections: Sequence[Section]) -> list[str]:
     """The paper's Table 1: mean perplexity of the plans in each bin of average bits."""
-    header = ["method", *(f"{section.rows[0].backend} {shown(ends)}" for section in sections for ends in BINS)]
+    header = ["method", *(f"{section.short} {shown(ends)}" for section in sections for ends in BINS)]
     names = [*sorted(dict.fromkeys(name for section in sections for name in section.shown), key=place), LINE]
     least = {(i, ends): min((value for name in section.shown
                              if (value := section.perplexity(name, ends)) is not None), default=math.nan)
@@ -214,6 +230,8 @@ def gains(sections: Sequence[Section]) -> list[str]:
             for ends in BINS:
                 losses, reference = section.of_bin(one, ends), section.of_bin(other, ends)
                 apart = None if losses is None or reference is None else losses - reference
+                if other == LINE:
+                    apart = section.over_line_of_bin(one, ends)
                 if apart is not None and other == LINE:
                     compared += 1
                     below += bool(apart.mean() < 0)
@@ -228,7 +246,7 @@ def gains(sections: Sequence[Section]) -> list[str]:
 
 def numbers_of_permutations(sections: Sequence[Section]) -> list[str]:
     """Mean losses by the number of permutations, as in the paper's Table 2."""
-    counts = sorted({permutations_of(name) for section in sections for name in section.methods
+    counts = sorted({permutations_of(name) for section in sections for name in section.names
                      if name.startswith("CoopQ")})
     rows = []
     for section in sections:
@@ -249,7 +267,7 @@ def every_budget(section: Section) -> list[str]:
     """NLL at every budget, and its distance to the line of uniform models."""
     cells = []
     costs: Mapping[str, float] = {row.method: row.forwards for row in section.rows}
-    for name in (*section.methods, LINE):
+    for name in (*section.names, LINE):
         row = [name, f"{costs[name]:.0f}" if name in costs else ""]
         for budget in section.budgets:
             losses, apart = section.losses(name, budget), section.over_line(name, budget)

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from cells import Cell, Method, add_options, cells_of, config_of, exit_code, plugins_of
+from cells import REFERENCES, Cell, Method, add_options, cells_of, config_of, exit_code, plugins_of
 from common import RESULTS, write
 from regret_report import best_within, draw, report
-from rows import read_all
+from rows import LINE, UNIFORM, UNQUANTIZED, read_all
 
 from impq_core.budget import Budget
 from impq_core.config import RunConfig
@@ -27,12 +27,18 @@ from impq_core.runs.pipeline import REFINE_STREAM
 from impq_core.types import Plan
 
 BUDGETS = "2.5,3,3.5"
+REFINED = "swaps, "
+"""How names of refined plans begin."""
+
 MENUS = {"quanto": ("2", "4")}
 DEFAULT_MENU = ("2", "3", "4")
 METHODS = {name: Method(name, name) for name in (
     "guided-output", "aumann-shapley", "fisher", "llm-mq", "hawq", "isolated")} | {
     name: Method(name, name, reads_text=False) for name in ("kurtosis", "zscore")}
 """The methods of ``--methods``."""
+
+RESERVED = (UNIFORM, UNQUANTIZED, LINE, *REFERENCES)
+"""Names of rows that are no estimator's."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,17 +51,20 @@ class RegretCell(Cell):
         The best plan is that of this granularity's own rows, whatever the held-out text says against the calibration
         text, on which the refinement decides. Each row costs what its plan did, and the refinement.
         """
-        label, space = f"swaps, {forwards} forwards from the best", self.prepared.space
-        rows = [row for row in self.own_rows if row.widths]
+        label, space = f"{REFINED}{forwards} forwards from the best", self.prepared.space
+        rows = [row for row in self.own_rows if row.widths and not row.method.startswith(REFINED)]
         count, end = self.config.game_windows, self.config.calibration.windows
         search, text = self.windows_of(seed), self.prepared.shuffled
         assert search is not None and text is not None
         windows = [search, (end - count, end)]
-        facts = {**self.facts, "read": " ".join(text.part(*part).digest for part in windows)}
-        for budget in self.kept.missing(facts, label, seed, self.budgets):
+        for budget in self.budgets:
             nbytes = Budget.nominal(budget).resolve(space)
             best = best_within(rows, nbytes)
             if best is None:
+                continue
+            facts = {**self.facts, "read": " ".join([*(text.part(*part).digest for part in windows),
+                                                     f"from {''.join(map(str, best.widths))}"])}
+            if not self.kept.missing(facts, label, seed, [budget]):
                 continue
             refining = replace(self.config, refiner="swaps", refine=forwards, options={})
             refiner = Parts.build(refining, self.plugins).refiner
@@ -65,7 +74,8 @@ class RegretCell(Cell):
                 better = refiner.refine(Plan(space, self.pick(best), nbytes, method=best.method), None, game, referee,
                                         float(forwards), np.random.default_rng([seed, *REFINE_STREAM]))
                 spent = game.forwards + referee.forwards
-            self.score({budget: better}, facts, label, seed, best.forwards + spent)
+            self.score({budget: better}, facts, label, seed,
+                       best.forwards * best.tokens / self.facts["tokens"] + spent)
 
 
 def added(words: Sequence[str], estimators: Sequence[str], config: RunConfig, plugins: Plugins) -> list[Method]:
@@ -81,8 +91,9 @@ def added(words: Sequence[str], estimators: Sequence[str], config: RunConfig, pl
         if not label or not equals or not estimator or not allocator or not all("=" in option for option in options):
             raise UsageError(f"--add {word}: the form is NAME=ESTIMATOR, NAME=ESTIMATOR:ALLOCATOR or "
                              "NAME=ESTIMATOR:ALLOCATOR:OPTION=VALUE:...")
-        if label in METHODS and parts != label:
-            raise UsageError(f"--add {word}: '{label}' is the name of one of the benchmark's own methods")
+        if (label in METHODS and parts != label) or label in RESERVED or label.startswith(REFINED):
+            raise UsageError(f"--add {word}: '{label}' is a name of the benchmark's own: give --add "
+                             f"my-{label}={parts}")
         pairs = dict(option.split("=", 1) for option in options)
         given = replace(config, estimator=estimator, allocator=allocator,
                         surrogate=pairs.pop("surrogate", config.surrogate))

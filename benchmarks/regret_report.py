@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from common import command, heading, plus_minus, table
-from rows import LINE, PlanRow, Problem, each, problems
+from rows import LINE, UNIFORM, PlanRow, Problem, each, measured_on, problems
 from task_columns import task_table
 
 from impq_core.space import FloatArray
@@ -31,7 +31,7 @@ class Entry:
     """A method at one budget, over its seeds.
 
     Args:
-        method: with the tokens that it reads, if not all methods of the problem read as many.
+        method: its name in ``Problem.methods``.
         granularity: of its plans.
         forwards: mean cost, in forwards of the problem's unit.
         nll: (windows,) mean over seeds, nats per token.
@@ -54,11 +54,6 @@ class Compared(Problem):
     """The rows of a problem, by budgets in bytes."""
 
     @cached_property
-    def unit(self) -> int:
-        """Scored tokens of the forwards that costs are shown in: the fewest of any method."""
-        return min(row.tokens for row in self.plans)
-
-    @cached_property
     def budgets(self) -> dict[int, float]:
         """Nominal bits of each budget in bytes, from small to large."""
         found = {row.budget_bytes: row.budget for row in self.plans}
@@ -79,15 +74,10 @@ class Compared(Problem):
 
     def entries(self, nbytes: int) -> list[Entry]:
         """The methods that have a plan at a budget."""
-        groups: dict[tuple[str, str, int], list[PlanRow]] = {}
-        for row in self.plans:
-            if row.budget_bytes == nbytes:
-                groups.setdefault((row.method, row.granularity, row.tokens), []).append(row)
-        return [Entry(method if tokens == self.unit else f"{method} on {tokens:,} tokens", granularity,
-                      float(np.mean([row.forwards for row in rows])) * tokens / self.unit,
+        return [Entry(method, granularity, float(np.mean([row.forwards * row.tokens for row in rows])) / self.unit,
                       np.mean([row.nll for row in rows], axis=0),
                       float(np.std([row.nll.mean() for row in rows], ddof=1)) if len(rows) > 1 else None)
-                for (method, granularity, tokens), rows in groups.items()]
+                for (_, method, granularity), rows in self.methods.items() if rows[0].budget_bytes == nbytes]
 
 
 def best_within(rows: Iterable[PlanRow], nbytes: int) -> PlanRow | None:
@@ -97,7 +87,8 @@ def best_within(rows: Iterable[PlanRow], nbytes: int) -> PlanRow | None:
 
 def report(rows: Sequence[PlanRow]) -> list[str]:
     """The page."""
-    lines = [*heading("Regret: the distance of every method to the best plan that anything found", command()),
+    lines = [*heading("Regret: the distance of every method to the best plan that anything found", command(),
+                      measured_on(rows)),
              "Regret is a method's held-out NLL minus that of the best known plan of at most the budget's bytes, nats "
              "per token, with its standard error paired over the held-out windows. The best plan is chosen on the same "
              "windows, which favours it: a method within two errors of it may be as good. Costs do not contain the "
@@ -123,13 +114,18 @@ def best_plans(problem: Compared) -> list[str]:
     for nbytes, budget in problem.budgets.items():
         best, line = problem.best(nbytes), problem.line(nbytes)
         apart = None if line is None else best.nll - line
-        cells.append([f"{budget:g}", f"{nbytes:,}", f"{best.nbytes:,}", f"{best.method}, {best.granularity}",
+        cells.append([f"{budget:g}", f"{nbytes:,}", f"{best.nbytes:,}", found_by(best),
                       f"{best.forwards:.0f}", plus_minus(float(best.nll.mean()), standard_error(best.nll)),
                       f"{best.kl.mean():.3f}" if len(best.kl) else "",
                       "" if apart is None else plus_minus(float(apart.mean()), standard_error(apart), sign=True)])
     return ["The best plan of each budget:", "", *table(
         ["bits", "budget, bytes", "its bytes", "found by", "forwards", "NLL", "KL", "minus the line of uniforms"],
         cells)]
+
+
+def found_by(row: PlanRow) -> str:
+    """The method of a row in words."""
+    return f"{UNIFORM} {row.budget:g}" if row.method == UNIFORM else f"{row.method}, {row.granularity}"
 
 
 def regrets(problem: Compared) -> list[str]:
@@ -170,6 +166,8 @@ def draw(rows: Sequence[PlanRow], path: Path) -> None:
     from matplotlib.lines import Line2D
 
     found = problems(rows, Compared)
+    if not found:
+        return
     width = max(len(problem.drawn) for problem in found)
     figure = Figure(figsize=(4.2 * width + 2.6, 3.8 * len(found)), layout="constrained", dpi=110)
     names = list(dict.fromkeys(entry.method for problem in found for nbytes in problem.drawn

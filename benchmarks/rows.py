@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import date
 from functools import cached_property
@@ -147,12 +147,14 @@ def problem_of(prepared: Prepared, calibration_tokens: int, name: str = "") -> d
 
 
 def variants_of(prepared: Prepared) -> str:
-    """Digest of what decides the deployed variants: options and group sizes of the backend, the calibration tokens if
-    it reads them, and the type of the forwards. Software and hardware are left out: they change the last bits only."""
+    """Digest of what decides the deployed variants: the model's files, options and group sizes of the backend, the
+    calibration tokens if it reads them, the type of the forwards and the hardware. Versions of software are left out:
+    a row names the one of torch."""
     backend, config = prepared.parts.backend, prepared.config
     read = prepared.calibration.token_digest if backend.needs and prepared.calibration else ""
     groups = sorted(f"{choice.name}/{choice.group_size}" for choice in prepared.space.choices[:1])
-    facts = [config.backend, sorted(backend.variant_options().items()), groups if backend.needs else [], read,
+    facts = [prepared.source.digest, hardware(prepared.device), config.backend,
+             sorted(backend.variant_options().items()), groups if backend.needs else [], read,
              config.dtype, config.quantize_embeddings, sorted(config.exclude)]
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:12]
 
@@ -196,14 +198,20 @@ class Kept:
 
 @dataclass(frozen=True)
 class Problem:
-    """Rows that can be compared: of one model, backend, set of variants and held-out text."""
+    """Rows that can be compared: of one model, backend, set of variants and held-out text.
+
+    Args:
+        rows: uniform models, the unquantized one, and plans.
+        title: model and backend, and what differs from other problems of the same ones.
+    """
 
     rows: Sequence[PlanRow]
+    title: str = ""
 
     @property
-    def title(self) -> str:
-        """Model and backend."""
-        return f"{self.rows[0].model}, {self.rows[0].backend}"
+    def short(self) -> str:
+        """The title without the model."""
+        return self.title.removeprefix(f"{self.rows[0].model}, ")
 
     @cached_property
     def uniforms(self) -> list[PlanRow]:
@@ -223,8 +231,28 @@ class Problem:
         found = {replace(row, read="").identity: row for row in self.rows if row.method not in (UNIFORM, UNQUANTIZED)}
         return [*found.values()]
 
+    @cached_property
+    def unit(self) -> int:
+        """Scored tokens of the forwards that costs are shown in: the fewest of any method."""
+        return min(row.tokens for row in self.plans)
+
+    @cached_property
+    def methods(self) -> dict[tuple[float, str, str], list[PlanRow]]:
+        """The plans by nominal bits, method and granularity, a row for each seed. A method's name has the tokens that
+        it reads and its menu, unless all plans of the problem have the same."""
+        menus = {row.menu for row in self.plans}
+        found: dict[tuple[float, str, str], list[PlanRow]] = {}
+        for row in self.plans:
+            name = row.method + (f" on {row.tokens:,} tokens" if row.tokens != self.unit else "")
+            name += f", menu {','.join(row.menu)}" if len(menus) > 1 else ""
+            found.setdefault((row.budget, name, row.granularity), []).append(row)
+        return found
+
     def line(self, nbytes: int, kl: bool = False) -> FloatArray | None:
-        """Losses (windows,) on the line of uniform models, see ``line_at``; None outside of it."""
+        """Losses (windows,) on the line of uniform models, see ``line_at``; None outside of it, or if not all uniform
+        models have a divergence."""
+        if kl and not all(len(row.kl) for row in self.uniforms):
+            return None
         try:
             return line_at(self.uniforms, nbytes, kl)
         except ImpqError:
@@ -234,17 +262,46 @@ class Problem:
 SomeProblem = TypeVar("SomeProblem", bound=Problem)
 
 
-def problems(rows: Iterable[PlanRow], kind: type[SomeProblem], by_tokens: bool = False) -> list[SomeProblem]:
-    """The problems that have plans; with ``by_tokens``, plans that read different amounts of text are apart."""
+def problems(rows: Iterable[PlanRow], kind: type[SomeProblem], apart: Sequence[str] = ()) -> list[SomeProblem]:
+    """The problems that have plans.
+
+    Args:
+        rows: of any problems.
+        kind: the class of a problem.
+        apart: fields of ``PlanRow`` in which rows of one problem must not differ either.
+    """
     groups: dict[tuple[object, ...], list[PlanRow]] = {}
     for row in rows:
-        groups.setdefault((*row.problem, row.tokens if by_tokens else None), []).append(row)
-    return [problem for group in groups.values() if (problem := kind(group)).plans]
+        groups.setdefault((*row.problem, *(getattr(row, name) for name in apart)), []).append(row)
+    found = {key: group for key, group in groups.items() if kind(group).plans}
+    return [kind(group, title) for group, title in zip(found.values(), _titles(list(found.values())), strict=True)]
+
+
+def _titles(groups: Sequence[Sequence[PlanRow]]) -> list[str]:
+    """A title for each group of rows: model and backend; of groups that share these, also what tells them apart."""
+    facts: list[Callable[[PlanRow], str]] = [
+        lambda row: f"{row.model}, {row.backend}", lambda row: row.shown, lambda row: row.machine,
+        lambda row: f"menu {','.join(row.menu)}", lambda row: row.granularity, lambda row: f"{row.tokens:,} tokens",
+        lambda row: f"text {row.text}", lambda row: f"variants {row.variants}"]
+    titles = [""] * len(groups)
+    for fact in facts:
+        words = [each(map(fact, group)) for group in groups]
+        alike = {title: {word for word, other in zip(words, titles, strict=True) if other == title} for title in titles}
+        titles = [f"{title}, {word}" if title and len(alike[title]) > 1 else title or word
+                  for title, word in zip(titles, words, strict=True)]
+    return titles
 
 
 def each(values: Iterable[object]) -> str:
     """Different values in words."""
     return "; ".join(dict.fromkeys(map(str, values)))
+
+
+def measured_on(rows: Iterable[PlanRow]) -> str:
+    """The machines and dates of rows, for a page's heading."""
+    rows = list(rows)
+    return (f"rows measured on {' and on '.join(dict.fromkeys(row.machine for row in rows))}, "
+            f"{each(sorted({row.made for row in rows}))}")
 
 
 def read_rows(paths: Sequence[Path]) -> list[PlanRow]:

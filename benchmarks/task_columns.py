@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from common import plus_minus, table
-from rows import PlanRow, Problem
+from rows import UNIFORM, UNQUANTIZED, PlanRow, Problem
 
 from impq_core.errors import ImpqError
 from impq_core.model.bank import Assignment
@@ -152,30 +152,30 @@ FORMS: Mapping[str, Mapping[str, Any]] = {
 def task_table(problem: Problem) -> list[str]:
     """The scores of a problem's rows on tasks, beside their losses; nothing if no row has any."""
     rows = [row for row in problem.rows if row.tasks]
-    names = list(dict.fromkeys(name for row in rows for name in row.tasks))
-    if not names:
+    columns = list(dict.fromkeys((name, len(values)) for row in rows for name, values in row.tasks.items()))
+    if not columns:
         return []
     exact = problem.unquantized.tasks if problem.unquantized else {}
-    groups: dict[tuple[float, str, str], list[PlanRow]] = {}
-    for row in rows:
-        groups.setdefault((row.budget, row.method, row.granularity), []).append(row)
+    groups = {(row.budget, row.method, ""): [row] for row in rows if row.method in (UNIFORM, UNQUANTIZED)}
     cells = []
-    for (budget, method, granularity), alike in sorted(groups.items(), key=lambda item: -item[0][0]):
+    for (budget, method, granularity), alike in sorted({**groups, **problem.methods}.items(), key=lambda item: (
+            -item[0][0], *item[0][1:])):
         losses = np.mean([row.nll for row in alike], axis=0)
         cell = [f"{budget:g}", method, granularity, str(len(alike)), plus_minus(losses.mean(), standard_error(losses))]
-        for name in names:
-            values = [np.array(row.tasks[name]) for row in alike if name in row.tasks]
-            cell.append(shown(name, np.mean(values, axis=0), exact.get(name)) if values else "")
-        cells.append(cell)
-    count = len(next(iter(rows[0].tasks.values())))
-    return [f"Tasks, {count} documents each, of the models whose weights are the variants above; the mean over seeds. "
-            "In brackets minus the unquantized model, paired over documents. *continuation*: which of four stretches "
-            "of the held-out text follows a passage. *last-word*: the last word of a passage of it, by greedy decoding "
-            "(acc), and the log-likelihood of that word in nats (ll).", "",
-            *table(["bits", "method", "layers", "seeds", "NLL", *names], cells)]
+        for name, count in columns:
+            values = [np.array(row.tasks[name]) for row in alike if len(row.tasks.get(name, ())) == count]
+            cell.append(shown(np.mean(values, axis=0), exact.get(name)) if len(values) == len(alike) else "")
+        if any(cell[5:]):
+            cells.append(cell)
+    return ["Tasks, with the number of their documents, of the models whose weights are the variants above; the mean "
+            "over seeds. In brackets minus the unquantized model, paired over documents. *continuation*: which of four "
+            "stretches of the held-out text follows a passage. *last-word*: the last word of a passage of it, by greedy "
+            "decoding (acc), and the log-likelihood of that word in nats (ll).", "",
+            *table(["bits", "method", "layers", "seeds", "NLL", *(f"{name} ({count})" for name, count in columns)],
+                   cells)]
 
 
-def shown(name: str, values: Any, exact: Sequence[float] | None) -> str:
+def shown(values: Any, exact: Sequence[float] | None) -> str:
     """The mean of documents' values (documents,), and its difference to the unquantized model's."""
     text = f"{values.mean():.3f}"
     if exact is None or len(exact) != len(values):

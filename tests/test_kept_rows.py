@@ -28,6 +28,7 @@ import paper_report
 import regret
 import regret_report
 import task_columns
+from common import command
 from rows import UNIFORM, Kept, PlanRow, Problem, line_at, problems, read_rows
 
 ROW = PlanRow("tiny", "hqq", "v", ("4", "2"), "block", 3.0, 120, 110, "t", "spqe", 0, 2.5, 510,
@@ -126,6 +127,33 @@ def test_a_row_of_another_calibration_text_is_measured_again(tmp_path: Path) -> 
     assert [row.read for row in problem.plans] == ["new"]
 
 
+def test_only_rows_that_differ_in_the_seed_are_averaged() -> None:
+    """By hand: a plan of 2 bits short of the line by 0.25 and one of another menu beyond it by 1, both of two seeds."""
+    uniforms = [replace(ROW, method=UNIFORM, nbytes=size, budget=bits, nll=np.full(2, loss), kl=np.full(2, loss - 1))
+                for bits, size, loss in ((2.0, 100, 4.0), (4.0, 120, 2.0))]
+    plans = [replace(ROW, seed=seed, nll=np.full(2, 2.75 + 0.1 * seed - 0.05), kl=np.full(2, 1.5)) for seed in (0, 1)]
+    others = [replace(row, menu=("4", "3", "2"), nll=row.nll + 1.25, kl=np.zeros(0)) for row in plans]
+    slower = [replace(row, tokens=2 * row.tokens, granularity="linear") for row in plans]
+    [problem] = problems([*uniforms, *plans, *others, *slower], Problem)
+    lines = {(line[3], line[1]): line[4:] for line in default.lines_of(problem)}
+    first, second = "spqe, menu 4,2", "spqe, menu 4,3,2"
+    assert lines[first, "block"] == ["2", "2", "2.750", "0.071", "-0.250 ± 0.000", "-0.500 ± 0.000"]
+    assert lines[second, "block"] == ["2", "2", "4.000", "0.071", "+1.000 ± 0.000", ""]
+    assert f"spqe on {2 * ROW.tokens:,} tokens, menu 4,2" in {method for method, _ in lines}
+    [compared] = problems([*uniforms, *plans, *others, *slower], regret_report.Compared)
+    entries = {(entry.method, entry.granularity): entry for entry in compared.entries(ROW.budget_bytes)}
+    assert entries[first, "block"].spread == pytest.approx(0.1 / np.sqrt(2))
+    assert entries[f"spqe on {2 * ROW.tokens:,} tokens, menu 4,2", "linear"].forwards == 2 * ROW.forwards
+
+
+def test_a_page_without_folders_still_names_models_and_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gemma").mkdir()
+    monkeypatch.setattr(sys, "argv", ["/x/y/regret.py", "--models", f"demo,{tmp_path}/gemma", "--workers",
+                                      "ray://10.0.0.1:6379", "--add", "a=b:qp:c=d"])
+    assert command() == ("python benchmarks/regret.py --models demo,gemma --workers ray://10.0.0.1:6379 --add "
+                         "a=b:qp:c=d")
+
+
 def test_rows_of_other_problems_are_not_compared(tmp_path: Path) -> None:
     rows = planted(0)
     others = [replace(row, text="other", nll=row.nll - 1.0) for row in rows]
@@ -133,7 +161,8 @@ def test_rows_of_other_problems_are_not_compared(tmp_path: Path) -> None:
     for nbytes in first.budgets:
         assert first.best(nbytes).nll.mean() == pytest.approx(second.best(nbytes).nll.mean() + 1.0)
     page = "\n".join(regret_report.report([*rows, *others]))
-    assert page.count("\n## tiny, hqq\n") == 2
+    assert {problem.title for problem in (first, second)} == {"tiny, hqq, text t", "tiny, hqq, text other"}
+    assert all(f"\n## {problem.title}\n" in page for problem in (first, second))
     regret_report.draw([*rows, *others], tmp_path / "regret.png")
     assert (tmp_path / "regret.png").stat().st_size > 10_000
 
@@ -249,8 +278,8 @@ def test_each_row_is_asked_tasks_once(words: list[str], tmp_path: Path) -> None:
     assert exact.tasks["continuation acc"] == [
         np.argmax([likelihood(each["passage"], f" {choice}") for choice in each["choices"]]) == each["answer"]
         for each in documents["continuation"]]
-    assert "## tiny" not in (tmp_path / "default.md").read_text()
-    assert "| 16 | unquantized | block | 1 |" in (tmp_path / "default.md").read_text()
+    assert "## model, hqq: tasks" in (tmp_path / "default.md").read_text()
+    assert "| 16 | unquantized |  | 1 |" in (tmp_path / "default.md").read_text()
 
 
 def likelihoods(model: str) -> Any:
@@ -305,6 +334,7 @@ def test_tasks_made_from_a_text_have_their_answers_in_it(seed: int, characters: 
     (paper, ["--workers", "nobody://2"], "nobody"), (paper, ["--tasks", "/no/mine.jsonl"], "/no/mine.jsonl"),
     (paper, ["--tasks", "continuation,"], "--tasks"), (paper, ["--tasks", "last-word", "--limit", "0"], "--limit"),
     (paper, ["--rows", "/no/rows.jsonl", "--report"], "/no/rows.jsonl"), (paper, ["--threads", "-1"], "threads"),
+    (regret, ["--estimator", "random"], "my-random=random"), (regret, ["--add", "uniform=random"], "my-uniform=random"),
     (default, ["--probe-windows", "0"], "--probe-windows"), (default, ["--probe-windows", "x"], "--probe-windows"),
     (default, ["--estimators", "guidedoutput"], "guidedoutput"), (default, ["--windows", "65"], "65"),
     (regret, ["--methods", "kurtosiss"], "kurtosiss"), (regret, ["--add", "mine"], "--add mine"),
