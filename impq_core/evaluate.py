@@ -290,12 +290,14 @@ def _name(assignment: Assignment) -> str:
     return " ".join(f"{choice}/{choice.group_size}" if choice else "-" for choice in assignment)
 
 
-def allocations_of(plan: Plan, between: Sequence[tuple[Choice, int]],
-                   seed: int, same_size: bool = True) -> list[tuple[str, int | None, Assignment]]:
+def allocations_of(plan: Plan, between: Sequence[tuple[Choice, int]], seed: int, same_size: bool = True,
+                   estimated: Plan | None = None) -> list[tuple[str, int | None, Assignment]]:
     """Name, bytes (None if unquantized) and choices of each row of a plan's table but mixes and lines, the plan first.
     The arguments are those of ``evaluate_plan``."""
     space = plan.space
     allocations: list[tuple[str, int | None, Assignment]] = [("plan", plan.nbytes, space.assignment(plan.pick))]
+    if estimated:
+        allocations.append(("estimated plan", estimated.nbytes, space.assignment(estimated.pick)))
     allocations.append(("unquantized", None, [None] * len(space.everyone)))
     pinned = [pin.choice for pin in space.pinned]
     uniform = [(choice, space.bytes_of(space.uniform(k))) for k, choice in enumerate(space.choices)]
@@ -311,9 +313,10 @@ def allocations_of(plan: Plan, between: Sequence[tuple[Choice, int]],
 
 def evaluate_plan(evaluator: Evaluator, plan: Plan, between: Sequence[tuple[Choice, int]], mixes: Sequence[Mix],
                   seed: int, progress: Callable[[int, int], None], same_size: bool = True,
-                  meterings: Sequence[Metering] = ()) -> Evaluation:
-    """Score a plan and its references on each text of an evaluator: the unquantized model, every uniform width, mixes
-    of other software, first/last-high, random plans, and straight lines between uniform models at the plan's bytes.
+                  meterings: Sequence[Metering] = (), estimated: Plan | None = None) -> Evaluation:
+    """Score a plan and its references on each text of an evaluator: an estimated plan that it replaces, the unquantized
+    model, every uniform width, mixes of other software, first/last-high, random plans, and straight lines between
+    uniform models at the plan's bytes.
 
     Args:
         evaluator: the evaluator of the model.
@@ -325,8 +328,9 @@ def evaluate_plan(evaluator: Evaluator, plan: Plan, between: Sequence[tuple[Choi
         progress: called with the number of scored allocations and the number of all allocations.
         same_size: whether to score first/last-high and random plans of the plan's budget.
         meterings: what the meters of the run found.
+        estimated: the plan that the search made, if ``plan`` is the uniform model in its place.
     """
-    space, allocations = plan.space, allocations_of(plan, between, seed, same_size)
+    space, allocations = plan.space, allocations_of(plan, between, seed, same_size, estimated)
     total = len(allocations) + len(mixes)
     progress(0, total)
     scores = evaluator.scores_of_texts([assignment for *_, assignment in allocations],

@@ -77,8 +77,8 @@ class Row(WindowLosses):
     """Line of an evaluation: an allocation, its size and its loss.
 
     Args:
-        name: ``plan``, ``unquantized``, ``uniform 3``, ``mix Q4_K_M``, ``first/last high``, ``random 1``,
-            ``line low-high`` ...
+        name: ``plan``, ``estimated plan``, ``unquantized``, ``uniform 3``, ``mix Q4_K_M``, ``first/last high``,
+            ``random 1``, ``line low-high`` ...
         window_nll: float64 (windows,), mean nats per token of each window.
         nbytes: stored bytes of the quantizable weights; None for the unquantized model.
         bits_nominal: nominal average width, bits per weight; None for the unquantized model.
@@ -99,7 +99,7 @@ class Row(WindowLosses):
 
     @property
     def kind(self) -> str:
-        """First word of the name: plan, unquantized, uniform, mix, line, first/last or random."""
+        """First word of the name: plan, estimated, unquantized, uniform, mix, line, first/last or random."""
         return self.name.partition(" ")[0]
 
     def to_dict(self) -> dict[str, Any]:

@@ -112,6 +112,9 @@ def test_a_plan_that_loses_is_replaced_in_every_file_and_answer(config: RunConfi
     assert set(result.plan.pick.tolist()) == {1}
     row = result.evaluation.row("uniform 3")
     np.testing.assert_array_equal(result.evaluation.plan.window_nll, row.window_nll)
+    assert raw.evaluation is not None
+    np.testing.assert_array_equal(result.evaluation.row("estimated plan").window_nll, raw.evaluation.plan.window_nll)
+    assert "estimated plan" not in {row.name for row in raw.evaluation.rows}
     folder = RunFolder(result.folder)
     np.testing.assert_array_equal(Plan.load(folder.estimated_plan, raw.plan.space).pick, raw.plan.pick)
     assert result.uniform_test is not None and result.plan.provenance["in_place_of"]["uniform"] == "3"

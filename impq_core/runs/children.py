@@ -99,7 +99,7 @@ def finish(child: Child, search: Search, session: Session, evaluator: Evaluator,
             plugins.notify("impq_plan_ready", plan=search.plan)
             search = tested(session, folder, search)
             assert search.plan is not None
-            evaluation = session.evaluate(evaluator, search.plan, same_size)
+            evaluation = session.evaluate(evaluator, search.plan, same_size, search.estimated)
             evaluation.save(folder.evaluation)
             result = result_of(prepared, folder, search, evaluation, {})
             folder.write_cost(result)

@@ -153,6 +153,7 @@ class Search:
         measured_loss: the plan's loss in the game, nats per token above the reference; None without a game.
         refine_forwards: full-model forwards that the refiner spent.
         uniform_test: the plan against the uniform model of its budget; None if it was not tested.
+        estimated: the estimated plan, if the uniform model took its place.
     """
 
     plan: Plan | None
@@ -161,6 +162,7 @@ class Search:
     measured_loss: float | None
     refine_forwards: float = 0.0
     uniform_test: UniformTest | None = None
+    estimated: Plan | None = None
 
     @property
     def forwards(self) -> float:
@@ -184,7 +186,7 @@ def _stages(session: Session, folder: RunFolder, only_estimate: bool) -> RunResu
         search = tested(session, folder, search)
         with session.clock.stage("evaluate"), closing(session.score_log(folder.scores)) as log:
             assert search.plan is not None
-            evaluation = session.evaluate(session.evaluator(log), search.plan)
+            evaluation = session.evaluate(session.evaluator(log), search.plan, estimated=search.estimated)
             evaluation.save(folder.evaluation)
     result = result_of(prepared, folder, search, evaluation, session.clock.seconds)
     folder.write_cost(result)
@@ -265,8 +267,9 @@ def tested(session: Session, folder: RunFolder, search: Search) -> Search:
     if search.plan is None or search.estimate is None:
         return search
     plan, test = against_uniform(session, folder, search.plan, search.estimate)
-    loss = search.measured_loss if plan is search.plan else None
-    return replace(search, plan=plan, measured_loss=loss, uniform_test=test)
+    if plan is search.plan:
+        return replace(search, uniform_test=test)
+    return replace(search, plan=plan, measured_loss=None, uniform_test=test, estimated=search.plan)
 
 
 def result_of(prepared: Prepared, folder: RunFolder, search: Search, evaluation: Evaluation | None,

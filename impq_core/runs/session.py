@@ -296,11 +296,13 @@ class Session:
         """The log of held-out scores in a file."""
         return ScoreLog(path, self.prepared.scores_key)
 
-    def evaluate(self, evaluator: Evaluator, plan: Plan, same_size: bool = True) -> Evaluation:
-        """Score a plan and its references; without ``same_size``, only those that plans of any size share."""
+    def evaluate(self, evaluator: Evaluator, plan: Plan, same_size: bool = True,
+                 estimated: Plan | None = None) -> Evaluation:
+        """Score a plan and its references; without ``same_size``, only those that plans of any size share.
+        ``estimated`` is that of ``evaluate_plan``."""
         prepared = self.prepared
         return evaluate_plan(evaluator, plan, prepared.between, prepared.mixes, prepared.config.seed,
-                             self.report("evaluate"), same_size, prepared.meterings)
+                             self.report("evaluate"), same_size, prepared.meterings, estimated)
 
     def with_prepared(self, prepared: Prepared) -> Session:
         """A session with the same model and bank for another estimator or budget of the same space."""
