@@ -61,11 +61,10 @@ class Section(Problem):
         return [name for name in self.names if not name.startswith("CoopQ") or name in self.coopq]
 
     def losses(self, method: str, budget: float) -> FloatArray | None:
-        """NLL (windows,), the mean over seeds, or that of the line of uniform models at the budget's bytes; None if the
-        method has no plan at the budget."""
+        """NLL (windows,), the mean over seeds, or that of the line of uniform models at the bytes of the largest plan;
+        None if the method has no plan at the budget."""
         if method == LINE:
-            plans = next((rows for (_, at), rows in self.of_budget.items() if at == budget), None)
-            return None if plans is None else self.line(plans[0].budget_bytes)
+            return self.line(max(row.nbytes for row in self.plans if row.budget == budget))
         rows = self.of_budget.get((method, budget))
         return None if rows is None else np.mean([row.nll for row in rows], axis=0)
 
@@ -142,7 +141,7 @@ def machines(section: Section) -> list[str]:
     most, *others = sorted(places, key=lambda machine: -len(places[machine]))
     return [line for machine in others for line in (
         f"{len(places[machine])} rows were measured on {machine}, with variants made there, the others on {most}: "
-        f"{each(f'{row.method} at {row.budget:g} bits' for row in places[machine])}.", "")]
+        f"{each(row.method for row in places[machine])}.", "")]
 
 
 def method_of(rows: Sequence[PlanRow]) -> list[str]:
@@ -153,8 +152,8 @@ def method_of(rows: Sequence[PlanRow]) -> list[str]:
         "variants that the plan is made of. Baselines rank blocks; the most important ones keep 4 bits. Z-score is "
         "shown in both directions: CoopQ says that more outlying weights make a block more important, the original "
         "paper says fewer. All plans of a column have the same budget in bytes, and the line of uniform models "
-        "joins all widths that the backend has from 2 to 4; its row is at the bytes of the budgets, and differences to "
-        "it are at the bytes of each plan.", "",
+        "joins all widths that the backend has from 2 to 4; its row is at the bytes of the largest plan of a budget, "
+        "and differences to it are at the bytes of each plan.", "",
         f"Every estimator reads {each(sorted({row.tokens for row in rows}))} scored calibration tokens. Held-out text: "
         f"{each(row.shown for row in rows)}. Errors are standard errors of differences paired over windows.", ""]
 

@@ -59,7 +59,7 @@ class PlanRow:
         widths: the choice of each linear, in alphabetical order of their names, by its place in ``menu``; empty if it
             is not on the menu or unknown.
         shown: the held-out windows in words.
-        machine: processor or accelerator, and the version of torch.
+        machine: processor or accelerator, and the versions of impq and torch.
         made: date of the measurement.
         read: digest of the calibration tokens that the search read; empty if it read none.
         tasks: the value of each document by task and metric, such as ``continuation acc``; empty if none was asked.
@@ -143,7 +143,7 @@ def problem_of(prepared: Prepared, calibration_tokens: int, name: str = "") -> d
             "menu": tuple(choice.name for choice in prepared.space.choices),
             "granularity": prepared.parts.granularity, "text": prepared.evaluation.digest,
             "shown": str(prepared.evaluation), "tokens": calibration_tokens,
-            "machine": f"{hardware(prepared.device)}, torch {version('torch')}"}
+            "machine": f"{hardware(prepared.device)}, impq {version('impq')}, torch {version('torch')}"}
 
 
 def variants_of(prepared: Prepared) -> str:
