@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 from common import command, heading, plus_minus, table
@@ -188,13 +189,13 @@ def draw(rows: Sequence[PlanRow], path: Path) -> None:
             if (uniform := problem.line(nbytes)) is not None:
                 axes.axhline((uniform - best).mean(), color="0.6", linestyle="--", linewidth=1)
             axes.axhline(0.0, color="black", linewidth=1)
-            axes.set(xscale="log", title=f"{problem.title}, {budget:g} bits", xlabel="cost, forwards",
-                     ylabel="regret, nats per token")
+            axes.set(xscale="log", xlabel="cost, forwards", ylabel="regret, nats per token")
+            axes.set_title(fill(f"{problem.title}, {budget:g} bits", 52), fontsize=9)
             axes.set_yscale("symlog", linthresh=0.1)
     handles = [Line2D([], [], marker=sign, color=colour, linestyle="", label=name)
                for name, (sign, colour) in signs.items()]
-    handles += [Line2D([], [], marker="D", color="0.3", fillstyle=fill, linestyle="", label=size)
-                for size, fill in sizes.items()]
+    handles += [Line2D([], [], marker="D", color="0.3", fillstyle=style, linestyle="", label=size)
+                for size, style in sizes.items()]
     handles += [Line2D([], [], color="0.6", linestyle="--", label=LINE),
                 Line2D([], [], color="black", label="best known plan")]
     figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
