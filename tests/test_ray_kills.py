@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
@@ -12,6 +13,7 @@ import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -56,25 +58,30 @@ def test_whatever_dies_at_whatever_moment_the_bytes_are_the_same(tiny_config: Ru
                      options={"estimator": {"permutations": 32}}, refine=4, refiner="evolve")
     monkeypatch.setenv("IMPQ_CACHE", str(tmp_path / "alone"))
     alone = run(replace(config, output=str(tmp_path / "whole")))
-    seconds = 0.0
-    for number in range(-1, KILLS):  # the first one is not killed, and gives the time
+    seconds, killed = math.inf, 0
+    for number in count(-1):  # the first one is not killed, and gives the time
+        if killed == KILLS:
+            break
+        assert number < 2 * KILLS, "most runs end before they are killed"
         folder = tmp_path / str(number)
         folder.mkdir()
         (folder / "impq.toml").write_text(replace(config, workers="2", output=str(folder / "runs")).to_toml())
         began = time.monotonic()
-        process, victim = start(folder, folder / "cache"), rng.choice(VICTIMS) if number >= 0 else "nobody"
+        process, victim = start(folder, folder / "cache"), VICTIMS[killed % len(VICTIMS)] if number >= 0 else "nobody"
         below: list[psutil.Process] = []
         happened = False
         if number >= 0:
-            time.sleep(rng.uniform(0.3, 1.0) * seconds)
+            time.sleep(rng.uniform(0.3, 0.95) * seconds)
             with suppress(psutil.NoSuchProcess):  # it has ended
                 leader = psutil.Process(process.pid)
                 below = leader.children(recursive=True)
                 happened = kill(leader, victim, below, rng)
+        killed += happened
         said = process.communicate(timeout=600)[1]
+        if not happened:
+            seconds = min(seconds, time.monotonic() - began)
         _, left = psutil.wait_procs(below, timeout=180)  # Ray's agents look every minute whether their Ray is there
         assert not left, (number, victim, left)
-        seconds = seconds or time.monotonic() - began
         code, runs = process.returncode, [*(folder / "runs").glob("*/")]
         if code:
             assert happened and victim != "worker" and code == (-signal.SIGKILL if victim == "leader" else 1), (
@@ -86,7 +93,7 @@ def test_whatever_dies_at_whatever_moment_the_bytes_are_the_same(tiny_config: Ru
                 resumed = again.communicate(timeout=600)[1]
                 assert again.returncode == 0, resumed
         ended = "ended" if not code else "resumed" if runs else "had not begun"
-        counts[ended] += number >= 0
+        counts[f"{victim}: {ended}"] += happened
         print(number, victim, "killed" if happened else "not there", ended, flush=True)
         for path in runs:
             assert not differing(alone.folder, path), (number, victim)
