@@ -8,23 +8,25 @@ kept/, so that a stopped benchmark continues.
 from __future__ import annotations
 
 import argparse
-import itertools
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, Bench, add_model, heading, page_of, plus_minus, table, write
-from lines import KEPT, Lines
+from common import RESULTS, Bench, add_model, command, heading, model_name, page_of, plus_minus, table, write
+from keyed import Keyed, facts_of
+from lines import KEPT
 from matplotlib.figure import Figure
+from uniform_line import line
 
 from impq_core.budget import Budget
+from impq_core.compare.uniform import EqualLoss, UniformLine
 from impq_core.config import RunConfig, TextConfig
-from impq_core.space import FloatArray
+from impq_core.errors import ImpqError
+from impq_core.plugins import Plugins
+from impq_core.results import Row
+from impq_core.runs.prepare import prepare
 from impq_core.statistics import standard_error
 
 BUDGETS = (2.5, 3.0, 3.5)
@@ -43,18 +45,17 @@ def main() -> None:
     parser.add_argument("--evaluation-windows", type=int, default=24)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    key = [given.model, given.estimator, given.calibration_windows, given.evaluation_windows]
-    lines = Lines(KEPT / "bits_saved.jsonl")
-    kept = {row["backend"]: row for row in lines.rows if row["key"] == key}
+    rows = []
     for backend in given.backends.split(","):
-        if backend not in kept:
-            config = RunConfig(tracking_uri="none", model=given.model, backend=backend, bits=MENUS[backend],
-                               granularity="linear", estimator=given.estimator, cache=False,
-                               calibration=TextConfig(windows=given.calibration_windows),
-                               evaluation=TextConfig(windows=given.evaluation_windows))
-            kept[backend] = {"key": key, "backend": backend, **measure(config)}
-            lines.add(kept[backend])
-        rows = [kept[name] for name in given.backends.split(",") if name in kept]
+        config = RunConfig(tracking_uri="none", model=given.model, backend=backend, bits=MENUS[backend],
+                           granularity="linear", estimator=given.estimator, cache=False,
+                           calibration=TextConfig(windows=given.calibration_windows),
+                           evaluation=TextConfig(windows=given.evaluation_windows))
+        key = {**facts_of(prepare(config, Plugins())), "estimator": given.estimator, "budgets": BUDGETS}
+        kept = Keyed(KEPT / "bits_saved.jsonl", key)
+        if not kept.rows():
+            kept.add(backend=backend, **measure(config))
+        rows += kept.rows()[-1:]
         write(page_of("bits_saved.md", given.model), report(rows, given))
         draw(rows, page_of("bits_saved.png", given.model))
 
@@ -74,40 +75,36 @@ def measure(config: RunConfig) -> dict[str, Any]:
                       for budget, plan in plans.items()]}
 
 
-def saved(row: Mapping[str, Any], plan: Mapping[str, Any]) -> tuple[float, float, float]:
-    """The share of bytes that a plan saves, its standard error, and the bytes of the uniform line at the plan's loss;
-    NaN if the line does not reach it."""
-    sizes = [uniform["bytes"] for uniform in row["uniform"]]
-    losses = [np.array(uniform["windows"]) for uniform in row["uniform"]]  # (windows,) from small to large
-    loss: FloatArray = np.array(plan["windows"])
-    for low, high in itertools.pairwise(range(len(sizes))):
-        first, last = losses[low].mean(), losses[high].mean()
-        if first >= loss.mean() >= last and first > last:
-            share = (first - loss.mean()) / (first - last)
-            nbytes = sizes[low] + share * (sizes[high] - sizes[low])
-            slope = (first - last) / (sizes[high] - sizes[low])  # nats per byte
-            apart = loss - (1 - share) * losses[low] - share * losses[high]
-            return 1 - plan["bytes"] / nbytes, standard_error(apart) / slope / nbytes, nbytes
-    return float("nan"), float("nan"), float("nan")
+def equal_loss(row: Mapping[str, Any], plan: Mapping[str, Any]) -> EqualLoss | None:
+    """The size of a backend's uniform line at a plan's loss; None if the line does not reach it."""
+    models = tuple(Row(uniform["name"], np.array(uniform["windows"]), uniform["bytes"]) for uniform in row["uniform"])
+    found = UniformLine((models,)).equal_loss(Row("plan", np.array(plan["windows"]), plan["bytes"]))
+    return None if found is None or found.bound else found
+
+
+def minus_line(model: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> str:
+    """A model's NLL minus the line between others at its size, paired over windows; empty outside of the line."""
+    try:
+        there = line([other["bytes"] for other in models], [other["windows"] for other in models], model["bytes"])
+    except ImpqError:
+        return ""
+    apart = np.array(model["windows"]) - there
+    return plus_minus(apart.mean(), standard_error(apart), sign=True)
 
 
 def report(rows: Sequence[Mapping[str, Any]], given: argparse.Namespace) -> list[str]:
     cells = []
     for row in rows:
         for plan in row["plans"]:
-            share, stderr, nbytes = saved(row, plan)
-            sizes = [uniform["bytes"] for uniform in row["uniform"]]
-            line = [float(np.interp(plan["bytes"], sizes, at)) for at in np.array(
-                [uniform["windows"] for uniform in row["uniform"]]).T]  # (windows,) the line at the plan's size
-            apart = np.array(plan["windows"]) - np.array(line)
+            found = equal_loss(row, plan)
+            gain = ["beyond the line", "", ""] if found is None else [
+                f"{found.nbytes / 1e6:.2f}", f"{100 * found.saved:.1f} ± {100 * found.saved_stderr:.1f} %",
+                f"{8 * (found.nbytes - plan['bytes']) / row['weights']:.2f}"]
             cells.append([row["backend"], f"{plan['budget']:g}", f"{8 * plan['bytes'] / row['weights']:.2f}",
                           f"{plan['bytes'] / 1e6:.2f}", f"{np.mean(plan['windows']):.3f}",
-                          plus_minus(apart.mean(), standard_error(apart), sign=True),
-                          "beyond the line" if np.isnan(share) else f"{nbytes / 1e6:.2f}",
-                          "" if np.isnan(share) else f"{100 * share:.1f} ± {100 * stderr:.1f} %",
-                          "" if np.isnan(share) else f"{8 * (nbytes - plan['bytes']) / row['weights']:.2f}"])
-    return [*heading("Bits that plans save", shlex.join(["python", "benchmarks/bits_saved.py", *sys.argv[1:]])),
-            f"Model {Path(given.model).name}, plans over single linears by `{given.estimator}` on "
+                          minus_line(plan, row["uniform"]), *gain])
+    return [*heading("Bits that plans save", command()),
+            f"Model {model_name(given.model)}, plans over single linears by `{given.estimator}` on "
             f"{given.calibration_windows} windows; NLL, nats per token, on {rows[0]['text']}. Every width is quantized "
             "behind the same prefix. The last columns: the size at which the backend's uniform line has the plan's "
             "loss, and what the plan saves of it, in percent and in bits a weight. Errors are paired over windows.", "",
@@ -131,13 +128,7 @@ def beside_gptq(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         for name, model in named if row["backend"] != "gptq" else []:
             cell = [row["backend"], name, f"{8 * model['bytes'] / row['weights']:.3f}",
                     f"{np.mean(model['windows']):.3f}"]
-            for line in lines.values():
-                sizes = [other["bytes"] for other in line]
-                inside = sizes[0] <= model["bytes"] <= sizes[-1]
-                there = [np.interp(model["bytes"], sizes, at) for at in np.array([x["windows"] for x in line]).T]
-                apart = np.array(model["windows"]) - np.array(there)
-                cell.append(plus_minus(apart.mean(), standard_error(apart), sign=True) if inside else "")
-            cells.append(cell)
+            cells.append([*cell, *(minus_line(model, models) for models in lines.values())])
     return ["## Beside gptq at equal stored bytes", "", *table(
         ["backend", "model", "stored bits", "NLL", "minus uniform gptq", "minus planned gptq"], cells)]
 
@@ -147,8 +138,8 @@ def draw(rows: Sequence[Mapping[str, Any]], name: str) -> None:
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     for number, budget in enumerate(BUDGETS):
-        points = [(place + 0.2 * (number - 1), *saved(row, plan)[:2]) for place, row in enumerate(rows)
-                  for plan in row["plans"] if plan["budget"] == budget]
+        points = [(place + 0.2 * (number - 1), found.saved, found.saved_stderr) for place, row in enumerate(rows)
+                  for plan in row["plans"] if plan["budget"] == budget and (found := equal_loss(row, plan))]
         if points:
             places, shares, errors = np.array(points).T
             axes.errorbar(places, 100 * shares, 100 * errors, fmt="o^s"[number], capsize=3, label=f"{budget:g} bits")

@@ -1,13 +1,12 @@
 """Backends whose widths mix inside a linear beside GPTQ's, at equal stored bytes: uniform models and plans.
 
 Every model is quantized in sequence, each block behind the quantized ones, as an export is. Scores are kept in a file
-of JSON lines beside the tables, so that a stopped benchmark continues.
+of JSON lines in kept/, so that a stopped benchmark continues.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,14 +14,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from common import RESULTS, add_model, command, heading, page_of, plus_minus, table, write
-from lines import Lines
+from common import add_model, command, heading, page_of, plus_minus, table, write
+from keyed import Keyed, facts_of
+from lines import KEPT
+from uniform_line import line
 
 from impq_core.budget import Budget
 from impq_core.config import RunConfig, TextConfig
+from impq_core.errors import ImpqError
 from impq_core.plugins import Plugins
 from impq_core.results import Score
-from impq_core.runs.prepare import prepare
+from impq_core.runs.prepare import Prepared, prepare
 from impq_core.runs.session import Session
 from impq_core.space import IntArray
 from impq_core.types import Plan
@@ -88,37 +90,36 @@ def main() -> None:
     parser.add_argument("--only", default="", help="Names of settings, with ; between; all if empty.")
     parser.add_argument("--no-plans", action="store_true", help="Uniform models only.")
     given = parser.parse_args()
-    page = page_of("within.md", given.model)
     base = RunConfig(tracking_uri="none", model=given.model, granularity="linear", cache=False,
                      calibration=TextConfig(windows=given.windows), game_windows=8,
                      evaluation=TextConfig(windows=given.evaluation_windows))
-    log = Lines(RESULTS / page.replace(".md", ".jsonl"))
-    done = [Result(**{**row, "score": Score.from_dict(row["score"])}) for row in log.rows]
+    done: dict[str, Result] = {}
     for setting in SETTINGS:
         if given.only and setting.name not in given.only.split(";"):
             continue
-        if given.no_plans:
-            setting = replace(setting, budgets=())
-        for found in results(base, setting, {result.name for result in done}):
-            done.append(found)
-            log.add({**vars(found), "score": found.score.to_dict()})
+        plugins = Plugins()
+        prepared = prepare(replace(base, backend=setting.backend, bits=setting.choices,
+                                   options={"backend": dict(setting.options)}), plugins)
+        log = Keyed(KEPT / "within.jsonl", facts_of(prepared))
+        done |= {row["name"]: Result(row["name"], row["text"], row["bits"], row["seconds"],
+                                     Score.from_dict(row["score"])) for row in log.rows(setting=setting.name)}
+        wanted = replace(setting, budgets=()) if given.no_plans else setting
+        for found in results(prepared, plugins, wanted, {*done}):
+            done[found.name] = found
+            log.add(setting=setting.name, **{**vars(found), "score": found.score.to_dict()})
             print(f"{found.name}: {found.bits:.3f} bits, {found.score.nll:.3f}, {found.seconds:.0f} s", flush=True)
-    write(page, [*heading("Widths mixed inside linears, at equal stored bytes", command()),
-                         *report(done)])
+    write(page_of("within.md", given.model), [
+        *heading("Widths mixed inside linears, at equal stored bytes", command()), *report([*done.values()])])
 
 
-def results(base: RunConfig, setting: Setting, done: set[str]) -> Iterator[Result]:
-    """Each model of a setting that is not done."""
+def results(prepared: Prepared, plugins: Plugins, setting: Setting, done: set[str]) -> Iterator[Result]:
+    """Each model of a setting that is not done, and the unquantized one."""
     names = {f"{setting.name} {choice}": choice for choice in setting.choices}
     plans = {f"{setting.name} plan {budget:g}": budget for budget in setting.budgets}
-    if done.issuperset([*names, *plans]):
+    if done.issuperset([UNQUANTIZED, *names, *plans]):
         return
-    config = replace(base, backend=setting.backend, bits=setting.choices, options={"backend": dict(setting.options)})
-    plugins = Plugins()
-    prepared = prepare(config, plugins)
     space, session = prepared.space, Session(prepared, plugins)
     if UNQUANTIZED not in done:
-        done.add(UNQUANTIZED)
         score = session.evaluator_of_exports().score([None] * len(space))
         yield Result(UNQUANTIZED, f"{prepared.evaluation}, {prepared.evaluation.scored_tokens} scored tokens", 16.0,
                      0.0, score)
@@ -131,7 +132,7 @@ def results(base: RunConfig, setting: Setting, done: set[str]) -> Iterator[Resul
     session.bank.apply([None] * len(space))
     game = Session(prepared, plugins, session.runner)
     game.quantize_deployed()
-    estimate, _ = prepared.parts.estimate(game.game(), game.probe(), np.random.default_rng(config.seed))
+    estimate, _ = prepared.parts.estimate(game.game(), game.probe(), np.random.default_rng(prepared.config.seed))
     game.bank.apply([None] * len(space))
     for name, budget in plans.items():
         if name not in done:
@@ -164,11 +165,7 @@ def report(done: Sequence[Result]) -> list[str]:
         cells = [result.name, f"{result.bits:.3f}", plus_minus(result.score.nll, result.score.stderr),
                  plus_minus(*result.score.minus(unquantized.score), sign=True), f"{result.score.kl:.3f}",
                  f"{result.seconds:.0f}"]
-        for line in lines.values():
-            at = between(line, result.bits)
-            shown = at is not None and not result.name.startswith(("gptq", UNQUANTIZED))
-            cells.append(plus_minus(*result.score.minus(at), sign=True) if shown and at else "")
-        rows.append(cells)
+        rows.append([*cells, *(minus_line(result, models) for models in lines.values())])
     return [f"Held-out NLL, nats per token, on {unquantized.text}. Bits stored: a weight of the blocks' linears, with "
             "all that is stored beside codes; embeddings and head at 16 bits. Seconds: of one core, statistics "
             "included. The last two columns are differences to GPTQ at the same stored bytes, paired over windows: to "
@@ -177,13 +174,15 @@ def report(done: Sequence[Result]) -> list[str]:
                     "minus planned GPTQ"], rows), *NOTES]
 
 
-def between(line: Sequence[Result], bits: float) -> Score | None:
-    """The score on the line between the neighbours of a size; None outside of the line."""
-    for low, high in itertools.pairwise(line):
-        if low.bits <= bits <= high.bits:
-            share = (bits - low.bits) / (high.bits - low.bits)
-            return Score((1 - share) * low.score.window_nll + share * high.score.window_nll, float("nan"), float("nan"))
-    return None
+def minus_line(result: Result, models: Sequence[Result]) -> str:
+    """A model's NLL minus the line between GPTQ's at its size; empty for GPTQ's, and outside of the line."""
+    try:
+        there = line([model.bits for model in models], [model.score.window_nll for model in models], result.bits)
+    except ImpqError:
+        return ""
+    if result.name.startswith(("gptq", UNQUANTIZED)):
+        return ""
+    return plus_minus(*result.score.minus(Score(there, float("nan"), float("nan"))), sign=True)
 
 
 if __name__ == "__main__":

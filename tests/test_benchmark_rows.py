@@ -1,0 +1,87 @@
+"""Keys and statistics of the benchmarks whose rows are no ``PlanRow``, on planted rows with values made by hand."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from impq_core.errors import ImpqError
+from impq_core.results import Score
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # its scripts import each other as neighbours
+
+import bits_saved
+import within
+from keyed import Keyed
+from uniform_line import line
+
+
+def test_the_line_is_drawn_between_neighbours_and_refused_outside() -> None:
+    sizes, losses = [200, 100, 150], [[1.0, 3.0], [5.0, 4.0], [2.0, 8.0]]
+    for size, expected in ((100, [5.0, 4.0]), (125, [3.5, 6.0]), (150, [2.0, 8.0]), (160, [1.8, 7.0])):
+        np.testing.assert_allclose(line(sizes, losses, size), expected)
+    for outside in (99.9, 200.1):
+        with pytest.raises(ImpqError):
+            line(sizes, losses, outside)
+    with pytest.raises(ImpqError):
+        line([], [], 100)
+
+
+def test_rows_of_another_key_are_kept_but_not_shown(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    first, other = Keyed(path, {"windows": (8, 16)}), Keyed(path, {"windows": (8, 24)})
+    first.add(name="a", sizes=(1, 2))
+    other.add(name="b")
+    assert [row["name"] for row in Keyed(path, {"windows": [8, 16]}).rows()] == ["a"]
+    assert [row["name"] for row in Keyed(path, {"windows": [8, 24]}).rows()] == ["b"]
+    assert first.rows(name="a", sizes=(1, 2)) == first.rows() and not first.rows(name="b")
+    assert len(path.read_text().splitlines()) == 2
+
+
+PLANTED: dict[str, Any] = {
+    "backend": "gptq", "weights": 1000, "text": "a text",
+    "uniform": [{"name": "uniform 2", "bytes": 100, "windows": [4.0, 6.0]},
+                {"name": "uniform 4", "bytes": 200, "windows": [2.0, 2.0]}],
+    "plans": [{"budget": 2.5, "bytes": 120, "windows": [3.0, 3.2]},
+              {"budget": 3.0, "bytes": 150, "windows": [1.0, 2.0]},
+              {"budget": 3.5, "bytes": 180, "windows": [9.0, 9.0]}]}
+
+
+def test_the_size_at_a_plans_loss_and_its_error() -> None:
+    """The line falls from 5 to 2 over 100 bytes; the plan's 3.1 is met at 163.3 bytes, where the line has 2.733 and
+    3.467: it is apart by -0.267 and 0.267, an error of 0.267 nats, or 8.89 bytes."""
+    found = bits_saved.equal_loss(PLANTED, PLANTED["plans"][0])
+    assert found is not None
+    assert found.nbytes == pytest.approx(100 + 190 / 3)
+    assert found.saved == pytest.approx(1 - 120 / (490 / 3))
+    stderr = 4 / 15 / (3 / 100)
+    assert found.saved_stderr == pytest.approx(120 / (490 / 3) ** 2 * stderr)
+    assert [bits_saved.equal_loss(PLANTED, plan) for plan in PLANTED["plans"][1:]] == [None, None]
+
+
+def test_the_page_of_saved_bits() -> None:
+    given = Namespace(model="demo", estimator="fisher", calibration_windows=1)
+    lines = bits_saved.report([PLANTED, {**PLANTED, "backend": "hqq"}], given)
+    first, *beyond = [line for line in lines if line.startswith("| gptq")]
+    assert first.endswith("| 26.5 ± 4.0 % | 0.35 |")
+    assert all("beyond the line" in line for line in beyond)
+    # At 120 bytes the line has 3.6 and 5.2.
+    assert "-1.300 ± 0.700" in first
+    assert [line.split(" | ")[4] for line in lines if line.startswith("| hqq | uniform")] == [
+        "+0.000 ± 0.000", "+0.000 ± 0.000"]
+
+
+def test_models_are_compared_with_gptqs_of_their_size() -> None:
+    def result(name: str, bits: float, *nll: float) -> within.Result:
+        return within.Result(name, "a text", bits, 1.0, Score(np.array(nll), 0.1, 0.9))
+
+    done = [result("gptq 2", 2.0, 4.0, 6.0), result("gptq 4", 4.0, 2.0, 2.0), result("cmpq 2.5", 2.5, 3.0, 4.0),
+            result("cmpq 5", 5.0, 1.0, 1.0), result(within.UNQUANTIZED, 16.0, 1.0, 1.0)]
+    cells = {line.split(" | ")[0]: line.split(" | ")[6] for line in within.report(done) if line.startswith("| ")}
+    assert cells["| cmpq 2.5"] == "-0.750 ± 0.250"
+    assert cells["| cmpq 5"] == cells["| gptq 2"] == ""
