@@ -11,14 +11,15 @@ import argparse
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import command, heading, plus_minus, table, write
-from lines import KEPT, Lines
+from common import add_model, command, heading, model_name, page_of, plus_minus, table, write
+from keyed import Keyed, facts_of
+from lines import KEPT
 
 from impq_core.config import RunConfig, TextConfig
 from impq_core.errors import ImpqError
@@ -26,7 +27,7 @@ from impq_core.evaluate import Evaluator
 from impq_core.exports.rotated import rotate_model
 from impq_core.model.bank import Bank
 from impq_core.model.quantize import quantize_in_sequence
-from impq_core.model.text import draw_windows
+from impq_core.model.text import Windows, draw_windows
 from impq_core.parts import Parts
 from impq_core.plugins import Plugins
 from impq_core.runs.prepare import prepare
@@ -45,6 +46,12 @@ class Setting:
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
     rotated: bool = False
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What decides the setting's rows: all options, defaults included, whatever its name."""
+        backend = Parts.build(RunConfig(options={"backend": dict(self.options)}), Plugins()).backend
+        return {"options": asdict(backend.options), "rotated": self.rotated}
 
 
 SETTINGS = (
@@ -66,29 +73,36 @@ SETTINGS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="demo")
+    add_model(parser)
     parser.add_argument("--text", help="a second held-out text")
     parser.add_argument("--widths", default="2,3,4")
     parser.add_argument("--calibration-windows", type=int, default=64)
     parser.add_argument("--evaluation-windows", type=int, default=24)
     parser.add_argument("--settings", help="numbers of settings, such as 0,2,11")
-    parser.add_argument("--name", default="quantizers", help="of the files in results/")
+    parser.add_argument("--name", help="of the page in results/ [quantizers, and the model's name]")
     given = parser.parse_args()
     torch.set_num_threads(1)
     config = RunConfig(model=given.model, calibration=TextConfig(windows=given.calibration_windows),
                        evaluation=TextConfig(windows=given.evaluation_windows), cache=False)
-    texts = {"demo text": config.evaluation}
+    prepared = prepare(config, Plugins())
+    texts = {"demo text": prepared.evaluation}
     if given.text:
-        texts[Path(given.text).name] = replace(config.evaluation, source=given.text)
+        text = replace(config.evaluation, source=given.text)
+        texts[Path(given.text).name] = draw_windows(text, "evaluation", prepared.source.tokenizer(),
+                                                    prepared.shapes.vocabulary)
     numbers = range(len(SETTINGS)) if given.settings is None else map(int, given.settings.split(","))
-    log = _Log(KEPT / f"{given.name}.jsonl", [given.model, given.calibration_windows, given.evaluation_windows])
+    facts = facts_of(prepared)
+    log = Keyed(KEPT / "quantizers.jsonl", {
+        **{name: facts[name] for name in ("model", "calibration", "backend", "dtype")},
+        "texts": {name: text.digest for name, text in texts.items()}})
+    page = given.name or Path(page_of("quantizers.md", given.model)).stem
     workshops: dict[bool, _Workshop] = {}
     left_out: dict[str, str] = {}  # by setting, the reason
     with tempfile.TemporaryDirectory() as folder:
         for number in numbers:
             setting = SETTINGS[number]
             for width in given.widths.split(","):
-                if log.has(setting.name, width):
+                if log.rows(**setting.facts, width=width):
                     continue
                 if setting.rotated not in workshops:
                     try:
@@ -99,26 +113,10 @@ def main() -> None:
                     workshops[setting.rotated] = _Workshop(replace(config, model=model), texts)
                 workshop = workshops[setting.rotated]
                 # A rotated model computes what the model does, so one measurement serves every setting.
-                unquantized = log.rows[0]["unquantized"] if log.rows else workshop.unquantized()
-                log.add(setting=setting.name, width=width, unquantized=unquantized, **workshop.measure(setting, width))
-            write(f"{given.name}.md", _report(log, given, list(texts), left_out))
-
-
-class _Log:
-    """Measured rows with a key, in a file of JSON lines."""
-
-    def __init__(self, path: Path, key: Sequence[Any]) -> None:
-        self._lines, self._key = Lines(path), list(key)
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        return [row for row in self._lines.rows if row["key"] == self._key]
-
-    def has(self, setting: str, width: str) -> bool:
-        return any(row["setting"] == setting and row["width"] == width for row in self.rows)
-
-    def add(self, **row: Any) -> None:
-        self._lines.add({"key": self._key, **row})
+                if not log.rows(unquantized=True):
+                    log.add(unquantized=True, scores=workshop.unquantized())
+                log.add(**setting.facts, width=width, **workshop.measure(setting, width))
+            write(f"{page}.md", _report(log, given, list(texts), left_out))
 
 
 class _Workshop:
@@ -126,16 +124,14 @@ class _Workshop:
 
     Args:
         config: the configuration, of any backend options.
-        texts: the held-out texts by name.
+        texts: the windows of the held-out texts by name.
     """
 
-    def __init__(self, config: RunConfig, texts: Mapping[str, TextConfig]) -> None:
+    def __init__(self, config: RunConfig, texts: Mapping[str, Windows]) -> None:
         self._config, self._prepared = config, prepare(config, Plugins())
         self._runner, self._layers = Session(self._prepared, Plugins()).runner, self._prepared.space.everyone
-        tokenizer, vocabulary = self._prepared.source.tokenizer(), self._prepared.shapes.vocabulary
         bank = Bank(self._runner, self._layers, self._prepared.parts.backend)
-        self._evaluators = {name: Evaluator(self._runner, bank, draw_windows(text, "evaluation", tokenizer, vocabulary))
-                            for name, text in texts.items()}
+        self._evaluators = {name: Evaluator(self._runner, bank, text) for name, text in texts.items()}
 
     def unquantized(self) -> dict[str, Any]:
         return self._scores(None)
@@ -164,15 +160,16 @@ class _Workshop:
         return found
 
 
-def _report(log: _Log, given: argparse.Namespace, texts: Sequence[str], left_out: Mapping[str, str]) -> list[str]:
+def _report(log: Keyed, given: argparse.Namespace, texts: Sequence[str], left_out: Mapping[str, str]) -> list[str]:
     lines = heading("Options of GPTQ", command())
-    lines += [f"Model {Path(given.model).name}; {given.calibration_windows} calibration windows and "
+    lines += [f"Model {model_name(given.model)}; {given.calibration_windows} calibration windows and "
               f"{given.evaluation_windows} evaluation windows of 256 tokens on each text. In brackets: the loss above "
               "that of the unquantized model. A difference is paired with the first row of its width.", ""]
-    for width in dict.fromkeys(row["width"] for row in log.rows):
-        rows = [row for row in log.rows if row["width"] == width]
-        order = [setting.name for setting in SETTINGS]
-        rows.sort(key=lambda row: order.index(row["setting"]))
+    named = [{**row, "setting": setting.name} for setting in SETTINGS for row in log.rows(**setting.facts)]
+    unquantized = {text: np.mean(score["windows"]) for row in log.rows(unquantized=True)
+                   for text, score in row["scores"].items()}
+    for width in sorted({row["width"] for row in named}):
+        rows = [row for row in named if row["width"] == width]
         first = rows[0]
         lines += [f"## {width} bits ({8 * first['bytes'] / first['weights']:.2f} stored, "
                   f"{first['bytes'] / 1e6:.2f} MB)", ""]
@@ -182,9 +179,9 @@ def _report(log: _Log, given: argparse.Namespace, texts: Sequence[str], left_out
         for row in rows:
             cells = [row["setting"]]
             for text in texts:
-                nll, exact = np.array(row["scores"][text]["windows"]), np.array(row["unquantized"][text]["windows"])
+                nll = np.array(row["scores"][text]["windows"])
                 minus = nll - np.array(first["scores"][text]["windows"])
-                cells += [f"{nll.mean():.3f} ({nll.mean() - exact.mean():+.3f})",
+                cells += [f"{nll.mean():.3f} ({nll.mean() - unquantized[text]:+.3f})",
                           "" if row is first else plus_minus(minus.mean(), standard_error(minus), sign=True),
                           f"{row['scores'][text]['kl']:.3f}"]
             shown.append([*cells, f"{row['seconds']:.0f}"])

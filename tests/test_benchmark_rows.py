@@ -16,6 +16,7 @@ from impq_core.results import Score
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # its scripts import each other as neighbours
 
 import bits_saved
+import quantizers
 import within
 from keyed import Keyed
 from uniform_line import line
@@ -85,3 +86,29 @@ def test_models_are_compared_with_gptqs_of_their_size() -> None:
     cells = {line.split(" | ")[0]: line.split(" | ")[6] for line in within.report(done) if line.startswith("| ")}
     assert cells["| cmpq 2.5"] == "-0.750 ± 0.250"
     assert cells["| cmpq 5"] == cells["| gptq 2"] == ""
+
+
+def test_options_of_gptq_are_rows_by_their_options_not_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["demo text", "mine.txt"]
+
+    def log(*names: str) -> Keyed:
+        return Keyed(tmp_path / "rows.jsonl", {"texts": dict.fromkeys(names, "digest")})
+
+    def scores(*nll: float) -> dict[str, Any]:
+        return {text: {"windows": [value, value + 1], "kl": 0.5} for text, value in zip(texts, nll, strict=False)}
+
+    first, other = quantizers.Setting("first", {"damping": 0.01}), quantizers.Setting("other", {"damping": 0.2})
+    rows = log(*texts)
+    rows.add(unquantized=True, scores=scores(2.0, 3.0))
+    measured = {"width": "3", "seconds": 1.0, "bytes": 100, "weights": 200}
+    rows.add(**other.facts, **measured, scores=scores(4.0, 6.0))
+    rows.add(**first.facts, **measured, scores=scores(3.0, 7.0))
+    log("demo text").add(unquantized=True, scores=scores(9.0))
+    given = Namespace(model="demo", calibration_windows=1, evaluation_windows=2)
+    monkeypatch.setattr(quantizers, "SETTINGS", (first, quantizers.Setting("renamed", other.options)))
+    page = [line for line in quantizers._report(rows, given, texts, {}) if line.startswith("| ")]
+    assert page[1:] == ["| first | 3.500 (+1.000) |  | 0.500 | 7.500 (+4.000) |  | 0.500 | 1 |",
+                        "| renamed | 4.500 (+2.000) | +1.000 ± 0.000 | 0.500 | 6.500 (+3.000) | -1.000 ± 0.000 | 0.500 "
+                        "| 1 |"]
+    assert not log("demo text").rows(**first.facts)  # on one text, all is measured anew
+    assert not rows.rows(**quantizers.Setting("first").facts)
