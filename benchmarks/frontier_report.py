@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 from common import RESULTS, command, heading, plus_minus, table, write
+from uniform_line import line
 
 from impq_core.space import FloatArray
+from impq_core.statistics import standard_error
 
 PAPERS = {"gptq": "gptq 2,4, block", "hqq": "hqq 3,8, block"}
 """The setting of the paper's protocol, by backend."""
@@ -75,10 +77,8 @@ class Board:
         return np.mean([row.windows for row in plans], axis=0) if plans else None
 
     def line(self, nbytes: float) -> FloatArray:
-        """NLL (windows,) of the line through the uniform models at a size."""
-        sizes = [row.nbytes for row in self.uniforms]
-        return np.array([np.interp(nbytes, sizes, losses)
-                         for losses in zip(*(row.windows for row in self.uniforms), strict=True)])
+        """NLL (windows,) of the line through the uniform models at a size; raises ImpqError outside of it."""
+        return line([row.nbytes for row in self.uniforms], [row.windows for row in self.uniforms], nbytes)
 
     def best(self, budget: float) -> float:
         """Smallest NLL of any plan at a budget, the line of uniforms included."""
@@ -116,7 +116,7 @@ def uniform_lines(board: Board, text_windows: int) -> list[str]:
     rows = []
     for row in board.uniforms:
         first, second = np.array(row.windows[:text_windows]), np.array(row.windows[text_windows:])
-        rows.append([row.method, f"{row.nbytes / 1e6:.2f}", *(plus_minus(float(part.mean()), stderr(part))
+        rows.append([row.method, f"{row.nbytes / 1e6:.2f}", *(plus_minus(float(part.mean()), standard_error(part))
                                                               for part in (np.array(row.windows), first, second))])
     return table(["", "MB", "NLL", "Wikipedia", "C4"], rows)
 
@@ -168,12 +168,8 @@ def against(board: Board, part: slice) -> list[str]:
 
 def starred(difference: FloatArray) -> str:
     """A mean difference, bold if it is below zero by more than three standard errors."""
-    text = plus_minus(float(difference.mean()), stderr(difference), sign=True)
-    return f"**{text}**" if difference.mean() < -3 * stderr(difference) else text
-
-
-def stderr(values: FloatArray) -> float:
-    return float(values.std(ddof=1) / np.sqrt(len(values)))
+    text = plus_minus(float(difference.mean()), standard_error(difference), sign=True)
+    return f"**{text}**" if difference.mean() < -3 * standard_error(difference) else text
 
 
 def family(method: str) -> str:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import shlex
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -18,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import RESULTS, Bench, heading, table, write
+from common import RESULTS, Bench, add_model, command, heading, model_name, page_of, table, write
 from impq_gguf.exporter import GgufExporter
 from impq_gguf.llama import declare, errors_logged, llama
 from scipy.stats import spearmanr
@@ -42,7 +40,7 @@ BUDGETS, LIMITS = 5, 5
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="demo", help="A model folder, or demo.")
+    add_model(parser)
     parser.add_argument("--threads", type=int, default=1, help="Threads of llama.cpp.")
     parser.add_argument("--repeats", type=int, default=20, help="Repetitions of kernels and of files.")
     parser.add_argument("--tokens", type=int, default=16, help="Tokens of a file in a repetition.")
@@ -55,14 +53,13 @@ def main() -> None:
     bench = Bench.build(config)
     [cost], [metering] = bench.prepared.costs, bench.prepared.meterings
     estimate, _ = bench.estimate(config)
-    command = shlex.join(["python", "benchmarks/latency.py", *sys.argv[1:]])
-    lines = heading("Size, time and loss: limits on the latency", command)
-    lines += [f"{given.model}, layers: every linear and the tied embedding; menu {', '.join(MENU)} with llama.cpp's "
-              f"stand-ins; latency: {'; '.join(metering.notes)}.", ""]
+    lines = heading("Size, time and loss: limits on the latency", command())
+    lines += [f"{model_name(given.model)}, layers: every linear and the tied embedding; menu {', '.join(MENU)} with "
+              f"llama.cpp's stand-ins; latency: {'; '.join(metering.notes)}.", ""]
     if not given.no_frontier:
-        lines += frontier(bench, estimate, cost)
+        lines += frontier(bench, estimate, cost, page_of("latency.png", given.model))
     lines += against_files(bench, estimate, cost, given.threads, given.repeats, given.tokens)
-    write("latency.md", lines)
+    write(page_of("latency.md", given.model), lines)
 
 
 def plan_within(bench: Bench, estimate: SensitivityEstimate, budget: int, cost: Cost) -> Plan | None:
@@ -73,8 +70,8 @@ def plan_within(bench: Bench, estimate: SensitivityEstimate, budget: int, cost: 
         return None
 
 
-def frontier(bench: Bench, estimate: SensitivityEstimate, cost: Cost) -> list[str]:
-    """Plans of every pair of a budget and a limit: a table and a figure."""
+def frontier(bench: Bench, estimate: SensitivityEstimate, cost: Cost, picture: str) -> list[str]:
+    """Plans of every pair of a budget and a limit: a table and a figure of that name."""
     space = bench.prepared.space
     budgets = np.linspace(space.low_bytes, space.high_bytes, BUDGETS + 2)[1:-1].astype(int)
     rows, points = [], []
@@ -90,8 +87,8 @@ def frontier(bench: Bench, estimate: SensitivityEstimate, cost: Cost) -> list[st
             points.append((plan.nbytes / 1e6, cost.of(plan.pick), plan.predicted_loss, budget / 1e6))
             rows.append([f"{budget / 1e6:.1f}", f"{limit:.2f}", f"{plan.nbytes / 1e6:.1f}",
                          f"{cost.of(plan.pick):.2f}", f"{plan.predicted_loss:.4g}"])
-    draw(points, RESULTS / "latency.png")
-    return ["## The frontier", "", "![Predicted loss over latency, a line for each budget](latency.png)", "",
+    draw(points, RESULTS / picture)
+    return ["## The frontier", "", f"![Predicted loss over latency, a line for each budget]({picture})", "",
             *table(["budget, MB", "limit, ms", "MB", "ms", "predicted loss"], rows), ""]
 
 

@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import Bench, heading, plus_minus, table, write
+from common import Bench, command, heading, model_name, page_of, plus_minus, table, write
 from torch.nn.functional import pad
 
 from impq_core.config import RunConfig, TextConfig
@@ -47,20 +45,20 @@ def main() -> None:
     parser.add_argument("--evaluation-windows", type=int, default=64, help="Windows of evaluation.")
     parser.add_argument("--values", default="nll,kl", help="Losses whose slopes make plans.")
     parser.add_argument("--at", default="mix,uniform", help="Kinds of references at whose bytes plans are made.")
-    parser.add_argument("--output", default="llama_cpp.md", help="Name of the file in benchmarks/results.")
+    parser.add_argument("--output", help="Name of the page in benchmarks/results; by default of the first model.")
     given = parser.parse_args()
-    command = shlex.join(["python", "benchmarks/llama_cpp.py", *sys.argv[1:]])
-    lines = heading("Types of llama.cpp: plans beside its own mixes", command)
-    for model in given.model or ("demo", "widened"):
+    lines = heading("Types of llama.cpp: plans beside its own mixes", command())
+    models = given.model or ["demo", "widened"]
+    for model in models:
         folder = cache_folder() / "benchmarks" / "smollm2-768"
         if model == "widened" and not (folder / "config.json").exists():
             widen(locate_model("demo").folder, folder)
         config = replace(BASE, model=str(folder) if model == "widened" else model, probe_windows=given.probe_windows,
                          calibration=TextConfig(windows=given.windows),
                          evaluation=TextConfig(windows=given.evaluation_windows))
-        title = "SmolLM2-135M, widened to 768 and rotated" if model == "widened" else Path(model).name
+        title = "SmolLM2-135M, widened to 768 and rotated" if model == "widened" else model_name(model)
         lines += report(config, title, given.values.split(","), given.at.split(","))
-        write(given.output, lines)
+        write(given.output or page_of("llama_cpp.md", models[0]), lines)
 
 
 def report(config: RunConfig, title: str, values: Sequence[str], kinds: Sequence[str]) -> list[str]:

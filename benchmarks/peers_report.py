@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from common import heading, plus_minus, table
+from uniform_line import line
 
 from impq_core.space import FloatArray
 from impq_core.statistics import standard_error
@@ -104,10 +105,9 @@ def uniforms(rows: Sequence[Row], unquantized: bool = False) -> list[Row]:
 
 
 def line_at(rows: Sequence[Row], nbytes: int) -> FloatArray:
-    """NLL (windows,) of the line between the uniform models at a size."""
+    """NLL (windows,) of the line between the uniform models at a size; raises ImpqError outside of it."""
     points = uniforms(rows)
-    sizes = [row["bytes"] for row in points]
-    return np.array([np.interp(nbytes, sizes, values) for values in zip(*(row["nll"] for row in points), strict=True)])
+    return line([row["bytes"] for row in points], [row["nll"] for row in points], nbytes)
 
 
 def losses(row: Row) -> list[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common import Printer, add_model, command, heading, page_of, plus_minus, table, write
+from common import Printer, add_model, command, heading, model_name, page_of, plus_minus, table, write
 
 from impq_core.config import RunConfig, TextConfig
 from impq_core.exports.rotated import rotate_model
@@ -106,10 +106,10 @@ def report(rows: dict[str, Row], config: RunConfig, given: argparse.Namespace, w
     text = config.evaluation
     write(page_of("rotation.md", given.model), [
         *heading("Rotated models", command()),
-        f"Model {given.model}, Hadamard blocks of {given.block}, backend gptq, groups of 64, quantized in sequence on "
-        f"{config.calibration.windows} windows of {config.calibration.length} tokens. Held-out NLL in nats per token "
-        f"on {text.windows} windows of {text.length} tokens of the {text.source} text; differences are paired over "
-        "windows. The linears of all rows have the same bytes at a width.", "", *table(header, cells)])
+        f"Model {model_name(given.model)}, Hadamard blocks of {given.block}, backend gptq, groups of 64, quantized in "
+        f"sequence on {config.calibration.windows} windows of {config.calibration.length} tokens. Held-out NLL in "
+        f"nats per token on {text.windows} windows of {text.length} tokens of the {text.source} text; differences are "
+        "paired over windows. The linears of all rows have the same bytes at a width.", "", *table(header, cells)])
 
 
 if __name__ == "__main__":

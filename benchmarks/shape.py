@@ -15,6 +15,7 @@ from common import RESULTS, Bench, add_model, command, heading, model_name, page
 
 from impq_core.compare.drawing import COLOURS, GREY
 from impq_core.config import RunConfig
+from impq_core.statistics import standard_error
 from impq_core.types import Measurements
 from impq_core.validation import HigherOrder, higher_order_share
 
@@ -40,8 +41,7 @@ class Curve:
     def at(self, k: int) -> list[str]:
         """A row of the table. Half of the orders are reverses of the others, so they are not quite independent."""
         joint, singles = self.joint[:, k], self.singles[:, k]
-        error = joint.std(ddof=1) / np.sqrt(len(joint))
-        return [self.name, str(k), plus_minus(joint.mean(), error), f"{singles.mean():.3f}",
+        return [self.name, str(k), plus_minus(joint.mean(), standard_error(joint)), f"{singles.mean():.3f}",
                 f"{joint.mean() / singles.mean():.2f}"]
 
 
@@ -88,7 +88,7 @@ def draw(curves: Sequence[Curve], path: str) -> None:
     for curve, axes in zip(curves, figure.subplots(-(-len(curves) // 2), 2, squeeze=False).flat, strict=False):
         places = np.arange(curve.joint.shape[1])
         axes.plot(places, curve.joint.T, color=GREY, linewidth=0.7)
-        error = curve.joint.std(axis=0, ddof=1) / np.sqrt(len(curve.joint))
+        error = [standard_error(losses) for losses in curve.joint.T]
         axes.errorbar(places, curve.joint.mean(axis=0), yerr=error, color=COLOURS[0], capsize=2,
                       label="joint: mean of orders ± standard error")
         axes.plot(places, curve.singles.mean(axis=0), "--", color=COLOURS[1],

@@ -21,8 +21,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Bench, command, heading, plus_minus, table, write
-from lines import KEPT, Lines
+from common import Bench, add_model, command, heading, model_name, page_of, plus_minus, table, write
+from keyed import Keyed
+from lines import KEPT
+from uniform_line import line
 
 from impq_core.budget import Budget
 from impq_core.config import RunConfig, TextConfig
@@ -30,7 +32,6 @@ from impq_core.feasible_costs import feasible
 from impq_core.files import write_npz
 from impq_core.parts import Parts
 from impq_core.plugins import Plugins
-from impq_core.results import Score
 from impq_core.space import FloatArray, IntArray, SearchSpace
 from impq_core.statistics import standard_error
 from impq_core.types import SensitivityEstimate
@@ -155,7 +156,7 @@ FORMS: dict[str, Callable[[Source, IntArray], SensitivityEstimate]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="demo")
+    add_model(parser)
     parser.add_argument("--backend", default="gptq")
     parser.add_argument("--estimators", default="guided-output:64,aumann-shapley:16",
                         help="each with the number of windows that its gradients are read on")
@@ -164,9 +165,6 @@ def main() -> None:
     parser.add_argument("--evaluation-windows", type=int, default=16)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    name = f"{Path(given.model).name}-{given.backend}"
-    place = FOLDER / name
-    place.mkdir(parents=True, exist_ok=True)
     counts = [int(count) for count in given.windows.split(",")]
     config = RunConfig(tracking_uri="none", model=given.model, backend=given.backend, bits=MENUS[given.backend],
                        granularity="linear", estimator="guided-output", calibration=TextConfig(windows=64),
@@ -174,14 +172,15 @@ def main() -> None:
     bench = Bench.build(config)
     rows = {linear.name: number for number, layer in enumerate(bench.prepared.space.layers)
             for linear in layer.linears}
-    kept = Lines(FOLDER / f"{name}.jsonl")
+    gradients = bench.prepared.slopes_key.digest
+    kept = Keyed(KEPT / "tokens.jsonl", {"gradients": gradients, "evaluation": bench.prepared.evaluation.digest})
     regrets: list[list[str]] = []
     calibration = bench.prepared.calibration
     assert calibration is not None
     for estimator, _, read in (text.partition(":") for text in given.estimators.split(",")):
         parts = Parts.build(replace(config, estimator=estimator), Plugins())
-        folder = place / f"{estimator}-{read}"
-        folder.mkdir(exist_ok=True)
+        folder = FOLDER / gradients / f"{estimator}-{read}"
+        folder.mkdir(parents=True, exist_ok=True)
         probe = bench.session.probe(text=calibration.first(int(read)))
         parts.estimator.inspect(KeepingProbe(probe, folder), np.random.default_rng(0))
         here = [count for count in counts if count <= int(read)]
@@ -191,9 +190,8 @@ def main() -> None:
             if estimator == "guided-output":
                 regrets += regret_rows(source, granularity, [count for count in here if count < source.count])
             if granularity == "group":
-                for row in score_plans(there, source, estimator, here, given.scored_draws, kept.rows):
-                    kept.add(row)
-    write("tokens.md", report(bench, regrets, kept.rows, counts))
+                score_plans(there, source, estimator, here, given.scored_draws, kept)
+    write(page_of("tokens.md", given.model), report(bench, regrets, kept.rows(), counts))
 
 
 def regret_rows(source: Source, granularity: str, counts: Sequence[int]) -> list[list[str]]:
@@ -220,17 +218,15 @@ def _percent(values: Sequence[float]) -> str:
     return f"{shares.mean():.1f} ± {standard_error(shares):.1f}"
 
 
-def score_plans(there: Bench, source: Source, estimator: str, counts: Sequence[int], draws: int,
-                scored: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Held-out scores of the plans of disjoint parts of the windows; those in ``scored`` are not made again."""
-    evaluated = there.prepared.config.evaluation.windows
+def score_plans(there: Bench, source: Source, estimator: str, counts: Sequence[int], draws: int, kept: Keyed) -> None:
+    """Held-out scores of the plans of disjoint parts of the windows; those that are kept are not made again."""
     wanted = [(count, draw, form, budget) for count in counts for draw in range(min(draws, source.count // count))
               for form in ("feasible", "shrunken") for budget in BUDGETS if form == "feasible" or count < 16]
-    facts = [{"estimator": estimator, "windows": count, "draw": draw, "form": form, "budget": budget,
-              "evaluated": evaluated} for count, draw, form, budget in wanted]
-    new = [each for each in facts if not any(each.items() <= row.items() for row in scored)]
+    facts = [{"estimator": estimator, "windows": count, "draw": draw, "form": form, "budget": budget}
+             for count, draw, form, budget in wanted]
+    new = [each for each in facts if not kept.rows(**each)]
     if not new:
-        return []
+        return
     config = replace(there.prepared.config, options={"allocator": {"work_limit": 5.0}})
     plans = []
     for each in new:
@@ -240,18 +236,13 @@ def score_plans(there: Bench, source: Source, estimator: str, counts: Sequence[i
     space = there.prepared.space
     scores = there.evaluator.scores([space.assignment(plan.pick) for plan in plans],
                                     lambda done, total: print(f"scores: {done} of {total}", flush=True))
-    sizes = [nbytes for _, nbytes, _ in uniforms]
-    lines = [[float(np.interp(plan.nbytes, sizes, values)) for values in np.stack(
-        [uniform.window_nll for *_, uniform in uniforms], axis=1)] for plan in plans]
-    return [{**each, **_of(score), "line": line} for each, score, line in zip(new, scores, lines, strict=True)]
+    sizes, losses = [nbytes for _, nbytes, _ in uniforms], [score.window_nll for *_, score in uniforms]
+    for each, plan, score in zip(new, plans, scores, strict=True):
+        kept.add(**each, nll=score.window_nll.tolist(), kl=score.kl, line=line(sizes, losses, plan.nbytes).tolist())
 
 
-def _of(score: Score) -> dict[str, Any]:
-    return {"nll": score.window_nll.tolist(), "kl": score.kl}
-
-
-def report(bench: Bench, regrets: Sequence[Sequence[str]], scored: Sequence[Mapping[str, Any]],
-           counts: Sequence[int]) -> list[str]:
+def held_out(scored: Sequence[Mapping[str, Any]], counts: Sequence[int]) -> list[list[str]]:
+    """Rows of the second table."""
     cells = []
     for estimator in dict.fromkeys(row["estimator"] for row in scored):
         for budget in BUDGETS:
@@ -266,17 +257,24 @@ def report(bench: Bench, regrets: Sequence[Sequence[str]], scored: Sequence[Mapp
                                   f"{np.mean([row['nll'] for row in same]):.3f}",
                                   plus_minus(apart.mean(), standard_error(apart), sign=True),
                                   f"{np.mean([row['kl'] for row in same]):.3f}"])
+    return cells
+
+
+def report(bench: Bench, regrets: Sequence[Sequence[str]], scored: Sequence[Mapping[str, Any]],
+           counts: Sequence[int]) -> list[str]:
     return [*heading("Quality of plans against the text that gradients are read on", command()),
-            f"{Path(bench.prepared.config.model).name}, {bench.prepared.config.backend} at "
+            f"{model_name(bench.prepared.config.model)}, {bench.prepared.config.backend} at "
             f"{', '.join(MENUS[bench.prepared.config.backend])} bits.", "",
             "".join((__doc__ or "").partition("*feasible*")[1:]).replace("\n", " ").strip(), "",
             "## Cost by the gradients of the other windows", "",
-            f"Above the least, in percent of it; mean of {DRAWS} draws of windows ± standard error.", "",
+            f"Above the least, in percent of it; mean of {DRAWS} draws ± standard error. All draws are from the same "
+            "windows, so they are not independent: the error is that of the draw, not of the text.", "",
             *table(["granularity", "bits", "windows", *FORMS], regrets),
             f"## Held-out losses over groups, on {bench.prepared.evaluation}", "",
             "NLL in nats per token, the mean of plans from disjoint windows; its difference from the line of uniform "
             "models at the plans' bytes, paired over held-out windows.", "",
-            *table(["estimator", "costs", "bits", "windows", "plans", "NLL", "minus the line", "KL"], cells)]
+            *table(["estimator", "costs", "bits", "windows", "plans", "NLL", "minus the line", "KL"],
+                   held_out(scored, counts))]
 
 
 if __name__ == "__main__":

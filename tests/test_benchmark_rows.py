@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # its scripts
 
 import bits_saved
 import quantizers
+import tokens
 import within
 from keyed import Keyed
 from uniform_line import line
@@ -112,3 +113,14 @@ def test_options_of_gptq_are_rows_by_their_options_not_names(tmp_path: Path, mon
                         "| 1 |"]
     assert not log("demo text").rows(**first.facts)  # on one text, all is measured anew
     assert not rows.rows(**quantizers.Setting("first").facts)
+
+
+def test_the_table_of_tokens_is_of_one_key(tmp_path: Path) -> None:
+    facts = {"estimator": "guided-output", "windows": 4, "form": "feasible", "budget": 3.0, "kl": 0.5}
+    for text, windows in (("a", 2), ("b", 3)):
+        for draw in range(2):
+            Keyed(tmp_path / "rows.jsonl", {"evaluation": text}).add(
+                **facts, draw=draw, nll=[2.0 + draw, 4.0, 1.0][:windows], line=[3.0, 3.0, 3.0][:windows])
+    rows = Keyed(tmp_path / "rows.jsonl", {"evaluation": "a"}).rows()
+    [found] = [line for line in tokens.held_out(rows, [4, 8])]
+    assert found == ["guided-output", "feasible", "3", "4", "2", "3.250", "+0.250 ± 0.750", "0.500"]
