@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Bench, command, write
-from lines import KEPT, Lines
+from common import Bench, add_model, command, model_name, page_of, write
+from keyed import Keyed, facts_of
+from lines import KEPT
 from peers_anchor import anchor_rows
 from peers_environment import PEERS, Peer, ask
 from peers_reading import checked
@@ -37,7 +38,7 @@ from impq_core.types import Plan, SensitivityEstimate
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="demo", help="demo or the folder of a model")
+    add_model(parser)
     parser.add_argument("--backend", default="gptq")
     parser.add_argument("--bits", default="2,3,4", help="the menu, whole bits")
     parser.add_argument("--budgets", default="2.5,3", help="nominal bits")
@@ -56,7 +57,7 @@ def main() -> None:
     parser.add_argument("--anchor", default="", metavar="BITS", help="widths of learned rounding, such as 2,3")
     parser.add_argument("--anchor-steps", type=int, default=200, help="steps a block")
     parser.add_argument("--anchor-blocks", type=int, default=0, help="the first blocks alone; 0 for all")
-    parser.add_argument("--output", default="peers.md", help="name of the file in results/")
+    parser.add_argument("--output", help="name of the page in results/ [peers.md, with the model's name]")
     given = parser.parse_args()
     torch.set_num_threads(1)
     try:
@@ -77,20 +78,18 @@ def run(given: argparse.Namespace, peers: Sequence[Peer], pythons: Mapping[str, 
         granularity="linear", estimator=given.estimators.split(",")[0], probe_windows=given.windows,
         calibration=TextConfig(given.calibration, windows=given.calibration_windows, length=given.length),
         evaluation=TextConfig(given.evaluation, windows=given.evaluation_windows, length=given.length))
-    facts = {"model": Path(given.model).name, "backend": given.backend, "bits": given.bits, "read": given.windows,
-             "calibrated": given.calibration_windows, "evaluated": given.evaluation_windows, "length": given.length,
-             "texts": [Path(given.calibration).name, Path(given.evaluation).name]}
-    kept = Lines(KEPT / given.output.replace(".md", ".jsonl"))
-    bench = Bench.build(config)
-    folder = KEPT / "peers" / Path(given.model).name
-    measured = anchor_rows(bench, given, folder, pythons) if given.anchor else plan_rows(
-        bench, config, given, peers, folder, pythons, [row for row in kept.rows if facts.items() <= row.items()])
+    page, bench = given.output or page_of("peers.md", given.model), Bench.build(config)
+    assert bench.prepared.probed is not None
+    kept = Keyed(KEPT / "peers.jsonl", {**facts_of(bench.prepared), "read": bench.prepared.probed.digest})
+    folder = KEPT / "peers" / model_name(given.model)
+    measured = anchor_rows(bench, given, folder, pythons, kept.rows()) if given.anchor else plan_rows(
+        bench, config, given, peers, folder, pythons, kept.rows())
     try:
         for row in measured:
-            kept.add({**facts, **row})
+            kept.add(**row)
             print(f"{row['method']}, {row['granularity']} {row['budget']:g}: {np.mean(row['nll']):.4f}", flush=True)
     finally:
-        write(given.output, report(kept.rows, command(), config.estimator))
+        write(page, report(kept.rows(), command(), given))
 
 
 def plan_rows(bench: Bench, config: RunConfig, given: argparse.Namespace, peers: Sequence[Peer], folder: Path,
@@ -98,21 +97,22 @@ def plan_rows(bench: Bench, config: RunConfig, given: argparse.Namespace, peers:
     """A row for each plan that is not among those that are done."""
     budgets, failed = [float(budget) for budget in given.budgets.split(",")], list[str]()
     space, evaluator = bench.prepared.space, bench.evaluator
-    finished = {(row["method"], row["granularity"], row["budget"], row["at"]) for row in done}
+    plans = [row for row in done if not row["granularity"].startswith("anchor")]
+    finished = {(row["method"], row["granularity"], row["budget"], row["at"], row["version"]) for row in plans}
 
-    def row(method: str, granularity: str, budget: float, at: str, plan: Plan | None, score: Score,
+    def row(method: str, granularity: str, budget: float, at: str, version: str, plan: Plan | None, score: Score,
             **facts: Any) -> dict[str, Any]:
-        return {"method": method, "granularity": granularity, "budget": budget, "at": at,
+        return {"method": method, "granularity": granularity, "budget": budget, "at": at, "version": version,
                 "bytes": plan.nbytes if plan else None, "stored": space.bits_per_weight(plan.nbytes) if plan else 16.0,
                 "nll": score.window_nll.tolist(), "kl": score_kl(score), "text": str(bench.prepared.evaluation),
                 **facts}
 
-    if ("unquantized", "", 16.0, "") not in finished:
-        yield row("unquantized", "", 16.0, "", None, evaluator.score([None] * len(space)))
+    if ("unquantized", "", 16.0, "", "") not in finished:
+        yield row("unquantized", "", 16.0, "", "", None, evaluator.score([None] * len(space)))
     for number, choice in enumerate(space.choices):
-        if (f"uniform {choice}", "", choice.bits, "") not in finished:
+        if (f"uniform {choice}", "", choice.bits, "", "") not in finished:
             plan = Plan(space, pick := space.uniform(number), space.bytes_of(pick))
-            yield row(f"uniform {choice}", "", choice.bits, "", plan, bench.score(plan))
+            yield row(f"uniform {choice}", "", choice.bits, "", "", plan, bench.score(plan))
     for granularity in given.granularities.split(","):
         theirs = {}
         for peer in (peer for peer in peers if peer.plans(granularity)):
@@ -122,24 +122,24 @@ def plan_rows(bench: Bench, config: RunConfig, given: argparse.Namespace, peers:
                 failed.append(str(error))
                 print(f"error: {error}", flush=True)
                 continue
-            theirs |= {(peer.name, budget): (plan, facts) for budget, plan, facts in found}
-        for (name, budget), (plan, facts) in theirs.items():
-            if (name, granularity, budget, "") not in finished:
-                yield row(name, granularity, budget, "", plan, bench.score(plan), **facts)
+            theirs |= {(peer.name, version, budget): (plan, facts) for budget, version, plan, facts in found}
+        for (name, version, budget), (plan, facts) in theirs.items():
+            if (name, granularity, budget, "", version) not in finished:
+                yield row(name, granularity, budget, "", version, plan, bench.score(plan), **facts)
         for number, estimator in enumerate(given.estimators.split(",")):
-            wanted = [("", budget, Budget.nominal(budget).resolve(space)) for budget in budgets]
-            wanted += [(name, budget, plan.nbytes) for (name, budget), (plan, _) in theirs.items() if number == 0]
-            wanted = [(at, budget, nbytes) for at, budget, nbytes in wanted
-                      if (f"impq {estimator}", granularity, budget, at) not in finished]
+            wanted = [("", "", budget, Budget.nominal(budget).resolve(space)) for budget in budgets]
+            wanted += [(*key, plan.nbytes) for key, (plan, _) in theirs.items() if number == 0]
+            wanted = [(at, version, budget, nbytes) for at, version, budget, nbytes in wanted
+                      if (f"impq {estimator}", granularity, budget, at, version) not in finished]
             if not wanted:
                 continue
             ours = replace(config, granularity=granularity, estimator=estimator)
             there, start = bench.at(ours), time.process_time()
             estimate, _ = there.estimate(ours)
             facts = {"passes": estimate.forwards * config.game_windows, "seconds": time.process_time() - start}
-            for at, budget, nbytes in wanted:
+            for at, version, budget, nbytes in wanted:
                 plan = ours_at(there, ours, estimate, nbytes, bench)
-                yield row(f"impq {estimator}", granularity, budget, at, plan, bench.score(plan), **facts)
+                yield row(f"impq {estimator}", granularity, budget, at, version, plan, bench.score(plan), **facts)
     if failed:
         raise ImpqError(f"no plans of some peers, run again to add them: {failed[0]}")
 
@@ -154,9 +154,9 @@ def ours_at(there: Bench, config: RunConfig, estimate: SensitivityEstimate, nbyt
 
 
 def plans_of(bench: Bench, config: RunConfig, peer: Peer, granularity: str, budgets: Sequence[float], folder: Path,
-             python: Path | None) -> Iterator[tuple[float, Plan, dict[str, Any]]]:
-    """Budget, plan and costs of each plan of a peer, over single linears; the plan.json is written to the folder and
-    read from there."""
+             python: Path | None) -> Iterator[tuple[float, str, Plan, dict[str, Any]]]:
+    """Budget, version of the tool, plan and costs of each plan of a peer, over single linears; the plan.json is written
+    to the folder and read from there."""
     space, probed = bench.prepared.space, bench.prepared.probed
     assert probed is not None
     linears = [linear for layer in space.layers for linear in layer.linears]
@@ -179,8 +179,8 @@ def plans_of(bench: Bench, config: RunConfig, peer: Peer, granularity: str, budg
         file = folder / f"{name_of(peer)}-{granularity}-{budget:g}.plan.json"
         Plan(space, pick, space.bytes_of(pick), method=f"{peer.name} {answer['version']}").save(file)
         cost = answer["cost"]
-        yield budget, Plan.load(file, space), {
-            "passes": cost["forwards"] + 2 * cost["backwards"], "version": answer["version"],
+        yield budget, answer["version"], Plan.load(file, space), {
+            "passes": cost["forwards"] + 2 * cost["backwards"],
             "seconds": answer["processor_seconds"] + cost.get("earlier", 0)}
 
 

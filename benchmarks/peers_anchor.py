@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,10 @@ class Given(Backend):
         return variant.tensors["weight"]
 
 
-def anchor_rows(bench: Bench, given: argparse.Namespace, folder: Path,
-                pythons: Mapping[str, Path]) -> Iterator[dict[str, Any]]:
-    """A row for each width and quantizer; linears behind the first ``anchor_blocks`` blocks stay unquantized."""
+def anchor_rows(bench: Bench, given: argparse.Namespace, folder: Path, pythons: Mapping[str, Path],
+                done: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """A row for each width and quantizer that is not among those that are done; linears behind the first
+    ``anchor_blocks`` blocks stay unquantized."""
     prepared, session = bench.prepared, bench.session
     space, calibration = prepared.space, prepared.calibration
     assert calibration is not None
@@ -55,6 +56,8 @@ def anchor_rows(bench: Bench, given: argparse.Namespace, folder: Path,
     folder.mkdir(parents=True, exist_ok=True)
     tokens = folder / f"tokens-{calibration.digest}.npy"
     np.save(tokens, calibration.ids)
+    granularity = f"anchor, {blocks} of {len(session.runner)} blocks"
+    finished = {(row["method"], row["budget"]) for row in done if row["granularity"] == granularity}
     for bits in map(int, given.anchor.split(",")):
         choice = next((choice for choice in space.choices if choice.bits == bits), None)
         if choice is None:
@@ -62,23 +65,26 @@ def anchor_rows(bench: Bench, given: argparse.Namespace, folder: Path,
         assignment = [choice if layer.block < blocks else None for layer in space.layers]
         stored = sum(prepared.parts.backend.nbytes(linear, choice) for layer in quantized for linear in layer.linears)
 
-        def row(method: str, score: Score, seconds: float, at: str = "", choice: Choice = choice,
+        def row(method: str, score: Score, seconds: float, choice: Choice = choice,
                 stored: int = stored) -> dict[str, Any]:
             assert score.window_kl is not None
-            return {"method": method, "granularity": f"anchor, {blocks} of {len(session.runner)} blocks",
-                    "budget": choice.bits, "at": at, "bytes": stored, "nll": score.window_nll.tolist(),
-                    "kl": score.window_kl.tolist(), "seconds": seconds, "text": str(prepared.evaluation),
-                    "calibration": str(calibration)}
+            return {"method": method, "granularity": granularity, "budget": choice.bits, "bytes": stored,
+                    "nll": score.window_nll.tolist(), "kl": score.window_kl.tolist(), "seconds": seconds,
+                    "text": str(prepared.evaluation), "calibration": str(calibration)}
 
         session.bank.apply([None] * len(space))
-        bank, start = Bank(session.runner, space.everyone, prepared.parts.backend), time.process_time()
-        quantize_in_sequence(bank, session.runner, calibration.ids, assignment, lambda done, total: None)
-        seconds = time.process_time() - start
-        yield row(f"impq {given.backend}", bench.evaluator.of_bank(bank).score(assignment), seconds)
+        if (f"impq {given.backend}", bits) not in finished:
+            bank, start = Bank(session.runner, space.everyone, prepared.parts.backend), time.process_time()
+            quantize_in_sequence(bank, session.runner, calibration.ids, assignment, lambda done, total: None)
+            seconds = time.process_time() - start
+            yield row(f"impq {given.backend}", bench.evaluator.of_bank(bank).score(assignment), seconds)
         job = {"model": str(prepared.source.folder), "tokens": str(tokens), "linears": names,
                "group_size": choice.group_size,
                "options": {"bits": bits, "steps": given.anchor_steps, "batch": 4, "blocks": given.anchor_blocks}}
         answer = ask(AUTO_ROUND, "rounding.py", job, folder, pythons.get("autoscheme"))
+        method = f"auto-round {answer['version']}, {given.anchor_steps} steps"
+        if (method, bits) in finished:
+            continue
         weights = load_file(answer["weights"])
         session.bank.apply([None] * len(space))
         other = Bank(session.runner, space.everyone, Given())
@@ -87,4 +93,4 @@ def anchor_rows(bench: Bench, given: argparse.Namespace, folder: Path,
                 other.add(linear, Variant(choice, {"weight": weights[linear.name]}))
         score = bench.evaluator.of_bank(other).score(assignment)
         session.bank.apply([None] * len(space))
-        yield row(f"auto-round {answer['version']}, {given.anchor_steps} steps", score, answer["processor_seconds"])
+        yield row(method, score, answer["processor_seconds"])

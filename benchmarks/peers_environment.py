@@ -100,7 +100,8 @@ def ask(peer: Peer, script: str, job: Mapping[str, Any], folder: Path, python: P
         ImpqError: the script failed; the message names its log.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    key = hashlib.sha256(json.dumps([job, script, peer.requirements], sort_keys=True).encode()).hexdigest()[:12]
+    facts = [job, script, peer.requirements, str(python or ""), (SCRIPTS / "job.py").read_text()]
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
     stem = folder / f"{script.removesuffix('.py')}-{key}"
     answer, log, given = (stem.with_suffix(suffix) for suffix in (".answer.json", ".log", ".job.json"))
     if not answer.is_file():

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from common import heading, plus_minus, table
+from common import heading, model_name, plus_minus, table
 from uniform_line import line
 
 from impq_core.space import FloatArray
@@ -15,43 +15,30 @@ from impq_core.statistics import standard_error
 
 Row = Mapping[str, Any]
 
-SETTING = ("model", "backend", "bits", "read", "calibrated", "evaluated", "length", "texts")
 
-
-def report(rows: Sequence[Row], command: str, estimator: str) -> list[str]:
-    """All tables: a section for each model and setting of the texts.
+def report(rows: Sequence[Row], command: str, given: argparse.Namespace) -> list[str]:
+    """All tables of the rows of one key.
 
     Args:
         rows: all that was measured.
         command: that wrote the report.
-        estimator: of impq's plans at the bytes of the peers'.
+        given: options of ``peers.py``; plans by the first estimator stand at the bytes of the peers'.
     """
-    lines = heading("Plans of other tools, at equal bytes", command)
-    for setting in dict.fromkeys(map(setting_of, rows)):
-        lines += section([row for row in rows if setting_of(row) == setting], estimator)
-    return lines
-
-
-def setting_of(row: Row) -> str:
-    """The model and texts of a row."""
-    return json.dumps([row[name] for name in SETTING])
-
-
-def section(rows: Sequence[Row], estimator: str) -> list[str]:
-    """The tables of one model."""
-    first, lines = rows[0], list[str]()
-    lines += [f"## {first['model']}, {first['backend']} {first['bits']}", "",
-              f"Held-out NLL, nats per token, on {first['text']}."]
+    lines, estimator = heading("Plans of other tools, at equal bytes", command), given.estimators.split(",")[0]
+    if not rows:
+        return lines
+    lines += [f"## {model_name(given.model)}, {given.backend} {given.bits}", "",
+              f"Held-out NLL, nats per token, on {rows[0]['text']}."]
     plans = [row for row in rows if not row["granularity"].startswith("anchor")]
     if plans:
         lines[-1] += (
-            f" Widths are chosen from {first['read']} windows of calibration text, the same for all; the backend that "
-            f"quantizes every plan reads {first['calibrated']}. *Minus impq*: minus impq's plan by `{estimator}` "
+            f" Widths are chosen from {given.windows} windows of calibration text, the same for all; the backend that "
+            f"quantizes every plan reads {given.calibration_windows}. *Minus impq*: minus impq's plan by `{estimator}` "
             "within the row's bytes; *minus the line*: minus the line between the uniform models, at the row's bytes. "
             "Differences are paired over windows, bold beyond three standard errors. *Passes*: forwards over one "
-            "window, a backward counts two. Seconds: of one core, without installation; a tool's contain its imports "
-            "and the loading of the model, and serve all budgets, impq's do not contain the quantization, which every "
-            "plan needs.")
+            "window, a backward counts two; of other tools, counted by the script that calls them. Seconds: of one "
+            "core, without installation; a tool's contain its imports and the loading of the model, and serve all "
+            "budgets, impq's do not contain the quantization, which every plan needs.")
         lines += ["", *uniform_table(plans)]
     for granularity, title in (("linear", "Single linears"), ("group", "Groups: q, k, v and gate, up share a width")):
         for budget in sorted({row["budget"] for row in plans if row["granularity"] == granularity}):
@@ -73,14 +60,14 @@ def uniform_table(rows: Sequence[Row]) -> list[str]:
 def plan_table(rows: Sequence[Row], granularity: str, budget: float, estimator: str) -> list[str]:
     """The plans of a granularity and budget, the best first."""
     here = [row for row in rows if (row["granularity"], row["budget"]) == (granularity, budget)]
-    pairs = {row["at"]: row for row in here if row["at"] and row["method"] == f"impq {estimator}"}
+    pairs = {(row["at"], row["version"]): row for row in here if row["at"] and row["method"] == f"impq {estimator}"}
     cells = []
     for row in sorted((row for row in here if not row["at"]), key=lambda row: float(np.mean(row["nll"]))):
-        pair = pairs.get(row["method"])
+        pair = pairs.get((row["method"], row["version"]))
         apart = ["", ""] if pair is None else [difference(row["nll"], pair["nll"]), difference(row["kl"], pair["kl"])]
-        line = difference(row["nll"], line_at(rows, row["bytes"]))
-        cells.append([f"{row['method']} {row.get('version', '')}".strip(), f"{row['bytes'] / 1e6:.2f}",
-                      f"{row['stored']:.3f}", *losses(row), *apart, line, f"{row['passes']:.0f}",
+        cells.append([f"{row['method']} {row['version']}".strip(), f"{row['bytes'] / 1e6:.2f}",
+                      f"{row['stored']:.3f}", *losses(row), *apart,
+                      difference(row["nll"], line_at(rows, row["bytes"])), f"{row['passes']:.0f}",
                       f"{row['seconds']:.0f}"])
     return table(["plan", "MB", "bits stored", "NLL", "KL", "NLL minus impq", "KL minus impq", "NLL minus the line",
                   "passes", "seconds"], cells)

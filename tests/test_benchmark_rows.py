@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -10,12 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from impq_core.config import RunConfig
 from impq_core.errors import ImpqError
 from impq_core.results import Score
+from impq_core.testing import planted_estimate
+from impq_core.types import Plan
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # its scripts import each other as neighbours
 
 import bits_saved
+import peers
+import peers_anchor
+import peers_environment
+import peers_report
 import quantizers
 import tokens
 import within
@@ -124,3 +134,61 @@ def test_the_table_of_tokens_is_of_one_key(tmp_path: Path) -> None:
     rows = Keyed(tmp_path / "rows.jsonl", {"evaluation": "a"}).rows()
     [found] = [line for line in tokens.held_out(rows, [4, 8])]
     assert found == ["guided-output", "feasible", "3", "4", "2", "3.250", "+0.250 ± 0.750", "0.500"]
+
+
+SPACE = planted_estimate(0, 2, (4, 2)).space
+SCORE = Score(np.array([1.0, 2.0]), 0.1, 0.9, window_kl=np.array([0.1, 0.2]))
+
+
+def stub(folder: Path) -> Any:
+    """What ``peers.py`` asks of a model, with the same score for every plan."""
+    text = Namespace(digest="text", ids=np.zeros((1, 4), np.int64))
+    session = Namespace(runner=[0, 1], bank=Namespace(apply=lambda choices: None))
+    prepared = Namespace(space=SPACE, evaluation="a text", calibration=text, source=Namespace(folder=folder),
+                         parts=Namespace(backend=Namespace(nbytes=lambda linear, choice: 10)))
+    bench = Namespace(prepared=prepared, session=session, evaluator=None, score=lambda plan: SCORE,
+                      estimate=lambda config: (Namespace(forwards=1.0), None))
+    bench.at = lambda config: bench
+    return bench
+
+
+def test_another_version_of_a_tool_is_measured_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan(SPACE, pick := SPACE.uniform(1), SPACE.bytes_of(pick))
+    facts = {"passes": 1.0, "seconds": 1.0}
+    given = Namespace(budgets="3", granularities="linear", estimators="fisher")
+    evaluator = Namespace(score=lambda choices: SCORE)
+    monkeypatch.setattr(peers, "ours_at", lambda *_: plan)
+    rows: list[dict[str, Any]] = []
+    models = 1 + len(SPACE.choices)
+    for version, new in (("1.0", models + 3), ("1.0", 0), ("2.0", 2)):
+        monkeypatch.setattr(peers, "plans_of", lambda *_, version=version: [(3.0, version, plan, facts)])
+        bench = stub(tmp_path)
+        bench.evaluator = evaluator
+        found = list(peers.plan_rows(bench, RunConfig(), given, peers.PEERS[:1], tmp_path, {}, rows))
+        assert len(found) == new
+        rows += found
+    name = peers.PEERS[0].name
+    assert [(row["method"], row["at"]) for row in found] == [(name, ""), ("impq fisher", name)]
+    page = peers_report.plan_table(rows, "linear", 3.0, "fisher")
+    assert [line.split(" | ")[0] for line in page[2:-1]] == [f"| {name} 1.0", "| impq fisher", f"| {name} 2.0"]
+
+
+def test_a_measured_anchor_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers_anchor, "ask", lambda *_: {"version": "1.0", "weights": "absent"})
+    given = Namespace(anchor="2", anchor_blocks=1, anchor_steps=9, backend="gptq", bits="2,4")
+    done = [{"granularity": "anchor, 1 of 2 blocks", "budget": 2.0, "method": method}
+            for method in ("impq gptq", "auto-round 1.0, 9 steps")]
+    assert not list(peers_anchor.anchor_rows(stub(tmp_path), given, tmp_path, {}, done))
+    given.anchor_steps = 8
+    with pytest.raises(OSError, match="absent"):
+        list(peers_anchor.anchor_rows(stub(tmp_path), given, tmp_path, {}, done))
+
+
+def test_the_seconds_of_a_tool_contain_its_imports(tmp_path: Path) -> None:
+    script, job = tmp_path / "script.py", tmp_path / "job.json"
+    script.write_text("import time\nwhile time.process_time() < 0.4:\n    pass\nfrom job import run\n"
+                      "run('numpy', lambda job: {})\n")
+    job.write_text(json.dumps({"answer": str(tmp_path / "answer.json")}))
+    subprocess.run([sys.executable, str(script), str(job)], check=True,
+                   env={**os.environ, "PYTHONPATH": str(peers_environment.SCRIPTS)})
+    assert json.loads((tmp_path / "answer.json").read_text())["processor_seconds"] >= 0.4
