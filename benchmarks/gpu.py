@@ -1,6 +1,7 @@
 """A smoke run on an accelerator, in under five minutes: equal plans and near-equal losses on both devices, equal bits
 when a run is repeated or killed and resumed, the suites of the backends and the commands on the device, and the time
-and memory of blocks of the shape of Llama-3-8B's. Without an accelerator: one line, exit code 1.
+and memory of blocks of the shape of Llama-3-8B's. The exit code is 1 unless every step's result is right. Without an
+accelerator: one line, exit code 1.
 
 Each step is a process of its own with a limit of time, and writes a JSON file; steps that are not timed run side by
 side. The report is made of the files, also on another machine: ``--report``.
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,9 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import gpu_steps
-from gpu_report import report, summary
+from gpu_report import read, report, summary
 
-from impq_core.errors import ImpqError
+from impq_core.errors import ImpqError, nearest
+from impq_core.files import write_text
 from impq_core.model.device import resolve_device
 
 Answer = dict[str, Any]
@@ -37,7 +40,8 @@ class Step:
     """A step of the smoke run.
 
     Args:
-        work: called with the given device, whether shapes are small, and a folder; returns what is kept.
+        work: called with the given device, whether shapes are small, and a folder; returns what is kept, with ``ok``:
+            whether it is right.
         limit: seconds after which the process is ended.
         alone: whether no other step may run beside it, because it is timed.
     """
@@ -66,28 +70,39 @@ def carry_out(name: str, device: str, tiny: bool, out: Path) -> None:
         try:
             answer = STEPS[name].work(device, tiny, Path(place))
         except Exception as error:  # a step that fails is a result, too
-            answer = {"error": f"{type(error).__name__}: {error}"[:2000]}
-            raise
-        finally:
-            answer["seconds"] = round(time.monotonic() - start, 1)
-            (out / f"{name}.json").write_text(json.dumps(answer, indent=1) + "\n")
+            answer = failed(f"{type(error).__name__}: {error}"[:2000])
+            traceback.print_exc()
+    keep(out, name, {**answer, "seconds": round(time.monotonic() - start, 1)})
+
+
+def failed(reason: str) -> Answer:
+    """The answer of a step without a result."""
+    return {"error": reason, "ok": False}
+
+
+def keep(out: Path, name: str, answer: Answer) -> None:
+    write_text(out / f"{name}.json", json.dumps(answer, indent=1) + "\n")
 
 
 def start(name: str, device: str, tiny: bool, out: Path) -> str:
-    """One step in a process of its own; its output goes to a file beside its answer. Returns a line."""
+    """One step in a process of its own, in place of an earlier answer; its output goes to a file beside its answer.
+    Returns a line."""
     command = [sys.executable, __file__, "--step", name, "--device", device, "--out", str(out), *["--tiny"] * tiny]
     begun = time.monotonic()
+    (out / f"{name}.json").unlink(missing_ok=True)
     with (out / f"{name}.log").open("w") as log:
         try:
             code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=STEPS[name].limit,
                                   env={**os.environ, "IMPQ_CACHE": os.environ.get("IMPQ_CACHE", str(out / "cache"))}
                                   ).returncode
+            reason = f"exit code {code}, see {name}.log"
         except subprocess.TimeoutExpired:
-            code = -1
-    answer = out / f"{name}.json"
-    if code == -1 and not answer.exists():
-        answer.write_text(json.dumps({"error": f"not done after {STEPS[name].limit} s"}))
-    return f"{name}: {'done' if code == 0 else 'FAILED'} after {time.monotonic() - begun:.0f} s"
+            code, reason = 1, f"not done after {STEPS[name].limit} s"
+    if code or name not in read(out):
+        keep(out, name, failed(reason))
+    answer = read(out)[name]
+    state = "done" if answer["ok"] else "FAILED" if "error" in answer else "WRONG"
+    return f"{name}: {state} after {time.monotonic() - begun:.0f} s"
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -101,9 +116,13 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--report", action="store_true", help="write the report from the folder of answers")
     parser.add_argument("--step", choices=tuple(STEPS), help=argparse.SUPPRESS)
     given = parser.parse_args(words)
+    names = given.steps.split(",")
+    for name in names:
+        if name not in STEPS:
+            print(f"--steps: there is no step '{name}'{nearest(name, STEPS)}", file=sys.stderr)
+            return 2
     if given.report:
-        report(given.out)
-        return 0
+        return reported(given.out)
     given.out.mkdir(parents=True, exist_ok=True)
     if given.step:
         carry_out(given.step, given.device, given.tiny, given.out)
@@ -117,7 +136,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print("torch can use no accelerator here: nothing to measure (--device cpu --tiny tries the script)",
               file=sys.stderr)
         return 1
-    names = given.steps.split(",")
+    names = list(dict.fromkeys(["machine", *names]))  # the report says where the others ran
     with ThreadPoolExecutor(given.side_by_side) as pool:
         together = [name for name in names if not STEPS[name].alone]
         for line in pool.map(lambda name: start(name, given.device, given.tiny, given.out), together):
@@ -126,9 +145,19 @@ def main(words: Sequence[str] | None = None) -> int:
         if STEPS[name].alone:
             print(start(name, given.device, given.tiny, given.out), flush=True)
     print("\n".join(summary(given.out)), flush=True)
-    if not given.tiny:
-        report(given.out)
-    return int(any("error" in json.loads((given.out / f"{name}.json").read_text()) for name in names))
+    answers = read(given.out)
+    code = int(not all(answers[name]["ok"] for name in names))
+    return code if given.tiny else max(code, reported(given.out))
+
+
+def reported(out: Path) -> int:
+    """Write the report; returns the exit code."""
+    try:
+        report(out)
+    except ImpqError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def block(name: str, tiny: bool, folder: Path) -> dict[str, Any]:
             unpack()
             spent = measure(device, unpack, 3)
             add(f"unpack {backend_name}", f"{choices[0]} bits", spent, ns_per_weight=1e9 * spent.seconds / weights)
-    return {"shape": str(shape), "weights": weights, "rows": rows}
+    return {"shape": str(shape), "weights": weights, "rows": rows, "ok": True}
 
 
 def memory(name: str, tiny: bool, folder: Path) -> dict[str, Any]:
@@ -184,7 +184,7 @@ def memory(name: str, tiny: bool, folder: Path) -> dict[str, Any]:
                        game_windows=4 if tiny else 8, evaluation=TextConfig(str(texts[1]), 4 if tiny else 16, 256),
                        device=name, dtype="auto", tracking_uri="none", cache=False,
                        options={"backend": {"group_size": 64}})
-    return {"shape": str(shape), "blocks": BLOCKS, "stages": [
+    return {"shape": str(shape), "blocks": BLOCKS, "ok": True, "stages": [
         row for streamed in (False, True) for row in _stages(config, device, streamed)]}
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from common import table, write
 
+from impq_core.errors import ImpqError
+
 TITLES = {"plans": "Plans", "losses": "Losses on two devices", "repeat": "Repeated and resumed runs",
           "suites": "Tests on the device", "commands": "Commands", "block": "A block", "memory": "Memory of a run"}
 
@@ -30,9 +32,15 @@ def summary(folder: Path) -> list[str]:
 
 
 def report(folder: Path) -> None:
-    """Write results/gpu.md."""
+    """Write results/gpu.md.
+
+    Raises:
+        ImpqError: the folder does not say on which machine the steps ran.
+    """
     found = read(folder)
-    machine = found["machine"]
+    machine = found.get("machine", {})
+    if "versions" not in machine:
+        raise ImpqError(f"{folder} has no answer of the step machine: run gpu.py with --out {folder}")
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     lines = ["# On an accelerator", "",
              f"Written by `python benchmarks/gpu.py` on {machine['date']}, {machine['hardware']} (CUDA "
@@ -45,6 +53,7 @@ def report(folder: Path) -> None:
             lines += [f"The step failed: `{found[name]['error'].splitlines()[-1][:300]}`", ""]
         else:
             lines += PARTS[name](found[name])
+            lines += [] if found[name].get("ok", True) else ["**Not all of this is right.**", ""]
     write("gpu.md", lines)
 
 
