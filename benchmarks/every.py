@@ -30,7 +30,7 @@ CELLS = ("paper", "regret", "default")
 """Benchmarks that are made of cells: here with three calibration texts, and two tasks for each row."""
 
 WITHOUT_MODEL = ("game_cost", "roundtrip", "allocation", "startup", "speed", "memory", "workers")
-"""Measurements of the demo model's machine costs, or of models of their own."""
+"""Benchmarks that take no model to measure: they measure time or memory with the demo, or make models themselves."""
 
 
 def times() -> dict[tuple[str, str], dict[str, object]]:

@@ -139,16 +139,12 @@ def folder_of(case: Case, scratch: Path) -> str:
 def readings_of(case: Case, code: Path, scratch: Path) -> Mapping[str, Mapping[str, int]]:
     """The readings of a case in a process of its own, with the sources in ``code`` and a cache of its own, which holds
     no variants yet."""
-    model, options = folder_of(case, scratch), [*case.options]
-    if "--memory" in options and code != CODE:  # not known there
-        at = options.index("--memory")
-        del options[at:at + 2]
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         out = Path(folder) / "readings.json"
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(code), str(code / "plugins")]),
                        "IMPQ_CACHE": str(scratch / f"cache-{code.name}")}
-        subprocess.run([sys.executable, __file__, "--measure", str(out), "--", "--model", model, "--output", folder,
-                        *options], check=True, env=environment, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, __file__, "--measure", str(out), "--", "--model",
+                        folder_of(case, scratch), "--output", folder, *case.options], check=True, env=environment, stdout=subprocess.DEVNULL)
         return json.loads(out.read_text())  # type: ignore[no-any-return]
 
 
@@ -164,7 +160,7 @@ def forecast_of(case: Case, scratch: Path) -> Mapping[str, int]:
 
 
 def main() -> None:
-    from common import heading, table, write
+    from common import command, heading, table, write
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--against", type=Path, help="folder with the sources of another version")
@@ -192,7 +188,7 @@ def main() -> None:
         rows.append([name, "forecast", *(_megabytes(forecast.get(stage)) for stage in STAGES),
                      _megabytes(max(forecast.values())), ""])
         print(rows[-3:], flush=True)
-    lines = heading("Peak memory by stage", "python benchmarks/memory.py")
+    lines = heading("Peak memory by stage", command())
     lines += ["Megabytes at the peak of each stage, read every 5 ms in a process for each case. *Resident* is all "
               "memory of the process, pages of mapped files included; *anonymous* is the part that the system cannot "
               "take back without swapping; *forecast* is what `impq run --dry-run` says. *1.2B* is a random Llama of "

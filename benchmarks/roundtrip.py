@@ -1,4 +1,5 @@
-"""Round trips of every weight format on the real model: export, ``impq evaluate``, and the format's own software.
+"""Round trips of the formats gptq, compressed-tensors, hqq and quanto on the real model: export, ``impq evaluate``, and
+the format's own software.
 
 The plan mixes all widths of the menu over single linears. The software of the format runs in a process without impq.
 """
@@ -122,7 +123,7 @@ def apart(a: np.ndarray, b: np.ndarray) -> float:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
-    lines = heading("Round trips of every weight format on SmolLM2-135M", "python benchmarks/roundtrip.py")
+    lines = heading("Round trips of weight formats on SmolLM2-135M", "python benchmarks/roundtrip.py")
     lines += [" ".join([
         "A plan that mixes all widths over the 210 linears, requantized in sequence and exported. NLL in nats",
         "per token on 16 windows of 256 tokens of the demo's Wikipedia text: of the model in memory at export",
