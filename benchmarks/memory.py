@@ -143,8 +143,9 @@ def readings_of(case: Case, code: Path, scratch: Path) -> Mapping[str, Mapping[s
         out = Path(folder) / "readings.json"
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(code), str(code / "plugins")]),
                        "IMPQ_CACHE": str(scratch / f"cache-{code.name}")}
-        subprocess.run([sys.executable, __file__, "--measure", str(out), "--", "--model",
-                        folder_of(case, scratch), "--output", folder, *case.options], check=True, env=environment, stdout=subprocess.DEVNULL)
+        words = ["--model", folder_of(case, scratch), "--output", folder, *case.options]
+        subprocess.run([sys.executable, __file__, "--measure", str(out), "--", *words], check=True, env=environment,
+                       stdout=subprocess.DEVNULL)
         return json.loads(out.read_text())  # type: ignore[no-any-return]
 
 

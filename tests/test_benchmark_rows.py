@@ -22,6 +22,8 @@ from impq_core.types import Plan
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # its scripts import each other as neighbours
 
 import bits_saved
+import llama_cpp
+import memory
 import peers
 import peers_anchor
 import peers_environment
@@ -192,3 +194,36 @@ def test_the_seconds_of_a_tool_contain_its_imports(tmp_path: Path) -> None:
     subprocess.run([sys.executable, str(script), str(job)], check=True,
                    env={**os.environ, "PYTHONPATH": str(peers_environment.SCRIPTS)})
     assert json.loads((tmp_path / "answer.json").read_text())["processor_seconds"] >= 0.4
+
+
+@pytest.mark.parametrize(("words", "page"), [
+    ([], "llama_cpp.md"), (["--model", "/models/mine"], "llama_cpp-mine.md"),
+    (["--model", "demo", "--model", "/models/mine"], "llama_cpp.md"), (["--output", "other.md"], "other.md"),
+])
+def test_the_page_of_another_model_is_named_after_it(words: list[str], page: str, tmp_path: Path,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+    monkeypatch.setattr(sys, "argv", ["llama_cpp.py", *words])
+    monkeypatch.setattr(llama_cpp, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(llama_cpp, "locate_model", lambda name: Namespace(folder=tmp_path))
+    monkeypatch.setattr(llama_cpp, "widen", lambda *_: None)
+    monkeypatch.setattr(llama_cpp, "report", lambda *_: [])
+    monkeypatch.setattr(llama_cpp, "write", lambda name, lines: written.append(name))
+    llama_cpp.main()
+    assert set(written) == {page}
+
+
+def test_both_versions_get_the_same_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def run(command: list[str], **given: Any) -> None:
+        asked.append((command[command.index("--model"):], given["env"]["PYTHONPATH"]))
+        Path(command[command.index("--measure") + 1]).write_text("{}")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    case = memory.Case("demo", ("--memory", "3GB"))
+    for code in (memory.CODE, tmp_path / "other"):
+        memory.readings_of(case, code, tmp_path)
+    (ours, here), (theirs, there) = asked
+    assert ours[:2] == theirs[:2] and ours[4:] == theirs[4:] == ["--memory", "3GB"]
+    assert here != there
