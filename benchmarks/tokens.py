@@ -1,9 +1,9 @@
 """Quality of plans against the text that gradients are read on, and what feasible and shrunken costs add.
 
-Gradients of every window are read once, and kept in kept/tokens with the scores of plans, so that a stopped benchmark
-continues. An estimate is made from some of the windows by the estimator itself. First table: the cost of its plan by
-the gradients of all other windows, above that of the plan that these would make; no model is needed for that, so many
-draws of windows are averaged. Second table: held-out losses of plans, beside the line of uniform models.
+Gradients of every window are read once, and kept in kept/tokens, the scores of plans in kept/tokens.jsonl, so that a
+stopped benchmark continues. An estimate is made from some of the windows by the estimator itself. First table: the cost
+of its plan by the gradients of all other windows, above that of the plan that these would make; no model is needed for
+that, so many draws of windows are averaged. Second table: held-out losses of plans, beside the line of uniform models.
 
 *feasible*: as a run uses costs, at least 0 and growing as a layer gets narrower. *shrunken*: empirical Bayes;
 logarithms of feasible costs are drawn towards a fit by kind of linear, width and depth (a polynomial of degree four),
