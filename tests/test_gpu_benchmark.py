@@ -93,3 +93,27 @@ def test_a_step_that_fails_answers_with_its_error(tmp_path: Path, monkeypatch: p
 def test_losses_on_two_devices_are_near(changed: dict[str, Any], right: bool) -> None:
     row = {"backend": "gptq", "bytes_equal": True, "losses_apart": 1e-6, "unpacked_apart": 0.0, "plans_equal": True}
     assert gpu_steps.near({**row, **changed}) is right
+
+
+@pytest.mark.parametrize(("step", "code"), [("suites", 0), ("suites", 1), ("commands", 0), ("commands", 3)])
+def test_suites_and_commands_are_right_if_all_exit_with_zero(step: str, code: int, tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = iter([code])  # the others exit with 0
+
+    def run(command: list[str], **_: Any) -> Any:
+        return subprocess.CompletedProcess(command, next(codes, 0), "1 passed", "a line")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert getattr(gpu_steps, step)("cpu", True, tmp_path)["ok"] is (code == 0)
+
+
+@pytest.mark.parametrize("changed", ["", "first", "second", "killed"])
+def test_runs_are_repeated_if_every_bit_is_the_same(changed: str, tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_steps, "_run", lambda words, place: place)
+    monkeypatch.setattr(gpu_steps, "_killed", lambda words, place: (place, 3))
+    monkeypatch.setattr(gpu_steps, "_results", lambda place: {
+        "plan": place.suffix.encode() if place.name == f"hawq-auto.{changed}" else b"same"})
+    found = gpu_steps.repeat("cpu", True, tmp_path)
+    assert found["ok"] is (not changed)
+    assert len(found["rows"]) == 4
