@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 from common import model_name
 from lines import Lines, read_lines
+from uniform_line import line
 
 from impq_core.errors import ImpqError
 from impq_core.model.device import hardware
@@ -313,9 +314,9 @@ def read_rows(paths: Sequence[Path]) -> list[PlanRow]:
     """
     rows: dict[tuple[Any, ...], PlanRow] = {}
     for path in paths:
-        for number, line in enumerate(read_lines(path), start=1):
+        for number, data in enumerate(read_lines(path), start=1):
             try:
-                row = PlanRow.of_data(line)
+                row = PlanRow.of_data(data)
             except (KeyError, TypeError, ValueError) as error:
                 raise ImpqError(f"{path}, line {number} is no measured plan ({type(error).__name__}: {error}): delete "
                                 "the line") from error
@@ -345,9 +346,4 @@ def line_at(uniforms: Sequence[PlanRow], nbytes: int, kl: bool = False) -> Float
     Raises:
         ImpqError: the size lies outside those of the uniform models, or there are none.
     """
-    ordered = sorted(uniforms, key=lambda row: row.nbytes)
-    if not ordered or not ordered[0].nbytes <= nbytes <= ordered[-1].nbytes:
-        raise ImpqError(f"no two uniform models enclose {nbytes} bytes: measure them first")
-    sizes = [row.nbytes for row in ordered]
-    losses = np.stack([row.kl if kl else row.nll for row in ordered], axis=1)
-    return np.array([np.interp(nbytes, sizes, window) for window in losses])
+    return line([row.nbytes for row in uniforms], [row.kl if kl else row.nll for row in uniforms], nbytes)
