@@ -122,4 +122,8 @@ def test_the_readme_and_ci_agree() -> None:
     [main] = re.findall(r"<!-- main command -->\n```bash\n(.+)\n```", readme)
     [test] = re.findall(r"<!-- test command -->\n```bash\n(.+)\n```", readme)
     assert main.endswith("impq run --estimator spqe --backend gptq") and "tox" in test
-    assert "README.md" in (ROOT / ".ci" / "run").read_text()
+    ci = ROOT / ".ci" / "run"
+    before, runs, after = ci.read_text().partition('bash -c "$command"\n')
+    assert runs and not after
+    done = subprocess.run(["bash", "-c", before, ci], capture_output=True, text=True)  # prints what it would run
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{test}\n", "")

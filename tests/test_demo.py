@@ -1,4 +1,5 @@
-"""One run on the real small model and real text: the claims of the README, at a size for tests."""
+"""The real small model and real text: one run whose plan of two blocks is between the uniform models, and files that
+are not those that were packaged."""
 
 from __future__ import annotations
 

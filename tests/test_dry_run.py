@@ -37,12 +37,11 @@ from impq_core.runs.sweep import run_sweep
 from impq_core.testing import tiny_model
 from impq_core.types import Plan
 
-INSPECTORS = ("random", "first-last", "zscore", "lim", "activation", "llm-mq", "fisher", "aumann-shapley", "hawq")
-
 PLAYERS: list[tuple[str, str, dict[str, Any], float]] = [
     ("group", "isolated", {}, 0.001),
     ("group", "isolated", {"base": 3.0}, 0.001),
     ("group", "clado", {"pairs": "block"}, 0.001),
+    ("group", "gamma", {"steps": 4}, 0.001),
     ("block", "clado", {}, 0.001),
     ("block", "spqe", {"permutations": 3, "antithetic": False}, 0.001),
     ("block", "spqe", {"permutations": 6}, 0.05),  # pairs of orders meet in a pick
@@ -53,6 +52,12 @@ PLAYERS: list[tuple[str, str, dict[str, Any], float]] = [
     ("group", "coarse-to-fine", {}, 0.1),  # the plan decides which moves there are
 ]
 """Granularity, estimator, options, and how far a forecast of forwards may be from the measured number."""
+
+INSPECTORS = sorted(set(Plugins().names("estimator")) - {estimator for _, estimator, _, _ in PLAYERS})
+"""The other estimators, which play no game."""
+
+LEFT_OUT = {"lieq": 0.13}
+"""The most that a forecast leaves out of an estimator's work: products of outputs."""
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +89,9 @@ def measured(session: Session, config: RunConfig) -> float:
 @pytest.mark.parametrize("value", ["nll", "kl"])
 @pytest.mark.parametrize("estimator", INSPECTORS)
 def test_forwards_of_inspectors_are_exact(estimator: str, value: str, base: RunConfig, session: Session) -> None:
-    config = replace(base, estimator=estimator, value=value, probe_windows=5)
+    config = replace(base, estimator=estimator, value=value, probe_windows=3)
     forecast = forecast_run(config).searches[0].forwards["estimate"]
-    assert forecast == pytest.approx(measured(session, config), rel=1e-6)
+    assert forecast == pytest.approx(measured(session, config), rel=max(1e-6, LEFT_OUT.get(estimator, 0)))
 
 
 @pytest.mark.parametrize(("granularity", "estimator", "options", "tolerance", "value"), [
@@ -364,7 +369,7 @@ def test_free_memory_is_the_least_of_machine_and_container(tmp_path: Path) -> No
     assert free_memory(meminfo, tmp_path) == 1_024_000
     (tmp_path / "memory.max").write_text("600000")
     assert free_memory(meminfo, tmp_path) == 101_000
-    assert (free_memory() or 1) > 0
+    assert 0 < (free_memory() or 0) <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # of this machine
 
 
 def test_free_memory_of_macos() -> None:

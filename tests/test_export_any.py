@@ -252,7 +252,7 @@ def test_damaged_folders_are_errors_of_one_line(damage: Callable[[Path], object]
 @pytest.mark.parametrize("name", ["config.json", "impq.safetensors"])
 def test_damaged_bytes_are_errors_of_one_line(name: str, kept: Path, tmp_path: Path) -> None:
     shutil.copytree(kept, tmp_path / "export")
-    whole = (kept / name).read_bytes()
+    whole, refused = (kept / name).read_bytes(), 0
     for way in WAYS[Path(name).suffix]:
         rng = random.Random(f"{name} {way.__name__}")
         for _ in range(ROUNDS):
@@ -261,3 +261,5 @@ def test_damaged_bytes_are_errors_of_one_line(name: str, kept: Path, tmp_path: P
                 load_quantized(tmp_path / "export")
             except ImpqError as error:
                 assert "\n" not in str(error)
+                refused += 1
+    assert refused

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -128,6 +129,7 @@ def test_a_head_that_goes_away_leaves_a_run_that_resumes(config: RunConfig, tmp_
     (tmp_path / "impq.toml").write_text(config.to_toml())
     process = subprocess.Popen([sys.executable, "-m", "impq_core.cli", "run"], cwd=tmp_path, text=True,
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    workers: list[psutil.Process] = []
     try:
         deadline = time.monotonic() + 240
         while not (logs := [*(tmp_path / "shared").glob("*/measurements.jsonl")]) or len(
@@ -135,15 +137,19 @@ def test_a_head_that_goes_away_leaves_a_run_that_resumes(config: RunConfig, tmp_
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         leader = psutil.Process(process.pid)
-        assert {psutil.Process(pid).nice() for pid in hands(process.pid)} == {leader.nice()}
-        for child in leader.children(recursive=True):
-            if child.name() == "gcs_server":
-                child.kill()
+        workers = [psutil.Process(pid) for pid in hands(process.pid)]
+        assert {worker.nice() for worker in workers} == {leader.nice()}
+        for worker in workers:
+            worker.suspend()  # the run cannot end before its head is killed
+        [head] = [child for child in leader.children(recursive=True) if child.name() == "gcs_server"]
+        head.kill()
         said = process.communicate(timeout=120)[1]
     finally:
         process.kill()
+        for worker in workers:
+            with suppress(psutil.NoSuchProcess):
+                worker.kill()
     [folder] = (tmp_path / "shared").iterdir()
-    if process.returncode:  # else the run had ended before
-        assert process.returncode == 1 and said.strip().splitlines()[-1].count("gone") == 1, said
+    assert process.returncode == 1 and said.strip().splitlines()[-1].count("gone") == 1, said
     again = resume(folder, workers="0")
     assert bytes_of(again.folder) == bytes_of(alone.folder)

@@ -81,7 +81,7 @@ def test_statistics_are_those_behind_the_quantized_linears(model: nn.Module, sta
     weights = {linear.name: bank.variant(linear, Choice(2.0, 32)) for layer in bank.layers for linear in layer.linears}
     bank.apply([None] * len(bank.layers))
     order = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    modules = dict(model.named_modules())
+    modules, compared = dict(model.named_modules()), set[str]()
     for block in range(3):
         for stage in (order[:3], order[3:4], order[4:6], order[6:]) if stages else (order,):
             behind = _inputs(model)
@@ -93,9 +93,11 @@ def test_statistics_are_those_behind_the_quantized_linears(model: nn.Module, sta
                     assert torch.allclose(statistics.drift, (exact[name] - x).T @ x, atol=1e-3)
                     first = block == 0 and stage[0] == "q_proj" and (stages or name.endswith(("q_proj", "v_proj")))
                     assert not first or not statistics.drift.any()
+                    compared.add(name)
             for name, weight in weights.items():
                 if f"layers.{block}." in name and name.rpartition(".")[2] in stage:
                     modules[name].weight.data = weight  # type: ignore[union-attr,assignment]
+    assert compared == set(weights)
 
 
 def test_an_unquantized_prefix_has_no_drift(model: nn.Module) -> None:
