@@ -1,4 +1,4 @@
-"""Command lines in processes in which nothing heavy is loaded.
+"""Command lines and scripts in processes in which nothing heavy is loaded.
 
 A server process loads the command line once and forks for each command, which then costs a fraction of a new
 interpreter. ``test_cli.py`` has a few in new interpreters.
@@ -10,7 +10,9 @@ import contextlib
 import io
 import multiprocessing
 import os
+import subprocess
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -54,6 +56,24 @@ def called_apart(arguments: Sequence[str], folder: Path,
         return ours.recv()
     finally:
         process.join()
+
+
+def loaded_after(script: str, names: Sequence[str], folder: Path, *arguments: str) -> list[str]:
+    """Those of some modules that a new interpreter has loaded when a script ends, in order.
+
+    Args:
+        script: in which ``sys`` is imported; it may call ``sys.exit``.
+        names: of modules.
+        folder: where the script works.
+        arguments: of the script.
+    """
+    whole = (f"import sys\ntry:\n{textwrap.indent(script, '    ')}\nexcept SystemExit:\n    pass\n"
+             f"print('loaded', *sorted(set({list(names)}) & set(sys.modules)))")
+    done = subprocess.run([sys.executable, "-c", whole, *arguments], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done
+    first, *found = done.stdout.splitlines()[-1].split()
+    assert first == "loaded", done
+    return found
 
 
 def _answer(to: Connection, arguments: Sequence[str], folder: str, variables: Mapping[str, str]) -> None:

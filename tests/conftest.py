@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, settings
 from impq_core.config import RunConfig, TextConfig
 from impq_core.runs.pipeline import run
 from impq_core.testing import made_text, tiny_model
+from impq_core.testing.device import StandIn, device_there
 from impq_core.tracking.store import create_store, sqlite_file
 
 if TYPE_CHECKING:
@@ -148,6 +149,20 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     from scenes import World
 
     return World.make(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the run of the test file's fixture ``finished``, to be measured."""
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def device() -> Iterator[StandIn]:
+    """A stand-in for an accelerator."""
+    with device_there() as there:
+        yield there
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Finished runs' folders with planted losses, and a reader of pages, for tests of comparisons."""
+"""Finished runs' folders with planted losses, a reader of pages, and contrasts in them, for tests of comparisons."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from impq_core.types import SensitivityEstimate
 
 WINDOWS = 6
 BASE = np.linspace(3.0, 4.0, WINDOWS)
+CONFIG = RunConfig(bits=(2, 4), model="org/tiny", estimator="spqe", granularity="block")
 NOISE = np.array([0.02, -0.01, 0.03, -0.04, 0.01, -0.01])
 
 
@@ -73,3 +74,13 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
+
+
+def contrast(one: str, other: str) -> float:
+    """Contrast ratio of two colours by WCAG 2.2."""
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,12 +45,6 @@ def finished(texts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
                        evaluation=TextConfig(str(texts[1]), 6, 48), dtype="float32", tracking_uri="none", cache=False,
                        output=str(folder / "runs"))
     return run(config).folder
-
-
-@pytest.fixture
-def copied(finished: Path, tmp_path: Path) -> Path:
-    shutil.copytree(finished, tmp_path / "run")
-    return tmp_path / "run"
 
 
 def greedy(model: torch.nn.Module, ids: list[int]) -> tuple[list[int], list[torch.Tensor]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,12 +27,6 @@ from impq_core.testing.device import MEMORY, NAME, Refused, StandIn, device_ther
 
 CPU = torch.device("cpu")
 needs_no_accelerator = pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
-
-
-@pytest.fixture
-def device() -> Iterator[StandIn]:
-    with device_there() as there:
-        yield there
 
 
 @needs_no_accelerator

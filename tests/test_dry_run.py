@@ -136,7 +136,7 @@ def test_a_token_meets_the_experts_that_it_is_routed_to() -> None:
 def test_a_setting_that_differs_between_blocks_is_no_error() -> None:
     """transformers refuses to name one width of the heads of such a model."""
     model = meta_model("gemma4_text")
-    with pytest.raises(Exception, match="head_dim"):
+    with pytest.raises(RuntimeError, match="'head_dim' is a per-layer"):
         _ = model.config.head_dim
     assert Shapes.of(model, layers_of(model, "group")).attention == 64
 

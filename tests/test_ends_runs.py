@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_resume import cut, outcome
+from stopped import cut, outcome
 from transformers import AutoModelForCausalLM
 
 from impq_core.cli import main

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoints import promise
 from impq_gptq.exporter import module_pattern
 from safetensors import safe_open
 
@@ -22,7 +23,7 @@ from impq_core.config import RunConfig
 from impq_core.errors import ImpqError, UsageError
 from impq_core.exports.export import bare_checkpoint, evaluate_folder, export_run
 from impq_core.interfaces import Variant
-from impq_core.model.outline import outline, stored_widths
+from impq_core.model.outline import stored_widths
 from impq_core.model.source import locate_model
 from impq_core.parts import Parts, load_exporter
 from impq_core.plugins import Plugins
@@ -110,8 +111,8 @@ def test_stock_software_loads_what_was_measured(name: str, tiny_config: RunConfi
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     for result, export, last in exported:
         again = evaluate_folder(str(export.folder), Plugins())
-        promise = _promise(result, name)
-        assert export.file_bytes <= promise <= 1.2 * export.file_bytes  # mostly header: the model is tiny
+        promised = promise(result, name)
+        assert export.file_bytes <= promised <= 1.2 * export.file_bytes  # mostly header: the model is tiny
         assert export.score is not None and again.score is not None
         assert again.score.nll == export.score.nll and again.score.kl == export.score.kl
         backend, options = Parts.build(result.config, Plugins()).backend, result.config.options["backend"]
@@ -131,14 +132,6 @@ def test_stock_software_loads_what_was_measured(name: str, tiny_config: RunConfi
         assert form.nbytes or packed + 2 * excluded.numel() == result.plan.nbytes
     fewer = evaluate_folder(folders[-1], Plugins(), evaluation_windows=3, evaluation=None)
     assert fewer.text == again.text.replace("6 windows", "3 windows")
-
-
-def _promise(result: RunResult, name: str) -> int:
-    """Bytes of the file as they are known without weights."""
-    source, config = locate_model(result.config.model), result.config
-    backend = Parts.build(config, Plugins()).backend
-    checkpoint = outline(source, source.without_weights(), result.plan, config.backend, backend, torch.bfloat16)
-    return load_exporter(name, config.backend, config.options["backend"], Plugins()).file_bytes(checkpoint)
 
 
 def _every_width(config: RunConfig, blocks: int, path: Path) -> Path:

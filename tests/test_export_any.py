@@ -13,18 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoints import gpt2, mixtral, promise, tensors, wrapper
+from damage import ROUNDS, WAYS
 from safetensors import safe_open
-from test_damaged_files import ROUNDS, WAYS
-from test_export_files import gpt2, mixtral, tensors, wrapper
 
 import impq_core
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError
 from impq_core.exports.export import evaluate_folder, export_run
 from impq_core.exports.packed import load_quantized
-from impq_core.model.outline import outline
-from impq_core.model.source import locate_model
-from impq_core.parts import Parts, load_exporter
 from impq_core.plugins import Plugins
 from impq_core.results import Exported, RunResult
 from impq_core.runs.pipeline import run
@@ -68,15 +65,6 @@ def session_logits(session: Session) -> torch.Tensor:
     runner = session.runner
     with runner.placement.loaded(*range(len(runner))):
         return logits(runner.model)
-
-
-def promise(result: RunResult, name: str) -> int:
-    source, config = locate_model(result.config.model), result.config
-    backend, options = Parts.build(config, Plugins()).backend, config.options.get("backend", {})
-    exporter = load_exporter(name, config.backend, options, Plugins())
-    dtype = getattr(torch, config.dtype)
-    return exporter.file_bytes(outline(source, source.without_weights(), result.plan, config.backend, backend, dtype,
-                                       exporter.packed))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,72 +10,27 @@ import numpy as np
 import pytest
 import torch
 import wrappers
-from architectures import config_of, with_large_weights
+from architectures import with_large_weights
 from gguf import GGUFReader
+from gguf_files import save, unquantized, written
 from impq_gguf.exporter import GgufExporter
 from impq_gguf.layout import Layout
 from impq_gguf.names import ARCHITECTURES
 from llamacpp import Model
-from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+from transformers import AutoModelForMultimodalLM
 
 from impq_core.errors import ImpqError
-from impq_core.interfaces import Checkpoint
 from impq_core.model.source import locate_model
 from impq_core.space import Choice, LinearSpec
 from impq_core.testing.tiny import byte_tokenizer
-from impq_core.types import Plan
 
 IDS = np.concatenate([[256], np.random.default_rng(0).integers(0, 256, 39)])
 
 F16_GELU = 4e-3
 """Difference of log-probabilities that llama.cpp's table of GELU, in float16, makes after a few blocks."""
 
-NEEDS: dict[str, dict[str, Any]] = {
-    "gemma3_text": {"num_hidden_layers": 7},
-    **{kind: {"sliding_window": 64} for kind in ("ministral", "mistral", "mixtral", "phi3", "starcoder2")},
-    "olmoe": {"num_key_value_heads": 4},
-    "qwen3_moe": {"norm_topk_prob": True},
-}
-"""Settings of tiny models whose defaults llama.cpp does not compute, by model type."""
-
-
-def save(kind: str, folder: Path, settings: Mapping[str, Any] = {}) -> Path:
-    """A tiny model of a type whose norms and biases differ from each other, with a byte tokenizer."""
-    config = config_of(kind).to_dict() | NEEDS.get(kind, {}) | settings
-    config.pop("layer_types", None)
-    model = with_large_weights(AutoModelForCausalLM, type(config_of(kind))(**config))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    byte_tokenizer(adds_start=kind.startswith("gemma")).save_pretrained(folder)
-    return folder
-
-
-def unquantized(folder: Path, dtype: torch.dtype = torch.float32) -> Checkpoint:
-    """The checkpoint of a model of which nothing is planned."""
-    source = locate_model(str(folder))
-    dense = {name: tensor.to(dtype) for name, tensor in source.tensors()}
-    return Checkpoint(Plan.__new__(Plan), {}, {}, {}, dense, source.config(), "gguf", {}, source.folder)
-
-
 class InParts(GgufExporter):
     part_bytes = 4 * 10**6
-
-
-def written(checkpoint: Checkpoint, folder: Path, kind: type[GgufExporter] = GgufExporter) -> Path:
-    """The file of a checkpoint, which has the bytes that were promised from shapes alone."""
-    exporter = kind()
-    outline = replace(checkpoint, dense={name: tensor.to("meta") for name, tensor in checkpoint.dense.items()})
-    promise = exporter.file_bytes(outline)
-    folder.mkdir()
-    exporter.export(checkpoint, folder)
-    files = exporter.files(folder)
-    assert promise == sum(file.stat().st_size for file in files) and len(list(folder.iterdir())) == len(files)
-    for name, read in exporter.dense(folder, outline).items():
-        torch.testing.assert_close(read().to(checkpoint.dense[name].dtype), checkpoint.dense[name], rtol=0.0, atol=3e-7)
-    return files[0]
 
 
 def log_probabilities(logits: np.ndarray) -> np.ndarray:

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader
+from gguf_files import save, unquantized, written
 from impq_gguf.types import TYPES
 from llamacpp import Model
-from test_gguf_export import save, unquantized, written
 from torch import nn
 
 from impq_core.config import RunConfig, TextConfig

@@ -10,50 +10,22 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGUFWriter
+from gguf_files import linears_of, write_gguf
 from impq_gguf.importer import read_types
 from impq_gguf.mixes import deal
-from impq_gguf.names import gguf_places
 from impq_gguf.types import TYPES, stored_as
 
 from impq_core.cli import main
 from impq_core.compare.read import gather
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError, UsageError
-from impq_core.model.ends import end_layers
-from impq_core.model.layers import layers_of
-from impq_core.model.source import locate_model
 from impq_core.parts import Parts
 from impq_core.plugins import Plugins
 from impq_core.runs.importing import import_plan
 from impq_core.runs.pipeline import run
 from impq_core.space import LinearSpec
 from impq_core.testing import tiny_model
-
-
-def linears_of(model: Path) -> list[LinearSpec]:
-    """The linears of a model, head and embedding last."""
-    skeleton = locate_model(str(model)).skeleton()
-    layers = layers_of(skeleton, "linear") + end_layers(skeleton)[::-1]
-    return [linear for layer in layers for linear in layer.linears]
-
-
-def write_gguf(file: Path, linears: list[LinearSpec], types: dict[str, str], architecture: str = "llama",
-               blocks: int = 4, names: str = "llama") -> Path:
-    """A GGUF file with these tensors, all zero, and the least metadata."""
-    writer = GGUFWriter(file, architecture)
-    writer.add_block_count(blocks)
-    places = gguf_places(names, blocks, [f"{linear.name}.weight" for linear in linears])
-    for linear in linears:
-        kind = TYPES[types[linear.name]]
-        row = linear.columns // kind.block * kind.nbytes
-        writer.add_tensor(places[f"{linear.name}.weight"].name, np.zeros((linear.rows, row), dtype=np.uint8),
-                          raw_dtype=GGMLQuantizationType[kind.name])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ import jsonschema
 import numpy as np
 import pytest
 import reference
+from gguf_files import linears_of, write_gguf
 from scenes import World
-from test_import import linears_of, write_gguf
 
 from impq_core.cli import cli
 from impq_core.documents.base import SCHEMA, plain

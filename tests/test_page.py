@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from finished import BASE, NOISE, Page, make_run
+from finished import BASE, CONFIG, NOISE, Page, contrast, make_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,11 +33,6 @@ if TYPE_CHECKING:
 
 SIZES = {"2.25bits": 80_000, "2.5bits": 90_000, "2.75bits": 95_000, "3bits": 100_000, "3.5bits": 115_000}
 CSS = (Path(__file__).parents[1] / "impq_core" / "compare" / "page.css").read_text()
-
-
-@pytest.fixture
-def config() -> RunConfig:
-    return RunConfig(bits=(2, 4), model="org/tiny", estimator="spqe", granularity="block")
 
 
 def line_at(nbytes: float) -> np.ndarray[Any, Any]:
@@ -94,10 +89,9 @@ def test_the_errors_of_the_size_and_of_what_is_saved_are_paired() -> None:
 @pytest.mark.parametrize("gain, outcome, words", [
     (0.2, "wins", ("as good as", "smaller")), (0.0, "ties", ("ties with uniform",)),
     (-0.1, "loses", ("loses to uniform", "0.100", "smaller"))])
-def test_the_verdict_on_one_plan(gain: float, outcome: str, words: Sequence[str], tmp_path: Path,
-                                 config: RunConfig) -> None:
+def test_the_verdict_on_one_plan(gain: float, outcome: str, words: Sequence[str], tmp_path: Path) -> None:
     noisy = NOISE * (gain == 0)  # for a tie, a difference within its error
-    make_run(tmp_path / "runs", config, BASE + line_at(100_000) - gain + noisy, references={})
+    make_run(tmp_path / "runs", CONFIG, BASE + line_at(100_000) - gain + noisy, references={})
     [contest], _ = gather([tmp_path / "runs"])
     verdict = give_verdict(contest)
     assert verdict.outcome == outcome and verdict.sentence.endswith(".") and "3.03 bits" in verdict.sentence
@@ -109,24 +103,24 @@ def test_the_verdict_on_one_plan(gain: float, outcome: str, words: Sequence[str]
         assert f"{100 * share:.0f}" in re.sub(r"\.\d", "", verdict.sentence) or f"{100 * share:.1f}" in verdict.sentence
 
 
-def test_a_plan_as_good_as_a_measured_model_is_compared_with_it(tmp_path: Path, config: RunConfig) -> None:
-    make_run(tmp_path / "tie", config, BASE + 0.2 + NOISE / 10, references={})
-    make_run(tmp_path / "better", replace(config, model="org/other"), BASE + 0.1, references={})
+def test_a_plan_as_good_as_a_measured_model_is_compared_with_it(tmp_path: Path) -> None:
+    make_run(tmp_path / "tie", CONFIG, BASE + 0.2 + NOISE / 10, references={})
+    make_run(tmp_path / "better", replace(CONFIG, model="org/other"), BASE + 0.1, references={})
     tie, better = (give_verdict(contest).sentence for contest in reversed(gather([tmp_path])[0]))
     assert "as good as uniform 4 and 23 % smaller" in tie
     assert "better than uniform 4" in better and "23 % smaller" in better
 
 
-def test_the_verdict_names_every_reference_that_is_not_beaten(tmp_path: Path, config: RunConfig) -> None:
+def test_the_verdict_names_every_reference_that_is_not_beaten(tmp_path: Path) -> None:
     noise = NOISE - NOISE.mean()
-    make_run(tmp_path / "run", config, BASE + 0.5 + noise, references={"first/last high": 0.3, "random 1": 0.501})
+    make_run(tmp_path / "run", CONFIG, BASE + 0.5 + noise, references={"first/last high": 0.3, "random 1": 0.501})
     verdict = give_verdict(gather([tmp_path])[0][0])
     assert verdict.outcome == "loses" and "loses to first and last layers wide by 0.200" in verdict.sentence
     assert "ties with the best random plan" in verdict.sentence
 
 
-def test_the_largest_mix_that_is_not_better_is_named(tmp_path: Path, config: RunConfig) -> None:
-    file = make_run(tmp_path / "run", config, BASE + 0.5, references={
+def test_the_largest_mix_that_is_not_better_is_named(tmp_path: Path) -> None:
+    file = make_run(tmp_path / "run", CONFIG, BASE + 0.5, references={
         "mix Q2": 0.6, "mix Q3": 0.55, "mix Q4": 0.3, "mix Q5": math.nan}) / "evaluation.json"
     data = json.loads(file.read_text())
     for row in data["rows"]:
@@ -138,9 +132,9 @@ def test_the_largest_mix_that_is_not_better_is_named(tmp_path: Path, config: Run
     Page(render([contest]))
 
 
-def test_the_verdict_on_several_budgets(tmp_path: Path, config: RunConfig) -> None:
+def test_the_verdict_on_several_budgets(tmp_path: Path) -> None:
     gains = {"2.25bits": 0.1, "2.5bits": 0.2, "2.75bits": 0.15, "3bits": 0.0, "3.5bits": -0.05}
-    contest = contest_of(tmp_path, config, gains, references={})
+    contest = contest_of(tmp_path, CONFIG, gains, references={})
     verdict = give_verdict(contest)
     saved = [equal_loss(runs[0]).saved for runs in contest.budgets.values()]  # type: ignore[union-attr]
     assert verdict.outcome == "loses"
@@ -150,8 +144,8 @@ def test_the_verdict_on_several_budgets(tmp_path: Path, config: RunConfig) -> No
     assert [("tie" in part, "lose" in part) for part in rest] == [(True, False), (False, True)]
 
 
-def test_no_verdict_without_uniform_models(tmp_path: Path, config: RunConfig) -> None:
-    file = make_run(tmp_path / "run", config, BASE + 0.3, references={}) / "evaluation.json"
+def test_no_verdict_without_uniform_models(tmp_path: Path) -> None:
+    file = make_run(tmp_path / "run", CONFIG, BASE + 0.3, references={}) / "evaluation.json"
     data = json.loads(file.read_text())
     data["rows"] = [row for row in data["rows"] if row["name"] in ("plan", "unquantized")]
     file.write_text(json.dumps(data))
@@ -161,8 +155,8 @@ def test_no_verdict_without_uniform_models(tmp_path: Path, config: RunConfig) ->
     Page(render([contest]))
 
 
-def test_a_sweep_of_one_estimator_has_one_curve_and_no_figure_of_cost(tmp_path: Path, config: RunConfig) -> None:
-    contest = contest_of(tmp_path, config, dict.fromkeys(SIZES, 0.1), estimate=planted_estimate(1, 6))
+def test_a_sweep_of_one_estimator_has_one_curve_and_no_figure_of_cost(tmp_path: Path) -> None:
+    contest = contest_of(tmp_path, CONFIG, dict.fromkeys(SIZES, 0.1), estimate=planted_estimate(1, 6))
     text = render([contest])
     titles = re.findall("<h4>(.*?)</h4>", text)
     assert titles[0].startswith("Better or worse") and not [title for title in titles if "search" in title]
@@ -170,25 +164,25 @@ def test_a_sweep_of_one_estimator_has_one_curve_and_no_figure_of_cost(tmp_path: 
     assert text.count('class="strip"') == len(SIZES) and text.count('<tbody class="plans">') == 1
 
 
-def test_cost_is_drawn_once_if_it_differs(tmp_path: Path, config: RunConfig) -> None:
+def test_cost_is_drawn_once_if_it_differs(tmp_path: Path) -> None:
     for name, forwards in (("spqe", 100.0), ("isolated", 20.0)):
-        contest_of(tmp_path / name, replace(config, estimator=name), {"2.5bits": 0.1, "3bits": forwards / 1000},
+        contest_of(tmp_path / name, replace(CONFIG, estimator=name), {"2.5bits": 0.1, "3bits": forwards / 1000},
                    forwards=forwards)
     [contest], _ = gather([tmp_path])
     titles = re.findall("<h4>(.*?)</h4>", render([contest]))
     assert len([title for title in titles if "search" in title]) == 1
 
 
-def test_identifiers_of_figures_do_not_clash(tmp_path: Path, config: RunConfig) -> None:
-    contest = contest_of(tmp_path, config, {"2.5bits": 0.1, "3bits": 0.1}, estimate=planted_estimate(1, 6, strength=1))
+def test_identifiers_of_figures_do_not_clash(tmp_path: Path) -> None:
+    contest = contest_of(tmp_path, CONFIG, {"2.5bits": 0.1, "3bits": 0.1}, estimate=planted_estimate(1, 6, strength=1))
     text = render([contest])
     made = re.findall(r'\bid="([^"]+)"', text)
     assert len(made) == len(set(made)) > 5
     assert set(re.findall(r'(?:href="|url\()#([^")]+)', text)) <= set(made)
 
 
-def test_tasks_and_answers_are_shown_between_plans_and_widths(tmp_path: Path, config: RunConfig) -> None:
-    contest_of(tmp_path, config, {"2.5bits": 0.1, "3bits": 0.1})
+def test_tasks_and_answers_are_shown_between_plans_and_widths(tmp_path: Path) -> None:
+    contest_of(tmp_path, CONFIG, {"2.5bits": 0.1, "3bits": 0.1})
     right = np.tile([1.0, 0.0], 10)
     for budget, wrong in (("2.5bits", 4), ("3bits", 2)):
         documents = {"unquantized": right, "plan": right * (np.arange(20) >= wrong), "uniform 4": right}
@@ -217,16 +211,16 @@ def test_tasks_and_answers_are_shown_between_plans_and_widths(tmp_path: Path, co
         "<h3>Answers") < text.index("<h3>Widths")
 
 
-def test_tasks_asked_in_other_ways_are_not_put_into_one_table(tmp_path: Path, config: RunConfig) -> None:
-    contest_of(tmp_path, config, {"2.5bits": 0.1, "3bits": 0.1})
+def test_tasks_asked_in_other_ways_are_not_put_into_one_table(tmp_path: Path) -> None:
+    contest_of(tmp_path, CONFIG, {"2.5bits": 0.1, "3bits": 0.1})
     for budget, limit in (("2.5bits", 20), ("3bits", None)):
         TaskTable((TaskScore("plan", SIZES[budget], "arc", "acc", "none", 0.5, 0.1, 20, True, "mean", (), limit, 0,
                              False, 1, "0.4", "k"),)).save(tmp_path / budget / "tasks.json")
     assert [len(table.lines) for table in task_tables(gather([tmp_path])[0][0])] == [1, 1]
 
 
-def test_what_all_texts_share_is_shown_once(tmp_path: Path, config: RunConfig) -> None:
-    contest = contest_of(tmp_path, config, {"2.5bits": 0.1, "3bits": 0.1}, estimate=planted_estimate(1, 6))
+def test_what_all_texts_share_is_shown_once(tmp_path: Path) -> None:
+    contest = contest_of(tmp_path, CONFIG, {"2.5bits": 0.1, "3bits": 0.1}, estimate=planted_estimate(1, 6))
     other = Contest(tuple(replace(run, evaluation=replace(run.evaluation, text="6 windows of c4"))
                           for run in contest.contestants))
     text = render([contest, other])
@@ -234,8 +228,8 @@ def test_what_all_texts_share_is_shown_once(tmp_path: Path, config: RunConfig) -
 
 
 @pytest.mark.parametrize("name", ["tasks.json", "answers.json"])
-def test_a_broken_file_of_tasks_or_answers_is_named(name: str, tmp_path: Path, config: RunConfig) -> None:
-    contest_of(tmp_path, config, {"2.5bits": 0.1, "3bits": 0.1})
+def test_a_broken_file_of_tasks_or_answers_is_named(name: str, tmp_path: Path) -> None:
+    contest_of(tmp_path, CONFIG, {"2.5bits": 0.1, "3bits": 0.1})
     (tmp_path / "3bits" / name).write_text("{")
     [contest], [note] = gather([tmp_path])
     assert len(contest.contestants) == 1 and str(tmp_path / "3bits" / name) in note
@@ -243,16 +237,6 @@ def test_a_broken_file_of_tasks_or_answers_is_named(name: str, tmp_path: Path, c
 
 def variables(css: str) -> dict[str, str]:
     return dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", css))
-
-
-def contrast(one: str, other: str) -> float:
-    """Contrast ratio of two colours by WCAG 2.2."""
-    def luminance(colour: str) -> float:
-        parts = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
-        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    dark, light = sorted((luminance(one), luminance(other)))
-    return (light + 0.05) / (dark + 0.05)
 
 
 def test_text_and_curves_have_contrast_in_both_schemes() -> None:
@@ -269,8 +253,8 @@ def test_text_and_curves_have_contrast_in_both_schemes() -> None:
     assert set(re.findall(r"var\(--([\w-]+)\)", CSS)) <= set(light)
 
 
-def test_figures_take_the_colours_of_the_page(tmp_path: Path, config: RunConfig) -> None:
-    contest = contest_of(tmp_path, config, {"2.5bits": 0.1, "3bits": 0.1})
+def test_figures_take_the_colours_of_the_page(tmp_path: Path) -> None:
+    contest = contest_of(tmp_path, CONFIG, {"2.5bits": 0.1, "3bits": 0.1})
     text = render([contest])
     used = set(re.findall(r"var\(--([\w-]+), #", text))
     assert {"ink", "c0", "muted"} <= used <= set(variables(CSS))
@@ -279,9 +263,9 @@ def test_figures_take_the_colours_of_the_page(tmp_path: Path, config: RunConfig)
 
 
 @pytest.mark.browser
-def test_the_page_in_a_browser(chrome: Chrome, tmp_path: Path, config: RunConfig) -> None:
+def test_the_page_in_a_browser(chrome: Chrome, tmp_path: Path) -> None:
     """Nothing is wider than the window, text is large enough to read, and the scheme is the reader's."""
-    long = replace(config, model="an-organization/with-a-very-long-name-of-a-model-that-does-not-break-anywhere")
+    long = replace(CONFIG, model="an-organization/with-a-very-long-name-of-a-model-that-does-not-break-anywhere")
     contest = contest_of(tmp_path / "runs", long, dict.fromkeys(SIZES, 0.1), estimate=planted_estimate(1, 40))
     page = tmp_path / "page.html"
     page.write_text(render([contest]))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import tensors
 from quantized_files import (
     Tensors,
     compressed,
@@ -22,7 +23,6 @@ from quantized_files import (
     mxfp8,
     rewritten,
 )
-from safetensors import safe_open
 from safetensors.torch import save_file
 from wrappers import tiny_wrapper
 
@@ -155,11 +155,6 @@ def test_a_tensor_that_no_weight_needs_is_refused(tmp_path: Path) -> None:
         source = locate_model(str(tmp_path))
         source.skeleton()
         source.load(torch.float32)
-
-
-def tensors(folder: Path) -> Tensors:
-    with safe_open(folder / "model.safetensors", framework="pt") as stored:
-        return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::UserWarning")

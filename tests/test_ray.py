@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_workers import bytes_of, forwards, rows_of
+from stopped import bytes_of, forwards, hands, rows_of
 
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError
@@ -39,12 +39,6 @@ def one_ray() -> Iterator[None]:
              object_store_memory=80 * 2**20)
     yield
     ray.shutdown()
-
-
-def hands(of: int | None = None) -> list[int]:
-    """Process ids of the workers below a process, this one by default."""
-    return [child.pid for child in psutil.Process(of).children(recursive=True)
-            if child.cmdline()[:1] and child.cmdline()[0].startswith("ray::Hand")]
 
 
 class Kills:

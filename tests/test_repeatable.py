@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,15 +15,9 @@ from impq_core.model.backward import token_weights
 from impq_core.model.blockwise import BlockwiseModel
 from impq_core.model.cost import flop_counter
 from impq_core.model.device import repeatable, resolve_device
-from impq_core.testing.device import StandIn, device_there
+from impq_core.testing.device import StandIn
 
 IDS = np.random.default_rng(0).integers(0, 64, (3, 8))
-
-
-@pytest.fixture
-def device() -> Iterator[StandIn]:
-    with device_there() as there:
-        yield there
 
 
 class Unrepeatable(torch.autograd.Function):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from apart import HEAVY, loaded_after
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -81,7 +80,5 @@ def test_what_is_wrong_with_an_evaluation_is_named(change: dict[Any, Any], said:
         Evaluation.from_dict(data)
 
 
-def test_results_need_no_torch() -> None:
-    script = "import sys, impq_core.results; print(sorted({'torch', 'mlflow', 'transformers'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parent)
-    assert done.stdout == "[]\n", done.stderr
+def test_results_need_no_torch(tmp_path: Path) -> None:
+    assert loaded_after("import impq_core.results", HEAVY, tmp_path) == []

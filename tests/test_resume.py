@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from stopped import cut, outcome
 
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError
 from impq_core.evaluate import Evaluator
 from impq_core.files import write_text
-from impq_core.hookspecs import hookimpl
 from impq_core.interfaces import Statistics, Variant
 from impq_core.model.bank import Assignment
 from impq_core.model.cache import shelves
@@ -31,41 +31,10 @@ from impq_core.tracking.store import experiments
 from impq_core.tracking.tracker import Tracker
 
 
-class Stop:
-    """Stops the run in a stage, as Ctrl-C does: at the first report of at least so many steps."""
-
-    def __init__(self, stage: str, done: int) -> None:
-        self._at = stage, done
-
-    @hookimpl
-    def impq_progress(self, stage: str, done: int, total: int) -> None:
-        if stage == self._at[0] and self._at[1] <= done < max(total, 1):
-            raise KeyboardInterrupt
-
-
 def tracked(config: RunConfig) -> Plugins:
     found = Plugins()
     found.watch(Tracker(config.tracking_uri, config.experiment))
     return found
-
-
-def outcome(folder: Path) -> dict[str, bytes]:
-    """The results that must be equal bit for bit."""
-    names = ("measurements.jsonl", "measurements.npz", "gradients.jsonl", "estimate.npz", "plan.json", "scores.jsonl",
-             "evaluation.json", "variants.json", "refinement.jsonl", "referee.jsonl")
-    return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
-
-
-def cut(config: RunConfig, stage: str, done: int, *observers: object) -> Path:
-    """The folder of a run that was stopped after ``done`` steps of ``stage``."""
-    before = set(Path(config.output).glob("*"))
-    found = Plugins()
-    for observer in (*observers, Stop(stage, done)):
-        found.watch(observer)
-    with pytest.raises(KeyboardInterrupt):
-        run(config, found)
-    [folder] = set(Path(config.output).glob("*")) - before
-    return folder
 
 
 SPQE = {"estimator": {"permutations": 4}}

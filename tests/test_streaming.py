@@ -14,6 +14,7 @@ import pytest
 import torch
 from architectures import IDS, config_of
 from safetensors.torch import load_file, save_file
+from stopped import cut
 from toy import BLOCKS, Toy
 from transformers import AutoModelForCausalLM
 
@@ -128,8 +129,6 @@ def test_a_run_in_little_memory_has_the_results_of_one_in_much(config: RunConfig
 
 
 def test_an_interrupted_run_goes_on_in_little_memory(config: RunConfig, streams: list[bool]) -> None:
-    from test_resume import cut
-
     whole = outcome(run(replace(config, cache=False)).folder)
     for stage, done in (("quantize", 2), ("refine", 3), ("evaluate", 3)):
         folder = cut(replace(config, cache=stage == "evaluate"), stage, done)
@@ -224,8 +223,6 @@ def test_an_export_is_read_in_little_memory_too(config: RunConfig, streams: list
 
 
 def test_a_run_that_needed_too_much_goes_on_in_less(config: RunConfig, streams: list[bool]) -> None:
-    from test_resume import cut
-
     much = replace(config, memory="")
     whole = outcome(run(much).folder)
     folder = cut(replace(much, cache=False), "quantize", 2)

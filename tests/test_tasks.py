@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_workers import Dies
+from stopped import Dies
 
 from impq_core.config import RunConfig, TextConfig
 from impq_core.errors import ImpqError, UsageError
@@ -54,13 +53,6 @@ def config(tiny_llama: Path, texts: tuple[Path, Path], tmp_path_factory: pytest.
 @pytest.fixture(scope="module")
 def finished(config: RunConfig) -> Path:
     return run(config).folder
-
-
-@pytest.fixture
-def copied(finished: Path, tmp_path: Path) -> Path:
-    """The run, to be measured."""
-    shutil.copytree(finished, tmp_path / "run")
-    return tmp_path / "run"
 
 
 @pytest.fixture(scope="module")
@@ -120,16 +112,7 @@ def test_lm_eval_alone_reports_the_same_numbers_for_the_exported_folder(
 
     half = run(replace(config, dtype="bfloat16")).folder
     dense = export_run(half, "dense").folder
-    task = tmp_path / "choices.yaml"
-    task.write_text(f"""task: choices
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {files[0]}}}, cache_dir: {tmp_path}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "Question: {{{{question}}}}\\nAnswer:"
-doc_to_choice: choices
-doc_to_target: answer
-""")
+    task = local_task(tmp_path, files[0], "choices", "Question: {{question}}")
     alone = simple_evaluate(model="hf", model_args=f"pretrained={dense},dtype=bfloat16", tasks=[str(task)],
                             device="cpu", task_manager=TaskManager(include_defaults=False))
     of_run, of_export = (measured(folder, files[:1], ("unquantized", "plan")) for folder in (half, dense))
@@ -224,15 +207,15 @@ def test_a_worker_with_other_documents_is_refused(copied: Path, files: tuple[str
     assert "\n" not in str(refused.value)
 
 
-def local_task(folder: Path, data: str) -> Path:
+def local_task(folder: Path, data: str, name: str = "local", text: str = "{{question}}") -> Path:
     """A task file of lm-eval with questions of a file."""
-    path = folder / "local.yaml"
-    path.write_text(f"""task: local
+    path = folder / f"{name}.yaml"
+    path.write_text(f"""task: {name}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {folder}}}
 test_split: test
 output_type: multiple_choice
-doc_to_text: "{{{{question}}}}\\nAnswer:"
+doc_to_text: "{text}\\nAnswer:"
 doc_to_choice: choices
 doc_to_target: answer
 """)

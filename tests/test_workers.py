@@ -6,24 +6,21 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from stopped import Dies, bytes_of, forwards, rows_of, same_rows, with_crew
 
 from impq_core.config import RunConfig
 from impq_core.errors import ImpqError, UsageError
 from impq_core.game.readings import parts_of
-from impq_core.hookspecs import Component, hookimpl
-from impq_core.interfaces import Answer, Order, Task
 from impq_core.keys import versions
 from impq_core.ledger import MeasurementLog
 from impq_core.model.backward import BATCH_TOKENS
 from impq_core.plugins import Plugins
-from impq_core.runs.folder import RunFolder
 from impq_core.runs.grid import Sweep
 from impq_core.runs.orders import order_of, workers_of
 from impq_core.runs.pipeline import resume, run
@@ -31,56 +28,9 @@ from impq_core.runs.points import extend_curve
 from impq_core.runs.prepare import prepare
 from impq_core.runs.session import Session
 from impq_core.runs.sweep import run_sweep
-from impq_core.testing.crew import InProcess, InProcessPlugin
+from impq_core.testing.crew import InProcess
 from impq_core.trust import NO_TRUST
 from impq_core.worker import Worker
-
-LOGS = ("measurements.jsonl", "gradients.jsonl", "scores.jsonl", "refinement.jsonl", "referee.jsonl", "held-back.jsonl")
-FILES = ("measurements.npz", "estimate.npz", "plan.json", "evaluation.json", "variants.json", "provenance.json",
-         "uniform-test.json")
-
-
-def with_crew() -> Plugins:
-    found = Plugins()
-    found.watch(InProcessPlugin())
-    return found
-
-
-def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in FILES if (folder / name).exists()}
-
-
-def rows_of(folder: Path) -> dict[str, Any]:
-    """The rows of the logs. Their order says when the answers came; gradients are put together from parts."""
-    found: dict[str, Any] = {}
-    for name in LOGS:
-        if (folder / name).exists():
-            header, *rows = (folder / name).read_text().splitlines()
-            found[name] = header, sorted(rows)
-    if "gradients.jsonl" in found:
-        header, rows = found["gradients.jsonl"]
-        readings: dict[str, list[tuple[int, Any]]] = {}
-        for row in map(json.loads, rows):
-            values, first = row.pop("found"), row.pop("windows", [0])[0]
-            readings.setdefault(json.dumps(row), []).append((first, values))
-        found["gradients.jsonl"] = header, {key: [window for _, part in sorted(parts) for window in part]
-                                            for key, parts in readings.items()}
-    return found
-
-
-def same_rows(alone: Path, shared: Path) -> bool:
-    """Whether two runs measured the same. Workers of a refiner may measure what its limit of forwards leaves out."""
-    expected, found = rows_of(alone), rows_of(shared)
-    more = set(found.get("refinement.jsonl", ("", []))[1]) - set(expected.get("refinement.jsonl", ("", []))[1])
-    if more:
-        header, rows = found["refinement.jsonl"]
-        found["refinement.jsonl"] = header, [row for row in rows if row not in more]
-    return expected == found
-
-
-def forwards(folder: Path) -> float:
-    return RunFolder(folder).read_cost().forwards
-
 
 CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "spqe": ({"value": "kl", "game_windows": 2, "surrogate": "covariance"}, {"losses", "score", "variants"}),
@@ -136,29 +86,6 @@ def test_a_killed_run_goes_on_with_any_number_of_workers(tiny_config: RunConfig,
         assert bytes_of(again.folder) == bytes_of(whole.folder)
         assert rows_of(again.folder) == rows_of(whole.folder)
         assert set(kept) <= set(rows_of(again.folder)["measurements.jsonl"][1])
-
-
-class Dies:
-    """Offers the crew ``dies``, which carries out some tasks and is gone then."""
-
-    left = 0
-
-    def __init__(self, tasks: int) -> None:
-        Dies.left = tasks
-
-    @hookimpl
-    def impq_crews(self) -> list[Component]:
-        return [Component("dies", "test_workers:DyingCrew", "")]
-
-
-class DyingCrew(InProcess):
-    def carry_out(self, order: Order, tasks: Iterable[Task]) -> Iterator[tuple[Task, Answer]]:
-        for task, answer in super().carry_out(order, tasks):
-            if task["kind"] != "variants":
-                Dies.left -= 1
-            if Dies.left < 0:
-                raise ImpqError("the workers are gone")
-            yield task, answer
 
 
 def test_a_sweep_shares_its_work(tiny_config: RunConfig, monkeypatch, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from architectures import BLOCKS, survey
+from checkpoints import tensors
 from impq_hqq.backend import Hqq, Options
-from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForMultimodalLM
 from wrappers import KINDS, config_of, tiny, tiny_wrapper
@@ -72,11 +72,6 @@ def exported(kind: str, name: str, config: RunConfig, folder: Path) -> tuple[Run
     model = tiny_wrapper(folder / "model", kind)
     result = run(replace(config, model=str(model), estimator="random", granularity="linear", options=OPTIONS))
     return result, export_run(result.folder, name, folder / "export", Plugins()).folder
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    with safe_open(folder / "model.safetensors", framework="pt") as stored:
-        return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "qwen2_5_vl", "mistral3"])
