@@ -17,8 +17,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from test_ray import hands
-from test_workers import bytes_of, same_rows
+from stopped import bytes_of, hands, same_rows
 
 from impq_core.config import RunConfig
 from impq_core.runs.pipeline import run
