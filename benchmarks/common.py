@@ -104,11 +104,16 @@ class Bench:
 
 
 class Printer:
-    """Prints the progress of a session."""
+    """Prints the progress of a session, at each tenth of a stage."""
+
+    def __init__(self) -> None:
+        self._last = ("", 0)
 
     @hookimpl
     def impq_progress(self, stage: str, done: int, total: int) -> None:
-        if done % max(1, total // 10) == 0:
+        now = (stage, 10 * done // max(1, total))
+        if now != self._last:
+            self._last = now
             print(f"{stage}: {done} of {total}", flush=True)
 
 
