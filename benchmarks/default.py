@@ -18,6 +18,7 @@ from common import command, heading, plus_minus, table, write
 from rows import PlanRow, Problem, each, measured_on, problems, read_all
 from task_columns import task_table
 
+from impq_core.config import RunConfig
 from impq_core.errors import UsageError
 from impq_core.parts import Parts
 from impq_core.statistics import standard_error
@@ -80,6 +81,9 @@ def report(rows: Sequence[PlanRow]) -> list[str]:
              "neighbouring sizes, at the plan's bytes; errors are paired over windows.", "",
              *table(["model, backend", "granularity", "bits", "method", "seeds", "forwards", "NLL", "sd",
                      "minus the line", "KL minus the line"], cells)]
+    lines += ["NLL of a method minus that of the default estimator on the same seeds, at the same budget; paired over "
+              "windows.", "", *table(["model, backend", "granularity", "bits", "method", "minus", "difference"],
+                                     [line for problem in found for line in against_default(problem)])]
     for problem in found:
         if asked := task_table(problem):
             lines += [f"## {problem.title}: tasks", "", *asked]
@@ -96,6 +100,23 @@ def lines_of(problem: Problem) -> list[list[str]]:
                       f"{np.mean([row.forwards for row in alike]):.0f}", f"{np.mean(losses):.3f}",
                       f"{np.std(losses, ddof=1):.3f}" if len(losses) > 1 else "",
                       over_line(problem, alike), over_line(problem, alike, kl=True)])
+    return lines
+
+
+def against_default(problem: Problem) -> list[list[str]]:
+    """The differences between each method and those of the default estimator, at every budget and granularity."""
+    lines = []
+    for (budget, method, granularity), rows in problem.methods.items():
+        for (other_budget, other, other_granularity), others in problem.methods.items():
+            if (budget, granularity) != (other_budget, other_granularity) or method == other or not other.startswith(
+                    RunConfig().estimator):
+                continue
+            nll = {row.seed: row.nll for row in others}
+            apart = [row.nll - nll[row.seed] for row in rows if row.seed in nll]
+            if apart:
+                mean = np.mean(apart, axis=0)
+                lines.append([problem.title, granularity, f"{budget:g}", method, other,
+                              plus_minus(float(mean.mean()), standard_error(mean), sign=True)])
     return lines
 
 

@@ -1,4 +1,4 @@
-"""Rows of measurements with the facts that decide them, for benchmarks whose rows are no ``PlanRow``."""
+"""Rows that are known by a key of facts, for benchmarks that measure more than plans."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from typing import Any
 
 from lines import Lines
 
+from impq_core.model.device import hardware
 from impq_core.runs.prepare import Prepared
 
 
 def facts_of(prepared: Prepared) -> dict[str, Any]:
-    """What decides the losses of models that a prepared run quantizes, as plain data: digests of the model and of the
-    texts, the backend with all its options, the menu, and the type of the forwards. Software and hardware are left
-    out, as in ``rows.variants_of``."""
+    """A key for losses of a prepared run's models, as plain data: digests of the model and of the texts, the backend
+    with all its options, the menu, the type of the forwards and the hardware. Versions of software are left out, as in
+    ``rows.variants_of``."""
     config, calibration = prepared.config, prepared.calibration
     return {"model": prepared.source.digest, "calibration": calibration.digest if calibration else "",
             "evaluation": [text.digest for text in prepared.held_out], "backend": config.backend,
             "options": asdict(prepared.parts.backend.options), "dtype": config.dtype,
+            "hardware": hardware(prepared.device),
             "menu": [[choice.name, choice.group_size] for choice in prepared.space.choices]}
 
 

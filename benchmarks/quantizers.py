@@ -49,7 +49,7 @@ class Setting:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What decides the setting's rows: all options, defaults included, whatever its name."""
+        """The key of the setting's rows: all options, defaults included. Its name is a label."""
         backend = Parts.build(RunConfig(options={"backend": dict(self.options)}), Plugins()).backend
         return {"options": asdict(backend.options), "rotated": self.rotated}
 

@@ -167,10 +167,10 @@ def task_table(problem: Problem) -> list[str]:
             cell.append(shown(np.mean(values, axis=0), exact.get(name)) if len(values) == len(alike) else "")
         if any(cell[5:]):
             cells.append(cell)
-    return ["Tasks, with the number of their documents, of the models whose weights are the variants above; the mean "
-            "over seeds. In brackets minus the unquantized model, paired over documents. *continuation*: which of four "
-            "stretches of the held-out text follows a passage. *last-word*: the last word of a passage, by greedy "
-            "decoding (acc), and the log-likelihood of that word in nats (ll).", "",
+    return ["Scores on tasks, means over seeds; the head of a column has the number of documents. In brackets minus "
+            "the unquantized model, paired over documents. *continuation*: which of four stretches of the held-out "
+            "text follows a passage. *last-word*: the last word of a passage, by greedy decoding (acc), and the "
+            "log-likelihood of that word in nats (ll).", "",
             *table(["bits", "method", "layers", "seeds", "NLL", *(f"{name} ({count})" for name, count in columns)],
                    cells)]
 

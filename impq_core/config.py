@@ -256,9 +256,9 @@ class RunConfig:
             raise UsageError(f"--refine holds back {self.game_windows} further calibration windows, as many as "
                              f"game_windows: give at least {2 * self.game_windows} calibration windows, not "
                              f"{self.calibration.windows}")
-        probed = self.calibration.windows - self._referee
+        probed = self.calibration.windows - self.referee_windows
         if not 0 <= self.probe_windows <= probed:
-            beside = f" that are not the {self._referee} of --refine's referee" if self.refine else ""
+            beside = f" that are not the {self.referee_windows} of --refine's referee" if self.refine else ""
             raise UsageError(f"probe_windows must be 1 to the {probed} calibration windows{beside}, or 0 for all, not "
                              f"{self.probe_windows}")
         if self.fallback == "yes" and not self.plan and not self.held_back:
@@ -285,11 +285,11 @@ class RunConfig:
         user gave the plan."""
         if self.fallback == "no" or self.plan:
             return 0
-        read = max(self.game_windows, self.probe_windows) + self._referee
+        read = max(self.game_windows, self.probe_windows) + self.referee_windows
         return max(0, min(self.calibration.windows // 4, self.calibration.windows - read))
 
     @property
-    def _referee(self) -> int:
+    def referee_windows(self) -> int:
         """Number of calibration windows of a refinement's referee."""
         return self.game_windows if self.refine else 0
 

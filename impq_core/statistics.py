@@ -6,9 +6,6 @@ import numpy as np
 
 from impq_core.space import FloatArray, IntArray
 
-ONE_ERROR = 0.8413447460685429
-"""Probability that a normal value is less than one standard deviation above its mean."""
-
 
 def mean(values: FloatArray, weights: IntArray | FloatArray | None = None) -> float:
     """The mean of ``values`` (n,), weighted by ``weights`` (n,) if these are given."""
@@ -29,12 +26,12 @@ def standard_error(values: FloatArray, weights: IntArray | FloatArray | None = N
     return float(np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
-def student_errors(count: int) -> float:
-    """How many standard errors of a mean of ``count`` values give a one-sided confidence of ``ONE_ERROR``.
-
-    A quantile of Student's t distribution with ``count - 1`` degrees of freedom: 1.84 for two values, 1 for many. A
-    count of 0 stands for many.
+def confidence_below(limit: float, value: float, stderr: float, count: float) -> float:
+    """Probability that a mean is at most ``limit``, given that ``value`` is the mean of ``count`` values and ``stderr``
+    its standard error: of Student's t distribution with ``count - 1`` degrees of freedom. NaN if the error is unknown.
     """
     from scipy.stats import t
 
-    return float(t.ppf(ONE_ERROR, count - 1 if count else np.inf))
+    if np.isnan(stderr) or count < 2:
+        return float("nan")
+    return float(value <= limit) if stderr == 0 else float(t.cdf((limit - value) / stderr, count - 1))

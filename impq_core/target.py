@@ -10,6 +10,7 @@ from decimal import Decimal
 
 from impq_core.errors import UsageError, nearest
 from impq_core.results import Row
+from impq_core.statistics import confidence_below
 from impq_core.window_losses import Difference
 
 STEPS = 7
@@ -62,15 +63,8 @@ class Target:
 
     def confidence(self, loss: Difference, windows: int) -> float:
         """Probability that the mean loss on all text like the held-out one is within the target, given that on these
-        windows: of Student's t distribution with ``windows - 1`` degrees of freedom. NaN if the standard error is
-        unknown."""
-        from scipy.stats import t
-
-        if math.isnan(loss.stderr) or windows < 2:
-            return math.nan
-        if loss.stderr == 0:
-            return float(self.met_by(loss))
-        return float(t.cdf((self.limit - loss.mean) / loss.stderr, windows - 1))
+        windows (``confidence_below``)."""
+        return confidence_below(self.limit, loss.mean, loss.stderr, windows)
 
 
 def measured_loss(measure: str, row: Row, unquantized: Row) -> Difference:

@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 
 from impq_core.space import FloatArray, IntArray
-from impq_core.statistics import mean, standard_error, student_errors
+from impq_core.statistics import confidence_below, mean, standard_error
 from impq_core.types import Plan
+
+ONE_ERROR = 0.8413447460685429
+"""Probability that a normal value is less than one standard deviation above its mean."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,8 @@ class UniformTest:
     def replaces(self) -> bool:
         """Whether the uniform model is taken for the plan: unless the plan's loss is smaller with a confidence of 84 %,
         which is that of one standard error of many windows (or smaller by anything, if the error is unknown)."""
-        return not self.minus_uniform < -(0.0 if math.isnan(self.stderr) else
-                                          self.stderr * student_errors(self.windows))
+        sure = confidence_below(0.0, self.minus_uniform, self.stderr, self.windows or math.inf)
+        return not self.minus_uniform < 0 or sure < ONE_ERROR
 
     @classmethod
     def of(cls, plan: Plan, uniform: IntArray, losses: tuple[FloatArray, FloatArray], weights: FloatArray | None,

@@ -169,7 +169,7 @@ class Prepared(Layout):
     @property
     def spare(self) -> Windows | None:
         """Calibration windows outside those of the game, of a refinement's referee, and those held back."""
-        used = self.config.game_windows * (2 if self.config.refine else 1)
+        used = self.config.game_windows + self.config.referee_windows
         if self.searched is None:
             return None
         return self.searched.part(used, len(self.searched.ids) - self.config.held_back)
@@ -196,8 +196,8 @@ class Prepared(Layout):
         if self.searched is None:
             return None
         config, windows = self.config, np.arange(len(self.searched.ids) - self.config.held_back)
-        games = 2 if config.refine else 1
-        kept = np.concatenate([windows[:config.game_windows], windows[config.game_windows * games:]])
+        games = config.game_windows + config.referee_windows
+        kept = np.concatenate([windows[:config.game_windows], windows[games:]])
         return self.searched.take(kept[:config.probe_windows or len(kept)])
 
 

@@ -19,15 +19,14 @@ BLOCK_STAGES = 4
 def work_of(layout: Layout) -> Workload | None:
     """The work of the run's estimator; None if a plan is given, or if it is unknown."""
     config = layout.config
-    spare = config.calibration.windows - config.held_back - config.game_windows * (2 if config.refine else 1)
+    spare = config.calibration.windows - config.held_back - config.game_windows - config.referee_windows
     sets = 1 + max(0, spare) // config.game_windows
     return None if layout.plan else layout.parts.estimator.workload(layout.game_space, sets)
 
 
 def windows_probed(config: RunConfig) -> int:
     """Number of calibration windows that gradients and activations are read on."""
-    referee = config.game_windows if config.refine else 0
-    return config.probe_windows or config.calibration.windows - config.held_back - referee
+    return config.probe_windows or config.calibration.windows - config.held_back - config.referee_windows
 
 
 def work_forwards(work: Workload, shapes: Shapes, config: RunConfig, space: SearchSpace) -> float:
