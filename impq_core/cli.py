@@ -16,6 +16,7 @@ from impq_core.commands.output import JSON
 from impq_core.documents.base import ErrorDocument, envelope
 from impq_core.errors import ImpqError, Terminated, UsageError, nearest, one_line
 from impq_core.plugins import Plugins, responsible
+from impq_core.signals import stoppable
 
 
 class _Commands(click.Group):
@@ -74,12 +75,12 @@ def main(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, _terminate)
     warnings.showwarning = _warn
     try:
-        code = cli.main([a for a in arguments if a != "--debug"], prog_name="impq", standalone_mode=False)
+        with stoppable():
+            code = cli.main([a for a in arguments if a != "--debug"], prog_name="impq", standalone_mode=False)
         if code:  # click returns the code of an Exit that a command raised
             sys.exit(code)
     except (click.Abort, KeyboardInterrupt) as error:
-        stopped = 143 if isinstance(error.__cause__, Terminated) else 130  # click wraps it in its Abort
-        _fail(ErrorDocument("stopped", "stopped", stopped), as_json)
+        _fail(ErrorDocument("stopped", "stopped", 143 if isinstance(error, Terminated) else 130), as_json)
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         see = f" (see '{context.command_path} --help')" if context else ""

@@ -14,7 +14,8 @@ import math
 import sys
 import typing
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from impq_core import hookspecs
 from impq_core.errors import ImpqError, UsageError, nearest, one_line
 from impq_core.hookspecs import Component
 from impq_core.interfaces import InputFile
-from impq_core.signals import uninterrupted
+from impq_core.signals import stoppable, uninterrupted
 
 GROUP = "impq"
 _FILE = "impq_file_"
@@ -165,6 +166,16 @@ class Plugins:
                     raise
                 name = self._manager.get_name(plugin)
                 warnings.warn(f"observer {name} failed in {moment}: {one_line(error)}", RuntimeWarning, stacklevel=2)
+
+    @contextmanager
+    def observing(self) -> Iterator[None]:
+        """Notify observers of the exception that ends the ``with`` block, if one does; a stop is KeyboardInterrupt."""
+        try:
+            with stoppable():
+                yield
+        except BaseException as error:
+            self.notify("impq_run_failed", error=error)
+            raise
 
     def commands(self) -> dict[str, Any]:
         """Commands of plugins, by name. The first plugin that offers a name keeps it; a plugin whose commands cannot be

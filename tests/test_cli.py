@@ -92,6 +92,32 @@ def test_a_stopped_run_is_killed_and_its_log_is_whole(number: signal.Signals, co
     assert text.endswith("\n") and len(MeasurementLog.read(logs[0])[1]) == text.count("\n") - 1
 
 
+def test_a_stop_that_a_library_turned_into_an_error_of_its_own_is_a_stop(tmp_path: Path, tiny_arguments: list[str],
+                                                                         empty_store: Callable[[Path], None]) -> None:
+    """As torch and safetensors do: C code that calls Python may clear its exception and raise another."""
+    (tmp_path / "mine.py").write_text("""
+import os, signal
+from impq_core.hookspecs import Component, hookimpl
+from impq_core.interfaces import Inspector
+@hookimpl
+def impq_estimators():
+    return [Component("theirs", f"{__name__}:Theirs", "a part")]
+class Theirs(Inspector):
+    def inspect(self, probe, rng):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape") from None
+""")
+    empty_store(tmp_path / "mlflow.db")
+    stopped = impq(*tiny_arguments, "--plugin", "mine.py", "--estimator", "theirs", cwd=tmp_path)
+    assert stopped.returncode == 143 and stopped.stderr.strip().endswith("impq: stopped"), stopped
+    [kept] = tmp_path.glob("impq-runs/*/error.txt")
+    assert "could not determine" in kept.read_text() and kept.read_text().strip().endswith("Terminated")
+    with sqlite3.connect(tmp_path / "mlflow.db") as store:
+        assert store.execute("select status from runs").fetchall() == [("KILLED",)]
+
+
 def test_ui_serves_the_store(tmp_path: Path, empty_store: Callable[[Path], None]) -> None:
     import socket
     import urllib.request

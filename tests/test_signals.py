@@ -1,4 +1,4 @@
-"""Signals are delayed in critical sections."""
+"""Signals are delayed in critical sections, and a stop is never another error."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import signal
 
 import pytest
 
-from impq_core.signals import uninterrupted
+from impq_core.errors import Terminated
+from impq_core.signals import stoppable, uninterrupted
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -29,5 +30,32 @@ def test_a_signal_waits_and_a_second_does_not(number: signal.Signals) -> None:
             os.kill(os.getpid(), number)
             done.append("not reached")
         assert done == ["whole"] and signal.getsignal(number) is stop
+    finally:
+        signal.signal(number, before)
+
+
+def _swallowed(number: signal.Signals) -> None:
+    """What a library in C does that clears an exception of Python's and raises its own."""
+    try:
+        os.kill(os.getpid(), number)
+    except KeyboardInterrupt:
+        raise ValueError("no shape") from None
+
+
+@pytest.mark.parametrize(("number", "stop"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+def test_a_stop_that_a_library_swallowed_is_a_stop(number: signal.Signals, stop: type[KeyboardInterrupt]) -> None:
+    def handler(*facts: object) -> None:
+        raise stop
+
+    before = signal.signal(number, handler)
+    try:
+        with pytest.raises(stop) as raised, stoppable(), stoppable():
+            _swallowed(number)
+        assert type(raised.value) is stop and signal.getsignal(number) is handler
+        with pytest.raises(ValueError, match="own error"), stoppable():
+            raise ValueError("own error")
+        with pytest.raises(stop), stoppable(), uninterrupted():
+            os.kill(os.getpid(), number)
+        assert signal.getsignal(number) is handler
     finally:
         signal.signal(number, before)

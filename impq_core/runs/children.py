@@ -92,7 +92,7 @@ def finish(child: Child, search: Search, session: Session, evaluator: Evaluator,
     folder = child.folder(parent)
     with folder.locked():
         start(child, plugins, folder)
-        try:
+        with plugins.observing():
             session.bank.save_record(folder.variants)
             keep_estimate(plugins, folder, search.estimate, search.measurements)
             search.plan.save(folder.searched_plan)
@@ -104,7 +104,4 @@ def finish(child: Child, search: Search, session: Session, evaluator: Evaluator,
             result = result_of(prepared, folder, search, evaluation, {})
             folder.write_cost(result)
             plugins.notify("impq_run_finished", result=result)
-        except BaseException as error:
-            plugins.notify("impq_run_failed", error=error)
-            raise
         folder.error.unlink(missing_ok=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import traceback
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from impq_core.runs.metering import to_data
 from impq_core.runs.orders import with_workers, workers_of
 from impq_core.runs.prepare import Prepared, prepare
 from impq_core.runs.session import Session, Share
+from impq_core.signals import stoppable
 from impq_core.trust import NO_TRUST, Trust
 from impq_core.types import Measurements, Plan, SensitivityEstimate
 from impq_core.uniform_test import UniformTest
@@ -121,25 +123,28 @@ def make_folder(prepared: Prepared, parent: Path | None = None, name: str = "") 
 
 
 def _start(prepared: Prepared, plugins: Plugins, folder: RunFolder) -> None:
-    try:
+    with plugins.observing():
         plugins.notify("impq_run_started", config=prepared.config, space=prepared.space, folder=folder.path,
                        coverage=prepared.coverage)
-    except BaseException as error:
-        plugins.notify("impq_run_failed", error=error)
-        raise
 
 
 def _observed(prepared: Prepared, plugins: Plugins, folder: RunFolder, only_estimate: bool,
               share: Share | None) -> RunResult:
-    try:
+    with plugins.observing(), _error_kept(folder):
         result = _stages(Session(prepared, plugins, share=share), folder, only_estimate)
+    plugins.notify("impq_run_finished", result=result)
+    return result
+
+
+@contextmanager
+def _error_kept(folder: RunFolder) -> Iterator[None]:
+    try:
+        with stoppable():
+            yield
     except BaseException as error:
         with suppress(OSError):  # a full disk may be the error
             write_text(folder.error, "".join(traceback.format_exception(error)))
-        plugins.notify("impq_run_failed", error=error)
         raise
-    plugins.notify("impq_run_finished", result=result)
-    return result
 
 
 @dataclass(frozen=True, eq=False)

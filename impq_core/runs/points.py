@@ -157,13 +157,10 @@ def extend_curve(path: str | Path, budgets: Sequence[str] = (), target: str = ""
         children = [series.child(budget) for budget in budgets]
         varied = {"target": [str(wanted)]} if wanted else {"budget": list(budgets)}
         plugins.notify("impq_sweep_started", config=base.config, folder=folder.path, varied=varied)
-        try:
+        with plugins.observing():
             for child in children:
                 series.measure(child)
             answer = series.seek(wanted, steps) if wanted else None
-        except BaseException as error:
-            plugins.notify("impq_run_failed", error=error)
-            raise
         curves = read_curves(folder.path)
         answer = answer or earlier_answer(folder, curves)
         save_curves(folder, curves, answer)

@@ -57,11 +57,8 @@ def run_sweep(sweep: Sweep, plugins: Plugins | None = None, path: Path | None = 
         folder = RunFolder.open(path, SWEEP) if path else _make(sweep)
         with folder.locked(), closing(Ledger(folder.path / "finished.jsonl", "impq-sweep/2", key)) as done:
             plugins.notify("impq_sweep_started", config=sweep.base, folder=folder.path, varied=_told(sweep))
-            try:
+            with plugins.observing():
                 _all_runs(sweep, children, plugins, folder, target, done, share)
-            except BaseException as error:
-                plugins.notify("impq_run_failed", error=error)
-                raise
             if sweep.is_curve and any(finished_runs(folder)):
                 [curve] = curves = read_curves(folder.path)
                 answer = Outcome(target, curve) if target else earlier_answer(folder, curves)
