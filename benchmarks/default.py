@@ -18,7 +18,7 @@ from common import command, heading, plus_minus, table, write
 from rows import PlanRow, Problem, each, measured_on, problems, read_all
 from task_columns import task_table
 
-from impq_core.config import RunConfig
+from impq_core.config import VALUES, RunConfig
 from impq_core.errors import UsageError
 from impq_core.parts import Parts
 from impq_core.statistics import standard_error
@@ -34,6 +34,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--estimators", default="guided-output,aumann-shapley")
     parser.add_argument("--granularities", default="group,linear")
     parser.add_argument("--probe-windows", default="16,64", help="windows of gradients, of 64 [16,64]")
+    parser.add_argument("--value", default="nll", choices=VALUES, help="the loss whose slopes are read [nll]")
     parser.add_argument("--name", default="default", help="of the page in results/ [default]")
     given = parser.parse_args(words)
 
@@ -49,12 +50,13 @@ def measure(given: argparse.Namespace) -> None:
     """The rows: uniform models, and plans of each estimator, amount of text, seed and granularity."""
     if not all(word.isdigit() and 1 <= int(word) <= 64 for word in given.probe_windows.split(",")):
         raise UsageError(f"--probe-windows {given.probe_windows}: numbers from 1 to 64 with , between")
-    methods = [Method(f"{estimator}, gradients of {count} windows", estimator, windows=int(count),
+    of_divergence = ", --value kl" if given.value == "kl" else ""
+    methods = [Method(f"{estimator}{of_divergence}, gradients of {count} windows", estimator, windows=int(count),
                       options={"allocator": {"work_limit": 10.0}})
                for count in given.probe_windows.split(",") for estimator in given.estimators.split(",")]
     windows = max(64, given.seeds * max(method.windows for method in methods))
     configs = [config_of(given, windows, model=model, backend=backend, bits=MENUS.get(backend, DEFAULT_MENU),
-                         granularity=granularity, estimator="guided-output")
+                         granularity=granularity, estimator="guided-output", value=given.value)
                for model in given.models.split(",") for backend in given.backends.split(",")
                for granularity in given.granularities.split(",")]
     plugins = plugins_of(given)

@@ -25,7 +25,7 @@ from impq_refine.swaps import Swaps
 from impq_scores.curvature import AutoScheme, GuidedOutput
 from impq_scores.fine import CoarseToFine
 from impq_scores.geometry import LieQ
-from impq_scores.gradients import AumannShapley, Fisher, Hawq, LlmMq
+from impq_scores.gradients import AumannShapley, Fisher, Hawq, LlmMq, TokenFisher
 from impq_scores.inspected import Activation, FirstLast, Lim, Random, ZScore
 from impq_scores.learned import Gamma
 from impq_scores.played import Clado, Isolated
@@ -80,6 +80,10 @@ class TestAumannShapley(EstimatorSuite):
 
 class TestFisher(EstimatorSuite):
     part = Fisher
+
+
+class TestTokenFisher(EstimatorSuite):
+    part = TokenFisher
 
 
 class TestHawq(EstimatorSuite):

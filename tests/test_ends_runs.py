@@ -119,7 +119,7 @@ def test_a_run_with_ends_is_resumed_bit_for_bit_and_does_not_depend_on_where_its
 
 
 @pytest.mark.parametrize(("estimator", "value"), [("isolated", "kl"), ("aumann-shapley", "nll"), ("hawq", "kl"),
-                                                  ("spqe", "nll"), ("guided-output", "nll")])
+                                                  ("spqe", "nll"), ("guided-output", "nll"), ("token-fisher", "kl")])
 @pytest.mark.parametrize("kind", ENDS)
 def test_the_work_of_ends_is_forecast(kind: str, estimator: str, value: str, config: RunConfig,
                                       models: dict[str, Path]) -> None:

@@ -18,6 +18,8 @@ from impq_scores.gradients import (
     Hawq,
     HawqOptions,
     LlmMq,
+    TokenFisher,
+    TokenFisherOptions,
     quadratic,
     shares_at,
 )
@@ -147,6 +149,40 @@ def test_fisher_says_what_its_quadratic_form_says(table: Table) -> None:
     expected = np.array([form(pick) for pick in picks]) - form(np.zeros(n, dtype=int))
     np.testing.assert_allclose(estimate.predict(picks), expected, rtol=1e-6, atol=1e-9)
     assert estimate.forwards == pytest.approx(3.6, abs=0.4)
+
+
+def test_token_fisher_is_exact_for_a_quadratic_loss_among_layers_that_are_quantized_too() -> None:
+    """Layer 0 costs nothing alone, and something where layer 1 is quantized: a score at the unquantized model cannot
+    know that."""
+    space, hessian = planted_space(3, bits=(4, 3, 2)), np.array([[1e-9, 0.3, 0.0], [0.3, 2.0, -0.4], [0.0, -0.4, 1.0]])
+    moved = np.array([[0.0, 0.5, 1.0], [0.1, 0.4, 2.0], [0.0, 0.7, 1.5]])  # of each layer, at each choice
+
+    class Quadratic:
+        window_tokens, forwards = 1, 0.0
+
+        def __init__(self) -> None:
+            self.space = space
+
+        def changes(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            return (moved * at).sum(axis=1), moved - (moved * at).sum(axis=1)[:, None]
+
+        def slopes(self, at: np.ndarray) -> np.ndarray:
+            now, changes = self.changes(at)
+            return ((hessian @ now)[:, None] * changes)[None]
+
+        def token_squares(self, at: np.ndarray) -> np.ndarray:
+            return (np.diag(hessian)[:, None] * self.changes(at)[1] ** 2)[None]
+
+    def loss(places: np.ndarray) -> float:
+        return 0.5 * float(places @ hessian @ places)
+
+    for at in (0.25, 0.6):
+        estimate = TokenFisher(TokenFisherOptions(at=at)).inspect(Quadratic(), RNG)  # type: ignore[arg-type]
+        now = (moved * shares_at(space, at)).sum(axis=1)
+        for i, k in np.ndindex(3, 3):
+            losses = [loss(np.where(np.arange(3) == i, moved[i, choice], now)) for choice in (k, 0)]
+            assert estimate.linear[i, k] == pytest.approx(losses[0] - losses[1], abs=1e-9)
+        assert estimate.linear[0, 2] > 0.01 and estimate.is_loss
 
 
 def test_a_quadratic_form_is_measured_from_the_reference() -> None:

@@ -12,6 +12,7 @@ def impq_estimators() -> list[Component]:
         Component("llm-mq", "impq_scores.gradients:LlmMq", "gradient times quantization error (LLM-MQ)"),
         Component("fisher", "impq_scores.gradients:Fisher", "second order from one backward a window, with pairs"),
         Component("aumann-shapley", "impq_scores.gradients:AumannShapley", "slopes along the path of all layers"),
+        Component("token-fisher", "impq_scores.gradients:TokenFisher", "second order at a slightly quantized model"),
         Component("guided-output", "impq_scores.curvature:GuidedOutput", "output errors times output gradients"),
         Component("autoscheme", "impq_scores.curvature:AutoScheme", "gradient at each width times quantization error"),
         Component("gamma", "impq_scores.learned:Gamma", "shares learned by gradients under the budget (GAMMA)"),

@@ -80,6 +80,51 @@ class Fisher(Inspector):
 
 
 @dataclass(frozen=True)
+class TokenFisherOptions:
+    """Options of the token-fisher estimator.
+
+    Args:
+        at: where the loss is expanded, from 0 (all layers at the widest choice) to 1 (all at the narrowest); between
+            two choices the weights are blended.
+        curvature: weight of the second-order term.
+    """
+
+    at: float = 0.25
+    curvature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.at <= 1 or self.curvature < 0:
+            raise ValueError("at must lie between 0 and 1, curvature must not be negative")
+
+
+class TokenFisher(Inspector):
+    """Second-order expansion of the loss around a slightly quantized model, with the empirical Fisher matrix of tokens.
+
+    All layers are moved a little towards narrower widths, by blending weights. With x_t the input of a linear there,
+    g_t the gradient of the token-summed loss in its output, and dW the change of its weight to a choice, the cost of
+    the choice is ``1/T sum_t g_t . dW x_t + 1/2T sum_t (g_t . dW x_t)^2``, minus that of the widest choice; those of a
+    layer's linears add up. The first term is what a choice costs among layers that are quantized too, which a score at
+    the unquantized model does not see. With ``--value kl`` it is nothing else, because the divergence is flat at the
+    unquantized model; with ``nll`` it also has the slope there, an accident of the text. The second term is the
+    diagonal over tokens of the empirical Fisher matrix of the negative log-likelihood in place of the Hessian, which
+    both losses share; ``guided-output`` is that term alone, at the unquantized model.
+    """
+
+    Options = TokenFisherOptions
+    needs = frozenset({"gradients"})
+
+    def workload(self, space: SearchSpace, sets: int) -> Workload:
+        """A reading of slopes and one of squares."""
+        return Workload.inspection(space, slopes=1, squares=1)
+
+    def inspect(self, probe: Probe, rng: np.random.Generator) -> SensitivityEstimate:
+        """Two backwards a window: about seven forwards, and the products. Standard errors are over windows."""
+        at = shares_at(probe.space, self.options.at)
+        costs = probe.slopes(at) + self.options.curvature / 2 * probe.token_squares(at)
+        return over_windows(probe, costs, f"token-fisher(at={self.options.at:g})")
+
+
+@dataclass(frozen=True)
 class AumannShapleyOptions:
     """Options of the Aumann-Shapley estimator.
 
