@@ -34,7 +34,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--estimators", default="guided-output,aumann-shapley")
     parser.add_argument("--granularities", default="group,linear")
     parser.add_argument("--probe-windows", default="16,64", help="windows of gradients, of 64 [16,64]")
-    parser.add_argument("--value", default="nll", choices=VALUES, help="the loss whose slopes are read [nll]")
+    parser.add_argument("--value", default="nll", choices=VALUES, help="as impq's: the loss of gradients [nll]")
     parser.add_argument("--name", default="default", help="of the page in results/ [default]")
     given = parser.parse_args(words)
 

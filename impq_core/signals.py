@@ -13,7 +13,10 @@ _STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 def _handlers() -> dict[int, Callable[[int, FrameType | None], Any]]:
-    """The functions that handle the signals; an ignored signal has none."""
+    """The functions that handle the signals; an ignored signal has none. Signals reach the main thread only: in another
+    thread there are none."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
     found = {number: signal.getsignal(number) for number in _STOPS}
     return {number: handler for number, handler in found.items() if callable(handler)}
 
@@ -29,9 +32,6 @@ def stoppable() -> Iterator[None]:
     Raises:
         KeyboardInterrupt: what the handler of the signal raises; its cause is the error that came out of the block.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     handlers = _handlers()
     arrived: list[tuple[int, FrameType | None]] = []
 
@@ -62,9 +62,6 @@ def uninterrupted() -> Iterator[None]:
     An exception in the middle of a database session would leave the database locked, so that the run could not be
     marked as stopped. Signals reach the main thread only; in another thread this does nothing.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     handlers = _handlers()
     delayed: list[tuple[int, FrameType | None]] = []
 

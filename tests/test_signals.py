@@ -35,7 +35,7 @@ def test_a_signal_waits_and_a_second_does_not(number: signal.Signals) -> None:
 
 
 def _swallowed(number: signal.Signals) -> None:
-    """What a library in C does that clears an exception of Python's and raises its own."""
+    """Clear the exception of a signal and raise another, as some libraries in C do."""
     try:
         os.kill(os.getpid(), number)
     except KeyboardInterrupt:

@@ -80,7 +80,7 @@ class Fisher(Inspector):
 
 
 @dataclass(frozen=True)
-class TokenFisherOptions:
+class TokenFisherOptions(FisherOptions):
     """Options of the token-fisher estimator.
 
     Args:
@@ -89,12 +89,7 @@ class TokenFisherOptions:
         curvature: weight of the second-order term.
     """
 
-    at: float = 0.25
     curvature: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.at <= 1 or self.curvature < 0:
-            raise ValueError("at must lie between 0 and 1, curvature must not be negative")
 
 
 class TokenFisher(Inspector):
